@@ -1,0 +1,337 @@
+"""The depthwise convolution whose kernels are affine images of frozen keys. Knows nothing of models."""
+
+import os
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from timm.layers import Conv2dSame, pad_same
+from torch import nn
+
+from .banks import DEFAULT_BANK, KeyBank, get_bank
+from .errors import ConversionError, ProjectionError
+from .projection import Projection, check_keys_per_kernel, project_kernels
+
+Trainable = Literal["none", "shift", "affine"]
+
+_COMPACT = ("keys", "key_index", "scale", "shift", "r2")
+
+
+class MasterKeyConv2d(nn.Conv2d):
+    """A depthwise ``nn.Conv2d`` with kernels ``W[c] = sum_j scale[c, j] * keys[key_index[c, j]] + shift[c]``.
+
+    The kernels are computed, the keys never train. Everything else is the convolution it replaces: the same geometry,
+    padding rule, bias and hooks. What trains is a parameter, what is frozen a buffer, so ``parameters()`` holds just
+    what an optimiser should see, all of it 1-D (timm's optimisers give 1-D parameters no weight decay).
+
+    Args:
+        in_channels: Channels, all depthwise (``groups == in_channels``).
+        out_channels: A multiple of ``in_channels``.
+        kernel_size: Taps, as for ``nn.Conv2d``; more than one in all.
+        stride: As for ``nn.Conv2d``.
+        padding: As for ``nn.Conv2d``, or ``"same_dynamic"`` for timm's TensorFlow-like SAME padding (``Conv2dSame``).
+        dilation: As for ``nn.Conv2d``.
+        bias: Adds a trainable bias.
+        bank: Anything ``get_bank`` takes.
+        keys_per_kernel: Keys per kernel, r; fewer where the bank has fewer at this kernel size.
+        trainable: ``"none"``, ``"shift"`` (one constant per kernel, as in the paper) or ``"affine"`` (scale and shift).
+        device: As for ``nn.Conv2d``.
+        dtype: As for ``nn.Conv2d``.
+
+    Attributes:
+        weight: (out_channels, 1, kh, kw), computed at each access.
+        keys: Buffer (K, kh, kw), the bank at this kernel size.
+        key_index: Buffer (out_channels, r) int64, rows of ``keys``.
+        scale: (out_channels * r,), channel by channel; a parameter if trainable is "affine", else a buffer.
+        shift: (out_channels,); a parameter unless trainable is "none", else a buffer.
+        r2: Buffer (out_channels,) float32, how well each kernel was met when it was projected (1: exactly).
+        bank: The KeyBank.
+
+    Raises:
+        BankError: No such bank, or it has no key at this kernel size.
+        ProjectionError: keys_per_kernel is out of range.
+        ConversionError: Unknown ``trainable``.
+
+    Example:
+        >>> conv = MasterKeyConv2d(96, 96, 7, padding=3)
+        >>> conv(torch.randn(1, 96, 14, 14)).shape
+        torch.Size([1, 96, 14, 14])
+    """
+
+    __jit_unused_properties__ = ["weight"]
+
+    keys: torch.Tensor
+    key_index: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    r2: torch.Tensor
+    keys_per_kernel: int
+    same_padding: bool
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        bank: str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray = DEFAULT_BANK,
+        keys_per_kernel: int = 1,
+        trainable: Trainable = "shift",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        same_padding = padding == "same_dynamic"
+        conv = (Conv2dSame if same_padding else nn.Conv2d)(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            0 if same_padding else padding,
+            dilation,
+            groups=in_channels,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        self._replace(conv, get_bank(bank), keys_per_kernel, trainable)
+        self.reset_parameters()
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        bank: str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray = DEFAULT_BANK,
+        keys_per_kernel: int = 1,
+        trainable: Trainable = "shift",
+        *,
+        fit: bool = True,
+    ) -> "MasterKeyConv2d":
+        """A MasterKeyConv2d in place of a depthwise convolution; the convolution itself is left as it is.
+
+        Shares the bias and the hooks with ``conv``, and keeps its training mode, device, dtype and requires_grad.
+
+        Args:
+            conv: ``nn.Conv2d`` or timm's ``Conv2dSame`` with ``groups == in_channels``.
+            bank: Anything ``get_bank`` takes.
+            keys_per_kernel: Keys per kernel.
+            trainable: "none", "shift" or "affine".
+            fit: Project the kernels of ``conv``; else draw keys as for training from scratch (``reset_parameters``).
+
+        Raises:
+            BankError: No such bank, or it has no key at this kernel size.
+            ProjectionError: The kernels hold NaN or Inf, or keys_per_kernel is out of range.
+            ConversionError: Unknown ``trainable``.
+
+        Example:
+            >>> layer = MasterKeyConv2d.from_conv(nn.Conv2d(96, 96, 7, padding=3, groups=96))
+        """
+        layer = cls.__new__(cls)
+        layer._replace(conv, get_bank(bank), keys_per_kernel, trainable)
+        if not fit:
+            layer.reset_parameters(conv.weight)
+        elif not conv.weight.is_meta:
+            layer._set(project_kernels(conv.weight, layer.bank, keys_per_kernel))
+        return layer
+
+    def _replace(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
+        """Takes over all of ``conv`` but its weight."""
+        check_trainable(trainable)
+        check_keys_per_kernel(keys_per_kernel, bank)
+        weight = conv.weight
+        keys = bank.keys_for((weight.shape[2], weight.shape[3])).to(weight.device, weight.dtype)
+        rows = min(keys_per_kernel, len(keys))
+        self.__dict__.update(conv.__dict__)  # hooks stay the same objects, so handles to them keep working
+        self._parameters = {name: value for name, value in conv._parameters.items() if name != "weight"}
+        self._buffers = dict(conv._buffers)
+        self._non_persistent_buffers_set = set(conv._non_persistent_buffers_set)
+        self.bank = bank
+        self.keys_per_kernel = rows
+        self.same_padding = isinstance(conv, Conv2dSame)
+        self.register_buffer("keys", keys)
+        self.register_buffer(
+            "key_index", torch.zeros(self.out_channels, rows, dtype=torch.long, device=weight.device)
+        )
+        self.register_buffer("scale", weight.new_zeros(self.out_channels * rows))
+        self.register_buffer("shift", weight.new_zeros(self.out_channels))
+        self.register_buffer("r2", torch.ones(self.out_channels, device=weight.device))
+        self.set_trainable(trainable, requires_grad=weight.requires_grad)
+
+    def set_trainable(self, trainable: Trainable, requires_grad: bool = True) -> None:
+        """Chooses what trains: makes scale and shift parameters or buffers, values unchanged. In place.
+
+        Make the optimiser afterwards: parameters made here are new ones.
+
+        Args:
+            trainable: "none", "shift" or "affine".
+            requires_grad: Of the parameters made.
+
+        Raises:
+            ConversionError: Unknown ``trainable``.
+        """
+        check_trainable(trainable)
+        self.trainable: Trainable = trainable
+        for name, trains in (("scale", trainable == "affine"), ("shift", trainable != "none")):
+            value = getattr(self, name).detach()
+            self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
+            if trains:
+                self.register_parameter(name, nn.Parameter(value, requires_grad=requires_grad))
+            else:
+                self.register_buffer(name, value)
+
+    @torch.no_grad()
+    def reset_parameters(self, weight: torch.Tensor | None = None) -> None:
+        """Draws keys as for training from scratch, from torch's generator: uniform over the bank, shift 0. In place.
+
+        The scale gives the layer's kernels the mean norm that the stock initialisation gives them (kernels of mean 0).
+
+        Args:
+            weight: (out_channels, 1, kh, kw), kernels as the stock initialisation drew them; drawn here if None.
+        """
+        if weight is None:
+            weight = torch.empty(self.out_channels, 1, *self.kernel_size, device=self.keys.device)
+            nn.init.kaiming_uniform_(weight, a=5**0.5)
+            if self.bias is not None:
+                bound = self.keys[0].numel() ** -0.5
+                nn.init.uniform_(self.bias, -bound, bound)
+        draw = torch.rand(self.out_channels, len(self.keys), device=self.keys.device)
+        self.key_index.copy_(draw.topk(self.keys_per_kernel).indices)
+        norm = (weight - weight.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1).mean()
+        self.scale.copy_((norm / self.keys_per_kernel**0.5).expand_as(self.scale))
+        self.shift.zero_()
+        self.r2.fill_(1.0)
+
+    @torch.no_grad()
+    def _set(self, projection: Projection) -> None:
+        self.key_index.copy_(projection.key_index)
+        self.scale.copy_(projection.scale.flatten())
+        self.shift.copy_(projection.shift)
+        self.r2.copy_(projection.r2)
+
+    def compose_weight(self) -> torch.Tensor:
+        """The kernels (out_channels, 1, kh, kw); differentiable in scale and shift."""
+        taps = self.keys.flatten(1)
+        weight = self.shift.unsqueeze(1)
+        scale = self.scale.view(self.out_channels, self.keys_per_kernel)
+        for j in range(self.keys_per_kernel):
+            weight = torch.addcmul(weight, scale[:, j : j + 1], taps.index_select(0, self.key_index[:, j]))
+        return weight.view(self.out_channels, 1, self.kernel_size[0], self.kernel_size[1])
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]  # computed; nn.Conv2d has a parameter here
+        return self.compose_weight()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight = self.compose_weight()
+        if self.same_padding:
+            input = pad_same(input, self.kernel_size, self.stride, self.dilation)
+        return self._conv_forward(input, weight, self.bias)
+
+    def fuse(self) -> nn.Conv2d:
+        """The ordinary convolution with these kernels: a new module that shares bias and hooks; this one is unchanged.
+
+        The output is the same bit for bit. timm's ``reparameterize_model`` and its scripts' ``--reparam`` call this.
+        """
+        cls = Conv2dSame if self.same_padding else nn.Conv2d
+        conv = cls.__new__(cls)
+        conv.__dict__.update(self.__dict__)
+        for name in ("bank", "keys_per_kernel", "trainable", "same_padding"):
+            del conv.__dict__[name]
+        weight = nn.Parameter(self.compose_weight().detach())
+        kept = {name: value for name, value in self._parameters.items() if name not in _COMPACT}
+        conv._parameters = {"weight": weight, **kept}
+        conv._buffers = {name: value for name, value in self._buffers.items() if name not in _COMPACT}
+        conv._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        return conv
+
+    def extra_repr(self) -> str:
+        padding = ", padding=same_dynamic" if self.same_padding else ""
+        return (
+            f"{super().extra_repr()}{padding}, bank={self.bank.name}, "
+            f"keys_per_kernel={self.keys_per_kernel}, trainable={self.trainable}"
+        )
+
+    def check_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> list[str]:
+        """What is wrong with this layer's entries of a state dict, as messages; an empty list if they can be loaded.
+
+        Either a dense ``weight`` (it will be projected) or the compact entries, of this bank, kernel size and channel
+        count. Entries that are missing altogether are left to ``load_state_dict(strict=...)``.
+        """
+        here = f"{prefix}" if prefix else "layer "
+        given = [name for name in _COMPACT if prefix + name in state_dict]
+        dense = state_dict.get(prefix + "weight")
+        if dense is not None and given:
+            return [f"{here}weight: given together with {', '.join(given)}. Keep the dense or the compact entries."]
+        if dense is not None:
+            shape = (self.out_channels, 1, *self.kernel_size)
+            if tuple(dense.shape) != shape:
+                return [f"{here}weight: got shape {tuple(dense.shape)}, expected {shape}."]
+            if not dense.is_meta and not dense.isfinite().all():
+                channel = int((~dense.flatten(1).isfinite().all(1)).nonzero()[0])
+                return [f"{here}weight: channel {channel} holds NaN or Inf; repair the checkpoint first."]
+            return []
+        missing = [name for name in _COMPACT if name not in given]
+        if given and missing:
+            return [f"{here}{given[0]}: given without {', '.join(missing)}. The compact entries belong together."]
+        problems = []
+        for name in given:
+            got, own = tuple(state_dict[prefix + name].shape), tuple(getattr(self, name).shape)
+            if got != own:
+                problems.append(f"{here}{name}: got shape {got}, expected {own} (another bank, size or channel count).")
+        if problems or not given or state_dict[prefix + "keys"].is_meta:
+            return problems
+        keys = state_dict[prefix + "keys"]
+        own_keys = self.bank.keys_for(self.kernel_size)  # type: ignore[arg-type]  # nn.Conv2d's is (int, int)
+        if not torch.allclose(keys.double().cpu(), own_keys.double(), rtol=0, atol=2 * torch.finfo(keys.dtype).eps):
+            problems.append(
+                f"{here}keys: the checkpoint was made with another bank than '{self.bank.name}'. "
+                "Convert with its bank, or load its dense weights."
+            )
+        index = state_dict[prefix + "key_index"]
+        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < len(own_keys)):
+            problems.append(f"{here}key_index: holds {int(index.min())} to {int(index.max())}, the bank has {len(own_keys)} keys.")
+        return problems
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        problems = self.check_state_dict(state_dict, prefix)
+        if problems:
+            error_msgs.extend(problems)
+            return
+        entries = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        dense = entries.pop(prefix + "weight", None)
+        if dense is not None:
+            projection = project_kernels(dense, self.bank, self.keys_per_kernel)
+            entries |= {
+                prefix + "key_index": projection.key_index,
+                prefix + "scale": projection.scale.flatten(),
+                prefix + "shift": projection.shift,
+                prefix + "r2": projection.r2,
+            }
+        if prefix + "scale" in entries:
+            # The bank's own digits, never a rounded copy of them from a half-precision or averaged checkpoint.
+            target = entries[prefix + "scale"] if assign else self.keys
+            own_keys = self.bank.keys_for(self.kernel_size)  # type: ignore[arg-type]
+            entries[prefix + "keys"] = own_keys.to(target.device, target.dtype)
+            entries[prefix + "key_index"] = entries[prefix + "key_index"].long()
+        super()._load_from_state_dict(
+            entries, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def check_trainable(trainable: str) -> None:
+    """Raises ConversionError unless ``trainable`` is one of the three modes."""
+    if trainable not in get_args(Trainable):
+        raise ConversionError(f"trainable is {trainable!r}, expected one of {', '.join(get_args(Trainable))}.")

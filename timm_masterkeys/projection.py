@@ -1,0 +1,135 @@
+"""Least squares of depthwise kernels on the keys of a bank: pure tensor functions."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .banks import KeyBank, get_bank
+from .errors import ProjectionError
+
+_TIE = 1e-12  # correlations closer than this, relative to the largest, are a tie: the lower index wins
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Kernels as affine images of keys: ``weight[c] ~ sum_j scale[c, j] * keys[key_index[c, j]] + shift[c]``.
+
+    Attributes:
+        key_index: (C, r) int64, rows of ``bank.keys_for(kernel_size)``, the most correlated first.
+        scale: (C, r), in the dtype of the weight. 0 for a constant kernel, and for keys a kernel does not need.
+        shift: (C,), the constant added to every tap; the mean of the kernel.
+        r2: (C,) float32 in [0, 1], the share of the kernel's variance over its taps that the fit explains. A constant
+            kernel has none to explain and is met exactly: 1.
+    """
+
+    key_index: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    r2: torch.Tensor
+
+
+@torch.no_grad()
+def project_kernels(
+    weight: torch.Tensor,
+    bank: str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray = "babaiee2025",
+    keys_per_kernel: int = 1,
+) -> Projection:
+    """Projects depthwise kernels on the nearest keys by least squares.
+
+    With keys of mean 0 and norm 1 the best ``a*x + b`` of a kernel y has ``a = <x, y>`` and ``b = mean(y)``, so the
+    nearest key is the one with the largest ``|<x, y>|`` (Babaiee et al., NeurIPS 2025, section 3). With several keys
+    per kernel, orthogonal matching pursuit adds the key most correlated with what is left and refits all of them; with
+    as many keys as the bank has this is plain least squares. Computed in float64 (float32 on devices without it).
+
+    Args:
+        weight: Kernels (C, 1, kh, kw), any floating dtype and device. Not changed.
+        bank: Anything ``get_bank`` takes.
+        keys_per_kernel: r, from 1 to the number of keys in the bank. Where fewer keys have a shape at this kernel
+            size, all of those are used.
+
+    Returns:
+        A Projection on the device of the weight.
+
+    Raises:
+        BankError: No such bank, or no key at this kernel size.
+        ProjectionError: Not a (C, 1, kh, kw) floating tensor, NaN or Inf in it, or keys_per_kernel out of range.
+
+    Example:
+        >>> p = project_kernels(torch.randn(96, 1, 7, 7), "babaiee2025")
+        >>> p.key_index.shape, p.scale.shape, p.shift.shape
+        (torch.Size([96, 1]), torch.Size([96, 1]), torch.Size([96]))
+    """
+    bank = get_bank(bank)
+    if weight.ndim != 4 or weight.shape[1] != 1 or 0 in weight.shape or not weight.is_floating_point():
+        raise ProjectionError(
+            f"Got a {weight.dtype} weight of shape {tuple(weight.shape)}, expected floating depthwise kernels (C, 1, kh, kw)."
+        )
+    check_keys_per_kernel(keys_per_kernel, bank)
+    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+    keys = bank.keys_for((weight.shape[2], weight.shape[3])).to(weight.device, dtype).flatten(1)
+    kernels = weight.flatten(1).to(dtype)
+    finite = kernels.isfinite().all(1)
+    if not finite.all():
+        channel = int((~finite).nonzero()[0])
+        raise ProjectionError(f"Channel {channel} of the weight holds NaN or Inf; repair the checkpoint first.")
+
+    # A power of two per kernel, so that squares neither overflow nor vanish and every step stays exact.
+    unit = torch.exp2(kernels.abs().amax(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny).log2().floor())
+    kernels = kernels / unit
+    shift = kernels.mean(1)
+    residual = kernels - shift[:, None]
+    variance = residual.square().sum(1)
+    constant = variance.sqrt() <= kernels.shape[1] * torch.finfo(dtype).eps * kernels.norm(dim=1)
+    residual[constant] = 0
+    key_index, scale, residual = _matching_pursuit(residual, keys, min(keys_per_kernel, len(keys)))
+    r2 = 1 - residual.square().sum(1) / variance.where(~constant, 1)
+    return Projection(
+        key_index,
+        (scale * unit).to(weight.dtype),
+        (shift * unit[:, 0]).to(weight.dtype),
+        r2.clamp(0, 1).float(),
+    )
+
+
+def check_keys_per_kernel(keys_per_kernel: int, bank: KeyBank) -> None:
+    """Raises ProjectionError unless ``keys_per_kernel`` is a whole number from 1 to the number of keys in the bank."""
+    if not isinstance(keys_per_kernel, int) or not 1 <= keys_per_kernel <= len(bank):
+        raise ProjectionError(
+            f"keys_per_kernel is {keys_per_kernel!r}, expected a whole number from 1 to {len(bank)}, the keys in '{bank.name}'."
+        )
+
+
+def _matching_pursuit(
+    kernels: torch.Tensor, keys: torch.Tensor, steps: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Orthogonal matching pursuit of (C, n) zero-mean kernels over (K, n) unit keys -> index, scale (C, steps), residual.
+
+    A kernel that is met exactly before the last step takes its remaining keys, lowest index first, with scale 0.
+    """
+    count = len(kernels)
+    floor = kernels.norm(dim=1) * kernels.shape[1] * torch.finfo(kernels.dtype).eps
+    index = torch.zeros(count, 0, dtype=torch.long, device=kernels.device)
+    needed = torch.zeros(count, 0, dtype=torch.bool, device=kernels.device)
+    scale = kernels.new_zeros(count, 0)
+    free = torch.ones(count, len(keys), dtype=torch.bool, device=kernels.device)
+    residual = kernels
+    for _ in range(steps):
+        match = (residual @ keys.T).abs()
+        match[match <= floor[:, None]] = 0
+        match = match.masked_fill(~free, -1)
+        best = match.amax(1, keepdim=True)
+        chosen = (match >= best * (1 - _TIE)).to(torch.uint8).argmax(1, keepdim=True)
+        free.scatter_(1, chosen, False)
+        index = torch.cat([index, chosen], 1)
+        needed = torch.cat([needed, best > 0], 1)
+        if index.shape[1] == 1:
+            nearest = keys[chosen[:, 0]]
+            scale = (kernels * nearest).sum(1, keepdim=True) / nearest.square().sum(1, keepdim=True) * needed
+        else:
+            basis = keys[index] * needed[:, :, None]
+            gram = basis @ basis.mT + torch.diag_embed((~needed).to(basis.dtype))
+            scale = torch.linalg.solve(gram, basis @ kernels[:, :, None])[:, :, 0]
+        residual = kernels - torch.einsum("cj,cjn->cn", scale, keys[index])
+    return index, scale, residual

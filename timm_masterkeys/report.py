@@ -1,0 +1,170 @@
+"""How well the kernels of a converted model are met by its keys."""
+
+import json
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from .errors import ConversionError
+from .layers import MasterKeyConv2d
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """The fit of one layer. R^2 is over kernels that have a shape: constant ones are met exactly and only counted.
+
+    Attributes:
+        name: Module name.
+        kernel_size: (height, width).
+        channels: Kernels, the output channels.
+        keys_per_kernel: Keys per kernel.
+        constant: Kernels that are constant or all zero.
+        mean_r2: Mean R^2, in [0, 1].
+        median_r2: Median R^2.
+        worst_r2: Smallest R^2.
+        above_50: Share of kernels with R^2 above 0.5.
+        above_90: Share of kernels with R^2 above 0.9.
+        key_histogram: How many kernels have each key of the bank as their first, by index in the bank.
+    """
+
+    name: str
+    kernel_size: tuple[int, int]
+    channels: int
+    keys_per_kernel: int
+    constant: int
+    mean_r2: float
+    median_r2: float
+    worst_r2: float
+    above_50: float
+    above_90: float
+    key_histogram: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """The fit of a converted model; ``str()`` is a table, ``to_json()`` the same as JSON.
+
+    Attributes:
+        bank: Name of the bank (names, if layers differ).
+        layers: One LayerReport a converted layer.
+        total: All kernels together.
+        trainable_before: Trainable parameters of the model with ordinary, trainable depthwise kernels.
+        trainable_after: Trainable parameters now.
+        stored_before: Numbers stored for the ordinary model's parameters.
+        stored_after: Numbers stored now: other parameters, key indices, scales, shifts and the keys themselves.
+    """
+
+    bank: str
+    layers: tuple[LayerReport, ...]
+    total: LayerReport
+    trainable_before: int
+    trainable_after: int
+    stored_before: int
+    stored_after: int
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        width = max(len(layer.name) for layer in (*self.layers, self.total))
+        counts = max(len(str(n)) for n in self.total.key_histogram)
+        keys = " ".join(f"{'k' + str(i + 1):>{counts}}" for i in range(len(self.total.key_histogram)))
+        lines = [
+            f"{'layer':<{width}}  kernel  channels  keys  mean R2  median  worst  R2>.5  R2>.9  {keys}",
+        ]
+        for layer in (*self.layers, self.total):
+            size = "x".join(map(str, layer.kernel_size)) if layer.kernel_size[0] else ""
+            each = str(layer.keys_per_kernel) if layer.keys_per_kernel else ""
+            histogram = " ".join(f"{n:>{counts}}" for n in layer.key_histogram)
+            lines.append(
+                f"{layer.name:<{width}}  {size:>6}  {layer.channels:>8,}  {each:>4}  {layer.mean_r2:>7.3f}  "
+                f"{layer.median_r2:>6.3f}  {layer.worst_r2:>5.3f}  {layer.above_50:>5.0%}  {layer.above_90:>5.0%}  "
+                f"{histogram}"
+            )
+        if self.total.constant:
+            lines.append(f"{self.total.constant:,} kernels are constant: met exactly, not in the R2 above")
+        lines.append(
+            f"bank {self.bank}; parameters: trainable {self.trainable_before:,} -> {self.trainable_after:,}, "
+            f"stored {self.stored_before:,} -> {self.stored_after:,}"
+        )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def conversion_report(model: nn.Module) -> ConversionReport:
+    """How well each converted layer of a model meets the kernels it was made from.
+
+    R^2 is that of the projection; it does not follow later training. Layers drawn from the bank count as 1.
+
+    Args:
+        model: A converted model. Not changed.
+
+    Raises:
+        ConversionError: The model holds no MasterKeyConv2d, or it is on the meta device.
+
+    Example:
+        >>> report = conversion_report(model)
+        >>> print(report)
+        >>> report.total.mean_r2
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)]
+    if not layers:
+        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d. Convert it first: convert_to_masterkeys.")
+    if any(layer.keys.is_meta for _, layer in layers):
+        raise ConversionError("The model is on the meta device, its kernels have no values. Load weights first.")
+    bins = max(len(layer.bank) for _, layer in layers)
+    rows, everything = [], []
+    for name, layer in layers:
+        index = layer.key_index[:, 0].cpu()
+        first = torch.tensor(layer.bank.kept(layer.kernel_size))[index]  # type: ignore[arg-type]
+        constant = layer.scale.view(layer.out_channels, -1).eq(0).all(1).cpu()
+        values = (layer.r2.float().cpu(), constant, first)
+        rows.append(_row(name, layer.kernel_size, layer.keys_per_kernel, bins, *values))  # type: ignore[arg-type]
+        everything.append(values)
+    total = _row("total", (0, 0), 0, bins, *(torch.cat(parts) for parts in zip(*everything, strict=True)))
+
+    stored = sum(p.numel() for p in model.parameters())
+    own = sum(p.numel() for _, layer in layers for n, p in layer.named_parameters(recurse=False) if n != "bias")
+    kernels = sum(layer.out_channels * layer.keys[0].numel() for _, layer in layers)
+    compact = sum(t.numel() for _, layer in layers for t in (layer.keys, layer.key_index, layer.scale, layer.shift))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    own_trainable = sum(
+        p.numel() for _, layer in layers for n, p in layer.named_parameters(recurse=False) if n != "bias" and p.requires_grad
+    )
+    return ConversionReport(
+        bank=", ".join(sorted({layer.bank.name for _, layer in layers})),
+        layers=tuple(rows),
+        total=total,
+        trainable_before=trainable - own_trainable + kernels,
+        trainable_after=trainable,
+        stored_before=stored - own + kernels,
+        stored_after=stored - own + compact,
+    )
+
+
+def _row(
+    name: str,
+    kernel_size: tuple[int, int],
+    keys_per_kernel: int,
+    bins: int,
+    r2: torch.Tensor,
+    constant: torch.Tensor,
+    first: torch.Tensor,
+) -> LayerReport:
+    shaped = r2[~constant]
+    shaped = shaped if len(shaped) else r2.new_ones(1)
+    return LayerReport(
+        name,
+        kernel_size,
+        len(r2),
+        keys_per_kernel,
+        int(constant.sum()),
+        float(shaped.mean()),
+        float(shaped.median()),
+        float(shaped.min()),
+        float((shaped > 0.5).float().mean()),
+        float((shaped > 0.9).float().mean()),
+        tuple(torch.bincount(first[~constant], minlength=bins).tolist()),
+    )

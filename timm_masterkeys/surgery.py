@@ -1,0 +1,307 @@
+"""Finds the depthwise convolutions of a model, converts them, fuses them back."""
+
+import copy
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+from timm.layers import Conv2dSame
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from tqdm.auto import tqdm
+
+from .banks import DEFAULT_BANK, KeyBank, get_bank
+from .errors import BankError, CheckpointError, ConversionError, ProjectionError
+from .layers import MasterKeyConv2d, Trainable, check_trainable
+from .projection import check_keys_per_kernel
+
+_logger = logging.getLogger(__name__)
+
+Bank = str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray
+Patterns = str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One convolution of a model: will be converted if ``reason`` is empty, else why not."""
+
+    name: str
+    kind: str
+    kernel_size: tuple[int, ...]
+    in_channels: int
+    out_channels: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Every convolution of a model and what conversion would do with it; ``str()`` is a table."""
+
+    layers: tuple[PlannedLayer, ...]
+
+    @property
+    def converted(self) -> tuple[PlannedLayer, ...]:
+        """The layers that would be converted."""
+        return tuple(layer for layer in self.layers if not layer.reason)
+
+    @property
+    def skipped(self) -> tuple[PlannedLayer, ...]:
+        """The layers that would stay as they are."""
+        return tuple(layer for layer in self.layers if layer.reason)
+
+    def __str__(self) -> str:
+        name = max([len(layer.name) for layer in self.layers] + [5])
+        kind = max([len(layer.kind) for layer in self.layers] + [4])
+        lines = [f"{'layer':<{name}}  {'type':<{kind}}  {'kernel':>7}  {'channels':>12}  action"]
+        for layer in self.layers:
+            channels = f"{layer.in_channels} -> {layer.out_channels}"
+            action = f"skip: {layer.reason}" if layer.reason else "convert"
+            lines.append(f"{layer.name:<{name}}  {layer.kind:<{kind}}  {_size(layer):>7}  {channels:>12}  {action}")
+        kernels = sum(layer.out_channels for layer in self.converted)
+        lines.append(f"{len(self.converted)} of {len(self.layers)} convolutions to convert, {kernels:,} kernels")
+        return "\n".join(lines)
+
+
+def plan_conversion(
+    model: nn.Module, bank: Bank = DEFAULT_BANK, *, include: Patterns = None, exclude: Patterns = None
+) -> ConversionPlan:
+    """Lists every convolution of a model: converted, or skipped and why. A dry run: nothing is changed.
+
+    Args:
+        model: Any module.
+        bank: Anything ``get_bank`` takes.
+        include: fnmatch pattern(s) on module names; only layers that match one are converted.
+        exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
+
+    Raises:
+        BankError: No such bank.
+        ConversionError: A pattern that matches no depthwise convolution.
+
+    Example:
+        >>> print(plan_conversion(timm.create_model("convnext_atto"), exclude="stages.0.*"))
+    """
+    bank = get_bank(bank)
+    include, exclude = _patterns(include), _patterns(exclude)
+    convs = [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvNd)]
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), name)
+
+    reasons = {name: _obstacle(name, conv, bank, owners) for name, conv in convs}
+    candidates = [name for name, reason in reasons.items() if not reason]
+    for pattern in (*include, *exclude):
+        if not any(fnmatchcase(name, pattern) for name in candidates):
+            shown = ", ".join(candidates[:3]) + (", ..." if len(candidates) > 3 else "")
+            raise ConversionError(
+                f"Pattern '{pattern}' matches none of the {len(candidates)} depthwise convolutions ({shown or 'none'})."
+            )
+    for name in candidates:
+        hit = next((pattern for pattern in exclude if fnmatchcase(name, pattern)), None)
+        if include and not any(fnmatchcase(name, pattern) for pattern in include):
+            reasons[name] = "not included"
+        elif hit:
+            reasons[name] = f"excluded by '{hit}'"
+    return ConversionPlan(
+        tuple(
+            PlannedLayer(
+                name, type(conv).__name__, tuple(conv.kernel_size), conv.in_channels, conv.out_channels, reasons[name]
+            )
+            for name, conv in convs
+        )
+    )
+
+
+def convert_to_masterkeys(
+    model: nn.Module,
+    bank: Bank = DEFAULT_BANK,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    keys_per_kernel: int = 1,
+    trainable: Trainable = "shift",
+    inplace: bool = False,
+) -> nn.Module:
+    """Replaces the depthwise convolutions of a model by MasterKeyConv2d, kernels projected on the nearest keys.
+
+    Everything else survives as it is: other layers, hooks, training mode, requires_grad, dtype, device, and modules
+    used in several places. One-shot conversion costs accuracy, of compact networks nearly all of it: read
+    ``conversion_report(model)``, then calibrate or fine-tune. Layers converted before are left alone, so several calls
+    can give different layers different settings; a call that finds nothing left to convert is refused.
+
+    Args:
+        model: Any module that holds depthwise ``nn.Conv2d`` or timm ``Conv2dSame``.
+        bank: Anything ``get_bank`` takes.
+        include: fnmatch pattern(s) on module names; only layers that match one are converted.
+        exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
+        keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where fewer have a shape.
+        trainable: What of each kernel trains afterwards: "none", "shift" (as in the paper) or "affine".
+        inplace: Change ``model`` itself; else a deep copy is converted and ``model`` stays as it is.
+
+    Returns:
+        The converted model (``model`` itself if inplace; a model that is itself a convolution gives a new layer).
+
+    Raises:
+        BankError: No such bank.
+        ProjectionError: NaN or Inf in a kernel (named by layer and channel), or keys_per_kernel out of range.
+        ConversionError: Nothing to convert, a pattern that matches nothing, or an unknown ``trainable``.
+        In every case ``model`` is left as it was.
+
+    Example:
+        >>> model = convert_to_masterkeys(timm.create_model("convnext_tiny", pretrained=True))
+        >>> print(conversion_report(model))
+    """
+    return _convert(model, bank, include, exclude, keys_per_kernel, trainable, inplace, fit=True)
+
+
+def initialize_masterkeys(
+    model: nn.Module,
+    bank: Bank = DEFAULT_BANK,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    keys_per_kernel: int = 1,
+    trainable: Trainable = "shift",
+    inplace: bool = False,
+) -> nn.Module:
+    """As ``convert_to_masterkeys``, for training from scratch: keys are drawn, the model's kernels are not fitted.
+
+    Keys are drawn uniformly from torch's generator, scaled to the mean norm of each layer's own kernels, shift 0.
+    Arguments, returns and errors as for ``convert_to_masterkeys``.
+
+    Example:
+        >>> torch.manual_seed(0)
+        >>> model = initialize_masterkeys(timm.create_model("convnext_atto", num_classes=10))
+    """
+    return _convert(model, bank, include, exclude, keys_per_kernel, trainable, inplace, fit=False)
+
+
+def fuse_masterkeys(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Replaces every MasterKeyConv2d by the ordinary convolution with its kernels; outputs are equal bit for bit.
+
+    Args:
+        model: A converted model.
+        inplace: Change ``model`` itself; else a deep copy is fused and ``model`` stays as it is.
+
+    Raises:
+        ConversionError: The model holds no MasterKeyConv2d.
+
+    Example:
+        >>> dense = fuse_masterkeys(model)
+        >>> torch.onnx.export(dense, (x,), "model.onnx")
+    """
+    if not any(isinstance(module, MasterKeyConv2d) for module in model.modules()):
+        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: there is nothing to fuse.")
+    if not inplace:
+        model = copy.deepcopy(model)
+    for key, hook in list(model._load_state_dict_pre_hooks.items()):
+        if getattr(hook, "hook", None) is _check_before_loading:
+            del model._load_state_dict_pre_hooks[key]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
+    return _replace(model, {name: layer.fuse() for name, layer in layers.items()})
+
+
+def _convert(
+    model: nn.Module,
+    bank: Bank,
+    include: Patterns,
+    exclude: Patterns,
+    keys_per_kernel: int,
+    trainable: Trainable,
+    inplace: bool,
+    fit: bool,
+) -> nn.Module:
+    bank = get_bank(bank)
+    check_trainable(trainable)
+    check_keys_per_kernel(keys_per_kernel, bank)
+    plan = plan_conversion(model, bank, include=include, exclude=exclude)
+    if not plan.converted:
+        raise ConversionError(_nothing_to_convert(model, plan))
+    if not inplace:
+        model = copy.deepcopy(model)
+    layers: dict[str, nn.Module] = {}
+    for planned in tqdm(plan.converted, desc="masterkeys", unit="layer", delay=2, leave=False, disable=None):
+        conv: Any = model.get_submodule(planned.name)
+        try:
+            layers[planned.name] = MasterKeyConv2d.from_conv(conv, bank, keys_per_kernel, trainable, fit=fit)
+        except ProjectionError as error:
+            raise ProjectionError(f"{planned.name or type(conv).__name__}: {error}") from None
+    _logger.info("Converted %d depthwise convolutions to bank %s.", len(layers), bank.name)
+    model = _replace(model, layers)
+    if not isinstance(model, MasterKeyConv2d):
+        model.register_load_state_dict_pre_hook(_check_before_loading)
+    return model
+
+
+def _replace(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
+    """Puts layers in the places of the named modules, in every place where one is used. Returns the model."""
+    new = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in new:
+            if not name:
+                return new[id(module)]
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new[id(module)])
+    return model
+
+
+def _check_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Refuses a checkpoint that does not fit before any layer, converted or not, has been touched."""
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, MasterKeyConv2d)]
+    problems = [p for name, layer in layers for p in layer.check_state_dict(state_dict, f"{prefix}{name}.")]
+    if problems:
+        more = f"\n... and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            "The checkpoint does not fit the converted model; nothing was loaded.\n" + "\n".join(problems[:5]) + more
+        )
+
+
+def _obstacle(name: str, conv: nn.Module, bank: KeyBank, owners: dict[int, str]) -> str:
+    """Why a convolution cannot be converted; empty if it can."""
+    if isinstance(conv, MasterKeyConv2d):
+        return f"converted already (bank {conv.bank.name})"
+    if not isinstance(conv, nn.Conv2d):
+        return "not a Conv2d"
+    if not conv.in_channels == conv.groups > 1:
+        return f"not depthwise (groups {conv.groups})"
+    if max(conv.kernel_size) == 1:
+        return "1x1 kernel has no spatial structure"
+    if "weight" not in conv._parameters:
+        return "its weight is computed (a parametrization)"
+    if type(conv) not in (nn.Conv2d, Conv2dSame):
+        return "a subclass with a rule of its own"
+    owner = owners[id(conv.weight)]
+    if owner != name:
+        return f"shares its weight with {owner}"
+    try:
+        bank.keys_for(conv.kernel_size)  # type: ignore[arg-type]  # nn.Conv2d's is (int, int)
+    except BankError as error:
+        return str(error)
+    return ""
+
+
+def _nothing_to_convert(model: nn.Module, plan: ConversionPlan) -> str:
+    found = Counter(layer.reason for layer in plan.layers)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in found.most_common(4)) or "no convolution at all"
+    return (
+        f"{type(model).__name__} has nothing to convert. Looked for Conv2d with groups == in_channels > 1 and a kernel "
+        f"larger than 1x1; found {reasons}. plan_conversion(model) lists them all; fuse_masterkeys(model) undoes a "
+        "conversion."
+    )
+
+
+def _patterns(patterns: Patterns) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+
+
+def _size(layer: PlannedLayer) -> str:
+    return "x".join(map(str, layer.kernel_size))
+
+
