@@ -1,9 +1,16 @@
 """Master key filters for timm: depthwise kernels as affine images of a few frozen keys."""
 
+from importlib.metadata import version
+
+__version__ = version("timm_masterkeys")
+
 from .banks import KeyBank, get_bank, list_banks
+from .checkpoint import load_compact, save_compact
 from .errors import BankError, CheckpointError, ConversionError, MasterKeysError, ProjectionError
+from .hub import save_pretrained
 from .layers import MasterKeyConv2d
 from .projection import Projection, project_kernels
+from .registry import list_architectures, register_names
 from .report import ConversionReport, LayerReport, conversion_report
 from .surgery import (
     ConversionPlan,
@@ -13,3 +20,33 @@ from .surgery import (
     initialize_masterkeys,
     plan_conversion,
 )
+
+__all__ = [
+    "BankError",
+    "CheckpointError",
+    "ConversionError",
+    "ConversionPlan",
+    "ConversionReport",
+    "KeyBank",
+    "LayerReport",
+    "MasterKeyConv2d",
+    "MasterKeysError",
+    "PlannedLayer",
+    "Projection",
+    "ProjectionError",
+    "conversion_report",
+    "convert_to_masterkeys",
+    "fuse_masterkeys",
+    "get_bank",
+    "initialize_masterkeys",
+    "list_architectures",
+    "list_banks",
+    "load_compact",
+    "plan_conversion",
+    "project_kernels",
+    "register_names",
+    "save_compact",
+    "save_pretrained",
+]
+
+register_names()

@@ -120,7 +120,8 @@ class KeyBank:
         return dict(self._at(kernel_size)[2])
 
     def _at(self, kernel_size: tuple[int, int]) -> tuple[np.ndarray, list[int], dict[int, str]]:
-        if len(kernel_size) != 2 or min(kernel_size) < 1 or max(kernel_size) < 2:
+        whole = np.shape(kernel_size) == (2,) and np.asarray(kernel_size).dtype.kind in "iu"
+        if not whole or min(kernel_size) < 1 or max(kernel_size) < 2:
             raise BankError(f"No keys for kernel size {kernel_size}: expected (height, width) with more than one tap.")
         (height, width), (own_height, own_width) = kernel_size, self.keys.shape[1:]
         keys = _fold(own_height, height) @ _normalised(self.keys)[0] @ _fold(own_width, width).T
@@ -210,6 +211,8 @@ def get_bank(bank: "str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray
         return _babaiee2025()
     control = re.fullmatch(r"random8:(\d+)", name)
     if control:
+        if int(control[1]) >= 2**32:
+            raise BankError(f"Bank '{name}' has a seed too large for numpy, expected less than {2**32}.")
         keys = np.random.RandomState(int(control[1])).standard_normal((8, 7, 7))  # a stream numpy has frozen for good
         return KeyBank(name, keys, source=f"Gaussian random numbers, seed {control[1]}", licence="cc0-1.0")
     if name.endswith(".safetensors"):

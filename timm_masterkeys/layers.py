@@ -197,6 +197,7 @@ class MasterKeyConv2d(nn.Conv2d):
             if self.bias is not None:
                 bound = self.keys[0].numel() ** -0.5
                 nn.init.uniform_(self.bias, -bound, bound)
+        self.keys.copy_(self.bank.keys_for(self.kernel_size))  # type: ignore[arg-type]  # empty after meta, to_empty()
         draw = torch.rand(self.out_channels, len(self.keys), device=self.keys.device)
         self.key_index.copy_(draw.topk(self.keys_per_kernel).indices)
         norm = (weight - weight.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1).mean()
@@ -290,9 +291,12 @@ class MasterKeyConv2d(nn.Conv2d):
                 f"{here}keys: the checkpoint was made with another bank than '{self.bank.name}'. "
                 "Convert with its bank, or load its dense weights."
             )
-        index = state_dict[prefix + "key_index"]
-        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < len(own_keys)):
-            problems.append(f"{here}key_index: holds {int(index.min())} to {int(index.max())}, the bank has {len(own_keys)} keys.")
+        index = state_dict[prefix + "key_index"].cpu().double()
+        rows = index.round()
+        if not float((index - rows).abs().max()) < 0.05:  # rounding when averaged is less; NaN is refused too
+            problems.append(f"{here}key_index: holds fractions or NaN; only checkpoints of one conversion can be averaged.")
+        elif not (0 <= int(rows.min()) and int(rows.max()) < len(own_keys)):
+            problems.append(f"{here}key_index: holds {int(rows.min())} to {int(rows.max())}, the bank has {len(own_keys)} keys.")
         return problems
 
     def _load_from_state_dict(
@@ -313,7 +317,8 @@ class MasterKeyConv2d(nn.Conv2d):
         assign = local_metadata.get("assign_to_params_buffers", False)
         dense = entries.pop(prefix + "weight", None)
         if dense is not None:
-            projection = project_kernels(dense, self.bank, self.keys_per_kernel)
+            dtype = dense.dtype if assign else torch.promote_types(dense.dtype, self.keys.dtype)
+            projection = project_kernels(dense.to(dtype), self.bank, self.keys_per_kernel)
             entries |= {
                 prefix + "key_index": projection.key_index,
                 prefix + "scale": projection.scale.flatten(),
@@ -321,11 +326,12 @@ class MasterKeyConv2d(nn.Conv2d):
                 prefix + "r2": projection.r2,
             }
         if prefix + "scale" in entries:
-            # The bank's own digits, never a rounded copy of them from a half-precision or averaged checkpoint.
+            # Keys rounded to half precision, or none at all in a dense file: the bank's own digits instead.
             target = entries[prefix + "scale"] if assign else self.keys
-            own_keys = self.bank.keys_for(self.kernel_size)  # type: ignore[arg-type]
-            entries[prefix + "keys"] = own_keys.to(target.device, target.dtype)
-            entries[prefix + "key_index"] = entries[prefix + "key_index"].long()
+            if getattr(entries.get(prefix + "keys"), "dtype", None) != target.dtype:
+                own_keys = self.bank.keys_for(self.kernel_size)  # type: ignore[arg-type]
+                entries[prefix + "keys"] = own_keys.to(target.device, target.dtype)
+            entries[prefix + "key_index"] = entries[prefix + "key_index"].round().long()
         super()._load_from_state_dict(
             entries, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -10,6 +10,7 @@ from .banks import KeyBank, get_bank
 from .errors import ProjectionError
 
 _TIE = 1e-12  # correlations closer than this, relative to the largest, are a tie: the lower index wins
+_DEPENDENT = 1e-6  # a key of which less than this lies outside the span of the keys before it adds nothing but rounding
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def project_kernels(
 
 def check_keys_per_kernel(keys_per_kernel: int, bank: KeyBank) -> None:
     """Raises ProjectionError unless ``keys_per_kernel`` is a whole number from 1 to the number of keys in the bank."""
-    if not isinstance(keys_per_kernel, int) or not 1 <= keys_per_kernel <= len(bank):
+    whole = isinstance(keys_per_kernel, int) and not isinstance(keys_per_kernel, bool)
+    if not whole or not 1 <= keys_per_kernel <= len(bank):
         raise ProjectionError(
             f"keys_per_kernel is {keys_per_kernel!r}, expected a whole number from 1 to {len(bank)}, the keys in '{bank.name}'."
         )
@@ -106,30 +108,32 @@ def _matching_pursuit(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Orthogonal matching pursuit of (C, n) zero-mean kernels over (K, n) unit keys -> index, scale (C, steps), residual.
 
-    A kernel that is met exactly before the last step takes its remaining keys, lowest index first, with scale 0.
+    A kernel that is met exactly before the last step takes its remaining keys, lowest index first, with scale 0. A key
+    that depends on those already chosen has scale 0 as well.
     """
-    count = len(kernels)
-    floor = kernels.norm(dim=1) * kernels.shape[1] * torch.finfo(kernels.dtype).eps
+    count, taps = kernels.shape
+    floor = kernels.norm(dim=1, keepdim=True) * taps * torch.finfo(kernels.dtype).eps
     index = torch.zeros(count, 0, dtype=torch.long, device=kernels.device)
     needed = torch.zeros(count, 0, dtype=torch.bool, device=kernels.device)
-    scale = kernels.new_zeros(count, 0)
+    basis = kernels.new_zeros(count, 0, taps)  # the chosen keys, orthonormal; zeros for one that is not needed
     free = torch.ones(count, len(keys), dtype=torch.bool, device=kernels.device)
     residual = kernels
     for _ in range(steps):
         match = (residual @ keys.T).abs()
-        match[match <= floor[:, None]] = 0
+        match[match <= floor] = 0
         match = match.masked_fill(~free, -1)
         best = match.amax(1, keepdim=True)
         chosen = (match >= best * (1 - _TIE)).to(torch.uint8).argmax(1, keepdim=True)
         free.scatter_(1, chosen, False)
         index = torch.cat([index, chosen], 1)
-        needed = torch.cat([needed, best > 0], 1)
-        if index.shape[1] == 1:
-            nearest = keys[chosen[:, 0]]
-            scale = (kernels * nearest).sum(1, keepdim=True) / nearest.square().sum(1, keepdim=True) * needed
-        else:
-            basis = keys[index] * needed[:, :, None]
-            gram = basis @ basis.mT + torch.diag_embed((~needed).to(basis.dtype))
-            scale = torch.linalg.solve(gram, basis @ kernels[:, :, None])[:, :, 0]
-        residual = kernels - torch.einsum("cj,cjn->cn", scale, keys[index])
+        fresh = keys[chosen].mT
+        for _ in range(2):  # Gram-Schmidt; twice is enough
+            fresh = fresh - basis.mT @ (basis @ fresh)
+        length = fresh.norm(dim=1)
+        needed = torch.cat([needed, (best > 0) & (length > _DEPENDENT)], 1)
+        basis = torch.cat([basis, (fresh / length[:, :, None]).mT.where(needed[:, -1:, None], 0)], 1)
+        residual = kernels - (basis.mT @ (basis @ kernels[:, :, None]))[:, :, 0]
+    triangle = (basis @ keys[index].mT).triu() + torch.diag_embed((~needed).to(keys.dtype))
+    scale = torch.linalg.solve_triangular(triangle, basis @ kernels[:, :, None], upper=True)[:, :, 0]
+    residual = kernels - torch.einsum("cj,cjn->cn", scale, keys[index])
     return index, scale, residual

@@ -119,7 +119,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     for name, layer in layers:
         index = layer.key_index[:, 0].cpu()
         first = torch.tensor(layer.bank.kept(layer.kernel_size))[index]  # type: ignore[arg-type]
-        constant = layer.scale.view(layer.out_channels, -1).eq(0).all(1).cpu()
+        constant = (layer.scale.view(layer.out_channels, -1).eq(0).all(1) & layer.r2.eq(1)).cpu()
         values = (layer.r2.float().cpu(), constant, first)
         rows.append(_row(name, layer.kernel_size, layer.keys_per_kernel, bins, *values))  # type: ignore[arg-type]
         everything.append(values)
@@ -162,7 +162,7 @@ def _row(
         keys_per_kernel,
         int(constant.sum()),
         float(shaped.mean()),
-        float(shaped.median()),
+        float(shaped.quantile(0.5)),
         float(shaped.min()),
         float((shaped > 0.5).float().mean()),
         float((shaped > 0.9).float().mean()),

@@ -201,11 +201,12 @@ def fuse_masterkeys(model: nn.Module, inplace: bool = False) -> nn.Module:
         raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: there is nothing to fuse.")
     if not inplace:
         model = copy.deepcopy(model)
-    for key, hook in list(model._load_state_dict_pre_hooks.items()):
-        if getattr(hook, "hook", None) is _check_before_loading:
-            del model._load_state_dict_pre_hooks[key]
+    for module in model.modules():
+        for key, hook in list(module._load_state_dict_pre_hooks.items()):
+            if getattr(hook, "hook", None) is _check_before_loading:
+                del module._load_state_dict_pre_hooks[key]
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
-    return _replace(model, {name: layer.fuse() for name, layer in layers.items()})
+    return replace_layers(model, {name: layer.fuse() for name, layer in layers.items()})
 
 
 def _convert(
@@ -234,14 +235,21 @@ def _convert(
         except ProjectionError as error:
             raise ProjectionError(f"{planned.name or type(conv).__name__}: {error}") from None
     _logger.info("Converted %d depthwise convolutions to bank %s.", len(layers), bank.name)
-    model = _replace(model, layers)
-    if not isinstance(model, MasterKeyConv2d):
-        model.register_load_state_dict_pre_hook(_check_before_loading)
-    return model
+    return replace_layers(model, layers)
 
 
-def _replace(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
-    """Puts layers in the places of the named modules, in every place where one is used. Returns the model."""
+def replace_layers(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
+    """Puts layers in the places of the named modules, in every place where one is used. In place.
+
+    Loading a checkpoint that does not fit the converted layers is refused from then on before anything is loaded.
+
+    Args:
+        model: Any module.
+        layers: New modules by the name of the module they replace.
+
+    Returns:
+        The model, or the new layer if the model itself is replaced.
+    """
     new = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in new:
@@ -249,12 +257,15 @@ def _replace(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
                 return new[id(module)]
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, new[id(module)])
+    if any(isinstance(layer, MasterKeyConv2d) for layer in layers.values()):
+        model.register_load_state_dict_pre_hook(_check_before_loading)
     return model
 
 
 def _check_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Refuses a checkpoint that does not fit before any layer, converted or not, has been touched."""
-    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, MasterKeyConv2d)]
+    modules = module.named_modules(remove_duplicate=False)
+    layers = [(name, layer) for name, layer in modules if isinstance(layer, MasterKeyConv2d)]
     problems = [p for name, layer in layers for p in layer.check_state_dict(state_dict, f"{prefix}{name}.")]
     if problems:
         more = f"\n... and {len(problems) - 5} more" if len(problems) > 5 else ""

@@ -1,0 +1,689 @@
+"""A small Hugging Face Hub on loopback, for tests that drive the real ``huggingface_hub`` and timm in subprocesses.
+
+    with HubServer() as hub:
+        hub.add_repo("timm/base", {"config.json": b"{}", "model.safetensors": weights})
+        hub.drop(("POST", r"/commit/"), when="after")                    # the commit is made, its answer is lost
+        subprocess.run([sys.executable, "-c", CODE], env=hub.env(tmp_path, hub.token("alice")), check=True)
+        assert hub.repos["alice/model"].head().files["config.json"] == b"{}"
+        assert hub.count("PUT", r"/lfs/") == 1 and not hub.leaks
+
+There are two origins, as on the real Hub: the API, and the storage where LFS files go to and come from. Everything is
+held in memory, in plain dataclasses, and follows from what was sent: no clock, no random number.
+"""
+
+import base64
+import json
+import os
+import re
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from email.message import Message
+from hashlib import sha1, sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import parse_qs, quote, unquote
+
+Match = tuple[str, str]  # regular expressions: the whole method ("GET|HEAD"), any part of the path with its query
+
+ASIDE = "/api/agent-harnesses"  # asked for at most once a home, whatever the call: neither logged nor made to fail
+LFS_SUFFIXES = (".bin", ".npz", ".onnx", ".pt", ".pth", ".safetensors")
+LICENSES = frozenset(
+    "afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 cc cc-by-2.0 "
+    "cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 "
+    "cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 gpl gpl-2.0 "
+    "gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 mit mpl-2.0 openrail other unknown unlicense wtfpl zlib".split()
+)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A snapshot of a repository: all its files, and which of them are stored as LFS objects."""
+
+    sha: str
+    files: dict[str, bytes]
+    message: str
+    description: str = ""
+    author: str = "system"
+    lfs: frozenset[str] = frozenset()
+
+
+@dataclass
+class Repo:
+    """A model repository; ``branches`` also holds the pull requests ("refs/pr/1"), the oldest commit comes first."""
+
+    id: str
+    private: bool = False
+    branches: dict[str, list[Commit]] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)  # LFS content by sha256, committed or not
+
+    def head(self, branch: str = "main") -> Commit:
+        """The last commit of a branch."""
+        return self.branches[branch][-1]
+
+    def make(self, history: Sequence[Commit], files: dict[str, bytes], message: str, **fields: Any) -> Commit:
+        """A commit on top of ``history``, named by a hash of all that it is made of."""
+        parts = [self.id, history[-1].sha if history else "", message, fields.get("author", "system")]
+        parts += [f"{path} {sha256(data).hexdigest()}" for path, data in sorted(files.items())]
+        return Commit(sha1("\n".join(parts).encode()).hexdigest(), files, message, **fields)
+
+
+@dataclass
+class Request:
+    """A request as it came, with some of its headers; ``status`` is 0 where the connection was closed instead."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    status: int
+    origin: str
+    size: int
+    fault: str = ""
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next ``times`` requests that match (None: with all of them); ``hits`` counts them."""
+
+    kind: Literal["fail", "before", "after", "stall", "truncate", "alter"]
+    match: Match
+    times: int | None
+    status: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    reset: bool = False
+    change: Callable[[bytes], bytes] = bytes
+    hits: int = 0
+
+
+@dataclass(frozen=True)
+class Token:
+    """Who a token stands for, and what it allows: "write" or "read"."""
+
+    user: str
+    role: str
+
+
+class HubServer:
+    """The Hub, which serves while this context manager is open.
+
+    Args:
+        users: Names; each has the tokens ``token(name)`` and ``token(name, "read")``.
+        orgs: Organisations, and the users that may write to them.
+
+    Attributes:
+        repos: What is stored, by id.
+        requests: All requests, in the order of their answers.
+        lfs_size: A file above this size is LFS whatever its name.
+    """
+
+    def __init__(
+        self, users: Sequence[str] = ("alice", "bob"), orgs: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        self.tokens = {self.token(user, role): Token(user, role) for user in users for role in ("write", "read")}
+        self.orgs = dict(orgs if orgs is not None else {"lab": ("alice",)})
+        self.repos: dict[str, Repo] = {}
+        self.requests: list[Request] = []
+        self.faults: list[Fault] = []
+        self.errors: list[BaseException] = []  # of the server itself; raised when it is closed
+        self.lfs_size = 10 * 2**20
+        self.lock = threading.RLock()
+        self.closed = threading.Event()
+
+    def __enter__(self) -> "HubServer":
+        self._servers = [_Server(self, origin) for origin in ("hub", "storage")]
+        self.url, self.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        for server in self._servers:
+            server.thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.closed.set()
+        for server in self._servers:
+            server.shutdown()
+            server.thread.join()
+            server.server_close()
+        if self.errors and kind is None:
+            raise self.errors[0]
+
+    def token(self, user: str, role: str = "write") -> str:
+        """The token of a user."""
+        return f"hf_{user}_{role}"
+
+    def env(self, home: Path, token: str | None = None, **extra: str) -> dict[str, str]:
+        """The environment of a client: this Hub, a home of its own, a token or none, no proxy, no Xet."""
+        kept = {k: v for k, v in os.environ.items() if not re.match(r"HF_|HUGGING|.*_proxy$", k, re.IGNORECASE)}
+        kept |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home)} | ({"HF_TOKEN": token} if token else {})
+        switches = ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS")
+        return kept | dict.fromkeys(switches, "1") | extra
+
+    def add_repo(self, repo_id: str, files: Mapping[str, bytes] | None = None, private: bool = False) -> Repo:
+        """Creates a repository as the site does, with a ``.gitattributes``, then commits ``files`` if there are any."""
+        attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
+        repo = self.repos[repo_id] = Repo(repo_id, private)
+        history = repo.branches["main"] = [repo.make([], {".gitattributes": attributes}, "initial commit")]
+        if files:
+            lfs = frozenset(path for path, data in files.items() if self.is_lfs(path, len(data)))
+            repo.objects |= {sha256(files[path]).hexdigest(): files[path] for path in lfs}
+            author = repo_id.split("/")[0]
+            history.append(repo.make(history, history[0].files | dict(files), "Add files", author=author, lfs=lfs))
+        return repo
+
+    def is_lfs(self, path: str, size: int) -> bool:
+        """Whether a file is stored as an LFS object."""
+        return path.endswith(LFS_SUFFIXES) or size > self.lfs_size
+
+    def fail(
+        self, match: Match, status: int = 500, times: int | None = 1, headers: Mapping[str, str] | None = None
+    ) -> Fault:
+        """Answers with an error and does no work; ``headers`` are for a ``Retry-After`` and the like."""
+        return self._add(Fault("fail", match, times, status=status, headers=headers or {}))
+
+    def drop(
+        self, match: Match, when: Literal["before", "after"] = "before", times: int | None = 1, reset: bool = False
+    ) -> Fault:
+        """Closes the connection before the work, or after it (a lost answer); ``reset`` sends a TCP reset."""
+        return self._add(Fault(when, match, times, reset=reset))
+
+    def stall(self, match: Match, seconds: float, times: int | None = 1) -> Fault:
+        """Waits before the work, at most until the server is closed."""
+        return self._add(Fault("stall", match, times, seconds=seconds))
+
+    def truncate(self, match: Match, times: int | None = 1) -> Fault:
+        """Announces the whole body, sends half of it and closes; LFS files come from ``/lfs/…&filename=``."""
+        return self._add(Fault("truncate", match, times))
+
+    def alter(self, match: Match, times: int | None = 1, change: Callable[[bytes], bytes] | None = None) -> Fault:
+        """Sends another body under the same headers; by default one bit in its middle is flipped."""
+        return self._add(Fault("alter", match, times, change=change or _flip_bit))
+
+    def _add(self, fault: Fault) -> Fault:
+        with self.lock:
+            self.faults.append(fault)
+        return fault
+
+    def take_fault(self, method: str, path: str) -> Fault | None:
+        """The first fault that is left for a request, which uses it up."""
+        with self.lock:
+            for fault in self.faults:
+                left = fault.times is None or fault.hits < fault.times
+                if left and re.fullmatch(fault.match[0], method) and re.search(fault.match[1], path):
+                    fault.hits += 1
+                    return fault
+        return None
+
+    def select(self, method: str = ".*", path: str = "", status: int | None = None) -> list[Request]:
+        """The requests with this method, this in their path, and this status."""
+        found = [r for r in list(self.requests) if re.fullmatch(method, r.method) and re.search(path, r.path)]
+        return [request for request in found if status in (None, request.status)]
+
+    def count(self, method: str = ".*", path: str = "", status: int | None = None) -> int:
+        """How many requests ``select`` finds."""
+        return len(self.select(method, path, status))
+
+    @property
+    def leaks(self) -> list[Request]:
+        """Requests that show a token where none belongs: in the path, or to the storage."""
+        in_path = self.select(path="|".join(self.tokens))
+        return in_path + [r for r in self.requests if r.origin == "storage" and "authorization" in r.headers]
+
+
+def _flip_bit(body: bytes) -> bytes:
+    middle = len(body) // 2
+    return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :] if body else body
+
+
+# ------------------------------------------------------------------------------------------------------ the transport
+@dataclass
+class Answer:
+    """What is sent back."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class HubError(Exception):
+    """A refusal, in the words of the Hub."""
+
+    def __init__(
+        self, status: int, message: str, code: str = "", headers: Mapping[str, str] | None = None, **more: Any
+    ) -> None:
+        super().__init__(message)
+        told = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}) | dict(headers or {})
+        self.answer = _json({"error": message} | more, status, told)
+
+
+def _json(data: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+    return Answer(status, json.dumps(data).encode(), {"Content-Type": "application/json"} | dict(headers or {}))
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, hub: HubServer, origin: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.hub, self.origin = hub, origin
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.02,), name=f"hub-server-{origin}")
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exc_info()[1]
+        if error is not None and not isinstance(error, ConnectionError | TimeoutError):  # clients may hang up
+            self.hub.errors.append(error)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    timeout = 60
+
+    def _serve(self) -> None:
+        hub, origin = self.server.hub, self.server.origin
+        size = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(size)
+        aside = self.path == ASIDE
+        fault = (None if aside else hub.take_fault(self.command, self.path)) or Fault("fail", ("", ""), 0)
+        kind = fault.kind if fault.hits else ""
+        if kind == "stall":
+            hub.closed.wait(fault.seconds)
+        answer = None
+        if kind == "fail":
+            page = b"<html>Bad gateway</html>" if fault.status > 500 else b'{"error": "Internal Error"}'
+            answer = Answer(fault.status, page, fault.headers)
+        elif kind != "before" and len(body) == size:
+            with hub.lock:
+                answer = _answer(Call(hub, origin, self.command, self.path, self.headers, body))
+        if kind == "alter" and answer:
+            answer = replace(answer, body=fault.change(answer.body))
+        if kind == "after":
+            answer = None
+        kept = ("authorization", "content-type", "range", "user-agent")
+        headers = {name: self.headers[name] for name in kept if name in self.headers}
+        status = answer.status if answer else 0
+        if not aside:
+            hub.requests.append(Request(self.command, self.path, headers, status, origin, len(body), kind))
+        if answer is None:
+            self._hang_up(fault.reset)
+        else:
+            self._send(answer, kind == "truncate")
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+
+    def _send(self, answer: Answer, truncate: bool) -> None:
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.body[: len(answer.body) // 2] if truncate else answer.body)
+        self.close_connection = self.close_connection or truncate
+
+    def _hang_up(self, reset: bool) -> None:
+        self.close_connection = True
+        if reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@dataclass
+class Call:
+    """A request on its way to the function that answers it."""
+
+    hub: HubServer
+    origin: str
+    method: str
+    path: str
+    headers: Message
+    body: bytes
+    args: dict[str, str] = field(default_factory=dict)  # the groups of the route's pattern, unquoted
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The first value of each parameter."""
+        return {name: values[0] for name, values in parse_qs(self.path.partition("?")[2]).items()}
+
+    @property
+    def caller(self) -> Token | None:
+        """Who asks; None without a token."""
+        header = self.headers.get("authorization", "")
+        if header and header.removeprefix("Bearer ") not in self.hub.tokens:
+            raise HubError(401, "Invalid credentials in Authorization header")
+        return self.hub.tokens[header.removeprefix("Bearer ")] if header else None
+
+    def owns(self, namespace: str) -> bool:
+        """Whether the caller is, or belongs to, a namespace."""
+        user = self.caller.user if self.caller else None
+        return user == namespace or user in self.hub.orgs.get(namespace, ())
+
+    def repo(self, need: Literal["read", "pull", "write"] = "read") -> Repo:
+        """The repository, if the caller may read it, open a pull request on it, or write to it."""
+        repo, caller = self.hub.repos.get(self.args["repo"]), self.caller
+        owner = self.owns(self.args["repo"].split("/")[0])
+        if caller is None and (need != "read" or repo is None or repo.private):
+            raise HubError(401, "Invalid username or password.", "RepoNotFound")
+        if repo is None or (repo.private and not owner):
+            raise HubError(404, "Repository not found", "RepoNotFound")
+        if need != "read" and caller is not None and caller.role != "write":
+            raise HubError(403, "Forbidden: you must use a write token to upload to a repository.")
+        if need == "write" and not owner:
+            raise HubError(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
+        return repo
+
+    def history(self, repo: Repo) -> list[Commit]:
+        """The commits up to the revision that is asked for: the branch's own list, or what led to a commit."""
+        revision = self.args.get("rev") or "main"
+        if revision in repo.branches:
+            return repo.branches[revision]
+        for history in repo.branches.values():
+            shas = [commit.sha for commit in history]
+            if revision in shas:
+                return history[: shas.index(revision) + 1]
+        raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+
+    def target(self) -> tuple[Repo, list[Commit]]:
+        """The repository and the history that an upload is for."""
+        pull = "create_pr" in self.query or self.args["rev"].startswith("refs/pr/")
+        repo = self.repo("pull" if pull else "write")
+        if self.args["rev"] not in repo.branches:
+            raise HubError(404, f"Invalid rev id: {self.args['rev']}", "RevisionNotFound")
+        return repo, repo.branches[self.args["rev"]]
+
+
+_ROUTES: list[tuple[str, re.Pattern[str], str, Callable[[Call], Answer]]] = []
+_REPO = r"(?P<repo>[^/]+/[^/]+)"
+_MODEL = rf"/api/models/{_REPO}"
+_REV = r"(?P<rev>[^/]+)"
+
+
+def _route(methods: str, pattern: str, origin: str = "hub") -> Callable[[Callable[[Call], Answer]], None]:
+    return lambda function: _ROUTES.append((methods, re.compile(pattern), origin, function))
+
+
+def _answer(call: Call) -> Answer:
+    for methods, pattern, origin, function in _ROUTES:
+        found = pattern.fullmatch(call.path.partition("?")[0])
+        if found and origin == call.origin and call.method in methods.split():
+            call.args = {name: unquote(value) for name, value in found.groupdict().items() if value is not None}
+            try:
+                return _part(function(call), call.headers.get("range", ""))
+            except HubError as error:
+                return error.answer
+    return HubError(404, f"The tests' Hub does not know {call.method} {call.path}").answer
+
+
+def _part(answer: Answer, asked: str) -> Answer:
+    """The part of a body that a Range header asks for."""
+    found = re.fullmatch(r"bytes=(\d+)-(\d*)", asked)
+    if found is None or answer.status != 200:
+        return answer
+    size, start = len(answer.body), int(found[1])
+    stop = min(int(found[2]) + 1, size) if found[2] else size
+    if start >= size:
+        return Answer(416, headers={"Content-Range": f"bytes */{size}"})
+    return Answer(206, answer.body[start:stop], {**answer.headers, "Content-Range": f"bytes {start}-{stop - 1}/{size}"})
+
+
+# ------------------------------------------------------------------------------------------------ users, repositories
+@_route("GET", ASIDE)
+def _harnesses(call: Call) -> Answer:
+    return _json({"standardEnvVars": [], "harnesses": {}})
+
+
+@_route("GET", "/api/whoami-v2")
+def _whoami(call: Call) -> Answer:
+    if call.caller is None:
+        raise HubError(401, "Invalid username or password.")
+    user, role = call.caller.user, call.caller.role
+    orgs = [{"type": "org", "name": org} for org, members in call.hub.orgs.items() if user in members]
+    auth = {"type": "access_token", "accessToken": {"displayName": "tests", "role": role}}
+    return _json({"type": "user", "id": user, "name": user, "orgs": orgs, "auth": auth})
+
+
+@_route("POST", "/api/repos/create")
+def _create_repo(call: Call) -> Answer:
+    asked = json.loads(call.body)
+    if call.caller is None:
+        raise HubError(401, "Invalid username or password.")
+    owner = asked.get("organization") or call.caller.user
+    if not call.owns(owner) or call.caller.role != "write":
+        raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
+    repo_id = f"{owner}/{asked['name']}"
+    url = f"{call.hub.url}/{repo_id}"
+    if repo_id in call.hub.repos:
+        raise HubError(409, "You already created this model repo", url=url)
+    call.hub.add_repo(repo_id, private=asked.get("visibility") == "private" or asked.get("private") is True)
+    return _json({"url": url, "name": repo_id})
+
+
+@_route("PUT", f"{_MODEL}/settings")
+def _settings(call: Call) -> Answer:
+    asked = json.loads(call.body)
+    call.repo("write").private = asked.get("visibility") == "private" or asked.get("private") is True
+    return _json({})
+
+
+@_route("GET", f"{_MODEL}/auth-check(?P<write>/write)?")
+def _auth_check(call: Call) -> Answer:
+    call.repo("write" if "write" in call.args else "read")
+    return _json({})
+
+
+@_route("POST", f"{_MODEL}/branch/(?P<name>[^/]+)")
+def _create_branch(call: Call) -> Answer:
+    repo, name = call.repo("write"), call.args["name"]
+    if name.startswith("refs/"):
+        raise HubError(400, f"Invalid reference for a branch: {name}")
+    if name in repo.branches:
+        raise HubError(409, f"Reference already exists: {name}")
+    call.args["rev"] = json.loads(call.body or b"{}").get("startingPoint", "main")
+    repo.branches[name] = list(call.history(repo))
+    return _json({})
+
+
+@_route("GET", f"{_MODEL}/refs")
+def _refs(call: Call) -> Answer:
+    refs: dict[str, list[dict[str, str]]] = {"branches": [], "pullRequests": [], "tags": [], "converts": []}
+    for name, history in call.repo().branches.items():
+        pull = name.startswith("refs/pr/")
+        ref = {"name": name, "ref": name if pull else f"refs/heads/{name}", "targetCommit": history[-1].sha}
+        refs["pullRequests" if pull else "branches"].append(ref)
+    return _json(refs)
+
+
+@_route("GET", f"{_MODEL}/commits/{_REV}")
+def _commits(call: Call) -> Answer:
+    rows = []
+    for i, commit in enumerate(call.history(call.repo())):
+        date = (datetime(2024, 1, 1) + timedelta(minutes=i)).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+        row = {"id": commit.sha, "title": commit.message, "message": commit.description, "date": date}
+        rows.append(row | {"authors": [{"user": commit.author}]})
+    return _json(rows[::-1])
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+def _blob_id(data: bytes) -> str:
+    return sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _row(commit: Commit, path: str) -> dict[str, Any]:
+    data = commit.files[path]
+    row: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": _blob_id(data)}
+    if path in commit.lfs:
+        oid = sha256(data).hexdigest()
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(data)}\n".encode()
+        lfs = {"oid": oid, "sha256": oid, "size": len(data), "pointerSize": len(pointer)}
+        row |= {"oid": _blob_id(pointer), "lfs": lfs}
+    return row
+
+
+@_route("GET", f"{_MODEL}(/revision/{_REV})?")
+def _model_info(call: Call) -> Answer:
+    repo = call.repo()
+    commit = call.history(repo)[-1]
+    rows = [_row(commit, path) for path in sorted(commit.files)]
+    siblings = [{"rfilename": row["path"]} for row in rows]
+    if "blobs" in call.query:
+        siblings = [{"rfilename": row["path"], "blobId": row["oid"], **row} for row in rows]
+    try:
+        card = _card_data(commit.files.get("README.md", b"").decode())
+    except ValueError:
+        card = {}
+    tags = [*card.get("tags", []), *([f"license:{card['license']}"] if "license" in card else [])]
+    info = {"id": repo.id, "author": repo.id.split("/")[0], "sha": commit.sha, "private": repo.private, "tags": tags}
+    info |= {name: card[name] for name in ("library_name", "pipeline_tag") if name in card}
+    return _json(info | {"siblings": siblings, "cardData": card or None})
+
+
+@_route("GET", f"{_MODEL}/tree/{_REV}")
+def _tree(call: Call) -> Answer:
+    commit = call.history(call.repo())[-1]
+    deep = call.query.get("recursive", "").lower() in ("1", "true")
+    return _json([_row(commit, path) for path in sorted(commit.files) if deep or "/" not in path])
+
+
+@_route("GET HEAD", f"/{_REPO}/resolve/{_REV}/(?P<path>.+)")
+def _resolve(call: Call) -> Answer:
+    repo, path = call.repo(), call.args["path"]
+    commit = call.history(repo)[-1]
+    headers = {"X-Repo-Commit": commit.sha}
+    if path not in commit.files:
+        raise HubError(404, "Entry not found", "EntryNotFound", headers)
+    data = commit.files[path]
+    if path not in commit.lfs:
+        return Answer(200, data, headers | {"ETag": f'"{_blob_id(data)}"'})
+    oid = sha256(data).hexdigest()
+    headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data))}
+    return Answer(302, headers=headers | {"Location": f"{_object_url(call.hub, repo, oid)}&filename={quote(path)}"})
+
+
+# --------------------------------------------------------------------------------------------------------- LFS storage
+def _object_url(hub: HubServer, repo: Repo, oid: str) -> str:
+    return f"{hub.storage_url}/lfs/{repo.id}/{oid}?signature={sha1((repo.id + oid).encode()).hexdigest()[:16]}"
+
+
+@_route("GET PUT", f"/lfs/{_REPO}/(?P<oid>[0-9a-f]+)", origin="storage")
+def _object(call: Call) -> Answer:
+    repo, oid = call.hub.repos[call.args["repo"]], call.args["oid"]
+    if "authorization" in call.headers:
+        raise HubError(400, "Only one auth mechanism allowed: the signature or the Authorization header")
+    if not _object_url(call.hub, repo, oid).endswith(f"?signature={call.query.get('signature')}"):
+        raise HubError(403, "SignatureDoesNotMatch")
+    if call.method == "GET":
+        return Answer(200, repo.objects[oid], {"Content-Type": "application/octet-stream"})
+    if sha256(call.body).hexdigest() != oid:
+        raise HubError(400, "BadDigest")
+    repo.objects[oid] = call.body
+    return Answer()
+
+
+@_route("POST", rf"/{_REPO}\.git/info/lfs/objects/batch")
+def _lfs_batch(call: Call) -> Answer:
+    asked = json.loads(call.body)
+    branch = asked.get("ref", {}).get("name", "refs/pr/")  # the client names none where it opens a pull request
+    repo = call.repo("pull" if branch.startswith("refs/pr/") else "write")
+    objects = [{"oid": thing["oid"], "size": thing["size"]} for thing in asked["objects"]]
+    for thing in objects:
+        if thing["oid"] not in repo.objects:
+            verify = {"href": f"{call.hub.url}/{repo.id}.git/info/lfs/objects/verify"}
+            thing["actions"] = {"upload": {"href": _object_url(call.hub, repo, thing["oid"])}, "verify": verify}
+    return _json({"transfer": "basic", "objects": objects})
+
+
+@_route("POST", rf"/{_REPO}\.git/info/lfs/objects/verify")
+def _lfs_verify(call: Call) -> Answer:
+    asked = json.loads(call.body)
+    if len(call.repo("pull").objects.get(asked["oid"], b"")) != asked["size"]:
+        raise HubError(404, "The object was not uploaded")
+    return _json({})
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+def _card_data(readme: str) -> dict[str, Any]:
+    """The top level of a card's front matter, as far as it is scalars and lists of them; the rest is left out."""
+    block = re.match(r"---\r?\n(.*?)^---\s*$", readme, re.DOTALL | re.MULTILINE)
+    data: dict[str, Any] = {}
+    key = ""
+    for line in block[1].splitlines() if block else ():
+        if found := re.fullmatch(r"([\w-]+):(?:\s+(.*?))?\s*", line):
+            key, value = found[1], found[2] or ""
+            inline = re.fullmatch(r"\[(.*)\]", value)
+            items = [item.strip(" '\"") for item in inline[1].split(",")] if inline else []
+            data[key] = items if inline or not value else value.strip("'\"")
+        elif (found := re.fullmatch(r"\s*- (.*)", line)) and isinstance(data.get(key), list):
+            data[key].append(found[1].strip(" '\""))
+        elif line.strip() and not (key and line[0] == " ") and line[0] != "#":
+            raise ValueError(f"bad line in the front matter: {line!r}")
+    data.pop("model-index", None)
+    return data
+
+
+@_route("POST", "/api/validate-yaml")
+def _validate_yaml(call: Call) -> Answer:
+    warnings, errors = [], []
+    try:
+        card = _card_data(json.loads(call.body)["content"])
+    except ValueError as error:
+        card, errors = {"": ""}, [str(error)]
+    if not card:
+        warnings.append("empty or missing yaml metadata in repo card")
+    if card.get("license", "unknown") not in LICENSES:
+        errors.append(f'"license" must be one of [{", ".join(sorted(LICENSES))}]')
+    bases = card.get("base_model", [])
+    for i, base in enumerate([bases] if isinstance(bases, str) else bases):
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+            errors.append(f'"base_model[{i}]" with value "{base}" is not valid. Use a model id.')
+    told = {"errors": [{"message": text} for text in errors], "warnings": [{"message": text} for text in warnings]}
+    return _json(told, 400 if errors else 200)
+
+
+@_route("POST", f"{_MODEL}/preupload/{_REV}")
+def _preupload(call: Call) -> Answer:
+    head = call.target()[1][-1]
+    rows = []
+    for file in json.loads(call.body)["files"]:
+        old, lfs = head.files.get(file["path"]), call.hub.is_lfs(file["path"], file["size"])
+        row = {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+        rows.append(row | ({} if old is None else {"oid": sha256(old).hexdigest() if lfs else _blob_id(old)}))
+    return _json({"files": rows})
+
+
+@_route("POST", f"{_MODEL}/commit/{_REV}")
+def _commit(call: Call) -> Answer:
+    (repo, history), pull = call.target(), "create_pr" in call.query
+    header, *lines = [json.loads(line) for line in call.body.splitlines() if line]
+    call.args["rev"] = header["value"].get("parentCommit") or history[-1].sha
+    if call.args["rev"] != history[-1].sha and not pull:
+        raise HubError(412, "The branch was updated since you opened this page. Please refresh and try again.")
+    files, lfs = dict(call.history(repo)[-1].files), set(call.history(repo)[-1].lfs)
+    for line in lines:
+        key, value, path = line["key"], line["value"], line["value"]["path"]
+        lfs.discard(path)
+        if key == "file":
+            files[path] = base64.b64decode(value["content"])
+        elif key == "deletedFile" and files.pop(path, None) is None:
+            raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
+        elif key == "lfsFile" and value["oid"] not in repo.objects:
+            raise HubError(400, "An LFS pointer pointed to a file that does not exist.")
+        elif key == "lfsFile":
+            files[path] = repo.objects[value["oid"]]
+            lfs.add(path)
+    fields = {"description": header["value"].get("description", ""), "author": call.caller and call.caller.user}
+    made = repo.make(call.history(repo), files, header["value"]["summary"], lfs=frozenset(lfs), **fields)
+    info = {"success": True, "commitOid": made.sha, "commitUrl": f"{call.hub.url}/{repo.id}/commit/{made.sha}"}
+    if not pull:
+        history.append(made)
+        return _json(info)
+    number = 1 + sum(name.startswith("refs/pr/") for name in repo.branches)
+    repo.branches[f"refs/pr/{number}"] = [*call.history(repo), made]
+    return _json(info | {"pullRequestUrl": f"{call.hub.url}/{repo.id}/discussions/{number}"})

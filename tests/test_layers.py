@@ -1,0 +1,671 @@
+"""MasterKeyConv2d against nn.Conv2d, timm's Conv2dSame and autograd."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from timm.layers import Conv2dSame
+from timm.optim import param_groups_weight_decay
+from torch import nn
+from torch.func import functional_call
+
+from timm_masterkeys import (
+    BankError,
+    ConversionError,
+    KeyBank,
+    MasterKeyConv2d,
+    ProjectionError,
+    get_bank,
+    project_kernels,
+)
+
+BANK = get_bank("babaiee2025")
+COMPACT = {"keys", "key_index", "scale", "shift", "r2"}
+
+# name -> (class, channel multiplier, arguments of the convolution)
+GEOMETRY = {
+    "3x3": (nn.Conv2d, 1, {"kernel_size": 3, "padding": 1}),
+    "5x5 stride 2": (nn.Conv2d, 1, {"kernel_size": 5, "padding": 2, "stride": 2}),
+    "7x7 unpadded": (nn.Conv2d, 1, {"kernel_size": 7}),
+    "9x9": (nn.Conv2d, 1, {"kernel_size": 9, "padding": 4}),
+    "11x11": (nn.Conv2d, 1, {"kernel_size": 11, "padding": 5}),
+    "13x13": (nn.Conv2d, 1, {"kernel_size": 13, "padding": 6}),
+    "1x7": (nn.Conv2d, 1, {"kernel_size": (1, 7), "padding": (0, 3)}),
+    "7x1": (nn.Conv2d, 1, {"kernel_size": (7, 1), "padding": (3, 0), "stride": (2, 1)}),
+    "1x11": (nn.Conv2d, 1, {"kernel_size": (1, 11), "padding": (0, 5)}),
+    "2x2": (nn.Conv2d, 1, {"kernel_size": 2, "stride": 2}),
+    "4x4": (nn.Conv2d, 1, {"kernel_size": 4, "padding": (1, 2)}),
+    "dilated": (nn.Conv2d, 1, {"kernel_size": 5, "dilation": 2, "padding": 4}),
+    "dilated, stride 2": (nn.Conv2d, 1, {"kernel_size": 3, "dilation": 2, "padding": 2, "stride": 2}),
+    "multiplier 2": (nn.Conv2d, 2, {"kernel_size": 7, "padding": 3}),
+    "multiplier 2, stride 2": (nn.Conv2d, 2, {"kernel_size": 3, "padding": 1, "stride": 2}),
+    "same": (nn.Conv2d, 1, {"kernel_size": 7, "padding": "same"}),
+    "same, even": (nn.Conv2d, 1, {"kernel_size": 4, "padding": "same", "dilation": 2}),
+    "valid": (nn.Conv2d, 1, {"kernel_size": 5, "padding": "valid", "stride": 2}),
+    "reflect": (nn.Conv2d, 1, {"kernel_size": 7, "padding": 3, "padding_mode": "reflect"}),
+    "circular": (nn.Conv2d, 1, {"kernel_size": 5, "padding": (2, 1), "padding_mode": "circular"}),
+    "circular same": (nn.Conv2d, 1, {"kernel_size": 3, "padding": "same", "padding_mode": "circular"}),
+    "Conv2dSame": (Conv2dSame, 1, {"kernel_size": 3, "stride": 2}),
+    "Conv2dSame 5x5 dilated": (Conv2dSame, 1, {"kernel_size": 5, "dilation": 2}),
+    "Conv2dSame multiplier 2": (Conv2dSame, 2, {"kernel_size": 5, "stride": (2, 1)}),
+    "Conv2dSame 2x2": (Conv2dSame, 1, {"kernel_size": 2}),
+}
+geometries = pytest.mark.parametrize("geometry", GEOMETRY)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: threads cost more than they give, above all on a busy machine
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_conv(geometry, channels=8, bias=True, dtype=None):
+    cls, multiplier, kwargs = GEOMETRY[geometry]
+    return cls(channels, channels * multiplier, groups=channels, bias=bias, dtype=dtype, **kwargs)
+
+
+def dense(layer, conv):
+    """The oracle: the original class of convolution with the composed kernels."""
+    conv = copy.deepcopy(conv)
+    conv.weight = nn.Parameter(layer.weight.detach())
+    return conv
+
+
+def formula(layer, scale, shift):
+    """The kernels, written down independently of the layer."""
+    scale = scale.view(layer.out_channels, layer.keys_per_kernel, 1, 1)
+    kernels = (scale * layer.keys[layer.key_index]).sum(1) + shift.view(-1, 1, 1)
+    return kernels.unsqueeze(1)
+
+
+def snapshot(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same_state(state, other):
+    return state.keys() == other.keys() and all(
+        state[name].dtype == other[name].dtype and torch.equal(state[name], other[name]) for name in state
+    )
+
+
+@geometries
+@pytest.mark.parametrize("keys_per_kernel", [1, 2, 8])
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_and_fuse_are_the_dense_convolution(geometry, keys_per_kernel, bias):
+    conv = make_conv(geometry, bias=bias)
+    stock = conv.weight.detach().clone()
+    layer = MasterKeyConv2d.from_conv(conv, keys_per_kernel=keys_per_kernel)
+    assert torch.equal(conv.weight, stock)
+    assert layer.keys_per_kernel == min(keys_per_kernel, len(BANK.keys_for(conv.kernel_size)))
+    rounding = 4e-7 * float(layer.scale.detach().abs().max())  # eight 3x3 keys need scales of a thousand
+    torch.testing.assert_close(layer.weight, formula(layer, layer.scale, layer.shift), rtol=1e-6, atol=rounding)
+
+    fused = layer.fuse()
+    assert type(fused) is type(conv)
+    assert torch.equal(fused.weight, layer.weight)
+    assert fused.bias is layer.bias is conv.bias
+    for name in ("in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+        assert getattr(layer, name) == getattr(fused, name) == getattr(conv, name), name
+    assert repr(fused) == repr(conv)
+    for size in ((13, 13), (14, 17), (15, 16)):
+        for batch in ((2,), ()):
+            x = torch.randn(*batch, layer.in_channels, *size)
+            expected = dense(layer, conv)(x)
+            assert torch.equal(layer(x), expected)
+            assert torch.equal(fused(x), expected)
+    x = torch.randn(2, layer.in_channels, 13, 14).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(layer(x), dense(layer, conv)(x))
+
+
+@geometries
+def test_constructor_is_the_same_layer(geometry):
+    cls, multiplier, kwargs = GEOMETRY[geometry]
+    if "padding_mode" in kwargs:
+        with pytest.raises(TypeError, match="padding_mode"):
+            MasterKeyConv2d(8, 8 * multiplier, **kwargs)
+        return
+    padding = {"padding": "same_dynamic"} if cls is Conv2dSame else {}
+    layer = MasterKeyConv2d(8, 8 * multiplier, **kwargs, **padding)
+    conv = make_conv(geometry)
+    conv.bias = layer.bias
+    x = torch.randn(2, 8, 15, 14)
+    assert torch.equal(layer(x), dense(layer, conv)(x))
+    assert repr(layer.fuse()) == repr(conv)
+    assert type(layer.fuse()) is cls
+    reference = MasterKeyConv2d.from_conv(conv)
+    assert {k: (v.shape, v.dtype) for k, v in layer.state_dict().items()} == {
+        k: (v.shape, v.dtype) for k, v in reference.state_dict().items()
+    }
+    assert repr(layer) == repr(reference)
+
+
+@pytest.mark.parametrize("keys_per_kernel", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_from_conv_projects_in_the_dtype_of_the_conv(dtype, keys_per_kernel):
+    conv = nn.Conv2d(16, 16, 7, padding=3, groups=16, dtype=dtype)
+    layer = MasterKeyConv2d.from_conv(conv, BANK, keys_per_kernel)
+    projection = project_kernels(conv.weight, BANK, keys_per_kernel)
+    assert torch.equal(layer.key_index, projection.key_index)
+    assert torch.equal(layer.scale, projection.scale.flatten())
+    assert torch.equal(layer.shift, projection.shift)
+    assert torch.equal(layer.r2, projection.r2)
+    assert layer.r2.dtype == torch.float32
+    assert {layer.scale.dtype, layer.shift.dtype, layer.keys.dtype, layer.bias.dtype, layer.weight.dtype} == {dtype}
+    x = torch.randn(2, 16, 9, 9, dtype=dtype)
+    assert torch.equal(layer(x), dense(layer, conv)(x))
+    assert torch.equal(layer.fuse()(x), layer(x))
+
+
+def test_any_bank():
+    conv = nn.Conv2d(4, 4, 5, groups=4)
+    mine = KeyBank("mine", torch.randn(3, 5, 5))
+    assert MasterKeyConv2d.from_conv(conv, mine).bank is mine
+    assert MasterKeyConv2d.from_conv(conv, torch.randn(2, 5, 5)).bank.name == "custom"
+    assert MasterKeyConv2d(4, 4, 3, bank="random8:1").bank.name == "random8:1"
+    layer = MasterKeyConv2d(4, 4, 3, 1, 0, 1, True, mine, 2, "affine")
+    assert "bank=mine, keys_per_kernel=2, trainable=affine" in repr(layer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"trainable": "all"}, ConversionError, "trainable is 'all', expected one of none, shift, affine"),
+        ({"keys_per_kernel": 0}, ProjectionError, "keys_per_kernel is 0"),
+        ({"keys_per_kernel": 9}, ProjectionError, "expected a whole number from 1 to 8"),
+        ({"keys_per_kernel": 1.0}, ProjectionError, "keys_per_kernel is 1.0"),
+        ({"bank": "nobody"}, BankError, "Unknown bank 'nobody'"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        MasterKeyConv2d(4, 4, 3, **arguments)
+    with pytest.raises(error, match=message):
+        MasterKeyConv2d.from_conv(nn.Conv2d(4, 4, 3, groups=4), **arguments)
+    if "trainable" in arguments:
+        with pytest.raises(error, match=message):
+            MasterKeyConv2d(4, 4, 3).set_trainable(**arguments)
+
+
+def test_no_key_at_this_size_and_nan():
+    with pytest.raises(BankError, match="1, 1"):
+        MasterKeyConv2d(4, 4, 1)
+    conv = nn.Conv2d(4, 4, 3, groups=4)
+    with torch.no_grad():
+        conv.weight[2, 0, 1, 1] = torch.inf
+    with pytest.raises(ProjectionError, match="Channel 2"):
+        MasterKeyConv2d.from_conv(conv)
+
+
+@geometries
+@pytest.mark.parametrize(("dtype", "keys_per_kernel"), [(torch.float64, 1), (torch.float64, 2), (torch.float32, 1)])
+def test_gradients_are_those_of_the_dense_formulation(geometry, dtype, keys_per_kernel):
+    conv = make_conv(geometry, dtype=dtype)
+    layer = MasterKeyConv2d.from_conv(conv, BANK, keys_per_kernel, "affine")
+    x = torch.randn(2, layer.in_channels, 13, 14, dtype=dtype, requires_grad=True)
+    out = layer(x)
+    upstream = torch.randn_like(out)
+    got = torch.autograd.grad(out, (layer.scale, layer.shift, layer.bias, x), upstream)
+
+    leaves = [t.detach().clone().requires_grad_() for t in (layer.scale, layer.shift, conv.bias, x)]
+    weight = formula(layer, leaves[0], leaves[1])
+    expected = functional_call(conv, {"weight": weight, "bias": leaves[2]}, (leaves[3],))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-4}[dtype]
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+    for ours, theirs in zip(got, torch.autograd.grad(expected, leaves, upstream), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+@pytest.mark.parametrize("input_grad", [True, False])
+@pytest.mark.parametrize("bias", ["trains", "frozen", "absent"])
+def test_gradients_with_parts_frozen(trainable, input_grad, bias):
+    conv = nn.Conv2d(8, 8, 5, padding=2, groups=8, bias=bias != "absent", dtype=torch.float64)
+    if bias == "frozen":
+        conv.bias.requires_grad_(False)
+    layer = MasterKeyConv2d.from_conv(conv, trainable=trainable)
+    x = torch.randn(2, 8, 9, 9, dtype=torch.float64, requires_grad=input_grad)
+    out = layer(x)
+    wanted = {"none": set(), "shift": {"shift"}, "affine": {"scale", "shift"}}[trainable]
+    wanted = wanted | ({"bias"} if bias == "trains" else set())
+    assert out.requires_grad == bool(wanted or input_grad)
+    if not out.requires_grad:
+        return
+    out.square().sum().backward()
+    assert {name for name, p in layer.named_parameters() if p.grad is not None} == wanted
+    assert (x.grad is not None) == input_grad
+
+    scale, shift, y = (t.detach().clone().requires_grad_() for t in (layer.scale, layer.shift, x))
+    bias_copy = None if layer.bias is None else layer.bias.detach().clone().requires_grad_()
+    functional_call(conv, {"weight": formula(layer, scale, shift), "bias": bias_copy}, (y,)).square().sum().backward()
+    for name, leaf in (("scale", scale), ("shift", shift), ("bias", bias_copy)):
+        if name in wanted:
+            torch.testing.assert_close(getattr(layer, name).grad, leaf.grad)
+    if input_grad:
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_gradient_accumulates_and_weight_is_differentiable():
+    layer = MasterKeyConv2d(4, 4, 3, trainable="affine", dtype=torch.float64)
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    layer(x).sum().backward()
+    once = layer.shift.grad.clone()
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.shift.grad, 2 * once)
+    (grad,) = torch.autograd.grad(layer.weight.square().sum(), layer.shift)  # a penalty on kernels, say
+    torch.testing.assert_close(grad, 2 * layer.weight.detach().sum((1, 2, 3)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("trainable", "trained"), [("none", []), ("shift", ["shift"]), ("affine", ["scale", "shift"])])
+def test_parameters_and_buffers(trainable, trained, bias):
+    for layer in (
+        MasterKeyConv2d(6, 12, 5, bias=bias, keys_per_kernel=2, trainable=trainable),
+        MasterKeyConv2d.from_conv(nn.Conv2d(6, 12, 5, groups=6, bias=bias), BANK, 2, trainable),
+    ):
+        parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
+        assert set(parameters) == {*trained, *(["bias"] if bias else [])}
+        assert set(buffers) == COMPACT - set(trained)
+        assert set(layer.state_dict()) == COMPACT | ({"bias"} if bias else set())
+        assert all(p.ndim == 1 and p.requires_grad for p in parameters.values())
+        assert layer.trainable == trainable
+        assert layer.keys.shape == (8, 5, 5)
+        assert layer.key_index.shape == (12, 2)
+        assert layer.key_index.dtype == torch.long
+        assert layer.scale.shape == (24,)
+        assert layer.shift.shape == layer.r2.shape == (12,)
+        groups = param_groups_weight_decay(layer, weight_decay=0.05)
+        assert sum(len(g["params"]) for g in groups if g["weight_decay"] == 0.05) == 0
+
+
+def test_set_trainable_keeps_values_and_names():
+    layer = MasterKeyConv2d.from_conv(nn.Conv2d(6, 6, 5, groups=6), trainable="affine")
+    before, x = snapshot(layer), torch.randn(1, 6, 8, 8)
+    out = layer(x)
+    for trainable in ("none", "shift", "affine", "shift", "none"):
+        assert layer.set_trainable(trainable) is None
+        assert layer.trainable == trainable
+        assert same_state(before, snapshot(layer))
+        assert isinstance(layer.scale, nn.Parameter) == (trainable == "affine")
+        assert isinstance(layer.shift, nn.Parameter) == (trainable != "none")
+        assert torch.equal(layer(x), out)
+    layer.set_trainable("shift", requires_grad=False)
+    assert isinstance(layer.shift, nn.Parameter)
+    assert not layer.shift.requires_grad
+
+
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+def test_a_frozen_conv_stays_frozen(trainable):
+    conv = nn.Conv2d(6, 6, 3, groups=6)
+    conv.weight.requires_grad_(False)
+    layer = MasterKeyConv2d.from_conv(conv, trainable=trainable)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["bias"]
+
+
+@pytest.mark.parametrize("keys_per_kernel", [1, 2])
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+def test_training_leaves_the_frozen_alone(trainable, keys_per_kernel):
+    conv = nn.Conv2d(6, 6, 5, padding=2, groups=6)
+    layer = MasterKeyConv2d.from_conv(conv, BANK, keys_per_kernel, trainable)
+    before = snapshot(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        layer(torch.randn(2, 6, 8, 8)).square().mean().backward()
+        optimizer.step()
+    changed = {name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"bias"} | {"none": set(), "shift": {"shift"}, "affine": {"scale", "shift"}}[trainable]
+    assert torch.equal(layer.keys, BANK.keys_for((5, 5)))
+
+
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("assign", [False, True])
+def test_compact_round_trip(tmp_path, trainable, dtype, assign):
+    conv = nn.Conv2d(6, 12, (1, 7), groups=6, dtype=dtype)
+    layer = MasterKeyConv2d.from_conv(conv, BANK, 3, trainable)
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    other = MasterKeyConv2d(6, 12, (1, 7), keys_per_kernel=3, trainable=trainable, dtype=dtype)
+    result = other.load_state_dict(load_file(tmp_path / "layer.safetensors"), assign=assign)
+    assert result.missing_keys == result.unexpected_keys == []
+    assert same_state(layer.state_dict(), other.state_dict())
+    assert [n for n, _ in other.named_parameters()] == [n for n, _ in layer.named_parameters()]
+    assert all(p.requires_grad for p in other.parameters())
+    x = torch.randn(1, 6, 5, 9, dtype=dtype)
+    assert torch.equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize("keys_per_kernel", [1, 2])
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_dense_weight_is_projected(trainable, keys_per_kernel, assign):
+    layer = MasterKeyConv2d(8, 8, 7, keys_per_kernel=keys_per_kernel, trainable=trainable)
+    conv = nn.Conv2d(8, 8, 7, groups=8)
+    state = snapshot(conv)
+    result = layer.load_state_dict(state, assign=assign)
+    assert result.missing_keys == result.unexpected_keys == []
+    assert list(state) == ["weight", "bias"]
+    projection = project_kernels(conv.weight, BANK, keys_per_kernel)
+    assert torch.equal(layer.key_index, projection.key_index)
+    assert torch.equal(layer.scale, projection.scale.flatten())
+    assert torch.equal(layer.shift, projection.shift)
+    assert torch.equal(layer.r2, projection.r2)
+    assert torch.equal(layer.bias, conv.bias)
+    assert torch.equal(layer.keys, BANK.keys_for((7, 7)))
+    expected = {"none": [], "shift": ["shift"], "affine": ["scale", "shift"]}[trainable]
+    assert sorted(n for n, p in layer.named_parameters() if p.requires_grad) == ["bias", *expected]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dense_weight_of_another_dtype(dtype):
+    """Loading then converting and converting then loading give one layer, also from half precision."""
+    state = nn.Conv2d(8, 8, 7, groups=8, dtype=torch.float64).to(dtype).state_dict()
+    layer = MasterKeyConv2d(8, 8, 7)
+    layer.load_state_dict(state)
+    conv = nn.Conv2d(8, 8, 7, groups=8)
+    conv.load_state_dict(state)
+    expected = MasterKeyConv2d.from_conv(conv)
+    assert torch.equal(layer.key_index, expected.key_index)
+    torch.testing.assert_close(layer.weight, expected.weight, rtol=1e-6, atol=1e-8)
+    assert layer.scale.dtype == layer.shift.dtype == layer.keys.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dense_state", [True, False])
+def test_assign_takes_the_dtype_of_the_checkpoint(dtype, dense_state):
+    conv = nn.Conv2d(8, 8, 7, groups=8, dtype=dtype)
+    source = MasterKeyConv2d.from_conv(conv)
+    layer = MasterKeyConv2d(8, 8, 7)
+    layer.load_state_dict(snapshot(conv if dense_state else source), assign=True)
+    assert same_state(layer.state_dict(), source.state_dict())
+    assert isinstance(layer.shift, nn.Parameter)
+    x = torch.randn(1, 8, 9, 9, dtype=dtype)
+    assert torch.equal(layer(x), source(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_checkpoint_keeps_the_digits_of_the_bank(dtype):
+    source = MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 7, groups=8))
+    state = {name: v.to(dtype) if v.is_floating_point() else v for name, v in source.state_dict().items()}
+    layer = MasterKeyConv2d(8, 8, 7)
+    layer.load_state_dict(state)
+    assert torch.equal(layer.keys, BANK.keys_for((7, 7)))
+    assert torch.equal(layer.key_index, source.key_index)
+    assert torch.equal(layer.scale, source.scale.to(dtype).float())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_averaged_checkpoint(assign):
+    """Averaging tools turn everything into float; weights that do not sum to 1 exactly leave 4.9999995 for a 5."""
+    source = MasterKeyConv2d.from_conv(nn.Conv2d(64, 64, 7, groups=64))
+    state = {name: sum(value.float() * 0.1 for _ in range(10)) for name, value in source.state_dict().items()}
+    assert not torch.equal(state["key_index"], source.key_index.float())
+    layer = MasterKeyConv2d(64, 64, 7)
+    layer.load_state_dict(state, assign=assign)
+    assert torch.equal(layer.key_index, source.key_index)
+    assert layer.key_index.dtype == torch.long
+    torch.testing.assert_close(layer.keys, source.keys, rtol=0, atol=1e-6)
+    torch.testing.assert_close(layer.weight, source.weight)
+
+
+def bad_state(what):
+    """A state dict for MasterKeyConv2d(8, 8, 7, keys_per_kernel=2) with one thing wrong, and what must be said."""
+    good = snapshot(MasterKeyConv2d(8, 8, 7, keys_per_kernel=2))
+    stock = snapshot(nn.Conv2d(8, 8, 7, groups=8))
+    other = MasterKeyConv2d(8, 8, 7, bank="random8:0", keys_per_kernel=2)
+    if what == "another bank":
+        return snapshot(other), "another bank than 'babaiee2025'"
+    if what == "another bank, half":
+        return snapshot(other.bfloat16()), "another bank than 'babaiee2025'"
+    if what == "bank size":
+        other = MasterKeyConv2d(8, 8, 7, bank=BANK.keys[:5], keys_per_kernel=2)
+        return snapshot(other), r"keys: got shape \(5, 7, 7\), expected \(8, 7, 7\)"
+    if what == "kernel size":
+        other = MasterKeyConv2d(8, 8, 5, keys_per_kernel=2)
+        return snapshot(other), r"keys: got shape \(8, 5, 5\), expected \(8, 7, 7\)"
+    if what == "channels":
+        return snapshot(MasterKeyConv2d(9, 9, 7, keys_per_kernel=2)), r"shift: got shape \(9,\), expected \(8,\)"
+    if what == "keys per kernel":
+        return snapshot(MasterKeyConv2d(8, 8, 7)), r"key_index: got shape \(8, 1\), expected \(8, 2\)"
+    if what == "dense and compact":
+        return good | stock, "weight: given together with keys, key_index, scale, shift, r2"
+    if what == "dense and a bit":
+        return stock | {"shift": good["shift"]}, "weight: given together with shift"
+    if what == "incomplete":
+        return {k: v for k, v in good.items() if k not in ("keys", "r2")}, "given without keys, r2"
+    if what == "dense shape":
+        return snapshot(nn.Conv2d(8, 8, 5, groups=8)), r"weight: got shape \(8, 1, 5, 5\), expected \(8, 1, 7, 7\)"
+    if what == "dense not depthwise":
+        return snapshot(nn.Conv2d(8, 8, 7)), r"weight: got shape \(8, 8, 7, 7\)"
+    if what == "dense NaN":
+        stock["weight"][5, 0, 3, 3] = torch.nan
+        return stock, "weight: channel 5 holds NaN or Inf"
+    if what == "NaN keys":
+        good["keys"][0, 0, 0] = torch.nan
+        return good, "another bank"
+    if what == "index too large":
+        good["key_index"][3, 1] = 8
+        return good, "key_index: holds .* to 8, the bank has 8 keys"
+    if what == "index negative":
+        good["key_index"][3, 1] = -1
+        return good, "key_index: holds -1 to"
+    if what == "index averaged from two conversions":
+        good["key_index"] = good["key_index"].float()
+        good["key_index"][3, 1] = 2.5
+        return good, "key_index: holds fractions"
+    if what == "index NaN":
+        good["key_index"] = good["key_index"].float()
+        good["key_index"][3, 1] = torch.nan
+        return good, "key_index"
+    raise AssertionError(what)
+
+
+BAD = [
+    "another bank",
+    "another bank, half",
+    "bank size",
+    "kernel size",
+    "channels",
+    "keys per kernel",
+    "dense and compact",
+    "dense and a bit",
+    "incomplete",
+    "dense shape",
+    "dense not depthwise",
+    "dense NaN",
+    "NaN keys",
+    "index too large",
+    "index negative",
+    "index averaged from two conversions",
+    "index NaN",
+]
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("assign", [False, True])
+def test_refused_with_nothing_changed(what, assign):
+    layer = MasterKeyConv2d(8, 8, 7, keys_per_kernel=2)
+    state, message = bad_state(what)
+    before, tensors = snapshot(layer), {name: id(t) for name, t in layer.state_dict(keep_vars=True).items()}
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(state, strict=strict, assign=assign)
+    assert same_state(layer.state_dict(), before)
+    assert {name: id(t) for name, t in layer.state_dict(keep_vars=True).items()} == tensors
+    assert len(layer.check_state_dict(state)) >= 1
+    prefixed = {f"a.b.{name}": value for name, value in state.items()}
+    assert all(problem.startswith("a.b.") for problem in layer.check_state_dict(prefixed, "a.b."))
+    assert layer.check_state_dict(before) == layer.check_state_dict({}) == []
+
+
+def test_missing_and_unexpected_entries():
+    layer = MasterKeyConv2d(8, 8, 7)
+    before = snapshot(layer)
+    result = layer.load_state_dict({"bias": torch.zeros(8), "more": torch.zeros(1)}, strict=False)
+    assert set(result.missing_keys) == COMPACT
+    assert result.unexpected_keys == ["more"]
+    assert same_state(layer.state_dict(), before | {"bias": torch.zeros(8)})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        layer.load_state_dict({"bias": torch.zeros(8)})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*more"):
+        layer.load_state_dict(snapshot(nn.Conv2d(8, 8, 7, groups=8)) | {"more": torch.zeros(1)})
+
+
+def test_deepcopy_and_pickle():
+    layer = MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 7, groups=8), "random8:3", 2, "affine")
+    x = torch.randn(1, 8, 9, 9)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(copied) is MasterKeyConv2d
+        assert same_state(copied.state_dict(), layer.state_dict())
+        assert torch.equal(copied(x), layer(x))
+        assert copied.bank.digest == layer.bank.digest
+        assert [n for n, _ in copied.named_parameters()] == [n for n, _ in layer.named_parameters()]
+        pointers = {t.data_ptr() for t in layer.state_dict().values()}
+        assert not pointers & {t.data_ptr() for t in copied.state_dict().values()}
+        with torch.no_grad():
+            copied.shift.add_(1)
+        assert not torch.equal(copied(x), layer(x))
+        with pytest.raises(RuntimeError, match="another bank than 'random8:3'"):
+            copied.load_state_dict(snapshot(MasterKeyConv2d(8, 8, 7, keys_per_kernel=2)))
+        assert same_state(snapshot(copied.fuse()), snapshot(dense(copied, nn.Conv2d(8, 8, 7))) | {"bias": layer.bias})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_casts(dtype):
+    conv = nn.Conv2d(8, 8, 7, groups=8)
+    layer = MasterKeyConv2d.from_conv(conv)
+    method = {torch.float16: layer.half, torch.bfloat16: layer.bfloat16, torch.float64: layer.double}[dtype]
+    assert method() is layer
+    assert {t.dtype for n, t in layer.state_dict().items() if n != "key_index"} == {dtype}
+    assert layer.key_index.dtype == torch.long
+    x = torch.randn(2, 8, 9, 9, dtype=dtype)
+    assert torch.equal(layer(x), dense(layer, conv.to(dtype))(x))
+    layer(x).float().sum().backward()
+    assert layer.shift.grad.dtype == dtype
+
+
+def test_meta_device():
+    conv = nn.Conv2d(8, 8, 5, groups=8)
+    reference = MasterKeyConv2d.from_conv(conv)
+    for make in (
+        lambda: MasterKeyConv2d(8, 8, 5, device="meta"),
+        lambda: MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 5, groups=8, device="meta")),
+        lambda: MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 5, groups=8, device="meta"), fit=False),
+    ):
+        layer = make()
+        assert all(t.is_meta for t in layer.state_dict().values())
+        assert layer(torch.empty(1, 8, 9, 9, device="meta")).shape == (1, 8, 5, 5)
+        for state in (conv.state_dict(), reference.state_dict()):
+            layer = make().to_empty(device="cpu")
+            for tensor in layer.state_dict().values():
+                tensor.fill_(77)
+            layer.load_state_dict(state)
+            assert same_state(layer.state_dict(), reference.state_dict())
+            assigned = make()
+            assigned.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+            assert same_state(assigned.state_dict(), reference.state_dict())
+    layer = make().to_empty(device="cpu")
+    layer.keys.fill_(77)
+    layer.reset_parameters()  # as deferred initialisation does
+    assert torch.equal(layer.keys, BANK.keys_for((5, 5)))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("geometry", ["5x5 stride 2", "1x7", "same", "reflect", "Conv2dSame", "multiplier 2"])
+@pytest.mark.parametrize("keys_per_kernel", [1, 2])
+def test_script_and_trace(geometry, keys_per_kernel):
+    layer = MasterKeyConv2d.from_conv(make_conv(geometry), BANK, keys_per_kernel)
+    x, y = torch.randn(2, 8, 13, 14), torch.randn(1, 8, 12, 17)
+    scripted = torch.jit.script(layer)
+    assert torch.equal(scripted(x), layer(x))
+    assert torch.equal(scripted(y), layer(y))
+    assert torch.equal(torch.jit.trace(layer, x)(x), layer(x))
+
+
+@pytest.mark.parametrize("keys_per_kernel", [1, 2])
+def test_reset_parameters(keys_per_kernel):
+    layers = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        layers.append(MasterKeyConv2d(512, 512, 7, keys_per_kernel=keys_per_kernel))
+    layer, twin = layers
+    assert same_state(layer.state_dict(), twin.state_dict())
+    twin.reset_parameters()
+    assert not torch.equal(layer.key_index, twin.key_index)
+    torch.manual_seed(4)
+    layer.reset_parameters()
+    torch.manual_seed(4)
+    twin.reset_parameters()
+    assert same_state(layer.state_dict(), twin.state_dict())
+
+    assert torch.equal(layer.shift, torch.zeros(512))
+    assert torch.equal(layer.r2, torch.ones(512))
+    assert all(len(set(row)) == keys_per_kernel for row in layer.key_index.tolist())
+    counts = layer.key_index.flatten().bincount(minlength=8)
+    expected = 512 * keys_per_kernel / 8
+    assert (counts - expected).abs().max() < 5 * expected**0.5
+    assert layer.bias.abs().max() <= 1 / 7
+    assert layer.bias.std() > 0.07
+
+
+def test_initial_kernel_norm_is_the_stock_one():
+    conv = nn.Conv2d(2048, 2048, 5, groups=2048)
+    stock = (conv.weight - conv.weight.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1).mean()
+    norms = MasterKeyConv2d(2048, 2048, 5).weight.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms.mean(), stock, rtol=0.02, atol=0)
+    with torch.no_grad():
+        conv.weight.mul_(3)
+    norms = MasterKeyConv2d.from_conv(conv, fit=False).weight.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, (3 * stock).expand(2048))
+
+
+def test_from_conv_and_fuse_keep_what_belongs_to_the_conv():
+    conv = nn.Conv2d(4, 4, 3, groups=4)
+    conv.note = ["anything"]
+    conv.register_buffer("extra", torch.arange(3.0), persistent=False)
+    conv.register_parameter("gain", nn.Parameter(torch.ones(1)))
+    conv.child = nn.Linear(1, 1)
+    conv.eval()
+    calls = []
+    handle = conv.register_forward_hook(lambda module, args, output: calls.append(type(module)))
+    layer = MasterKeyConv2d.from_conv(conv)
+    fused = layer.fuse()
+    assert conv.weight is not None
+    for module in (layer, fused):
+        assert not module.training
+        assert module.note is conv.note
+        assert module.extra is conv.extra
+        assert module.gain is conv.gain
+        assert module.child is conv.child
+        assert "extra" not in module.state_dict()
+    assert list(conv._parameters) == ["weight", "bias", "gain"]
+    assert list(fused.state_dict()) == list(conv.state_dict())
+    assert vars(fused).keys() == vars(conv).keys()
+    x = torch.randn(1, 4, 5, 5)
+    layer(x)
+    fused(x)
+    assert calls == [MasterKeyConv2d, nn.Conv2d]
+    handle.remove()
+    layer(x)
+    fused(x)
+    assert len(calls) == 2
+
+
+def test_fuse_leaves_the_layer_alone():
+    layer = MasterKeyConv2d(4, 4, 3)
+    before = snapshot(layer)
+    fused = layer.fuse()
+    with torch.no_grad():
+        fused.weight.zero_()
+    assert type(layer) is MasterKeyConv2d
+    assert same_state(layer.state_dict(), before)
+    assert fused.weight.is_leaf
+    assert b"timm_masterkeys" not in pickle.dumps(fused)

@@ -1,0 +1,161 @@
+"""Dense and compact files of a converted model, and the checks between them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .banks import KeyBank
+from .errors import CheckpointError, ConversionError
+from .files import atomic_path
+from .layers import MasterKeyConv2d
+
+COMPACT_NAME = "masterkeys.safetensors"
+FORMAT_VERSION = 1
+
+_ENTRIES = ("keys", "key_index", "scale", "shift", "r2")
+
+
+def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes the exact compact form of the converted layers: banks, keys, key_index, scale, shift, r2. Atomic.
+
+    Args:
+        model: A converted model. Not changed.
+        path: A ``.safetensors`` file.
+
+    Raises:
+        ConversionError: The model holds no MasterKeyConv2d.
+        OSError: The file cannot be written.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
+    if not layers:
+        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d. Convert it first: convert_to_masterkeys.")
+    banks = {layer.bank.digest: layer.bank for layer in layers.values()}
+    tensors = {f"banks.{digest}": torch.from_numpy(bank.keys.copy()) for digest, bank in banks.items()}
+    for name, layer in layers.items():
+        tensors |= {f"{name}.{entry}": getattr(layer, entry).detach().cpu().contiguous().clone() for entry in _ENTRIES}
+    metadata = {
+        "format": f"timm_masterkeys.compact.{FORMAT_VERSION}",
+        "banks": json.dumps({d: {"name": b.name, "source": b.source, "licence": b.licence} for d, b in banks.items()}),
+        "layers": json.dumps(
+            {
+                name: {"bank": layer.bank.digest, "keys_per_kernel": layer.keys_per_kernel, "trainable": layer.trainable}
+                for name, layer in layers.items()
+            }
+        ),
+    }
+    with atomic_path(path) as tmp:
+        save_file(tensors, tmp, metadata)
+
+
+def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: str | None = None) -> None:
+    """Turns the layers of a dense model that a compact file lists into MasterKeyConv2d, bit for bit. In place.
+
+    Args:
+        model: A model that holds the dense weights saved with the file; also its ``features_only`` form.
+        path: A file written by ``save_compact``.
+        trainable: Overrides the saved mode.
+
+    Raises:
+        CheckpointError: Not such a file, a newer format, altered values, layers the model lacks, or kernels that
+            disagree with the model's dense ones. The model is then as it was.
+    """
+    from .surgery import replace_layers
+
+    tensors, banks, layers = _read(path)
+    convs = {_flat(name): (name, conv) for name, conv in model.named_modules() if isinstance(conv, nn.Conv2d)}
+    new: dict[str, nn.Module] = {}
+    for name, settings in layers.items():
+        here, conv = convs.get(_flat(name), ("", None))
+        if conv is None:
+            if hasattr(model, "feature_info") and not hasattr(model, "get_classifier"):
+                continue  # features_only keeps just the stages asked for
+            raise CheckpointError(f"'{path}' lists layer {name}, which the model does not have. Use the model it came with.")
+        layer = MasterKeyConv2d.from_conv(
+            conv, banks[settings["bank"]], settings["keys_per_kernel"], trainable or settings["trainable"]
+        )
+        entries = {entry: tensors[f"{name}.{entry}"] for entry in _ENTRIES if f"{name}.{entry}" in tensors}
+        missing = [entry for entry in _ENTRIES if entry not in entries]
+        problems = [f"{entry} is missing" for entry in missing] or layer.check_state_dict(entries)
+        if problems:
+            raise CheckpointError(f"'{path}' does not fit layer {name}: {'; '.join(problems)}")
+        layer.load_state_dict(entries, strict=False)
+        tolerance = 8 * torch.finfo(conv.weight.dtype).eps * float(conv.weight.detach().abs().max())
+        if not torch.allclose(layer.weight, conv.weight, rtol=0, atol=tolerance):
+            raise CheckpointError(
+                f"'{path}' disagrees with the dense weights of {name}: the two files are not of one conversion. "
+                "Publish both again, or delete the compact file to project the dense weights anew."
+            )
+        new[here] = layer
+    replace_layers(model, new)
+
+
+def restore_masterkeys(
+    model: nn.Module, pretrained_cfg: dict[str, Any], settings: dict[str, Any], cache_dir: str | None = None
+) -> bool:
+    """Restores a model just loaded from a published repository or folder to its exact compact form. In place.
+
+    Args:
+        model: The dense model.
+        pretrained_cfg: Its cfg, with ``source`` "hf-hub" or "local-dir".
+        settings: Conversion settings the caller gave; only ``trainable`` can differ from what was published.
+        cache_dir: The Hub cache.
+
+    Returns:
+        False if there is no compact file.
+
+    Raises:
+        CheckpointError: A compact file that does not fit; the model is then as it was.
+        ConversionError: Settings that contradict the published conversion.
+    """
+    if pretrained_cfg["source"] == "local-dir":
+        path = Path(pretrained_cfg["file"]) / COMPACT_NAME
+        if not path.is_file():
+            return False
+    else:
+        repo_id, _, revision = pretrained_cfg["hf_hub_id"].partition("@")
+        try:
+            path = Path(hf_hub_download(repo_id, COMPACT_NAME, revision=revision or None, cache_dir=cache_dir))
+        except EntryNotFoundError:
+            return False
+    fixed = sorted(f"mk_{name}" for name in settings if name != "trainable")
+    if fixed:
+        raise ConversionError(
+            f"{', '.join(fixed)} cannot change a published conversion. Drop them, or convert the source weights anew."
+        )
+    load_compact(model, path, settings.get("trainable"))
+    return True
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, KeyBank], dict[str, dict[str, Any]]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"Cannot read '{path}': {error}. Expected a file written by save_compact.") from error
+    kind, _, version = metadata.get("format", "").rpartition(".")
+    if kind != "timm_masterkeys.compact":
+        raise CheckpointError(f"'{path}' is no compact masterkeys file (format {metadata.get('format')!r}).")
+    if int(version) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"'{path}' has format version {version}, this version reads up to {FORMAT_VERSION}. Upgrade timm_masterkeys."
+        )
+    banks = {}
+    for digest, about in json.loads(metadata["banks"]).items():
+        banks[digest] = KeyBank(about["name"], tensors.pop(f"banks.{digest}").numpy(), about["source"], about["licence"])
+        if banks[digest].digest != digest:
+            raise CheckpointError(f"'{path}': bank '{about['name']}' does not match its digest. Get the file again.")
+    return tensors, banks, json.loads(metadata["layers"])
+
+
+def _flat(name: str) -> str:
+    """A module name free of what ``features_only`` changes: ``model.stages.0.x`` and ``stages_0.x`` -> ``stages_0_x``."""
+    return name.removeprefix("model.").replace(".", "_")

@@ -1,0 +1,167 @@
+"""The command ``timm-masterkeys``."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+import timm
+from timm.models import load_checkpoint
+from torch import nn
+
+from . import __version__
+from .banks import DEFAULT_BANK
+from .errors import MasterKeysError
+from .hub import save_pretrained
+from .registry import list_architectures
+from .report import conversion_report
+from .surgery import convert_to_masterkeys, plan_conversion
+
+_EXAMPLES = """examples:
+  timm-masterkeys list 'convnext*'
+  timm-masterkeys inspect convnext_tiny
+  timm-masterkeys inspect tf_efficientnet_lite0 --checkpoint lite0.safetensors --keys-per-kernel 2
+  timm-masterkeys convert convnext_tiny --checkpoint mine.safetensors --output out
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process if None.
+
+    Returns:
+        The exit code: 0, or 1 after an error told in one line on stderr (2, raised by argparse, for wrong usage).
+    """
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.ERROR, format="%(name)s: %(message)s")
+    try:
+        args.run(args)
+    except (MasterKeysError, RuntimeError, ValueError, OSError) as error:
+        if args.verbose:
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        print(f"timm-masterkeys: error: {' '.join(lines[:3])}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="timm-masterkeys",
+        description="Converts the depthwise convolutions of timm models to master key filters.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbose = argparse.ArgumentParser(add_help=False)
+    verbose.add_argument("-v", "--verbose", action="store_true", help="log, and show the traceback of an error")
+    settings = argparse.ArgumentParser(add_help=False)
+    settings.add_argument("--bank", default=DEFAULT_BANK, help="name or .safetensors file (default: %(default)s)")
+    settings.add_argument("--keys-per-kernel", type=int, default=1, metavar="R", help="keys per kernel (default: 1)")
+    settings.add_argument("--include", action="append", metavar="PATTERN", help="convert only layers that match")
+    settings.add_argument("--exclude", action="append", metavar="PATTERN", help="leave layers that match")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, text: str, example: str, parents: Sequence[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example: timm-masterkeys {example}",
+            parents=[*parents, verbose],
+        )
+
+    command = add("list", "list the .mk8 names", "list 'mobilenet*' --pretrained", [])
+    command.add_argument("pattern", nargs="?", default="*", help="fnmatch pattern on architectures (default: all)")
+    command.add_argument("--pretrained", action="store_true", help="every name that has pretrained weights")
+    command.set_defaults(run=_list)
+
+    command = add(
+        "inspect",
+        "what conversion does to a model: every convolution, and with weights the fit of each layer",
+        "inspect convnext_tiny --pretrained --json",
+        [settings],
+    )
+    _add_model(command)
+    command.add_argument("--json", action="store_true", help="print the fit as JSON (needs weights)")
+    command.set_defaults(run=_inspect)
+
+    command = add(
+        "convert",
+        "convert a model and save it as safetensors and config.json for timm",
+        "convert tf_efficientnet_lite0 --checkpoint lite0.safetensors --output out",
+        [settings],
+    )
+    _add_model(command)
+    command.add_argument("--trainable", default="shift", choices=["none", "shift", "affine"], help="(default: shift)")
+    command.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    command.set_defaults(run=_convert)
+    return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="timm model name, as convnext_tiny or convnext_tiny.fb_in1k")
+    weights = command.add_mutually_exclusive_group()
+    weights.add_argument("--pretrained", action="store_true", help="take timm's pretrained weights")
+    weights.add_argument("--checkpoint", metavar="FILE", help="take the weights of a checkpoint")
+    command.add_argument("--num-classes", type=int, metavar="N", help="classes of the checkpoint's head")
+
+
+def _list(args: argparse.Namespace) -> None:
+    names = timm.list_models(f"{args.pattern}.mk8*", pretrained=args.pretrained, include_tags=True)
+    if not args.pretrained:
+        names = [name for name in names if name.endswith(".mk8")]
+    if not names:
+        raise MasterKeysError(f"No architecture matches '{args.pattern}'; {len(list_architectures())} have .mk8 names.")
+    print("\n".join(names))
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    model = _create(args)
+    if not args.json:
+        print(plan_conversion(model, args.bank, include=args.include, exclude=args.exclude))
+    if args.pretrained or args.checkpoint:
+        report = conversion_report(_converted(model, args))
+        print(report.to_json() if args.json else f"\n{report}")
+    elif args.json:
+        raise MasterKeysError("--json prints the fit, which needs weights: add --pretrained or --checkpoint FILE.")
+    else:
+        print("random weights have no fit to report: add --pretrained or --checkpoint FILE")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if not (args.pretrained or args.checkpoint):
+        raise MasterKeysError("Nothing to convert: add --pretrained or --checkpoint FILE.")
+    model = _converted(_create(args), args)
+    directory = save_pretrained(model, args.output)
+    print(conversion_report(model))
+    print(f"\nsaved to {directory}: timm.create_model('local-dir:{directory}', pretrained=True) loads it")
+    print("one-shot conversion costs accuracy: calibrate or fine-tune before use")
+
+
+def _create(args: argparse.Namespace) -> nn.Module:
+    classes = {} if args.num_classes is None else {"num_classes": args.num_classes}
+    model = timm.create_model(args.model, pretrained=args.pretrained, **classes)
+    if args.checkpoint:
+        load_checkpoint(model, args.checkpoint)
+    return model
+
+
+def _converted(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    return convert_to_masterkeys(
+        model,
+        args.bank,
+        include=args.include,
+        exclude=args.exclude,
+        keys_per_kernel=args.keys_per_kernel,
+        trainable=getattr(args, "trainable", "shift"),
+        inplace=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
