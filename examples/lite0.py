@@ -40,7 +40,7 @@ def lite0_state_dict() -> dict[str, torch.Tensor]:
 
 
 def lite0() -> nn.Module:
-    """timm's ``tf_efficientnet_lite0`` with the trained weights, in eval mode."""
+    """The ``tf_efficientnet_lite0`` of timm with the trained weights, in eval mode."""
     overlay = {"state_dict": lite0_state_dict(), **DATA_CONFIG}
     model = timm.create_model("tf_efficientnet_lite0", pretrained=True, pretrained_cfg_overlay=overlay)
     model.pretrained_cfg.pop("state_dict")

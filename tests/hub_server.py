@@ -5,7 +5,7 @@
         hub.drop(("POST", r"/commit/"), when="after")                    # the commit is made, its answer is lost
         subprocess.run([sys.executable, "-c", CODE], env=hub.env(tmp_path, hub.token("alice")), check=True)
         assert hub.repos["alice/model"].head().files["config.json"] == b"{}"
-        assert hub.count("PUT", r"/lfs/") == 1 and not hub.leaks
+        assert hub.count("PUT", "/storage/") == 1 and not hub.leaks
 
 There are two origins, as on the real Hub: the API, and the storage where LFS files go to and come from. Everything is
 held in memory, in plain dataclasses, and follows from what was sent: no clock, no random number.
@@ -31,7 +31,9 @@ from urllib.parse import parse_qs, quote, unquote
 
 Match = tuple[str, str]  # regular expressions: the whole method ("GET|HEAD"), any part of the path with its query
 
+ROLES = ("write", "read")
 ASIDE = "/api/agent-harnesses"  # asked for at most once a home, whatever the call: neither logged nor made to fail
+LOGGED = ("authorization", "content-type", "range", "user-agent")
 LFS_SUFFIXES = (".bin", ".npz", ".onnx", ".pt", ".pth", ".safetensors")
 LICENSES = frozenset(
     "afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 cc cc-by-2.0 "
@@ -75,22 +77,22 @@ class Repo:
 
 @dataclass
 class Request:
-    """A request as it came, with some of its headers; ``status`` is 0 where the connection was closed instead."""
+    """A request, noted when its head has come; ``status`` stays 0 if the connection is closed without an answer."""
 
     method: str
     path: str
     headers: dict[str, str]
-    status: int
     origin: str
-    size: int
-    fault: str = ""
+    size: int = 0
+    status: int = 0
+    fault: str = "none"
 
 
 @dataclass
 class Fault:
     """What goes wrong with the next ``times`` requests that match (None: with all of them); ``hits`` counts them."""
 
-    kind: Literal["fail", "before", "after", "stall", "truncate", "alter"]
+    kind: Literal["none", "fail", "before", "after", "stall", "truncate", "alter"]
     match: Match
     times: int | None
     status: int = 0
@@ -112,25 +114,22 @@ class Token:
 class HubServer:
     """The Hub, which serves while this context manager is open.
 
-    Args:
-        users: Names; each has the tokens ``token(name)`` and ``token(name, "read")``.
-        orgs: Organisations, and the users that may write to them.
-
     Attributes:
+        url: Where the API is; the storage has an origin of its own.
+        tokens: Who may come: alice and bob, each with ``token(name)`` and ``token(name, "read")``.
+        orgs: Organisations, and who may write to them.
         repos: What is stored, by id.
-        requests: All requests, in the order of their answers.
+        requests: All requests, in the order they came.
         lfs_size: A file above this size is LFS whatever its name.
     """
 
-    def __init__(
-        self, users: Sequence[str] = ("alice", "bob"), orgs: Mapping[str, Sequence[str]] | None = None
-    ) -> None:
-        self.tokens = {self.token(user, role): Token(user, role) for user in users for role in ("write", "read")}
-        self.orgs = dict(orgs if orgs is not None else {"lab": ("alice",)})
+    def __init__(self) -> None:
+        self.tokens = {self.token(user, role): Token(user, role) for user in ("alice", "bob") for role in ROLES}
+        self.orgs = {"lab": ["alice"]}
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
-        self.errors: list[BaseException] = []  # of the server itself; raised when it is closed
+        self.errors: list[BaseException] = []  # the server's own, raised when it is closed
         self.lfs_size = 10 * 2**20
         self.lock = threading.RLock()
         self.closed = threading.Event()
@@ -178,11 +177,10 @@ class HubServer:
         """Whether a file is stored as an LFS object."""
         return path.endswith(LFS_SUFFIXES) or size > self.lfs_size
 
-    def fail(
-        self, match: Match, status: int = 500, times: int | None = 1, headers: Mapping[str, str] | None = None
-    ) -> Fault:
-        """Answers with an error and does no work; ``headers`` are for a ``Retry-After`` and the like."""
-        return self._add(Fault("fail", match, times, status=status, headers=headers or {}))
+    def fail(self, match: Match, status: int = 500, times: int | None = 1, **headers: str) -> Fault:
+        """Answers with an error and does no work; ``Retry_After="1"`` is sent as a header."""
+        told = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self._add(Fault("fail", match, times, status=status, headers=told))
 
     def drop(
         self, match: Match, when: Literal["before", "after"] = "before", times: int | None = 1, reset: bool = False
@@ -195,7 +193,7 @@ class HubServer:
         return self._add(Fault("stall", match, times, seconds=seconds))
 
     def truncate(self, match: Match, times: int | None = 1) -> Fault:
-        """Announces the whole body, sends half of it and closes; LFS files come from ``/lfs/…&filename=``."""
+        """Announces the whole body, sends half of it and closes; LFS files come from ``/storage/…&filename=``."""
         return self._add(Fault("truncate", match, times))
 
     def alter(self, match: Match, times: int | None = 1, change: Callable[[bytes], bytes] | None = None) -> Fault:
@@ -238,7 +236,7 @@ def _flip_bit(body: bytes) -> bytes:
     return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :] if body else body
 
 
-# ------------------------------------------------------------------------------------------------------ the transport
+# -------------------------------------------------------------------------------------------------------- the transport
 @dataclass
 class Answer:
     """What is sent back."""
@@ -285,34 +283,31 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def _serve(self) -> None:
-        hub, origin = self.server.hub, self.server.origin
+        hub, origin, quiet = self.server.hub, self.server.origin, self.path == ASIDE
+        headers = {name: self.headers[name] for name in LOGGED if name in self.headers}
+        request = Request(self.command, self.path, headers, origin)
+        if not quiet:
+            hub.requests.append(request)
         size = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(size)
-        aside = self.path == ASIDE
-        fault = (None if aside else hub.take_fault(self.command, self.path)) or Fault("fail", ("", ""), 0)
-        kind = fault.kind if fault.hits else ""
-        if kind == "stall":
+        fault = (None if quiet else hub.take_fault(self.command, self.path)) or Fault("none", ("", ""), 0)
+        request.size, request.fault, answer = len(body), fault.kind, None
+        if fault.kind == "stall":
             hub.closed.wait(fault.seconds)
-        answer = None
-        if kind == "fail":
-            page = b"<html>Bad gateway</html>" if fault.status > 500 else b'{"error": "Internal Error"}'
-            answer = Answer(fault.status, page, fault.headers)
-        elif kind != "before" and len(body) == size:
+        if fault.kind == "fail" and fault.status <= 500:
+            answer = _json({"error": "Internal Error"}, fault.status, fault.headers)
+        elif fault.kind == "fail":  # by what stands before the Hub
+            answer = Answer(fault.status, b"<html>Unavailable</html>", {"Content-Type": "text/html", **fault.headers})
+        elif fault.kind != "before" and len(body) == size:
             with hub.lock:
-                answer = _answer(Call(hub, origin, self.command, self.path, self.headers, body))
-        if kind == "alter" and answer:
+                answer = Call(hub, origin, self.command, self.path, self.headers, body).answer()
+        if fault.kind == "alter" and answer:
             answer = replace(answer, body=fault.change(answer.body))
-        if kind == "after":
-            answer = None
-        kept = ("authorization", "content-type", "range", "user-agent")
-        headers = {name: self.headers[name] for name in kept if name in self.headers}
-        status = answer.status if answer else 0
-        if not aside:
-            hub.requests.append(Request(self.command, self.path, headers, status, origin, len(body), kind))
-        if answer is None:
+        if answer is None or fault.kind == "after":
             self._hang_up(fault.reset)
         else:
-            self._send(answer, kind == "truncate")
+            request.status = answer.status
+            self._send(answer, fault.kind == "truncate")
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
@@ -336,6 +331,76 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+# -------------------------------------------------------------------------------------------------------------- the API
+Answerer = Callable[["Call"], Answer]
+_ROUTES: list[tuple[str, re.Pattern[str], str, Answerer]] = []
+_REPO = r"(?P<repo>[^/]+/[^/]+)"
+_MODEL = rf"/api/models/{_REPO}"
+_REV = r"(?P<rev>[^/]+)"
+
+
+def _route(methods: str, pattern: str, origin: str = "hub") -> Callable[[Answerer], Answerer]:
+    def register(function: Answerer) -> Answerer:
+        _ROUTES.append((methods, re.compile(pattern), origin, function))
+        return function
+
+    return register
+
+
+def _blob_id(data: bytes) -> str:
+    return sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _row(commit: Commit, path: str) -> dict[str, Any]:
+    data = commit.files[path]
+    row: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": _blob_id(data)}
+    if path in commit.lfs:
+        oid = sha256(data).hexdigest()
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(data)}\n".encode()
+        lfs = {"oid": oid, "sha256": oid, "size": len(data), "pointerSize": len(pointer)}
+        row |= {"oid": _blob_id(pointer), "lfs": lfs}
+    return row
+
+
+def _object_url(hub: HubServer, repo: Repo, oid: str) -> str:
+    return f"{hub.storage_url}/storage/{repo.id}/{oid}?signature={sha1((repo.id + oid).encode()).hexdigest()[:16]}"
+
+
+def _card_data(readme: str) -> dict[str, Any]:
+    """The top level of a card's front matter, as far as it is scalars and lists of them; the rest is left out."""
+    block = re.match(r"---\r?\n(.*?)^---\s*$", readme, re.DOTALL | re.MULTILINE)
+    data: dict[str, Any] = {}
+    key = ""
+    for line in block[1].splitlines() if block else ():
+        if found := re.fullmatch(r"([\w-]+):(?:\s+(.*?))?\s*", line):
+            key, value = found[1], found[2] or ""
+            inline = re.fullmatch(r"\[(.*)\]", value)
+            items = [item.strip(" '\"") for item in inline[1].split(",")] if inline else []
+            data[key] = items if inline or not value else value.strip("'\"")
+        elif (found := re.fullmatch(r"\s*- (.*)", line)) and isinstance(data.get(key), list):
+            data[key].append(found[1].strip(" '\""))
+        elif line.strip() and not (key and line[0] == " ") and line[0] != "#":
+            raise ValueError(f"bad line in the front matter: {line!r}")
+    data.pop("model-index", None)
+    return data
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _part(answer: Answer, asked: str) -> Answer:
+    """The part of a body that a Range header asks for."""
+    found = re.fullmatch(r"bytes=(\d+)-(\d*)", asked)
+    if found is None or answer.status != 200:
+        return answer
+    size, start = len(answer.body), int(found[1])
+    stop = min(int(found[2]) + 1, size) if found[2] else size
+    if start >= size:
+        return Answer(416, headers={"Content-Range": f"bytes */{size}"})
+    return Answer(206, answer.body[start:stop], {**answer.headers, "Content-Range": f"bytes {start}-{stop - 1}/{size}"})
+
+
 @dataclass
 class Call:
     """A request on its way to the function that answers it."""
@@ -347,6 +412,18 @@ class Call:
     headers: Message
     body: bytes
     args: dict[str, str] = field(default_factory=dict)  # the groups of the route's pattern, unquoted
+
+    def answer(self) -> Answer:
+        """What the first route that fits has to say."""
+        for methods, pattern, origin, function in _ROUTES:
+            found = pattern.fullmatch(self.path.partition("?")[0])
+            if found and origin == self.origin and self.method in methods.split():
+                self.args = {name: unquote(value) for name, value in found.groupdict().items() if value is not None}
+                try:
+                    return _part(function(self), self.headers.get("range", ""))
+                except HubError as error:
+                    return error.answer
+        return HubError(404, f"The tests' Hub does not know {self.method} {self.path}").answer
 
     @property
     def query(self) -> dict[str, str]:
@@ -399,291 +476,206 @@ class Call:
             raise HubError(404, f"Invalid rev id: {self.args['rev']}", "RevisionNotFound")
         return repo, repo.branches[self.args["rev"]]
 
+    # ---------------------------------------------------------------------------------------------- users, repositories
+    @_route("GET", ASIDE)
+    def _harnesses(self) -> Answer:
+        return _json({"standardEnvVars": [], "harnesses": {}})
 
-_ROUTES: list[tuple[str, re.Pattern[str], str, Callable[[Call], Answer]]] = []
-_REPO = r"(?P<repo>[^/]+/[^/]+)"
-_MODEL = rf"/api/models/{_REPO}"
-_REV = r"(?P<rev>[^/]+)"
+    @_route("GET", "/api/whoami-v2")
+    def _whoami(self) -> Answer:
+        if self.caller is None:
+            raise HubError(401, "Invalid username or password.")
+        user, role = self.caller.user, self.caller.role
+        orgs = [{"type": "org", "name": org} for org, members in self.hub.orgs.items() if user in members]
+        auth = {"type": "access_token", "accessToken": {"displayName": "tests", "role": role}}
+        return _json({"type": "user", "id": user, "name": user, "orgs": orgs, "auth": auth})
 
+    @_route("POST", "/api/repos/create")
+    def _create_repo(self) -> Answer:
+        asked = json.loads(self.body)
+        if self.caller is None:
+            raise HubError(401, "Invalid username or password.")
+        owner = asked.get("organization") or self.caller.user
+        if not self.owns(owner) or self.caller.role != "write":
+            raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
+        repo_id = f"{owner}/{asked['name']}"
+        url = f"{self.hub.url}/{repo_id}"
+        if repo_id in self.hub.repos:
+            raise HubError(409, "You already created this model repo", url=url)
+        self.hub.add_repo(repo_id, private=asked.get("visibility") == "private" or asked.get("private") is True)
+        return _json({"url": url, "name": repo_id})
 
-def _route(methods: str, pattern: str, origin: str = "hub") -> Callable[[Callable[[Call], Answer]], None]:
-    return lambda function: _ROUTES.append((methods, re.compile(pattern), origin, function))
+    @_route("PUT", f"{_MODEL}/settings")
+    def _settings(self) -> Answer:
+        asked = json.loads(self.body)
+        self.repo("write").private = asked.get("visibility") == "private" or asked.get("private") is True
+        return _json({})
 
+    @_route("GET", f"{_MODEL}/auth-check(?P<write>/write)?")
+    def _auth_check(self) -> Answer:
+        self.repo("write" if "write" in self.args else "read")
+        return _json({})
 
-def _answer(call: Call) -> Answer:
-    for methods, pattern, origin, function in _ROUTES:
-        found = pattern.fullmatch(call.path.partition("?")[0])
-        if found and origin == call.origin and call.method in methods.split():
-            call.args = {name: unquote(value) for name, value in found.groupdict().items() if value is not None}
-            try:
-                return _part(function(call), call.headers.get("range", ""))
-            except HubError as error:
-                return error.answer
-    return HubError(404, f"The tests' Hub does not know {call.method} {call.path}").answer
+    @_route("POST", f"{_MODEL}/branch/(?P<name>[^/]+)")
+    def _create_branch(self) -> Answer:
+        repo, name = self.repo("write"), self.args["name"]
+        if name.startswith("refs/"):
+            raise HubError(400, f"Invalid reference for a branch: {name}")
+        if name in repo.branches:
+            raise HubError(409, f"Reference already exists: {name}")
+        self.args["rev"] = json.loads(self.body or b"{}").get("startingPoint", "main")
+        repo.branches[name] = list(self.history(repo))
+        return _json({})
 
+    @_route("GET", f"{_MODEL}/refs")
+    def _refs(self) -> Answer:
+        refs: dict[str, list[dict[str, str]]] = {"branches": [], "pullRequests": [], "tags": [], "converts": []}
+        for name, history in self.repo().branches.items():
+            pull = name.startswith("refs/pr/")
+            ref = {"name": name, "ref": name if pull else f"refs/heads/{name}", "targetCommit": history[-1].sha}
+            refs["pullRequests" if pull else "branches"].append(ref)
+        return _json(refs)
 
-def _part(answer: Answer, asked: str) -> Answer:
-    """The part of a body that a Range header asks for."""
-    found = re.fullmatch(r"bytes=(\d+)-(\d*)", asked)
-    if found is None or answer.status != 200:
-        return answer
-    size, start = len(answer.body), int(found[1])
-    stop = min(int(found[2]) + 1, size) if found[2] else size
-    if start >= size:
-        return Answer(416, headers={"Content-Range": f"bytes */{size}"})
-    return Answer(206, answer.body[start:stop], {**answer.headers, "Content-Range": f"bytes {start}-{stop - 1}/{size}"})
+    @_route("GET", f"{_MODEL}/commits/{_REV}")
+    def _commits(self) -> Answer:
+        rows = []
+        for i, commit in enumerate(self.history(self.repo())):
+            date = (datetime(2024, 1, 1) + timedelta(minutes=i)).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+            row = {"id": commit.sha, "title": commit.message, "message": commit.description, "date": date}
+            rows.append(row | {"authors": [{"user": commit.author}]})
+        return _json(rows[::-1])
 
+    # ---------------------------------------------------------------------------------------------------------- reading
+    @_route("GET", f"{_MODEL}(/revision/{_REV})?")
+    def _model_info(self) -> Answer:
+        repo = self.repo()
+        commit = self.history(repo)[-1]
+        rows = [_row(commit, path) for path in sorted(commit.files)]
+        siblings = [{"rfilename": row["path"]} for row in rows]
+        if "blobs" in self.query:
+            siblings = [{"rfilename": row["path"], "blobId": row["oid"], **row} for row in rows]
+        try:
+            card = _card_data(commit.files.get("README.md", b"").decode())
+        except ValueError:
+            card = {}
+        tags = _listed(card.get("tags", [])) + [f"license:{name}" for name in _listed(card.get("license", []))]
+        info: dict[str, Any] = {name: card[name] for name in ("library_name", "pipeline_tag") if name in card}
+        info |= {"id": repo.id, "author": repo.id.split("/")[0], "sha": commit.sha, "private": repo.private}
+        return _json(info | {"tags": tags, "siblings": siblings, "cardData": card or None})
 
-# ------------------------------------------------------------------------------------------------ users, repositories
-@_route("GET", ASIDE)
-def _harnesses(call: Call) -> Answer:
-    return _json({"standardEnvVars": [], "harnesses": {}})
+    @_route("GET", f"{_MODEL}/tree/{_REV}")
+    def _tree(self) -> Answer:
+        commit = self.history(self.repo())[-1]
+        deep = self.query.get("recursive", "").lower() in ("1", "true")
+        return _json([_row(commit, path) for path in sorted(commit.files) if deep or "/" not in path])
 
-
-@_route("GET", "/api/whoami-v2")
-def _whoami(call: Call) -> Answer:
-    if call.caller is None:
-        raise HubError(401, "Invalid username or password.")
-    user, role = call.caller.user, call.caller.role
-    orgs = [{"type": "org", "name": org} for org, members in call.hub.orgs.items() if user in members]
-    auth = {"type": "access_token", "accessToken": {"displayName": "tests", "role": role}}
-    return _json({"type": "user", "id": user, "name": user, "orgs": orgs, "auth": auth})
-
-
-@_route("POST", "/api/repos/create")
-def _create_repo(call: Call) -> Answer:
-    asked = json.loads(call.body)
-    if call.caller is None:
-        raise HubError(401, "Invalid username or password.")
-    owner = asked.get("organization") or call.caller.user
-    if not call.owns(owner) or call.caller.role != "write":
-        raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
-    repo_id = f"{owner}/{asked['name']}"
-    url = f"{call.hub.url}/{repo_id}"
-    if repo_id in call.hub.repos:
-        raise HubError(409, "You already created this model repo", url=url)
-    call.hub.add_repo(repo_id, private=asked.get("visibility") == "private" or asked.get("private") is True)
-    return _json({"url": url, "name": repo_id})
-
-
-@_route("PUT", f"{_MODEL}/settings")
-def _settings(call: Call) -> Answer:
-    asked = json.loads(call.body)
-    call.repo("write").private = asked.get("visibility") == "private" or asked.get("private") is True
-    return _json({})
-
-
-@_route("GET", f"{_MODEL}/auth-check(?P<write>/write)?")
-def _auth_check(call: Call) -> Answer:
-    call.repo("write" if "write" in call.args else "read")
-    return _json({})
-
-
-@_route("POST", f"{_MODEL}/branch/(?P<name>[^/]+)")
-def _create_branch(call: Call) -> Answer:
-    repo, name = call.repo("write"), call.args["name"]
-    if name.startswith("refs/"):
-        raise HubError(400, f"Invalid reference for a branch: {name}")
-    if name in repo.branches:
-        raise HubError(409, f"Reference already exists: {name}")
-    call.args["rev"] = json.loads(call.body or b"{}").get("startingPoint", "main")
-    repo.branches[name] = list(call.history(repo))
-    return _json({})
-
-
-@_route("GET", f"{_MODEL}/refs")
-def _refs(call: Call) -> Answer:
-    refs: dict[str, list[dict[str, str]]] = {"branches": [], "pullRequests": [], "tags": [], "converts": []}
-    for name, history in call.repo().branches.items():
-        pull = name.startswith("refs/pr/")
-        ref = {"name": name, "ref": name if pull else f"refs/heads/{name}", "targetCommit": history[-1].sha}
-        refs["pullRequests" if pull else "branches"].append(ref)
-    return _json(refs)
-
-
-@_route("GET", f"{_MODEL}/commits/{_REV}")
-def _commits(call: Call) -> Answer:
-    rows = []
-    for i, commit in enumerate(call.history(call.repo())):
-        date = (datetime(2024, 1, 1) + timedelta(minutes=i)).strftime("%Y-%m-%dT%H:%M:%S.000Z")
-        row = {"id": commit.sha, "title": commit.message, "message": commit.description, "date": date}
-        rows.append(row | {"authors": [{"user": commit.author}]})
-    return _json(rows[::-1])
-
-
-# ------------------------------------------------------------------------------------------------------------ reading
-def _blob_id(data: bytes) -> str:
-    return sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def _row(commit: Commit, path: str) -> dict[str, Any]:
-    data = commit.files[path]
-    row: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": _blob_id(data)}
-    if path in commit.lfs:
+    @_route("GET HEAD", f"/{_REPO}/resolve/{_REV}/(?P<path>.+)")
+    def _resolve(self) -> Answer:
+        repo, path = self.repo(), self.args["path"]
+        commit = self.history(repo)[-1]
+        headers = {"X-Repo-Commit": commit.sha}
+        if path not in commit.files:
+            raise HubError(404, "Entry not found", "EntryNotFound", headers)
+        data = commit.files[path]
+        if path not in commit.lfs:
+            return Answer(200, data, headers | {"ETag": f'"{_blob_id(data)}"'})
         oid = sha256(data).hexdigest()
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(data)}\n".encode()
-        lfs = {"oid": oid, "sha256": oid, "size": len(data), "pointerSize": len(pointer)}
-        row |= {"oid": _blob_id(pointer), "lfs": lfs}
-    return row
+        headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data))}
+        return Answer(302, headers=headers | {"Location": f"{_object_url(self.hub, repo, oid)}&filename={quote(path)}"})
 
+    # ------------------------------------------------------------------------------------------------------ LFS storage
+    @_route("GET PUT", f"/storage/{_REPO}/(?P<oid>[0-9a-f]+)", origin="storage")
+    def _object(self) -> Answer:
+        repo, oid = self.hub.repos[self.args["repo"]], self.args["oid"]
+        if "authorization" in self.headers:
+            raise HubError(400, "Only one auth mechanism allowed: the signature or the Authorization header")
+        if not _object_url(self.hub, repo, oid).endswith(f"?signature={self.query.get('signature')}"):
+            raise HubError(403, "SignatureDoesNotMatch")
+        if self.method == "GET":
+            return Answer(200, repo.objects[oid], {"Content-Type": "application/octet-stream"})
+        if sha256(self.body).hexdigest() != oid:
+            raise HubError(400, "BadDigest")
+        repo.objects[oid] = self.body
+        return Answer()
 
-@_route("GET", f"{_MODEL}(/revision/{_REV})?")
-def _model_info(call: Call) -> Answer:
-    repo = call.repo()
-    commit = call.history(repo)[-1]
-    rows = [_row(commit, path) for path in sorted(commit.files)]
-    siblings = [{"rfilename": row["path"]} for row in rows]
-    if "blobs" in call.query:
-        siblings = [{"rfilename": row["path"], "blobId": row["oid"], **row} for row in rows]
-    try:
-        card = _card_data(commit.files.get("README.md", b"").decode())
-    except ValueError:
-        card = {}
-    tags = [*card.get("tags", []), *([f"license:{card['license']}"] if "license" in card else [])]
-    info = {"id": repo.id, "author": repo.id.split("/")[0], "sha": commit.sha, "private": repo.private, "tags": tags}
-    info |= {name: card[name] for name in ("library_name", "pipeline_tag") if name in card}
-    return _json(info | {"siblings": siblings, "cardData": card or None})
+    @_route("POST", rf"/{_REPO}\.git/info/lfs/objects/batch")
+    def _lfs_batch(self) -> Answer:
+        asked = json.loads(self.body)
+        branch = asked.get("ref", {}).get("name", "refs/pr/")  # the client names none where it opens a pull request
+        repo = self.repo("pull" if branch.startswith("refs/pr/") else "write")
+        objects = [{"oid": thing["oid"], "size": thing["size"]} for thing in asked["objects"]]
+        for thing in objects:
+            if thing["oid"] not in repo.objects:
+                verify = {"href": f"{self.hub.url}/{repo.id}.git/info/lfs/objects/verify"}
+                thing["actions"] = {"upload": {"href": _object_url(self.hub, repo, thing["oid"])}, "verify": verify}
+        return _json({"transfer": "basic", "objects": objects})
 
+    @_route("POST", rf"/{_REPO}\.git/info/lfs/objects/verify")
+    def _lfs_verify(self) -> Answer:
+        asked = json.loads(self.body)
+        if len(self.repo("pull").objects.get(asked["oid"], b"")) != asked["size"]:
+            raise HubError(404, "The object was not uploaded")
+        return _json({})
 
-@_route("GET", f"{_MODEL}/tree/{_REV}")
-def _tree(call: Call) -> Answer:
-    commit = call.history(call.repo())[-1]
-    deep = call.query.get("recursive", "").lower() in ("1", "true")
-    return _json([_row(commit, path) for path in sorted(commit.files) if deep or "/" not in path])
+    # ---------------------------------------------------------------------------------------------------------- writing
+    @_route("POST", "/api/validate-yaml")
+    def _validate_yaml(self) -> Answer:
+        warnings, errors = [], []
+        try:
+            card = _card_data(json.loads(self.body)["content"])
+        except ValueError as error:
+            card, errors = {"": ""}, [str(error)]
+        if not card:
+            warnings.append("empty or missing yaml metadata in repo card")
+        if not LICENSES.issuperset(_listed(card.get("license", []))):
+            errors.append(f'"license" must be one of [{", ".join(sorted(LICENSES))}]')
+        for i, base in enumerate(_listed(card.get("base_model", []))):
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+                errors.append(f'"base_model[{i}]" with value "{base}" is not valid. Use a model id.')
+        told = {"errors": [{"message": text} for text in errors], "warnings": [{"message": text} for text in warnings]}
+        return _json(told, 400 if errors else 200)
 
+    @_route("POST", f"{_MODEL}/preupload/{_REV}")
+    def _preupload(self) -> Answer:
+        head = self.target()[1][-1]
+        rows = []
+        for file in json.loads(self.body)["files"]:
+            old, lfs = head.files.get(file["path"]), self.hub.is_lfs(file["path"], file["size"])
+            row = {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+            rows.append(row | ({} if old is None else {"oid": sha256(old).hexdigest() if lfs else _blob_id(old)}))
+        return _json({"files": rows})
 
-@_route("GET HEAD", f"/{_REPO}/resolve/{_REV}/(?P<path>.+)")
-def _resolve(call: Call) -> Answer:
-    repo, path = call.repo(), call.args["path"]
-    commit = call.history(repo)[-1]
-    headers = {"X-Repo-Commit": commit.sha}
-    if path not in commit.files:
-        raise HubError(404, "Entry not found", "EntryNotFound", headers)
-    data = commit.files[path]
-    if path not in commit.lfs:
-        return Answer(200, data, headers | {"ETag": f'"{_blob_id(data)}"'})
-    oid = sha256(data).hexdigest()
-    headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data))}
-    return Answer(302, headers=headers | {"Location": f"{_object_url(call.hub, repo, oid)}&filename={quote(path)}"})
-
-
-# --------------------------------------------------------------------------------------------------------- LFS storage
-def _object_url(hub: HubServer, repo: Repo, oid: str) -> str:
-    return f"{hub.storage_url}/lfs/{repo.id}/{oid}?signature={sha1((repo.id + oid).encode()).hexdigest()[:16]}"
-
-
-@_route("GET PUT", f"/lfs/{_REPO}/(?P<oid>[0-9a-f]+)", origin="storage")
-def _object(call: Call) -> Answer:
-    repo, oid = call.hub.repos[call.args["repo"]], call.args["oid"]
-    if "authorization" in call.headers:
-        raise HubError(400, "Only one auth mechanism allowed: the signature or the Authorization header")
-    if not _object_url(call.hub, repo, oid).endswith(f"?signature={call.query.get('signature')}"):
-        raise HubError(403, "SignatureDoesNotMatch")
-    if call.method == "GET":
-        return Answer(200, repo.objects[oid], {"Content-Type": "application/octet-stream"})
-    if sha256(call.body).hexdigest() != oid:
-        raise HubError(400, "BadDigest")
-    repo.objects[oid] = call.body
-    return Answer()
-
-
-@_route("POST", rf"/{_REPO}\.git/info/lfs/objects/batch")
-def _lfs_batch(call: Call) -> Answer:
-    asked = json.loads(call.body)
-    branch = asked.get("ref", {}).get("name", "refs/pr/")  # the client names none where it opens a pull request
-    repo = call.repo("pull" if branch.startswith("refs/pr/") else "write")
-    objects = [{"oid": thing["oid"], "size": thing["size"]} for thing in asked["objects"]]
-    for thing in objects:
-        if thing["oid"] not in repo.objects:
-            verify = {"href": f"{call.hub.url}/{repo.id}.git/info/lfs/objects/verify"}
-            thing["actions"] = {"upload": {"href": _object_url(call.hub, repo, thing["oid"])}, "verify": verify}
-    return _json({"transfer": "basic", "objects": objects})
-
-
-@_route("POST", rf"/{_REPO}\.git/info/lfs/objects/verify")
-def _lfs_verify(call: Call) -> Answer:
-    asked = json.loads(call.body)
-    if len(call.repo("pull").objects.get(asked["oid"], b"")) != asked["size"]:
-        raise HubError(404, "The object was not uploaded")
-    return _json({})
-
-
-# ------------------------------------------------------------------------------------------------------------ writing
-def _card_data(readme: str) -> dict[str, Any]:
-    """The top level of a card's front matter, as far as it is scalars and lists of them; the rest is left out."""
-    block = re.match(r"---\r?\n(.*?)^---\s*$", readme, re.DOTALL | re.MULTILINE)
-    data: dict[str, Any] = {}
-    key = ""
-    for line in block[1].splitlines() if block else ():
-        if found := re.fullmatch(r"([\w-]+):(?:\s+(.*?))?\s*", line):
-            key, value = found[1], found[2] or ""
-            inline = re.fullmatch(r"\[(.*)\]", value)
-            items = [item.strip(" '\"") for item in inline[1].split(",")] if inline else []
-            data[key] = items if inline or not value else value.strip("'\"")
-        elif (found := re.fullmatch(r"\s*- (.*)", line)) and isinstance(data.get(key), list):
-            data[key].append(found[1].strip(" '\""))
-        elif line.strip() and not (key and line[0] == " ") and line[0] != "#":
-            raise ValueError(f"bad line in the front matter: {line!r}")
-    data.pop("model-index", None)
-    return data
-
-
-@_route("POST", "/api/validate-yaml")
-def _validate_yaml(call: Call) -> Answer:
-    warnings, errors = [], []
-    try:
-        card = _card_data(json.loads(call.body)["content"])
-    except ValueError as error:
-        card, errors = {"": ""}, [str(error)]
-    if not card:
-        warnings.append("empty or missing yaml metadata in repo card")
-    if card.get("license", "unknown") not in LICENSES:
-        errors.append(f'"license" must be one of [{", ".join(sorted(LICENSES))}]')
-    bases = card.get("base_model", [])
-    for i, base in enumerate([bases] if isinstance(bases, str) else bases):
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
-            errors.append(f'"base_model[{i}]" with value "{base}" is not valid. Use a model id.')
-    told = {"errors": [{"message": text} for text in errors], "warnings": [{"message": text} for text in warnings]}
-    return _json(told, 400 if errors else 200)
-
-
-@_route("POST", f"{_MODEL}/preupload/{_REV}")
-def _preupload(call: Call) -> Answer:
-    head = call.target()[1][-1]
-    rows = []
-    for file in json.loads(call.body)["files"]:
-        old, lfs = head.files.get(file["path"]), call.hub.is_lfs(file["path"], file["size"])
-        row = {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
-        rows.append(row | ({} if old is None else {"oid": sha256(old).hexdigest() if lfs else _blob_id(old)}))
-    return _json({"files": rows})
-
-
-@_route("POST", f"{_MODEL}/commit/{_REV}")
-def _commit(call: Call) -> Answer:
-    (repo, history), pull = call.target(), "create_pr" in call.query
-    header, *lines = [json.loads(line) for line in call.body.splitlines() if line]
-    call.args["rev"] = header["value"].get("parentCommit") or history[-1].sha
-    if call.args["rev"] != history[-1].sha and not pull:
-        raise HubError(412, "The branch was updated since you opened this page. Please refresh and try again.")
-    files, lfs = dict(call.history(repo)[-1].files), set(call.history(repo)[-1].lfs)
-    for line in lines:
-        key, value, path = line["key"], line["value"], line["value"]["path"]
-        lfs.discard(path)
-        if key == "file":
-            files[path] = base64.b64decode(value["content"])
-        elif key == "deletedFile" and files.pop(path, None) is None:
-            raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
-        elif key == "lfsFile" and value["oid"] not in repo.objects:
-            raise HubError(400, "An LFS pointer pointed to a file that does not exist.")
-        elif key == "lfsFile":
-            files[path] = repo.objects[value["oid"]]
-            lfs.add(path)
-    fields = {"description": header["value"].get("description", ""), "author": call.caller and call.caller.user}
-    made = repo.make(call.history(repo), files, header["value"]["summary"], lfs=frozenset(lfs), **fields)
-    info = {"success": True, "commitOid": made.sha, "commitUrl": f"{call.hub.url}/{repo.id}/commit/{made.sha}"}
-    if not pull:
-        history.append(made)
-        return _json(info)
-    number = 1 + sum(name.startswith("refs/pr/") for name in repo.branches)
-    repo.branches[f"refs/pr/{number}"] = [*call.history(repo), made]
-    return _json(info | {"pullRequestUrl": f"{call.hub.url}/{repo.id}/discussions/{number}"})
+    @_route("POST", f"{_MODEL}/commit/{_REV}")
+    def _commit(self) -> Answer:
+        (repo, history), pull = self.target(), "create_pr" in self.query
+        header, *lines = [json.loads(line) for line in self.body.splitlines() if line]
+        self.args["rev"] = header["value"].get("parentCommit") or history[-1].sha
+        if self.args["rev"] != history[-1].sha and not pull:
+            raise HubError(412, "The branch was updated since you opened this page. Please refresh and try again.")
+        files, lfs = dict(self.history(repo)[-1].files), set(self.history(repo)[-1].lfs)
+        for line in lines:
+            value, path = line["value"], line["value"]["path"]
+            lfs.discard(path)
+            match line["key"]:
+                case "file":
+                    files[path] = base64.b64decode(value["content"])
+                case "lfsFile" if value["oid"] in repo.objects:
+                    files[path] = repo.objects[value["oid"]]
+                    lfs.add(path)
+                case "lfsFile":
+                    raise HubError(400, "An LFS pointer pointed to a file that does not exist.")
+                case "deletedFile" if path in files:
+                    del files[path]
+                case "deletedFile":
+                    raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
+                case other:
+                    raise HubError(400, f"The tests' Hub does not know {other}")
+        fields = {"description": header["value"].get("description", ""), "author": self.caller and self.caller.user}
+        made = repo.make(self.history(repo), files, header["value"]["summary"], lfs=frozenset(lfs), **fields)
+        info = {"success": True, "commitOid": made.sha, "commitUrl": f"{self.hub.url}/{repo.id}/commit/{made.sha}"}
+        if not pull:
+            history.append(made)
+            return _json(info)
+        number = 1 + sum(name.startswith("refs/pr/") for name in repo.branches)
+        repo.branches[f"refs/pr/{number}"] = [*self.history(repo), made]
+        return _json(info | {"pullRequestUrl": f"{self.hub.url}/{repo.id}/discussions/{number}"})

@@ -98,8 +98,7 @@ def same_state(state, other):
 
 
 @geometries
-@pytest.mark.parametrize("keys_per_kernel", [1, 2, 8])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("keys_per_kernel", "bias"), [(1, True), (1, False), (2, True), (8, False)])
 def test_forward_and_fuse_are_the_dense_convolution(geometry, keys_per_kernel, bias):
     conv = make_conv(geometry, bias=bias)
     stock = conv.weight.detach().clone()

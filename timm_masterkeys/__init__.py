@@ -6,11 +6,11 @@ __version__ = version("timm_masterkeys")
 
 from .banks import KeyBank, get_bank, list_banks
 from .checkpoint import load_compact, save_compact
-from .errors import BankError, CheckpointError, ConversionError, MasterKeysError, ProjectionError
-from .hub import save_pretrained
+from .errors import BankError, CheckpointError, ConversionError, HubError, MasterKeysError, ProjectionError
+from .hub import Publication, push_to_hub, save_pretrained
 from .layers import MasterKeyConv2d
 from .projection import Projection, project_kernels
-from .registry import list_architectures, register_names
+from .registry import list_architectures, register_names, use_weights
 from .report import ConversionReport, LayerReport, conversion_report
 from .surgery import (
     ConversionPlan,
@@ -27,6 +27,7 @@ __all__ = [
     "ConversionError",
     "ConversionPlan",
     "ConversionReport",
+    "HubError",
     "KeyBank",
     "LayerReport",
     "MasterKeyConv2d",
@@ -34,6 +35,7 @@ __all__ = [
     "PlannedLayer",
     "Projection",
     "ProjectionError",
+    "Publication",
     "conversion_report",
     "convert_to_masterkeys",
     "fuse_masterkeys",
@@ -44,9 +46,11 @@ __all__ = [
     "load_compact",
     "plan_conversion",
     "project_kernels",
+    "push_to_hub",
     "register_names",
     "save_compact",
     "save_pretrained",
+    "use_weights",
 ]
 
 register_names()

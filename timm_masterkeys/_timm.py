@@ -49,7 +49,7 @@ def cfgs(arch: str) -> dict[str, PretrainedCfg]:
 
 
 def add_tag(arch: str, tag: str, cfg: PretrainedCfg) -> None:
-    """Makes ``arch.tag`` a name timm lists and finds; the stock tags and default stay. Replaces the tag if it is there."""
+    """Makes ``arch.tag`` a name timm lists and finds; stock tags and default stay. An own tag is replaced."""
     from timm.models._registry import _model_has_pretrained, _model_pretrained_cfgs, _model_with_tags
 
     name = f"{arch}.{tag}"

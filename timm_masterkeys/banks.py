@@ -58,7 +58,7 @@ class KeyBank:
         flat = keys.reshape(len(keys), -1)
         constant = np.flatnonzero(np.ptp(flat, axis=1) == 0)
         if constant.size:
-            raise BankError(f"Bank '{self.name}': key {constant[0]} is constant. The shift b already covers it: remove it.")
+            raise BankError(f"Bank '{self.name}': key {constant[0]} is constant; the shift b covers it. Remove it.")
         keys.flags.writeable = False
         object.__setattr__(self, "keys", keys)
 
@@ -172,14 +172,14 @@ class KeyBank:
         except (OSError, SafetensorError) as error:
             raise BankError(f"Cannot read a bank from '{path}': {error}. Expected a safetensors file.") from error
         if keys is None:
-            raise BankError(f"'{path}' holds {names[:5]}, expected a tensor named 'keys' of shape (keys, height, width).")
+            raise BankError(f"'{path}' holds {names[:5]}, expected a tensor 'keys' of shape (keys, height, width).")
         found = metadata.get("format", _FORMAT)
         if found != _FORMAT:
             raise BankError(f"'{path}' has format '{found}', this version reads '{_FORMAT}'. Upgrade timm_masterkeys.")
         name = metadata.get("name", Path(path).stem)
         bank = cls(name, keys, metadata.get("source", str(path)), metadata.get("licence", ""))
         if metadata.get("digest", bank.digest) != bank.digest:
-            raise BankError(f"'{path}' does not match its digest {metadata['digest']}: the file was altered. Get it again.")
+            raise BankError(f"'{path}' does not match its digest: the file was altered. Get it again.")
         return bank
 
 
@@ -193,7 +193,7 @@ def get_bank(bank: "str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray
 
     Args:
         bank: A name of ``list_banks()``, the path of a ``.safetensors`` file, a tensor or array (K, kh, kw), or a
-            KeyBank (returned as it is). ``random8:<seed>`` are eight Gaussian random 7x7 keys: the control for any claim.
+            KeyBank (returned as it is). ``random8:<seed>`` are eight Gaussian random 7x7 keys: the control.
 
     Raises:
         BankError: No such name, or a file or tensor that is no bank.
@@ -227,7 +227,7 @@ def _babaiee2025() -> KeyBank:
         DEFAULT_BANK,
         np.array(rows, dtype=np.float64).reshape(8, 7, 7),
         source="Babaiee et al., The Quest for Universal Master Key Filters in DS-CNNs, NeurIPS 2025 (arXiv:2509.11711), "
-        "as published with Lindeberg et al., JMIV 68(3), 2026 at github.com/tonylindeberg/masterfiltmodel",
+        " published with Lindeberg et al., JMIV 68(3), 2026 at github.com/tonylindeberg/masterfiltmodel",
         licence="cc-by-4.0",
     )
 

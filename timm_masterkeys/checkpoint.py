@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -15,10 +15,13 @@ from torch import nn
 from .banks import KeyBank
 from .errors import CheckpointError, ConversionError
 from .files import atomic_path
-from .layers import MasterKeyConv2d
+from .layers import MasterKeyConv2d, Trainable
 
+DENSE_NAME = "model.safetensors"
 COMPACT_NAME = "masterkeys.safetensors"
 FORMAT_VERSION = 1
+
+_METADATA = "timm_masterkeys"
 
 _ENTRIES = ("keys", "key_index", "scale", "shift", "r2")
 
@@ -36,26 +39,26 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
     if not layers:
-        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d. Convert it first: convert_to_masterkeys.")
+        raise ConversionError(
+            f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first."
+        )
     banks = {layer.bank.digest: layer.bank for layer in layers.values()}
     tensors = {f"banks.{digest}": torch.from_numpy(bank.keys.copy()) for digest, bank in banks.items()}
     for name, layer in layers.items():
         tensors |= {f"{name}.{entry}": getattr(layer, entry).detach().cpu().contiguous().clone() for entry in _ENTRIES}
-    metadata = {
-        "format": f"timm_masterkeys.compact.{FORMAT_VERSION}",
-        "banks": json.dumps({d: {"name": b.name, "source": b.source, "licence": b.licence} for d, b in banks.items()}),
-        "layers": json.dumps(
-            {
-                name: {"bank": layer.bank.digest, "keys_per_kernel": layer.keys_per_kernel, "trainable": layer.trainable}
-                for name, layer in layers.items()
-            }
-        ),
+    about = {
+        "format_version": FORMAT_VERSION,
+        "banks": {d: {"name": b.name, "source": b.source, "licence": b.licence} for d, b in banks.items()},
+        "layers": {
+            name: {"bank": layer.bank.digest, "keys_per_kernel": layer.keys_per_kernel, "trainable": layer.trainable}
+            for name, layer in layers.items()
+        },
     }
-    with atomic_path(path) as tmp:
-        save_file(tensors, tmp, metadata)
+    with atomic_path(path) as tmp:  # one metadata entry: safetensors writes several in random order
+        save_file(tensors, tmp, {_METADATA: json.dumps(about)})
 
 
-def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: str | None = None) -> None:
+def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trainable | None = None) -> None:
     """Turns the layers of a dense model that a compact file lists into MasterKeyConv2d, bit for bit. In place.
 
     Args:
@@ -75,9 +78,11 @@ def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: str 
     for name, settings in layers.items():
         here, conv = convs.get(_flat(name), ("", None))
         if conv is None:
-            if hasattr(model, "feature_info") and not hasattr(model, "get_classifier"):
-                continue  # features_only keeps just the stages asked for
-            raise CheckpointError(f"'{path}' lists layer {name}, which the model does not have. Use the model it came with.")
+            if _is_feature_extractor(model):
+                continue  # which keeps just the stages asked for
+            raise CheckpointError(
+                f"'{path}' lists layer {name}, which the model does not have. Use the model it came with."
+            )
         layer = MasterKeyConv2d.from_conv(
             conv, banks[settings["bank"]], settings["keys_per_kernel"], trainable or settings["trainable"]
         )
@@ -116,15 +121,29 @@ def restore_masterkeys(
         ConversionError: Settings that contradict the published conversion.
     """
     if pretrained_cfg["source"] == "local-dir":
-        path = Path(pretrained_cfg["file"]) / COMPACT_NAME
+        folder = Path(pretrained_cfg["file"])
+        config, dense, path = (folder / name for name in ("config.json", DENSE_NAME, COMPACT_NAME))
         if not path.is_file():
             return False
     else:
         repo_id, _, revision = pretrained_cfg["hf_hub_id"].partition("@")
+        where: dict[str, Any] = {"revision": revision or None, "cache_dir": cache_dir}
         try:
-            path = Path(hf_hub_download(repo_id, COMPACT_NAME, revision=revision or None, cache_dir=cache_dir))
+            path = Path(hf_hub_download(repo_id, COMPACT_NAME, **where))
+        except LocalEntryNotFoundError as error:
+            raise CheckpointError(
+                f"Cannot get {COMPACT_NAME} of {repo_id}: the Hub does not answer and the cache does not have it. "
+                "Try again online; without it the exact conversion is lost."
+            ) from error
         except EntryNotFoundError:
             return False
+        # timm has just fetched these: read them from the cache, ask the Hub nothing
+        cached = (try_to_load_from_cache(repo_id, name, **where) for name in ("config.json", DENSE_NAME))
+        config, dense = (Path(found) if isinstance(found, str) else path.with_name("-") for found in cached)
+    if config.is_file():
+        _check_config(config, path)
+    if dense.is_file():
+        _check_names(model, dense, pretrained_cfg)
     fixed = sorted(f"mk_{name}" for name in settings if name != "trainable")
     if fixed:
         raise ConversionError(
@@ -134,28 +153,73 @@ def restore_masterkeys(
     return True
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, KeyBank], dict[str, dict[str, Any]]]:
+def _read(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, torch.Tensor], dict[str, KeyBank], dict[str, dict[str, Any]]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Cannot read '{path}': {error}. Expected a file written by save_compact.") from error
-    kind, _, version = metadata.get("format", "").rpartition(".")
-    if kind != "timm_masterkeys.compact":
-        raise CheckpointError(f"'{path}' is no compact masterkeys file (format {metadata.get('format')!r}).")
-    if int(version) > FORMAT_VERSION:
-        raise CheckpointError(
-            f"'{path}' has format version {version}, this version reads up to {FORMAT_VERSION}. Upgrade timm_masterkeys."
-        )
+    if _METADATA not in metadata:
+        raise CheckpointError(f"'{path}' is no compact masterkeys file. Expected one written by save_compact.")
+    about = json.loads(metadata[_METADATA])
+    _check_version(path, about)
     banks = {}
-    for digest, about in json.loads(metadata["banks"]).items():
-        banks[digest] = KeyBank(about["name"], tensors.pop(f"banks.{digest}").numpy(), about["source"], about["licence"])
+    for digest, bank in about["banks"].items():
+        keys = tensors.pop(f"banks.{digest}", None)
+        if keys is None:
+            raise CheckpointError(f"'{path}' lacks the keys of bank '{bank['name']}'. Get the file again.")
+        banks[digest] = KeyBank(bank["name"], keys.numpy(), bank["source"], bank["licence"])
         if banks[digest].digest != digest:
-            raise CheckpointError(f"'{path}': bank '{about['name']}' does not match its digest. Get the file again.")
-    return tensors, banks, json.loads(metadata["layers"])
+            raise CheckpointError(f"'{path}': bank '{bank['name']}' does not match its digest. Get the file again.")
+    return tensors, banks, about["layers"]
+
+
+def _check_version(path: str | os.PathLike[str], about: dict[str, Any]) -> None:
+    version = about.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"'{path}' has format version {version}, this one reads up to {FORMAT_VERSION}. Upgrade timm_masterkeys."
+        )
+
+
+def _check_config(config: Path, path: Path) -> None:
+    """Refuses a compact file with other banks than config.json names."""
+    about = json.loads(config.read_text()).get("masterkeys")
+    if about is None:
+        return
+    _check_version(config, about)
+    digests = set(_read(path)[1])
+    if digests != set(about["banks"].values()):
+        raise CheckpointError(
+            f"'{path}' holds the bank {', '.join(sorted(digests))}, config.json names {about['banks']}: the files "
+            "are not of one conversion. Publish both again."
+        )
+
+
+def _check_names(model: nn.Module, path: Path, pretrained_cfg: dict[str, Any]) -> None:
+    """Refuses a dense file that lacks tensors of the model or has others; timm itself looks only if classes agree."""
+    with safe_open(path, framework="pt") as file:
+        stored = set(file.keys())
+    classifier = pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
+    features = _is_feature_extractor(model)
+    names = {_flat(name): name for name in stored} if features else {name: name for name in stored}
+    wanted = {_flat(name) if features else name for name in model.state_dict()}
+    lacking = sorted(name for name in wanted - names.keys() if not name.startswith(heads or " "))
+    extra = [] if features else sorted(name for name in names.keys() - wanted if not name.startswith(heads or " "))
+    for what, found in (("lacks", lacking), ("has, unlike the model,", extra)):
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise CheckpointError(f"'{path}' {what} {', '.join(found[:3])}{more}. Publish the whole model again.")
+
+
+def _is_feature_extractor(model: nn.Module) -> bool:
+    return hasattr(model, "feature_info") and not hasattr(model, "get_classifier")
 
 
 def _flat(name: str) -> str:
-    """A module name free of what ``features_only`` changes: ``model.stages.0.x`` and ``stages_0.x`` -> ``stages_0_x``."""
+    """A module name free of what ``features_only`` changes: ``model.stages.0.x``, ``stages_0.x`` -> ``stages_0_x``."""
     return name.removeprefix("model.").replace(".", "_")

@@ -19,3 +19,7 @@ class ConversionError(MasterKeysError, ValueError):
 
 class CheckpointError(MasterKeysError, RuntimeError):
     """A checkpoint or a published model that does not fit; nothing is loaded from it."""
+
+
+class HubError(MasterKeysError, RuntimeError):
+    """A publication that did not happen, or could not be confirmed; the message says which."""

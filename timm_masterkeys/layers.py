@@ -132,7 +132,7 @@ class MasterKeyConv2d(nn.Conv2d):
         layer._replace(conv, get_bank(bank), keys_per_kernel, trainable)
         if not fit:
             layer.reset_parameters(conv.weight)
-        elif not conv.weight.is_meta:
+        else:
             layer._set(project_kernels(conv.weight, layer.bank, keys_per_kernel))
         return layer
 
@@ -292,11 +292,11 @@ class MasterKeyConv2d(nn.Conv2d):
                 "Convert with its bank, or load its dense weights."
             )
         index = state_dict[prefix + "key_index"].cpu().double()
-        rows = index.round()
-        if not float((index - rows).abs().max()) < 0.05:  # rounding when averaged is less; NaN is refused too
-            problems.append(f"{here}key_index: holds fractions or NaN; only checkpoints of one conversion can be averaged.")
-        elif not (0 <= int(rows.min()) and int(rows.max()) < len(own_keys)):
-            problems.append(f"{here}key_index: holds {int(rows.min())} to {int(rows.max())}, the bank has {len(own_keys)} keys.")
+        low, high = index.round().aminmax()
+        if not (index - index.round()).abs().max() < 0.05:  # rounding when averaged is less; NaN is refused too
+            problems.append(f"{here}key_index: holds fractions or NaN; average checkpoints of one conversion only.")
+        elif low < 0 or high >= len(own_keys):
+            problems.append(f"{here}key_index: holds {low:.0f} to {high:.0f}, the bank has {len(own_keys)} keys.")
         return problems
 
     def _load_from_state_dict(

@@ -9,7 +9,7 @@ import torch
 from .banks import KeyBank, get_bank
 from .errors import ProjectionError
 
-_TIE = 1e-12  # correlations closer than this, relative to the largest, are a tie: the lower index wins
+_TIE = 1e-12  # correlations closer than this, relative to the norm of the kernel, are a tie: the lower index wins
 _DEPENDENT = 1e-6  # a key of which less than this lies outside the span of the keys before it adds nothing but rounding
 
 
@@ -70,22 +70,29 @@ def project_kernels(
     check_keys_per_kernel(keys_per_kernel, bank)
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
     keys = bank.keys_for((weight.shape[2], weight.shape[3])).to(weight.device, dtype).flatten(1)
+    if weight.is_meta:  # shapes only
+        pairs = weight.new_empty(len(weight), min(keys_per_kernel, len(keys)))
+        return Projection(pairs.long(), pairs, pairs[:, 0], pairs[:, 0].float())
+    span = torch.linalg.qr(keys.T.cpu()).Q.to(keys.device)  # orthonormal: 8 keys see 8 numbers of a kernel
     kernels = weight.flatten(1).to(dtype)
-    finite = kernels.isfinite().all(1)
-    if not finite.all():
-        channel = int((~finite).nonzero()[0])
+    taps = kernels.shape[1]
+    peak = kernels.abs().amax(1, keepdim=True)
+    if not peak.isfinite().all():
+        channel = int((~peak.isfinite()).nonzero()[0, 0])
         raise ProjectionError(f"Channel {channel} of the weight holds NaN or Inf; repair the checkpoint first.")
 
     # A power of two per kernel, so that squares neither overflow nor vanish and every step stays exact.
-    unit = torch.exp2(kernels.abs().amax(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny).log2().floor())
+    unit = torch.exp2(peak.clamp_min(torch.finfo(dtype).tiny).log2().floor())
     kernels = kernels / unit
     shift = kernels.mean(1)
-    residual = kernels - shift[:, None]
-    variance = residual.square().sum(1)
-    constant = variance.sqrt() <= kernels.shape[1] * torch.finfo(dtype).eps * kernels.norm(dim=1)
-    residual[constant] = 0
-    key_index, scale, residual = _matching_pursuit(residual, keys, min(keys_per_kernel, len(keys)))
-    r2 = 1 - residual.square().sum(1) / variance.where(~constant, 1)
+    shape = kernels - shift[:, None]
+    variance = shape.square().sum(1)
+    rounding = taps * torch.finfo(dtype).eps
+    constant = variance.sqrt() <= rounding * (variance + taps * shift.square()).sqrt()
+    inside = (shape @ span).where(~constant[:, None], 0)
+    steps = min(keys_per_kernel, len(keys))
+    key_index, scale, residual = _matching_pursuit(inside, keys @ span, steps, rounding * variance.sqrt())
+    r2 = ((inside.square().sum(1) - residual.square().sum(1)) / variance).where(~constant, 1)
     return Projection(
         key_index,
         (scale * unit).to(weight.dtype),
@@ -104,26 +111,25 @@ def check_keys_per_kernel(keys_per_kernel: int, bank: KeyBank) -> None:
 
 
 def _matching_pursuit(
-    kernels: torch.Tensor, keys: torch.Tensor, steps: int
+    kernels: torch.Tensor, keys: torch.Tensor, steps: int, negligible: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Orthogonal matching pursuit of (C, n) zero-mean kernels over (K, n) unit keys -> index, scale (C, steps), residual.
+    """Orthogonal matching pursuit of (C, n) kernels over (K, n) unit keys -> index, scale (C, steps), residual.
 
+    Both in the same n coordinates. What is left of a kernel is noise where it is below ``negligible`` (C,).
     A kernel that is met exactly before the last step takes its remaining keys, lowest index first, with scale 0. A key
     that depends on those already chosen has scale 0 as well.
     """
-    count, taps = kernels.shape
-    floor = kernels.norm(dim=1, keepdim=True) * taps * torch.finfo(kernels.dtype).eps
+    count, size = kernels.shape
     index = torch.zeros(count, 0, dtype=torch.long, device=kernels.device)
     needed = torch.zeros(count, 0, dtype=torch.bool, device=kernels.device)
-    basis = kernels.new_zeros(count, 0, taps)  # the chosen keys, orthonormal; zeros for one that is not needed
+    basis = kernels.new_zeros(count, 0, size)  # the chosen keys, orthonormal; zeros for one that is not needed
     free = torch.ones(count, len(keys), dtype=torch.bool, device=kernels.device)
-    residual = kernels
+    residual, tie = kernels, _TIE * kernels.norm(dim=1, keepdim=True)
     for _ in range(steps):
         match = (residual @ keys.T).abs()
-        match[match <= floor] = 0
-        match = match.masked_fill(~free, -1)
+        match = match.where(match > negligible[:, None], 0).masked_fill(~free, -1)
         best = match.amax(1, keepdim=True)
-        chosen = (match >= best * (1 - _TIE)).to(torch.uint8).argmax(1, keepdim=True)
+        chosen = (match >= best - tie).to(torch.uint8).argmax(1, keepdim=True)
         free.scatter_(1, chosen, False)
         index = torch.cat([index, chosen], 1)
         fresh = keys[chosen].mT

@@ -2,18 +2,20 @@
 
 import functools
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
 from typing import Any
 
 import timm
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import nn
 
 from . import _timm
 from .banks import DEFAULT_BANK
-from .checkpoint import restore_masterkeys
+from .checkpoint import DENSE_NAME, restore_masterkeys
+from .errors import CheckpointError, ConversionError
 from .layers import MasterKeyConv2d
 from .report import conversion_report
 from .surgery import convert_to_masterkeys, initialize_masterkeys
@@ -21,6 +23,10 @@ from .surgery import convert_to_masterkeys, initialize_masterkeys
 _logger = logging.getLogger(__name__)
 
 TAG = "mk8"
+SOURCE_NOTE = "masterkeys: converted from "
+WEIGHTS_VARIABLE = "TIMM_MASTERKEYS_WEIGHTS"
+
+_published: dict[str, str] = {}  # names pointed at published weights
 
 _SETTINGS = ("bank", "keys_per_kernel", "trainable", "include", "exclude")
 
@@ -31,7 +37,7 @@ def list_architectures() -> list[str]:
 
 
 def register_names(architectures: Sequence[str] | None = None) -> None:
-    """Registers ``<arch>.mk8`` and ``<arch>.mk8_<stock tag>`` with timm. Done on import; doing it again changes nothing.
+    """Registers ``<arch>.mk8`` and ``<arch>.mk8_<stock tag>`` with timm. Done on import; again, it changes nothing.
 
     Stock names, tags, defaults and weights stay as they are. ``<arch>.mk8`` takes the stock default weights and
     ``<arch>.mk8_<tag>`` those of that tag, through timm's own loader, and converts them.
@@ -49,11 +55,45 @@ def register_names(architectures: Sequence[str] | None = None) -> None:
         if arch in known:
             stock = {tag: cfg for tag, cfg in _timm.cfgs(arch).items() if not is_masterkeys_tag(tag)}
             for tag, cfg in (stock or {"": PretrainedCfg(architecture=arch)}).items():
-                name = f"{arch}.{cfg.tag}" if cfg.tag else arch
-                note = f"masterkeys: converted from the weights of {name}"
+                note = SOURCE_NOTE + (cfg.hf_hub_id or (f"{arch}.{cfg.tag}" if cfg.tag else arch))
                 own = f"{TAG}_{tag}" if tag else TAG
-                _timm.add_tag(arch, own, replace(cfg, tag=own, notes=(*(cfg.notes or ()), note)))
+                if f"{arch}.{own}" not in _published:
+                    _timm.add_tag(arch, own, replace(cfg, tag=own, notes=(*(cfg.notes or ()), note)))
             _timm.wrap_entrypoint(arch, _masterkeys_entrypoint)
+    for pair in os.environ.get(WEIGHTS_VARIABLE, "").split():
+        use_weights(*pair.split("=", 1))
+
+
+def use_weights(name: str, source: str = "") -> None:
+    """Points a ``.mk8`` name at published weights: a team's own, repaired or fine-tuned.
+
+    ``pretrained=True`` then loads them, with the classes, preprocessing and arguments they were published with. The
+    environment variable ``TIMM_MASTERKEYS_WEIGHTS`` does the same on import: ``name=source`` pairs parted by blanks.
+
+    Args:
+        name: ``<arch>.mk8``, or ``<arch>.mk8_<anything>`` for a new name.
+        source: ``org/name`` or ``org/name@revision`` on the Hub, published by ``push_to_hub``.
+
+    Raises:
+        ConversionError: Not such a name, an architecture without depthwise convolutions, or no such source.
+
+    Example:
+        >>> use_weights("convnext_tiny.mk8_ours", "org/convnext_tiny.mk8@4f2a91c")
+        >>> model = timm.create_model("convnext_tiny.mk8_ours", pretrained=True)
+    """
+    arch, _, tag = name.partition(".")
+    if not is_masterkeys_tag(tag) or arch not in list_architectures():
+        raise ConversionError(
+            f"Got the name '{name}', expected '<arch>.mk8' or '<arch>.mk8_<name>', the architecture one of "
+            "list_architectures()."
+        )
+    repo_id, _, revision = source.partition("@")
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")) or ("@" in source and not revision):
+        raise ConversionError(f"Got the source '{source}' for {name}, expected 'org/name' or 'org/name@revision'.")
+    stock = timm.get_pretrained_cfg(arch) or PretrainedCfg(architecture=arch)
+    cfg = replace(stock, url=None, hf_hub_id=source, hf_hub_filename=DENSE_NAME, tag=tag, license=None)
+    _timm.add_tag(arch, tag, cfg)
+    _published[name] = source
 
 
 def is_masterkeys_tag(tag: str | None) -> bool:
@@ -70,14 +110,16 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
         tag = cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", None)
         if not is_masterkeys_tag(tag):
             return stock(pretrained=pretrained, **kwargs)
-        if isinstance(cfg, str):
+        if pretrained and isinstance(cfg, str) and f"{arch}.{cfg}" in _published:
+            _take_published(arch, _published[f"{arch}.{cfg}"], kwargs)
+        elif isinstance(cfg, str):
             kwargs["pretrained_cfg"] = timm.get_pretrained_cfg(f"{arch}.{cfg}")
         settings = {name: kwargs.pop(f"mk_{name}") for name in _SETTINGS if f"mk_{name}" in kwargs}
         if isinstance(kwargs.get("pretrained_model_args"), dict):  # a published model's own arguments
             kwargs["pretrained_model_args"] = {
                 name: value for name, value in kwargs["pretrained_model_args"].items() if not name.startswith("mk_")
             }
-        model = stock(pretrained=pretrained, **kwargs)
+        model: Any = stock(pretrained=pretrained, **kwargs)
         model.pretrained_cfg.pop("state_dict", None)
         if not pretrained:
             return initialize_masterkeys(model, **{"bank": DEFAULT_BANK, **settings}, inplace=True)
@@ -90,6 +132,19 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
         return model
 
     return create
+
+
+def _take_published(arch: str, source: str, kwargs: dict[str, Any]) -> None:
+    """Puts cfg and arguments of published weights among the keyword arguments, as timm does for hf-hub: names."""
+    cfg, architecture, model_args = load_model_config_from_hf(source, cache_dir=kwargs.get("cache_dir"))
+    if architecture != arch:
+        raise CheckpointError(
+            f"{source} holds a {architecture}, but a name of {arch} was pointed at it with use_weights."
+        )
+    kwargs["pretrained_cfg"] = {**cfg, "hf_hub_filename": DENSE_NAME}
+    kwargs["pretrained_model_args"] = dict(model_args)
+    for name, value in model_args.items():
+        kwargs.setdefault(name, value)
 
 
 def _summary(name: str, model: nn.Module) -> str:

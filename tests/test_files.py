@@ -1,0 +1,144 @@
+"""Atomic writes: the whole file or the old one, and nothing left over."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from timm_masterkeys.files import atomic_path
+
+
+def test_writes_the_file_whole(tmp_path):
+    path = tmp_path / "bank.bin"
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(b"keys")
+        assert not path.exists()
+    assert path.read_bytes() == b"keys"
+    assert os.listdir(tmp_path) == ["bank.bin"]
+
+
+def test_temporary_is_hidden_beside_the_file_and_has_another_ending(tmp_path):
+    with atomic_path(tmp_path / "bank.safetensors") as tmp:
+        assert isinstance(tmp, Path)
+        assert tmp.parent == tmp_path
+        assert tmp.name.startswith(".")
+        assert tmp.suffix != ".safetensors"
+
+
+def test_takes_strings_and_paths_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with atomic_path("bank.bin") as tmp:
+        tmp.write_bytes(b"keys")
+    assert (tmp_path / "bank.bin").read_bytes() == b"keys"
+
+
+def test_replaces_an_existing_file_at_once(tmp_path):
+    path = tmp_path / "bank.bin"
+    path.write_bytes(b"old")
+    with path.open("rb") as reader:
+        with atomic_path(path) as tmp:
+            tmp.write_bytes(b"new")
+            assert path.read_bytes() == b"old"
+        assert reader.read() == b"old"  # who had it open keeps the old file whole
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("existing", [True, False])
+def test_failure_half_way_keeps_the_old_file(tmp_path, error, existing):
+    path = tmp_path / "bank.bin"
+    if existing:
+        path.write_bytes(b"old")
+    with pytest.raises(error), atomic_path(path) as tmp:
+        tmp.write_bytes(b"half of the n")
+        raise error
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == ([b"old"] if existing else [])
+
+
+def test_missing_folder_fails_before_anything_is_written(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "no" / "bank.bin"):
+        pytest.fail("the body must not run")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_unwritable_folder(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(PermissionError), atomic_path(tmp_path / "bank.bin"):
+            pytest.fail("the body must not run")
+        assert os.listdir(tmp_path) == []
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_path_that_is_a_folder(tmp_path):
+    path = tmp_path / "bank.bin"
+    path.mkdir()
+    with pytest.raises(OSError), atomic_path(path) as tmp:
+        tmp.write_bytes(b"keys")
+    assert os.listdir(tmp_path) == ["bank.bin"]
+    assert path.is_dir()
+
+
+def test_writer_that_replaces_the_temporary_itself(tmp_path):
+    with atomic_path(tmp_path / "bank.bin") as tmp:
+        other = tmp_path / "other"
+        other.write_bytes(b"keys")
+        other.replace(tmp)
+    assert os.listdir(tmp_path) == ["bank.bin"]
+    assert (tmp_path / "bank.bin").read_bytes() == b"keys"
+
+
+def test_writer_that_loses_the_temporary(tmp_path):
+    path = tmp_path / "bank.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(FileNotFoundError), atomic_path(path) as tmp:
+        tmp.unlink()
+    assert path.read_bytes() == b"old"
+
+
+def test_two_writers_do_not_meet(tmp_path):
+    path = tmp_path / "bank.bin"
+    with atomic_path(path) as first, atomic_path(path) as second:
+        assert first != second
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+    assert path.read_bytes() == b"first"  # the last to finish
+    assert os.listdir(tmp_path) == ["bank.bin"]
+
+
+def test_flushed_to_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    path, flushed = tmp_path / "bank.bin", []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append((os.fstat(fd).st_size, path.exists())), fsync(fd)))
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(b"keys")
+    assert flushed == [(4, False)]
+
+
+def test_full_disk_at_the_flush_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "bank.bin"
+    path.write_bytes(b"old")
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"), atomic_path(path) as tmp:
+        tmp.write_bytes(b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["bank.bin"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX modes")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_mode_follows_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with atomic_path(tmp_path / "bank.bin") as tmp:
+            tmp.write_bytes(b"keys")
+        assert os.umask(umask) == umask  # left as it was found
+    finally:
+        os.umask(before)
+    assert (tmp_path / "bank.bin").stat().st_mode & 0o777 == 0o666 & ~umask
