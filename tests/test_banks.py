@@ -474,7 +474,7 @@ def test_altered_shape(tmp_path):
     path = tmp_path / "mine.safetensors"
     bank = random_bank(0, (2, 3, 4))
     save_file({"keys": bank.keys.reshape(2, 4, 3)}, path, {"digest": bank.digest})
-    with pytest.raises(BankError, match=f"does not match its digest {bank.digest}"):
+    with pytest.raises(BankError, match="does not match its digest"):
         KeyBank.load(path)
 
 
@@ -502,7 +502,7 @@ def test_no_such_file(tmp_path):
 def test_no_tensor_named_keys(tmp_path):
     path = tmp_path / "mine.safetensors"
     save_file({"weight": np.zeros(3), "bias": np.zeros(3)}, path)
-    with pytest.raises(BankError, match="tensor named 'keys'") as caught:
+    with pytest.raises(BankError, match=r"tensor .*'keys'") as caught:
         KeyBank.load(path)
     for part in (str(path), "weight", "bias"):
         assert part in str(caught.value)

@@ -44,7 +44,7 @@ def cfgs(arch: str) -> dict[str, PretrainedCfg]:
     """The pretrained cfgs of an architecture by tag, the default under ''. Not copies: do not change them."""
     from timm.models._registry import _model_pretrained_cfgs, _model_with_tags
 
-    names = {arch, *_model_with_tags.get(arch, ())}
+    names = [arch, *_model_with_tags.get(arch, ())]
     return {name.partition(".")[2]: _model_pretrained_cfgs[name] for name in names if name in _model_pretrained_cfgs}
 
 
@@ -64,13 +64,13 @@ def add_tag(arch: str, tag: str, cfg: PretrainedCfg) -> None:
         _model_has_pretrained.discard(name)
 
 
-def wrap_entrypoint(arch: str, wrap: Callable[[str, Entrypoint], Entrypoint]) -> None:
-    """Replaces the function that builds ``arch`` by ``wrap(arch, function)``, once."""
+def wrap_entrypoint(arch: str, wrap: Callable[[Entrypoint], Entrypoint]) -> None:
+    """Replaces the function that builds ``arch`` by ``wrap(function)``, once."""
     from timm.models._registry import _model_entrypoints
 
     stock = _model_entrypoints[arch]
     if not hasattr(stock, _MARK):
-        wrapped = wrap(arch, stock)
+        wrapped = wrap(stock)
         setattr(wrapped, _MARK, stock)
         _model_entrypoints[arch] = wrapped
 

@@ -226,8 +226,8 @@ def _babaiee2025() -> KeyBank:
     return KeyBank(
         DEFAULT_BANK,
         np.array(rows, dtype=np.float64).reshape(8, 7, 7),
-        source="Babaiee et al., The Quest for Universal Master Key Filters in DS-CNNs, NeurIPS 2025 (arXiv:2509.11711), "
-        " published with Lindeberg et al., JMIV 68(3), 2026 at github.com/tonylindeberg/masterfiltmodel",
+        source="Babaiee et al., The Quest for Universal Master Key Filters in DS-CNNs, NeurIPS 2025, arXiv:2509.11711, "
+        "published with Lindeberg et al., JMIV 68(3), 2026 at github.com/tonylindeberg/masterfiltmodel",
         licence="cc-by-4.0",
     )
 

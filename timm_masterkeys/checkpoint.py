@@ -39,9 +39,7 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
     if not layers:
-        raise ConversionError(
-            f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first."
-        )
+        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
     banks = {layer.bank.digest: layer.bank for layer in layers.values()}
     tensors = {f"banks.{digest}": torch.from_numpy(bank.keys.copy()) for digest, bank in banks.items()}
     for name, layer in layers.items():
@@ -83,6 +81,8 @@ def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trai
             raise CheckpointError(
                 f"'{path}' lists layer {name}, which the model does not have. Use the model it came with."
             )
+        if isinstance(conv, MasterKeyConv2d):
+            raise CheckpointError(f"{here} is converted already; '{path}' goes with the dense model.")
         layer = MasterKeyConv2d.from_conv(
             conv, banks[settings["bank"]], settings["keys_per_kernel"], trainable or settings["trainable"]
         )
@@ -92,8 +92,7 @@ def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trai
         if problems:
             raise CheckpointError(f"'{path}' does not fit layer {name}: {'; '.join(problems)}")
         layer.load_state_dict(entries, strict=False)
-        tolerance = 8 * torch.finfo(conv.weight.dtype).eps * float(conv.weight.detach().abs().max())
-        if not torch.allclose(layer.weight, conv.weight, rtol=0, atol=tolerance):
+        if not _agree(entries, conv.weight.detach()):
             raise CheckpointError(
                 f"'{path}' disagrees with the dense weights of {name}: the two files are not of one conversion. "
                 "Publish both again, or delete the compact file to project the dense weights anew."
@@ -177,6 +176,19 @@ def _read(
     return tensors, banks, about["layers"]
 
 
+def _agree(entries: dict[str, torch.Tensor], weight: torch.Tensor) -> bool:
+    """Whether a dense weight has the kernels of the compact entries, up to the rounding of either's dtype."""
+    if weight.is_meta:
+        return True
+    scale, shift = entries["scale"].double(), entries["shift"].double()
+    terms = entries["keys"].double().flatten(1)[entries["key_index"]] * scale.view(len(shift), -1, 1)
+    kernels = terms.sum(1) + shift[:, None]
+    rounding = torch.finfo(entries["scale"].dtype).eps * (terms.abs().sum(1) + shift[:, None].abs())
+    dtype = torch.finfo(weight.dtype)
+    tolerance = 8 * (rounding + dtype.eps * (kernels.abs() + dtype.tiny))
+    return bool(((weight.double().cpu().flatten(1) - kernels).abs() <= tolerance).all())
+
+
 def _check_version(path: str | os.PathLike[str], about: dict[str, Any]) -> None:
     version = about.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -222,4 +234,6 @@ def _is_feature_extractor(model: nn.Module) -> bool:
 
 def _flat(name: str) -> str:
     """A module name free of what ``features_only`` changes: ``model.stages.0.x``, ``stages_0.x`` -> ``stages_0_x``."""
-    return name.removeprefix("model.").replace(".", "_")
+    for prefix in ("model.", "graph_module.", "body."):  # the getter, fx and hook extractors
+        name = name.removeprefix(prefix)
+    return name.replace(".", "_")

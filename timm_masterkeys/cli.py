@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from . import __version__
 from .banks import DEFAULT_BANK
-from .errors import MasterKeysError
+from .errors import CheckpointError, MasterKeysError
 from .hub import save_pretrained
 from .registry import list_architectures
 from .report import conversion_report
@@ -38,14 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.ERROR, format="%(name)s: %(message)s")
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `timm-masterkeys list | head`
+        sys.stdout = open(os.devnull, "w")
+        return 0
     except (MasterKeysError, RuntimeError, ValueError, OSError) as error:
         if args.verbose:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         print(f"timm-masterkeys: error: {' '.join(lines[:3])}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        return 0
     return 0
 
 
@@ -147,7 +150,14 @@ def _create(args: argparse.Namespace) -> nn.Module:
     classes = {} if args.num_classes is None else {"num_classes": args.num_classes}
     model = timm.create_model(args.model, pretrained=args.pretrained, **classes)
     if args.checkpoint:
-        load_checkpoint(model, args.checkpoint)
+        if not os.path.isfile(args.checkpoint):
+            raise CheckpointError(f"There is no file '{args.checkpoint}'.")
+        try:
+            load_checkpoint(model, args.checkpoint)
+        except RuntimeError as error:  # it does not fit
+            raise CheckpointError(f"Cannot load '{args.checkpoint}': {error}") from error
+        except Exception as error:  # a damaged file: unpickling may raise anything
+            raise CheckpointError(f"'{args.checkpoint}' is no readable checkpoint: {error!r}") from error
     return model
 
 

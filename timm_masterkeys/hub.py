@@ -20,7 +20,7 @@ from timm.models import save_for_hf
 from timm.utils import unwrap_model
 from torch import nn
 
-from . import __version__
+from . import __version__, _timm
 from .card import inherited_license, make_card
 from .checkpoint import COMPACT_NAME, DENSE_NAME, FORMAT_VERSION, save_compact
 from .errors import ConversionError, HubError, MasterKeysError
@@ -109,8 +109,11 @@ def save_pretrained(
     license = inherited_license(cfg, license) if cfg.get("license") or license else None
     cfg = {**cfg, "tag": _masterkeys_tag(cfg.get("tag")), "license": license, "notes": _noted(cfg)}
     base_model = base_model or _base_model(cfg)
-    dense: Any = fuse_masterkeys(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    dense: Any = fuse_masterkeys(model).to(memory_format=torch.contiguous_format)
     dense.pretrained_cfg = cfg
+    args = _timm.model_args(dense)  # the compact file has the settings; a bank need not fit in JSON
+    for name in [name for name in args if name.startswith("mk_")]:
+        del args[name]
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     readme = directory / "README.md"
@@ -122,8 +125,6 @@ def save_pretrained(
         save_for_hf(dense, folder, model_config={**(config or {}), **extra}, safe_serialization=True)
         save_compact(model, tmp / COMPACT_NAME)
         saved = json.loads((tmp / "config.json").read_text())
-        saved["model_args"] = {k: v for k, v in saved.get("model_args", {}).items() if not k.startswith("mk_")}
-        (tmp / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
         card = make_card(
             saved,
             report,

@@ -1,7 +1,7 @@
 """The depthwise convolution whose kernels are affine images of frozen keys. Knows nothing of models."""
 
 import os
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class MasterKeyConv2d(nn.Conv2d):
         torch.Size([1, 96, 14, 14])
     """
 
-    __jit_unused_properties__ = ["weight"]
+    __jit_unused_properties__: ClassVar = ["weight"]
 
     keys: torch.Tensor
     key_index: torch.Tensor
@@ -151,9 +151,7 @@ class MasterKeyConv2d(nn.Conv2d):
         self.keys_per_kernel = rows
         self.same_padding = isinstance(conv, Conv2dSame)
         self.register_buffer("keys", keys)
-        self.register_buffer(
-            "key_index", torch.zeros(self.out_channels, rows, dtype=torch.long, device=weight.device)
-        )
+        self.register_buffer("key_index", torch.zeros(self.out_channels, rows, dtype=torch.long, device=weight.device))
         self.register_buffer("scale", weight.new_zeros(self.out_channels * rows))
         self.register_buffer("shift", weight.new_zeros(self.out_channels))
         self.register_buffer("r2", torch.ones(self.out_channels, device=weight.device))
@@ -186,11 +184,17 @@ class MasterKeyConv2d(nn.Conv2d):
     def reset_parameters(self, weight: torch.Tensor | None = None) -> None:
         """Draws keys as for training from scratch, from torch's generator: uniform over the bank, shift 0. In place.
 
-        The scale gives the layer's kernels the mean norm that the stock initialisation gives them (kernels of mean 0).
+        Scales are Gaussian over a kernel's keys (with one key: its sign), and give every kernel the mean norm that the
+        stock initialisation gives the layer's kernels (of mean 0).
 
         Args:
             weight: (out_channels, 1, kh, kw), kernels as the stock initialisation drew them; drawn here if None.
+
+        Raises:
+            ProjectionError: The given kernels hold NaN or Inf.
         """
+        if weight is not None and not weight.is_meta and not weight.isfinite().all():
+            raise ProjectionError("The kernels to take the norm from hold NaN or Inf; repair the checkpoint first.")
         if weight is None:
             weight = torch.empty(self.out_channels, 1, *self.kernel_size, device=self.keys.device)
             nn.init.kaiming_uniform_(weight, a=5**0.5)
@@ -201,8 +205,10 @@ class MasterKeyConv2d(nn.Conv2d):
         draw = torch.rand(self.out_channels, len(self.keys), device=self.keys.device)
         self.key_index.copy_(draw.topk(self.keys_per_kernel).indices)
         norm = (weight - weight.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1).mean()
-        self.scale.copy_((norm / self.keys_per_kernel**0.5).expand_as(self.scale))
+        self.scale.normal_()
         self.shift.zero_()
+        drawn = self.compose_weight().flatten(1).norm(dim=1, keepdim=True)
+        self.scale.copy_((self.scale.view(self.out_channels, -1) * (norm / drawn)).flatten())
         self.r2.fill_(1.0)
 
     @torch.no_grad()
@@ -234,14 +240,16 @@ class MasterKeyConv2d(nn.Conv2d):
     def fuse(self) -> nn.Conv2d:
         """The ordinary convolution with these kernels: a new module that shares bias and hooks; this one is unchanged.
 
-        The output is the same bit for bit. timm's ``reparameterize_model`` and its scripts' ``--reparam`` call this.
+        The output is the same bit for bit. The weight trains, unless scale or shift were frozen by hand. timm's
+        ``reparameterize_model`` and its scripts' ``--reparam`` call this.
         """
         cls = Conv2dSame if self.same_padding else nn.Conv2d
         conv = cls.__new__(cls)
         conv.__dict__.update(self.__dict__)
         for name in ("bank", "keys_per_kernel", "trainable", "same_padding"):
             del conv.__dict__[name]
-        weight = nn.Parameter(self.compose_weight().detach())
+        frozen = any(not p.requires_grad for name, p in self._parameters.items() if p is not None and name in _COMPACT)
+        weight = nn.Parameter(self.compose_weight().detach(), requires_grad=not frozen)
         kept = {name: value for name, value in self._parameters.items() if name not in _COMPACT}
         conv._parameters = {"weight": weight, **kept}
         conv._buffers = {name: value for name, value in self._buffers.items() if name not in _COMPACT}
@@ -249,9 +257,10 @@ class MasterKeyConv2d(nn.Conv2d):
         return conv
 
     def extra_repr(self) -> str:
+        stock: str = super().extra_repr()  # type: ignore[no-untyped-call]
         padding = ", padding=same_dynamic" if self.same_padding else ""
         return (
-            f"{super().extra_repr()}{padding}, bank={self.bank.name}, "
+            f"{stock}{padding}, bank={self.bank.name}, "
             f"keys_per_kernel={self.keys_per_kernel}, trainable={self.trainable}"
         )
 
@@ -313,7 +322,7 @@ class MasterKeyConv2d(nn.Conv2d):
         if problems:
             error_msgs.extend(problems)
             return
-        entries = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+        entries = {name: value.detach() for name, value in state_dict.items() if name.startswith(prefix)}
         assign = local_metadata.get("assign_to_params_buffers", False)
         dense = entries.pop(prefix + "weight", None)
         if dense is not None:

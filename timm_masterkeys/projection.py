@@ -65,7 +65,8 @@ def project_kernels(
     bank = get_bank(bank)
     if weight.ndim != 4 or weight.shape[1] != 1 or 0 in weight.shape or not weight.is_floating_point():
         raise ProjectionError(
-            f"Got a {weight.dtype} weight of shape {tuple(weight.shape)}, expected floating depthwise kernels (C, 1, kh, kw)."
+            f"Got a {weight.dtype} weight of shape {tuple(weight.shape)}, expected floating depthwise kernels "
+            "(C, 1, kh, kw)."
         )
     check_keys_per_kernel(keys_per_kernel, bank)
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
@@ -106,7 +107,8 @@ def check_keys_per_kernel(keys_per_kernel: int, bank: KeyBank) -> None:
     whole = isinstance(keys_per_kernel, int) and not isinstance(keys_per_kernel, bool)
     if not whole or not 1 <= keys_per_kernel <= len(bank):
         raise ProjectionError(
-            f"keys_per_kernel is {keys_per_kernel!r}, expected a whole number from 1 to {len(bank)}, the keys in '{bank.name}'."
+            f"keys_per_kernel is {keys_per_kernel!r}, expected a whole number from 1 to {len(bank)}, the keys in "
+            f"'{bank.name}'."
         )
 
 

@@ -51,7 +51,8 @@ def register_names(architectures: Sequence[str] | None = None) -> None:
         return
     _timm.keep_whole_in_fx(MasterKeyConv2d)
     known = _timm.architectures()
-    for arch in list_architectures() if architectures is None else architectures:
+    registered = list_architectures() if architectures is None else architectures
+    for arch in registered:
         if arch in known:
             stock = {tag: cfg for tag, cfg in _timm.cfgs(arch).items() if not is_masterkeys_tag(tag)}
             for tag, cfg in (stock or {"": PretrainedCfg(architecture=arch)}).items():
@@ -59,7 +60,11 @@ def register_names(architectures: Sequence[str] | None = None) -> None:
                 own = f"{TAG}_{tag}" if tag else TAG
                 if f"{arch}.{own}" not in _published:
                     _timm.add_tag(arch, own, replace(cfg, tag=own, notes=(*(cfg.notes or ()), note)))
-            _timm.wrap_entrypoint(arch, _masterkeys_entrypoint)
+            _timm.wrap_entrypoint(arch, functools.partial(_masterkeys_entrypoint, arch))
+    for old, new in timm.models.get_deprecated_models().items():  # timm passes their tags on to the new name
+        arch = (new or "").partition(".")[0]
+        if arch in registered:
+            _timm.wrap_entrypoint(old, functools.partial(_masterkeys_entrypoint, arch))
     for pair in os.environ.get(WEIGHTS_VARIABLE, "").split():
         use_weights(*pair.split("=", 1))
 
@@ -120,7 +125,9 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
                 name: value for name, value in kwargs["pretrained_model_args"].items() if not name.startswith("mk_")
             }
         model: Any = stock(pretrained=pretrained, **kwargs)
-        model.pretrained_cfg.pop("state_dict", None)
+        for module in model.modules():  # a features_only wrapper and the model in it have a cfg each
+            if isinstance(getattr(module, "pretrained_cfg", None), dict):
+                module.pretrained_cfg.pop("state_dict", None)
         if not pretrained:
             return initialize_masterkeys(model, **{"bank": DEFAULT_BANK, **settings}, inplace=True)
         if model.pretrained_cfg.get("source") in ("hf-hub", "local-dir") and restore_masterkeys(
@@ -128,7 +135,8 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
         ):
             return model
         convert_to_masterkeys(model, **{"bank": DEFAULT_BANK, **settings}, inplace=True)
-        _logger.warning("%s", _summary(f"{arch}.{tag}", model))
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            _logger.warning("%s", _summary(f"{arch}.{tag}", model))
         return model
 
     return create

@@ -127,13 +127,12 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     total = _row("total", (0, 0), 0, bins, *(torch.cat(parts) for parts in zip(*everything, strict=True)))
 
     stored = sum(p.numel() for p in model.parameters())
-    own = sum(p.numel() for _, layer in layers for n, p in layer.named_parameters(recurse=False) if n != "bias")
+    of_keys = [p for _, layer in layers for n, p in layer.named_parameters(recurse=False) if n != "bias"]
+    own = sum(p.numel() for p in of_keys)
     kernels = sum(layer.out_channels * layer.keys[0].numel() for _, layer in layers)
     compact = sum(t.numel() for _, layer in layers for t in (layer.keys, layer.key_index, layer.scale, layer.shift))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    own_trainable = sum(
-        p.numel() for _, layer in layers for n, p in layer.named_parameters(recurse=False) if n != "bias" and p.requires_grad
-    )
+    own_trainable = sum(p.numel() for p in of_keys if p.requires_grad)
     return ConversionReport(
         bank=", ".join(sorted({layer.bank.name for _, layer in layers})),
         layers=tuple(rows),

@@ -89,11 +89,11 @@ def plan_conversion(
     bank = get_bank(bank)
     include, exclude = _patterns(include), _patterns(exclude)
     convs = [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvNd)]
-    owners: dict[int, str] = {}
+    owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(id(parameter), name)
+                owners.setdefault(id(parameter), []).append(name)
 
     reasons = {name: _obstacle(name, conv, bank, owners) for name, conv in convs}
     candidates = [name for name, reason in reasons.items() if not reason]
@@ -257,7 +257,8 @@ def replace_layers(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
                 return new[id(module)]
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, new[id(module)])
-    if any(isinstance(layer, MasterKeyConv2d) for layer in layers.values()):
+    hooked = any(getattr(h, "hook", None) is _check_before_loading for h in model._load_state_dict_pre_hooks.values())
+    if not hooked and any(isinstance(layer, MasterKeyConv2d) for layer in layers.values()):
         model.register_load_state_dict_pre_hook(_check_before_loading)
     return model
 
@@ -274,7 +275,7 @@ def _check_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix:
         )
 
 
-def _obstacle(name: str, conv: nn.Module, bank: KeyBank, owners: dict[int, str]) -> str:
+def _obstacle(name: str, conv: nn.Module, bank: KeyBank, owners: dict[int, list[str]]) -> str:
     """Why a convolution cannot be converted; empty if it can."""
     if isinstance(conv, MasterKeyConv2d):
         return f"converted already (bank {conv.bank.name})"
@@ -286,11 +287,13 @@ def _obstacle(name: str, conv: nn.Module, bank: KeyBank, owners: dict[int, str])
         return "1x1 kernel has no spatial structure"
     if "weight" not in conv._parameters:
         return "its weight is computed (a parametrization)"
+    if "forward" in conv.__dict__:
+        return "its forward is replaced"
     if type(conv) not in (nn.Conv2d, Conv2dSame):
         return "a subclass with a rule of its own"
-    owner = owners[id(conv.weight)]
-    if owner != name:
-        return f"shares its weight with {owner}"
+    others = [owner for owner in owners[id(conv.weight)] if owner != name]
+    if others:
+        return f"shares its weight with {others[0]}"
     try:
         bank.keys_for(conv.kernel_size)  # type: ignore[arg-type]  # nn.Conv2d's is (int, int)
     except BankError as error:
@@ -314,5 +317,3 @@ def _patterns(patterns: Patterns) -> tuple[str, ...]:
 
 def _size(layer: PlannedLayer) -> str:
     return "x".join(map(str, layer.kernel_size))
-
-
