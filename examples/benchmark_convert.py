@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -102,8 +103,8 @@ def main() -> None:
 
     rounds, turns = [], []
     for _ in range(args.rounds):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rounds.append(pool.apply(conversion, (args.model,)))
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            rounds.append(process.submit(conversion, args.model).result())
         turns += [imports() for _ in range(TURNS)]
     m = {entry: median(r[entry] for r in rounds) for entry in rounds[0]}
     alone, both = (median(turn[i] for turn in turns) for i in (0, 1))

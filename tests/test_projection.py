@@ -407,11 +407,14 @@ def test_constant_kernels_among_others():
     assert torch.equal(p.key_index[others], project_kernels(weight[others]).key_index)
 
 
-@pytest.mark.parametrize("power", [-100, -60, 60, 100])
+@pytest.mark.parametrize(
+    ("dtype", "power"),
+    [*itertools.product([torch.float32], [-100, 100]), *itertools.product([torch.float64], [-900, -600, 600, 900])],
+)
 @pytest.mark.parametrize("r", [1, 4, 8])
-def test_powers_of_two_are_exact(power, r):
-    """Squares neither vanish nor overflow: 2^100 is about 1e30."""
-    weight = random_kernels((5, 5)).float()
+def test_powers_of_two_are_exact(dtype, power, r):
+    """Squares neither vanish nor overflow: 2^100 is about 1e30, and the square of 2^600 is beyond float64."""
+    weight = random_kernels((5, 5)).to(dtype)
     p, q = (project_kernels(w, keys_per_kernel=r) for w in (weight, weight * 2.0**power))
     assert torch.equal(q.key_index, p.key_index)
     assert torch.equal(q.scale, p.scale * 2.0**power)

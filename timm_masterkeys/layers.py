@@ -5,10 +5,12 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.layers import Conv2dSame, pad_same
 from torch import nn
 
 from .banks import DEFAULT_BANK, KeyBank, get_bank
+from .depthwise import affine_depthwise_conv2d
 from .errors import ConversionError, ProjectionError
 from .projection import Projection, check_keys_per_kernel, project_kernels
 
@@ -150,6 +152,7 @@ class MasterKeyConv2d(nn.Conv2d):
         self.bank = bank
         self.keys_per_kernel = rows
         self.same_padding = isinstance(conv, Conv2dSame)
+        self._composed: tuple[list[Any], list[torch.Tensor], torch.Tensor] | None = None  # see _cached_weight
         self.register_buffer("keys", keys)
         self.register_buffer("key_index", torch.zeros(self.out_channels, rows, dtype=torch.long, device=weight.device))
         self.register_buffer("scale", weight.new_zeros(self.out_channels * rows))
@@ -232,10 +235,66 @@ class MasterKeyConv2d(nn.Conv2d):
         return self.compose_weight()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight = self.compose_weight()
         if self.same_padding:
             input = pad_same(input, self.kernel_size, self.stride, self.dilation)
-        return self._conv_forward(input, weight, self.bias)
+        if torch.jit.is_scripting() or torch.jit.is_tracing():
+            return self._conv_forward(input, self.compose_weight(), self.bias)
+        return self._fast_forward(input)
+
+    @torch.jit.unused
+    def _fast_forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return self._conv_forward(input, self._cached_weight(), self.bias)
+        weight = self.compose_weight()
+        if input.ndim != 4:  # an image without a batch
+            return self._conv_forward(input, weight, self.bias)
+        input, padding = self._padded(input)
+        return affine_depthwise_conv2d(
+            input,
+            weight,
+            self.bias,
+            self.scale,
+            self.shift,
+            self.keys,
+            self.key_index,
+            self.stride,  # type: ignore[arg-type]  # pairs, though nn.Conv2d says tuple[int, ...]
+            padding,
+            self.dilation,  # type: ignore[arg-type]
+            self.groups,
+        )
+
+    def _padded(self, input: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The input and the symmetric zero padding left to do; what is not of that kind is done here."""
+        if self.padding_mode != "zeros":
+            return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
+        if not isinstance(self.padding, str):
+            return input, self.padding  # type: ignore[return-value]
+        if self.padding == "valid":
+            return input, (0, 0)
+        height, width = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        if height % 2 or width % 2:  # "same" with an even kernel: the odd tap goes below and to the right
+            input = F.pad(input, (0, width % 2, 0, height % 2))
+        return input, (height // 2, width // 2)
+
+    def _cached_weight(self) -> torch.Tensor:
+        """The kernels, composed anew only if something they are made of was replaced or changed in place."""
+        if torch.compiler.is_compiling() or self.scale.is_inference():
+            return self.compose_weight()
+        parts = (self.scale, self.shift, self.keys, self.key_index)
+        state = [(part._version, part.data_ptr(), part.dtype) for part in parts]
+        if self._composed is None or self._composed[0] != state:
+            # the aliases keep the memory, so that an address cannot come back with other numbers in it
+            self._composed = state, [part.detach() for part in parts], self.compose_weight()
+        weight: torch.Tensor = self._composed[2]
+        return weight
+
+    def train(self, mode: bool = True) -> "MasterKeyConv2d":
+        """As for any module; also drops the composed kernels kept for inference."""
+        self._composed = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_composed": None}
 
     def fuse(self) -> nn.Conv2d:
         """The ordinary convolution with these kernels: a new module that shares bias and hooks; this one is unchanged.
@@ -246,7 +305,7 @@ class MasterKeyConv2d(nn.Conv2d):
         cls = Conv2dSame if self.same_padding else nn.Conv2d
         conv = cls.__new__(cls)
         conv.__dict__.update(self.__dict__)
-        for name in ("bank", "keys_per_kernel", "trainable", "same_padding"):
+        for name in ("bank", "keys_per_kernel", "trainable", "same_padding", "_composed"):
             del conv.__dict__[name]
         frozen = any(not p.requires_grad for name, p in self._parameters.items() if p is not None and name in _COMPACT)
         weight = nn.Parameter(self.compose_weight().detach(), requires_grad=not frozen)

@@ -141,7 +141,8 @@ def _matching_pursuit(
         needed = torch.cat([needed, (best > 0) & (length > _DEPENDENT)], 1)
         basis = torch.cat([basis, (fresh / length[:, :, None]).mT.where(needed[:, -1:, None], 0)], 1)
         residual = kernels - (basis.mT @ (basis @ kernels[:, :, None]))[:, :, 0]
-    triangle = (basis @ keys[index].mT).triu() + torch.diag_embed((~needed).to(keys.dtype))
+    used = keys[index]
+    triangle = (basis @ used.mT).triu() + torch.diag_embed((~needed).to(keys.dtype))
     scale = torch.linalg.solve_triangular(triangle, basis @ kernels[:, :, None], upper=True)[:, :, 0]
-    residual = kernels - torch.einsum("cj,cjn->cn", scale, keys[index])
+    residual = kernels - torch.einsum("cj,cjn->cn", scale, used)
     return index, scale, residual
