@@ -76,7 +76,7 @@ def scale_space(sigmas: str, size: int) -> torch.Tensor:
 
 
 def smaller(size: int) -> dict[str, torch.Tensor]:
-    """Ways from 7x7 to a smaller size; random keys cropped are as random keys drawn there."""
+    """Ways from 7x7 to a smaller size."""
     return {
         "fold (the rule)": PUBLISHED.keys_for((size, size)),
         "crop": crop(KEYS, size),
@@ -86,8 +86,7 @@ def smaller(size: int) -> dict[str, torch.Tensor]:
         "bicubic": resize(KEYS, size, "bicubic"),
         "scale-space B": scale_space(B, size),
         "scale-space C2": scale_space(C2, size),
-        "random": crop(torch.from_numpy(RANDOM.keys.copy()), size),
-        "random, fold": RANDOM.keys_for((size, size)),
+        "random": RANDOM.keys_for((size, size)),
     }
 
 
@@ -100,12 +99,10 @@ def own_size(size: int) -> dict[str, torch.Tensor]:
 def larger(small: int, size: int) -> dict[str, torch.Tensor]:
     """Ways out of a window: given the middle of each key, what surrounds it is guessed, and known."""
     part = crop(KEYS, small)
-    border = (part - pad(crop(part, small - 2), small)).sum((1, 2), keepdim=True) / (4 * small - 4)
     return {
         "whole keys": crop(KEYS, size),
-        "zeros (the rule)": get_bank(part).keys_for((size, size)),  # takes the mean of the part off first
-        "zeros, mean kept": pad(part, size),
-        "border mean": pad(part - border, size),
+        "edge level (the rule)": get_bank(part).keys_for((size, size)),
+        "zeros": pad(part, size),
         "replicate": pad(part, size, "replicate"),
         "bicubic": resize(part, size, "bicubic"),
     }

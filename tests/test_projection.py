@@ -476,8 +476,11 @@ def test_every_way_to_name_a_bank(tmp_path):
     weight, bank = random_kernels((3, 3)), get_bank("random8:3")
     bank.save(tmp_path / "bank.safetensors")
     p = project_kernels(weight, "random8:3", 2)
-    for same in (bank, bank.keys, torch.from_numpy(bank.keys.copy()), tmp_path / "bank.safetensors"):
+    for same in (bank, tmp_path / "bank.safetensors"):
         assert torch.equal(project_kernels(weight, same, 2).scale, p.scale)
+    keys, p3 = get_bank().keys, project_kernels(weight, keys_per_kernel=2)
+    for same in (get_bank(), keys, torch.from_numpy(keys.copy())):
+        assert torch.equal(project_kernels(weight, same, 2).scale, p3.scale)
     assert torch.equal(project_kernels(weight).scale, project_kernels(weight, "babaiee2025", 1).scale)
     assert not torch.equal(project_kernels(weight, keys_per_kernel=2).scale, p.scale)
 

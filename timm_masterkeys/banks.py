@@ -33,6 +33,8 @@ class KeyBank:
         keys: The keys at their own size, shape (K, kh, kw). Kept as a read-only float64 array, digit for digit.
         source: Where the keys come from: a paper, an address, or how they were made.
         licence: The licence of the keys, as an SPDX name where there is one.
+        resize: How the keys come to smaller sizes: "fold" (see ``keys_for``), or "crop" to their centre, which keeps
+            independent random numbers independent.
 
     Raises:
         BankError: The keys are not a finite (K, kh, kw) array, or one of them is constant.
@@ -47,12 +49,15 @@ class KeyBank:
     keys: np.ndarray
     source: str = ""
     licence: str = ""
+    resize: str = "fold"
 
     def __post_init__(self) -> None:
         given = self.keys.detach().cpu().double().numpy() if isinstance(self.keys, torch.Tensor) else self.keys
         keys = np.array(given, dtype=np.float64)
         if keys.ndim != 3 or 0 in keys.shape:
             raise BankError(f"Bank '{self.name}' has keys of shape {keys.shape}, expected (keys, height, width).")
+        if self.resize not in ("fold", "crop"):
+            raise BankError(f"Bank '{self.name}' has resize='{self.resize}', expected 'fold' or 'crop'.")
         if not np.isfinite(keys).all():
             raise BankError(f"Bank '{self.name}' holds NaN or Inf; every key must be finite.")
         flat = keys.reshape(len(keys), -1)
@@ -73,21 +78,23 @@ class KeyBank:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return KeyBank, (self.name, np.array(self.keys), self.source, self.licence)
+        return KeyBank, (self.name, np.array(self.keys), self.source, self.licence, self.resize)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of shape and values (little-endian float64), in hex: two banks with one digest are the same bank."""
+        """SHA-256 of shape, values (little-endian float64) and rule, in hex: with one digest banks are the same."""
         values = self.keys.astype("<f8")
-        return hashlib.sha256(repr(values.shape).encode() + values.tobytes()).hexdigest()
+        rule = "" if self.resize == "fold" else self.resize
+        return hashlib.sha256(repr(values.shape).encode() + values.tobytes() + rule.encode()).hexdigest()
 
     def keys_for(self, kernel_size: tuple[int, int]) -> torch.Tensor:
         """The keys at a kernel size, each with mean 0 and norm 1.
 
-        The rule is the same for every size: a tap that falls outside the smaller window is added to the nearest tap
-        inside, half way between two taps it is shared, and a larger window is filled with zeros. So the key of any
-        size responds to an image that continues unchanged beyond its window as the key itself does. Of nine rules
-        this one fits the real kernels of seven networks best; ``examples/compare_key_sizes.py`` prints the table.
+        The rule is the same for every size: a tap that falls outside a smaller window is added to the nearest tap
+        inside, half way between two taps it is shared; a larger window is filled with the mean level of the key's
+        edges. So a smaller key responds to an image that continues unchanged beyond its window as the key itself does,
+        and a larger one is the same filter, up to a constant. Of nine rules for smaller sizes this one fits the real
+        kernels of seven networks best; ``examples/compare_key_sizes.py`` prints the tables.
         A key that vanishes or repeats an earlier one at this size is left out; ``kept`` and ``left_out`` say which.
 
         Args:
@@ -124,14 +131,22 @@ class KeyBank:
         if not whole or min(kernel_size) < 1 or max(kernel_size) < 2:
             raise BankError(f"No keys for kernel size {kernel_size}: expected (height, width) with more than one tap.")
         (height, width), (own_height, own_width) = kernel_size, self.keys.shape[1:]
-        keys = _fold(own_height, height) @ _normalised(self.keys)[0] @ _fold(own_width, width).T
+        shrink = _fold if self.resize == "fold" else _crop
+        keys = _normalised(self.keys)[0]
+        keys = shrink(own_height, min(own_height, height)) @ keys @ shrink(own_width, min(own_width, width)).T
+        edges = [keys[:, (0, -1), :].reshape(len(keys), -1)] if height > own_height else []
+        edges += [keys[:, :, (0, -1)].reshape(len(keys), -1)] if width > own_width else []
+        if edges:
+            keys = keys - np.concatenate(edges, 1).mean(1)[:, None, None]
+            keys = _fold(keys.shape[1], height) @ keys @ _fold(keys.shape[2], width).T
         keys, norms = _normalised(keys)
+        vanished = _VANISHED if self.resize == "fold" else 1e-6
         flat = keys.reshape(len(keys), -1)
         kept: list[int] = []
         left_out: dict[int, str] = {}
         for index in range(len(keys)):
             twins = [k for k in kept if abs(flat[k] @ flat[index]) > _REPEATED] if keys.shape != self.keys.shape else []
-            if norms[index] < _VANISHED:
+            if norms[index] < vanished:
                 left_out[index] = "vanishes"
             elif twins:
                 left_out[index] = f"repeats key {twins[0]}"
@@ -152,6 +167,7 @@ class KeyBank:
             "name": self.name,
             "source": self.source,
             "licence": self.licence,
+            "resize": self.resize,
             "digest": self.digest,
         }
         with atomic_path(path) as tmp:
@@ -177,7 +193,9 @@ class KeyBank:
         if found != _FORMAT:
             raise BankError(f"'{path}' has format '{found}', this version reads '{_FORMAT}'. Upgrade timm_masterkeys.")
         name = metadata.get("name", Path(path).stem)
-        bank = cls(name, keys, metadata.get("source", str(path)), metadata.get("licence", ""))
+        bank = cls(
+            name, keys, metadata.get("source", str(path)), metadata.get("licence", ""), metadata.get("resize", "fold")
+        )
         if metadata.get("digest", bank.digest) != bank.digest:
             raise BankError(f"'{path}' does not match its digest: the file was altered. Get it again.")
         return bank
@@ -214,7 +232,9 @@ def get_bank(bank: "str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray
         if int(control[1]) >= 2**32:
             raise BankError(f"Bank '{name}' has a seed too large for numpy, expected less than {2**32}.")
         keys = np.random.RandomState(int(control[1])).standard_normal((8, 7, 7))  # a stream numpy has frozen for good
-        return KeyBank(name, keys, source=f"Gaussian random numbers, seed {control[1]}", licence="cc0-1.0")
+        return KeyBank(
+            name, keys, source=f"Gaussian random numbers, seed {control[1]}", licence="cc0-1.0", resize="crop"
+        )
     if name.endswith(".safetensors"):
         return KeyBank.load(name)
     raise BankError(f"Unknown bank '{name}'. Known: {', '.join(list_banks())}, or a path that ends in .safetensors.")
@@ -240,6 +260,11 @@ def _fold(taps: int, window: int) -> np.ndarray:
     np.add.at(fold, (low, np.arange(taps)), 1 - (place - low))
     np.add.at(fold, (np.minimum(low + 1, window - 1), np.arange(taps)), place - low)
     return fold
+
+
+def _crop(taps: int, window: int) -> np.ndarray:
+    """The (window, taps) matrix that keeps the taps in the middle."""
+    return np.eye(window, taps, (taps - window) // 2)
 
 
 def _normalised(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

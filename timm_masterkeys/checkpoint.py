@@ -46,7 +46,9 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
         tensors |= {f"{name}.{entry}": getattr(layer, entry).detach().cpu().contiguous().clone() for entry in _ENTRIES}
     about = {
         "format_version": FORMAT_VERSION,
-        "banks": {d: {"name": b.name, "source": b.source, "licence": b.licence} for d, b in banks.items()},
+        "banks": {
+            d: {"name": b.name, "source": b.source, "licence": b.licence, "resize": b.resize} for d, b in banks.items()
+        },
         "layers": {
             name: {"bank": layer.bank.digest, "keys_per_kernel": layer.keys_per_kernel, "trainable": layer.trainable}
             for name, layer in layers.items()
@@ -170,7 +172,7 @@ def _read(
         keys = tensors.pop(f"banks.{digest}", None)
         if keys is None:
             raise CheckpointError(f"'{path}' lacks the keys of bank '{bank['name']}'. Get the file again.")
-        banks[digest] = KeyBank(bank["name"], keys.numpy(), bank["source"], bank["licence"])
+        banks[digest] = KeyBank(bank["name"], keys.numpy(), bank["source"], bank["licence"], bank["resize"])
         if banks[digest].digest != digest:
             raise CheckpointError(f"'{path}': bank '{bank['name']}' does not match its digest. Get the file again.")
     return tensors, banks, about["layers"]

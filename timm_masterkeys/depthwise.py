@@ -24,9 +24,9 @@ def affine_depthwise_conv2d(
 ) -> torch.Tensor:
     """``F.conv2d`` with composed kernels whose backward gives the gradients of scale and shift directly.
 
-    With ``W[c] = sum_j a[c, j] * x[key_index[c, j]] + b[c]``, dL/db[c] is the sum over the output of dL/dy times the sum
-    of the input over the kernel's window, and dL/da[c, j] that of dL/dy times the input filtered with the key alone. So
-    the full weight gradient, most of a depthwise backward pass, is never computed; and where neither scale nor shift
+    With ``W[c] = sum_j a[c, j] * x[key_index[c, j]] + b[c]``, dL/db[c] is the sum over the output of dL/dy times the
+    sum of the input over the kernel's window, and dL/da[c, j] that of dL/dy times the input filtered with the key.
+    So the full weight gradient, most of a depthwise backward pass, is never computed; and where neither scale nor shift
     needs a gradient, the input is not kept. Differentiable twice. Under autocast it runs in autocast's type, as conv2d.
 
     Args:
@@ -61,7 +61,7 @@ class _AffineDepthwise(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         input: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
@@ -85,7 +85,7 @@ class _AffineDepthwise(torch.autograd.Function):
         ctx.save_for_backward(input if keep else None, weight, keys, key_index)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, weight, keys, key_index = ctx.saved_tensors
         geometry = ctx.geometry
         grad_input = grad_bias = grad_scale = grad_shift = None

@@ -237,7 +237,7 @@ class MasterKeyConv2d(nn.Conv2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.same_padding:
             input = pad_same(input, self.kernel_size, self.stride, self.dilation)
-        if torch.jit.is_scripting() or torch.jit.is_tracing():
+        if torch.jit.is_scripting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return self._conv_forward(input, self.compose_weight(), self.bias)
         return self._fast_forward(input)
 
