@@ -54,8 +54,9 @@ def add_tag(arch: str, tag: str, cfg: PretrainedCfg) -> None:
 
     name = f"{arch}.{tag}"
     _model_pretrained_cfgs[name] = cfg
-    if not _model_with_tags.get(arch):
+    if not _model_with_tags.get(arch):  # an architecture registered without cfgs: list what timm falls back to
         _model_with_tags[arch] = [arch]
+        _model_pretrained_cfgs.setdefault(arch, PretrainedCfg(architecture=arch))
     if name not in _model_with_tags[arch]:
         _model_with_tags[arch].append(name)
     if cfg.has_weights:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.grad import conv2d_input
 
 Pair = tuple[int, int]
 
@@ -80,6 +79,7 @@ class _AffineDepthwise(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         input, weight, _, scale, shift, keys, key_index, *ctx.geometry = inputs
         ctx.input_shape = input.shape
+        ctx.memory_format = torch.channels_last if input.stride(1) == 1 < input.stride(3) else torch.contiguous_format
         ctx.types = scale.dtype, shift.dtype
         keep = scale.requires_grad or shift.requires_grad
         ctx.save_for_backward(input if keep else None, weight, keys, key_index)
@@ -90,7 +90,12 @@ class _AffineDepthwise(torch.autograd.Function):
         geometry = ctx.geometry
         grad_input = grad_bias = grad_scale = grad_shift = None
         if ctx.needs_input_grad[0]:
-            grad_input = conv2d_input(ctx.input_shape, weight, grad, *geometry)
+            # Only shape and memory layout of the input matter here; an empty one is never touched.
+            like = input
+            if like is None:
+                form = {"dtype": grad.dtype, "device": grad.device, "memory_format": ctx.memory_format}
+                like = torch.empty(ctx.input_shape, **form)
+            grad_input = _input_gradient(grad, like, weight, geometry)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3))
         if ctx.needs_input_grad[3]:
@@ -100,6 +105,15 @@ class _AffineDepthwise(torch.autograd.Function):
             ones = torch.ones_like(keys[:1]).expand(input.shape[1], -1, -1)
             grad_shift = _correlation(grad, input, ones, geometry).to(ctx.types[1])
         return grad_input, None, grad_bias, grad_scale, grad_shift, *[None] * 6
+
+
+def _input_gradient(grad: torch.Tensor, like: torch.Tensor, weight: torch.Tensor, geometry: Any) -> torch.Tensor:
+    """The gradient of a convolution's input alone. Asked for the bias as well, CPUs compute the weight's too."""
+    stride, padding, dilation, groups = geometry
+    only_input = [True, False, False]
+    arguments = (None, stride, padding, dilation, False, (0, 0), groups, only_input)
+    gradient: torch.Tensor = torch.ops.aten.convolution_backward(grad, like, weight, *arguments)[0]
+    return gradient
 
 
 def _correlation(grad: torch.Tensor, input: torch.Tensor, kernels: torch.Tensor, geometry: Any) -> torch.Tensor:
