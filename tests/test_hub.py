@@ -515,6 +515,20 @@ def test_team_weights(hub, worker, published, home, tmp_path):
     team.stop()
 
 
+def test_command_publish(hub, worker, tmp_path):
+    worker.run(f"""
+        from timm_masterkeys.cli import main
+        mk.save_pretrained(converted(seed=8), {str(tmp_path / "out")!r})
+        assert main(["publish", {str(tmp_path / "out")!r}, "alice/command", "--dry-run"]) == 0
+    """)
+    assert "alice/command" not in hub.repos
+    out = worker.run(f"assert main(['publish', {str(tmp_path / 'out')!r}, 'alice/command']) == 0")
+    assert hub.repos["alice/command"].head().sha in out
+    worker.run("same(converted(seed=8), timm.create_model('hf-hub:alice/command', pretrained=True))")
+    worker.run(f"assert main(['publish', {str(tmp_path / 'out')!r}, 'bob/command']) == 1")
+    assert "bob/command" not in hub.repos
+
+
 def test_publishing_what_was_loaded_changes_nothing_but_the_examples(hub, worker, published):
     """A published model, loaded and published elsewhere, keeps its licence and the source it came from."""
     worker.run("mk.push_to_hub(timm.create_model('hf-hub:alice/base', pretrained=True), 'alice/copy')")

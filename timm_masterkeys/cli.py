@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import timm
 from timm.models import load_checkpoint
@@ -13,7 +14,7 @@ from torch import nn
 from . import __version__
 from .banks import DEFAULT_BANK
 from .errors import CheckpointError, MasterKeysError
-from .hub import save_pretrained
+from .hub import push_to_hub, save_pretrained
 from .registry import list_architectures
 from .report import conversion_report
 from .surgery import convert_to_masterkeys, plan_conversion
@@ -23,6 +24,7 @@ _EXAMPLES = """examples:
   timm-masterkeys inspect convnext_tiny
   timm-masterkeys inspect tf_efficientnet_lite0 --checkpoint lite0.safetensors --keys-per-kernel 2
   timm-masterkeys convert convnext_tiny --checkpoint mine.safetensors --output out
+  timm-masterkeys publish out me/convnext_tiny.mk8 --dry-run
 """
 
 
@@ -103,6 +105,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--trainable", default="shift", choices=["none", "shift", "affine"], help="(default: shift)")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     command.set_defaults(run=_convert)
+
+    command = add(
+        "publish",
+        "publish a converted model to the Hugging Face Hub, in one checked commit",
+        "publish out me/convnext_tiny.mk8 --private",
+        [],
+    )
+    command.add_argument("model", help="folder written by convert or save_pretrained, or a .mk8 name")
+    command.add_argument("repo_id", help="org/name on the Hub; made if missing")
+    command.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    command.add_argument("--revision", metavar="BRANCH", help="branch, made if missing (default: main)")
+    command.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    command.add_argument("--license", help="needed only if the source weights' licence is unknown")
+    command.add_argument("--message", default="Publish a master key filters model", help="title of the commit")
+    command.add_argument("--dry-run", action="store_true", help="check everything, show what would change")
+    command.set_defaults(run=_publish)
     return parser
 
 
@@ -144,6 +162,22 @@ def _convert(args: argparse.Namespace) -> None:
     print(conversion_report(model))
     print(f"\nsaved to {directory}: timm.create_model('local-dir:{directory}', pretrained=True) loads it")
     print("one-shot conversion costs accuracy: calibrate or fine-tune before use")
+
+
+def _publish(args: argparse.Namespace) -> None:
+    source = f"local-dir:{args.model}" if Path(args.model).is_dir() else args.model
+    model = timm.create_model(source, pretrained=True)
+    done = push_to_hub(
+        model,
+        args.repo_id,
+        private=args.private,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        commit_message=args.message,
+        dry_run=args.dry_run,
+        license=args.license,
+    )
+    print(done)
 
 
 def _create(args: argparse.Namespace) -> nn.Module:

@@ -1,0 +1,291 @@
+"""The command ``timm-masterkeys``: what it prints, what it writes, and how it fails."""
+
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import timm_masterkeys as mk
+from timm_masterkeys.cli import main
+
+ARCH = "test_convnext3"  # depthwise kernels 7x7, 5x5, 5x5 and 3x3
+COMMANDS = ["list", "inspect", "convert"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Weights of a model with 10 classes."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "mine.safetensors"
+    save_file(timm.create_model(ARCH, num_classes=10).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def model(checkpoint):
+    return timm.create_model(ARCH, num_classes=10, checkpoint_path=str(checkpoint))
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command in this process -> (exit code, stdout, stderr)."""
+
+    def run(*args):
+        try:
+            code = main([str(arg) for arg in args])
+        except SystemExit as exit:  # argparse
+            code = exit.code
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def weights(checkpoint):
+    return ("--checkpoint", checkpoint, "--num-classes", "10")
+
+
+# --- list
+
+
+def test_list(run):
+    code, out, err = run("list")
+    assert code == 0 and err == ""
+    assert sorted(out.split()) == sorted(f"{arch}.mk8" for arch in mk.list_architectures())
+    assert run("list", "convnext_at*") == (0, "convnext_atto.mk8\nconvnext_atto_ols.mk8\nconvnext_atto_rms.mk8\n", "")
+
+
+def test_list_pretrained(run):
+    assert run("list", "convnext_atto*", "--pretrained")[1].split() == [
+        "convnext_atto.mk8",
+        "convnext_atto.mk8_d2_in1k",
+        "convnext_atto_ols.mk8",
+        "convnext_atto_ols.mk8_a2_in1k",
+    ]  # convnext_atto_rms has no weights
+    for name in run("list", "--pretrained")[1].split():
+        assert timm.is_model_pretrained(name)
+
+
+def test_list_nothing(run):
+    code, out, err = run("list", "resnet1*")
+    assert (code, out) == (1, "")
+    assert err == "timm-masterkeys: error: No architecture matches 'resnet1*'; 551 have .mk8 names.\n"
+
+
+# --- inspect
+
+
+def test_inspect_without_weights(run):
+    code, out, err = run("inspect", ARCH)
+    assert code == 0 and err == ""
+    assert out == f"{mk.plan_conversion(timm.create_model(ARCH))}\n" + (
+        "random weights have no fit to report: add --pretrained or --checkpoint FILE\n"
+    )
+    assert "4 of 8 convolutions to convert" in out
+
+
+def test_inspect_checkpoint(run, weights, model):
+    code, out, err = run("inspect", ARCH, *weights)
+    assert code == 0 and err == ""
+    assert out == f"{mk.plan_conversion(model)}\n\n{mk.conversion_report(mk.convert_to_masterkeys(model))}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ([], {}),
+        (["--bank", "random8:3"], {"bank": "random8:3"}),
+        (["--keys-per-kernel", "3"], {"keys_per_kernel": 3}),
+        (["--include", "stages.0.*"], {"include": "stages.0.*"}),
+        (["--include", "stages.0.*", "--include", "stages.2.*"], {"include": ["stages.0.*", "stages.2.*"]}),
+        (["--exclude", "stages.0.*", "--exclude", "stages.3.*"], {"exclude": ["stages.0.*", "stages.3.*"]}),
+    ],
+)
+def test_inspect_settings_and_json(run, weights, model, options, settings):
+    code, out, err = run("inspect", ARCH, *weights, "--json", *options)
+    assert code == 0 and err == ""
+    report = mk.conversion_report(mk.convert_to_masterkeys(model, **settings))
+    assert json.loads(out) == json.loads(report.to_json())  # nothing else on stdout
+    plan = {k: v for k, v in settings.items() if k != "keys_per_kernel"}
+    assert run("inspect", ARCH, *weights, *options)[1] == f"{mk.plan_conversion(model, **plan)}\n\n{report}\n"
+
+
+def test_inspect_a_model_without_depthwise_convolutions(run):
+    code, out, _ = run("inspect", "test_resnet")
+    assert code == 0 and "\n0 of " in out and "skip: not depthwise (groups 1)" in out
+
+
+# --- convert
+
+
+def test_convert(run, weights, model, tmp_path):
+    options = ["--keys-per-kernel", "2", "--trainable", "affine", "--exclude", "stages.0.*"]
+    code, out, err = run("convert", ARCH, *weights, *options, "--output", tmp_path / "out")
+    assert code == 0 and err == ""
+    expected = mk.convert_to_masterkeys(model, keys_per_kernel=2, trainable="affine", exclude="stages.0.*")
+    assert out.startswith(str(mk.conversion_report(expected)))
+    assert f"timm.create_model('local-dir:{tmp_path / 'out'}', pretrained=True)" in out
+    assert out.rstrip().endswith("calibrate or fine-tune before use")
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    a, b = again.state_dict(), expected.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert {m.trainable for m in again.modules() if isinstance(m, mk.MasterKeyConv2d)} == {"affine"}
+    assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.pt*"))
+
+
+def test_convert_from_a_training_checkpoint(run, model, tmp_path):
+    """As train.py writes it, its averaged weights first."""
+    other = timm.create_model(ARCH, num_classes=10)
+    content = {"epoch": 1, "state_dict": other.state_dict(), "state_dict_ema": model.state_dict()}
+    torch.save(content, tmp_path / "last.pth.tar")
+    options = ["--checkpoint", tmp_path / "last.pth.tar", "--num-classes", "10", "--output", tmp_path / "out"]
+    assert run("convert", ARCH, *options)[0] == 0
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert torch.equal(again.head.fc.weight, model.head.fc.weight)
+
+
+# --- Errors
+
+
+def bad(*args, says):
+    return pytest.param(args, says, id=" ".join(args))
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        bad("inspect", "nope", says="Unknown model (nope)"),
+        bad("inspect", "org/name", says="Use 'hf-hub:org/name'"),
+        bad("inspect", f"{ARCH}.nope", says=f"Invalid pretrained tag (nope) for {ARCH}"),
+        bad("inspect", f"{ARCH}.mk8_nope", says=f"Invalid pretrained tag (mk8_nope) for {ARCH}"),
+        bad("inspect", "ghostnet_050", "--pretrained", says="No pretrained weights exist for ghostnet_050"),
+        bad("inspect", ARCH, "--bank", "nope", says="Unknown bank 'nope'. Known: babaiee2025"),
+        bad("inspect", ARCH, "--bank", "nope.safetensors", says="Cannot read a bank from 'nope.safetensors'"),
+        bad("inspect", ARCH, "--include", "blocks.*", says="Pattern 'blocks.*' matches none of the 4"),
+        bad("inspect", ARCH, "--json", says="--json prints the fit, which needs weights: add --pretrained"),
+        bad("inspect", ARCH, "--checkpoint", "nope.pth", says="There is no file 'nope.pth'"),
+        bad("convert", ARCH, "--output", "out", says="Nothing to convert: add --pretrained or --checkpoint FILE"),
+    ],
+)
+def test_errors_are_one_line(run, tmp_path, monkeypatch, args, says):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*args)
+    assert (code, out) == (1, "")
+    assert err.startswith("timm-masterkeys: error: ") and says in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"\x80\x02}q\x00.", b"PK\x03\x04 cut off"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
+def test_an_unreadable_checkpoint(run, tmp_path, content, suffix):
+    path = tmp_path / f"broken{suffix}"
+    path.write_bytes(content)
+    code, out, err = run("convert", ARCH, "--checkpoint", path, "--output", tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert err.startswith("timm-masterkeys: error: ") and str(path) in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_does_not_fit(run, checkpoint, tmp_path):
+    compact = tmp_path / "compact.safetensors"
+    mk.save_compact(mk.convert_to_masterkeys(timm.create_model(ARCH)), compact)
+    nan = tmp_path / "nan.safetensors"
+    state = timm.create_model(ARCH).state_dict()
+    state["stages.1.blocks.0.conv_dw.weight"][3] = torch.nan
+    save_file(state, nan)
+    for path, says in (
+        (checkpoint, "size mismatch for head.fc.weight"),  # 10 classes, not 1000
+        (compact, "Missing key(s) in state_dict"),
+        (nan, "stages.1.blocks.0.conv_dw: "),
+        (tmp_path, "There is no file"),
+    ):
+        code, out, err = run("convert", ARCH, "--checkpoint", path, "--output", tmp_path / "out")
+        assert (code, out) == (1, "") and says in err and err.count("\n") == 1, err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "9"])
+def test_bad_keys_per_kernel(run, weights, value, tmp_path):
+    code, out, err = run("convert", ARCH, *weights, "--keys-per-kernel", value, "--output", tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert f"keys_per_kernel is {value}" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_convert(run, tmp_path):
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "resnet.safetensors")
+    code, out, err = run(
+        "convert", "test_resnet", "--checkpoint", tmp_path / "resnet.safetensors", "--output", tmp_path
+    )
+    assert (code, out) == (1, "") and "ResNet has nothing to convert" in err and err.count("\n") == 1
+
+
+def test_an_output_that_cannot_be_written(run, weights, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, out, err = run("convert", ARCH, *weights, "--output", tmp_path / "file" / "out")
+    assert (code, out) == (1, "") and "Not a directory" in err and str(tmp_path / "file") in err
+
+
+def test_verbose_shows_the_traceback(run):
+    with pytest.raises(mk.BankError, match="Unknown bank 'nope'"):
+        run("inspect", ARCH, "--bank", "nope", "--verbose")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "the following arguments are required: command"),
+        (["train"], "invalid choice: 'train'"),
+        (["inspect"], "the following arguments are required: model"),
+        (["inspect", ARCH, "--pretrained", "--checkpoint", "x"], "not allowed with argument --pretrained"),
+        (["inspect", ARCH, "--keys-per-kernel", "many"], "invalid int value: 'many'"),
+        (["convert", ARCH, "--pretrained"], "the following arguments are required: --output"),
+        (["convert", ARCH, "--trainable", "all", "--output", "x"], "invalid choice: 'all'"),
+    ],
+)
+def test_wrong_usage(run, args, says):
+    code, out, err = run(*args)
+    assert (code, out) == (2, "") and says in err and err.startswith("usage: timm-masterkeys")
+
+
+# --- Help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command(run, command):
+    code, out, err = run(command, "--help")
+    assert code == 0 and err == ""
+    assert out.startswith(f"usage: timm-masterkeys {command}") and f"example: timm-masterkeys {command} " in out
+    assert all(len(line) <= 120 for line in out.splitlines())
+
+
+def test_help(run):
+    code, out, err = run("--help")
+    assert code == 0 and err == ""
+    examples = [line.split()[1] for line in out.partition("examples:\n")[2].splitlines()]
+    assert set(examples) == set(COMMANDS) and all(f"  {command}" in out for command in COMMANDS)
+    assert run("--version") == (0, f"{mk.__version__}\n", "")
+
+
+# --- As it is installed
+
+
+def test_console_script():
+    script = Path(sysconfig.get_path("scripts")) / "timm-masterkeys"
+    done = subprocess.run([script, "inspect", "nope"], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "timm-masterkeys: error: Unknown model (nope)\n"
+
+
+def test_a_reader_that_has_enough():
+    """As in ``python -m timm_masterkeys list | head -1``."""
+    command = [sys.executable, "-m", "timm_masterkeys", "list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(300) == 0

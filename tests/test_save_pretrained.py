@@ -1,0 +1,379 @@
+"""Saved folders: what timm loads from them with this package, and without it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from lite0 import DATA_CONFIG, lite0
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import timm_masterkeys as mk
+from timm_masterkeys import CheckpointError, ConversionError, MasterKeyConv2d
+
+ARCH = "test_convnext3"  # depthwise kernels 7x7, 5x5, 5x5 and 3x3
+FILES = {"README.md", "config.json", "masterkeys.safetensors", "model.safetensors"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes without the plugin: outputs are compared bit for bit
+    yield
+    torch.set_num_threads(threads)
+
+
+def converted(seed=0, **kwargs):
+    """A model as after training: no value is what conversion made it."""
+    torch.manual_seed(seed)
+    settings = {"mk_bank": "random8:5", "mk_keys_per_kernel": 2, "mk_trainable": "affine"}
+    model = timm.create_model(f"{ARCH}.mk8", **{**settings, **kwargs}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return converted()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    return mk.save_pretrained(model, tmp_path_factory.mktemp("saved") / "out")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """EfficientNet-Lite0 with its real ImageNet weights, converted."""
+    return mk.convert_to_masterkeys(lite0(), keys_per_kernel=3)
+
+
+@pytest.fixture(scope="module")
+def trained_folder(trained, tmp_path_factory):
+    return mk.save_pretrained(trained, tmp_path_factory.mktemp("lite0"))
+
+
+def load(folder, pretrained=True, **kwargs):
+    return timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **kwargs).eval()
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
+
+
+def same(a, b, besides=()):
+    a, b = (
+        {name: value for name, value in m.state_dict().items() if not name.startswith(tuple(besides))} for m in (a, b)
+    )
+    assert a.keys() == b.keys()
+    assert all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+# --- With the plugin
+
+
+def test_the_model_comes_back_bit_for_bit(model, folder, caplog):
+    again = load(folder)
+    same(again, model)
+    assert layers(again).keys() == layers(model).keys() and len(layers(again)) == 4
+    for name, layer in layers(again).items():
+        own = model.get_submodule(name)
+        assert (layer.bank.name, layer.bank.digest) == ("random8:5", own.bank.digest)
+        assert (layer.keys_per_kernel, layer.trainable) == (2, "affine")
+    parameters = dict(again.named_parameters())
+    assert parameters.keys() == dict(model.named_parameters()).keys()  # the bank is not among them
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    assert not caplog.records  # it is what was saved: nothing was converted, nothing is to be told
+    assert again.pretrained_cfg["tag"] == "mk8" and again.pretrained_cfg["architecture"] == ARCH
+    assert again.pretrained_cfg["license"] == "apache-2.0"
+
+
+def test_saving_changes_nothing(model, folder):
+    same(model, converted())
+    assert model.pretrained_cfg["tag"] == "mk8" and layers(model) and not model.training
+
+
+def test_what_is_saved(model, folder):
+    assert {path.name for path in folder.iterdir()} == FILES  # no pickle, no temporary file
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == ARCH and config["num_classes"] == 1000
+    assert config["pretrained_cfg"]["tag"] == "mk8"
+    assert config["pretrained_cfg"]["hf_hub_filename"] == "model.safetensors"
+    assert not any("mk_" in name for name in config["model_args"])  # stock timm would not know them
+    about = config["masterkeys"]
+    assert about["format_version"] == 1 and about["layers"] == 4
+    assert about["banks"] == {"random8:5": mk.get_bank("random8:5").digest}
+    assert about["keys_per_kernel"] == 2 and about["trainable"] == "affine"
+    dense = load_file(folder / "model.safetensors")
+    fused = mk.fuse_masterkeys(model).state_dict()
+    assert dense.keys() == fused.keys() == timm.create_model(ARCH).state_dict().keys()
+    assert all(torch.equal(dense[name], fused[name]) for name in dense)
+
+
+def test_no_pickle_is_read(model, folder, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("unpickled"))
+    same(load(folder), model)
+
+
+@pytest.mark.parametrize("kwargs", [{"num_classes": 5}, {"num_classes": 0}, {"in_chans": 1}])
+def test_other_heads_and_inputs(model, folder, kwargs):
+    again = load(folder, **kwargs)
+    same(again, model, besides=["head.fc" if "num_classes" in kwargs else "stem.0.weight"])
+    assert again(torch.randn(1, kwargs.get("in_chans", 3), 64, 64)).shape == (1, kwargs.get("num_classes", 1000) or 128)
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx"])
+def test_features_only(model, folder, feature_cls):
+    again = load(folder, features_only=True, feature_cls=feature_cls, out_indices=(1, 3))
+    assert len(layers(again)) == 4
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.forward_intermediates(x, indices=(1, 3), intermediates_only=True)
+        got = again(x)
+    got = list(got.values()) if isinstance(got, dict) else got
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("trainable", ["none", "shift"])
+def test_trainable_can_be_chosen(model, folder, trainable):
+    again = load(folder, mk_trainable=trainable)
+    same(again, model)
+    assert {layer.trainable for layer in layers(again).values()} == {trainable}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("bank", "babaiee2025"), ("keys_per_kernel", 2), ("include", "*"), ("exclude", "stages.0.*")]
+)
+def test_other_settings_are_refused(folder, setting, value):
+    with pytest.raises(ConversionError, match=f"^mk_{setting} cannot change a published conversion"):
+        load(folder, **{f"mk_{setting}": value})
+
+
+def test_without_the_compact_file_the_dense_weights_are_projected(tmp_path, caplog):
+    mk.save_pretrained(converted(mk_keys_per_kernel=1), tmp_path)
+    (tmp_path / "masterkeys.safetensors").unlink()
+    again = load(tmp_path, mk_bank="random8:5")
+    assert len(layers(again)) == 4 and "mean R2 1.00" in caplog.text
+    dense = load_file(tmp_path / "model.safetensors")
+    assert all(torch.allclose(layer.weight, dense[f"{n}.weight"], atol=1e-5) for n, layer in layers(again).items())
+
+
+@pytest.mark.parametrize("kwargs", [{"num_classes": 7}, {"num_classes": 0}, {"in_chans": 1}, {"global_pool": "max"}])
+def test_models_of_other_shapes(tmp_path, kwargs):
+    model = converted(**kwargs)
+    again = load(mk.save_pretrained(model, tmp_path))
+    same(again, model)
+    assert (again.num_classes, again.in_chans) == (kwargs.get("num_classes", 1000), kwargs.get("in_chans", 3))
+    x = torch.randn(1, again.in_chans, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("bank", ["tensor", "path", "object"])
+def test_a_bank_of_ones_own_travels_with_the_model(tmp_path, bank):
+    torch.manual_seed(0)
+    own = mk.KeyBank("mine", torch.randn(3, 5, 5), source="my search", licence="mit")
+    own.save(tmp_path / "bank.safetensors")
+    given = {"tensor": torch.from_numpy(own.keys.copy()), "path": tmp_path / "bank.safetensors", "object": own}[bank]
+    model = converted(mk_bank=given)
+    mk.save_pretrained(model, tmp_path / "out")
+    (tmp_path / "bank.safetensors").unlink()
+    again = load(tmp_path / "out")
+    same(again, model)
+    loaded = next(iter(layers(again).values())).bank
+    assert loaded.digest == own.digest
+    assert bank == "tensor" or (loaded.name, loaded.source, loaded.licence) == ("mine", "my search", "mit")
+
+
+def test_a_model_converted_from_a_stock_name(tmp_path):
+    torch.manual_seed(0)
+    model = mk.convert_to_masterkeys(timm.create_model(ARCH, num_classes=10), exclude="stages.0.*")
+    again = load(mk.save_pretrained(model, tmp_path, config={"label_names": [str(i) for i in range(10)]}))
+    same(again, model)
+    assert len(layers(again)) == 3 and type(again.stages[0].blocks[0].conv_dw) is nn.Conv2d
+    assert again.pretrained_cfg["tag"] == "mk8_r160_in1k"
+    assert again.pretrained_cfg["label_names"] == [str(i) for i in range(10)]
+    assert model.pretrained_cfg["tag"] == "r160_in1k"  # not changed
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, ModelEmaV3, lambda model: ModelEmaV3(nn.DataParallel(model))])
+def test_wrappers_are_taken_off(model, tmp_path, wrap):
+    same(load(mk.save_pretrained(wrap(model), tmp_path)), model)
+
+
+def test_channels_last_and_training_mode(model, tmp_path):
+    other = converted().train().to(memory_format=torch.channels_last)
+    same(load(mk.save_pretrained(other, tmp_path)), model)
+    assert other.training and other.stem[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_bf16(tmp_path):
+    model = converted(dtype=torch.bfloat16)
+    mk.save_pretrained(model, tmp_path)
+    same(load(tmp_path, dtype=torch.bfloat16), model)
+    assert len(layers(load(tmp_path))) == 4
+
+
+def test_saved_again(model, folder, tmp_path):
+    """What was loaded is saved as the same files; only the card's examples name the folder."""
+    mk.save_pretrained(load(folder), tmp_path / "out")
+    for name in FILES:
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_real_weights(trained, trained_folder):
+    again = load(trained_folder)
+    same(again, trained)
+    assert len(layers(again)) == 16 and mk.conversion_report(again).total.mean_r2 > 0.7
+    config = resolve_model_data_config(again)
+    assert {key: tuple(v) if isinstance(v := config[key], list) else v for key in DATA_CONFIG} == DATA_CONFIG
+    x = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(again(x), trained(x))
+
+
+# --- Without the plugin
+
+
+WITHOUT = """
+import json, sys
+import timm, torch
+from safetensors.torch import load_file
+torch.set_num_threads(1)
+for folder, tensors in json.loads(sys.argv[1]):
+    given = load_file(tensors)
+    for case, kwargs in (
+        ("plain", {}),
+        ("head", {"num_classes": 0}),
+        ("gray", {"in_chans": 1}),
+        ("features", {"features_only": True, "feature_cls": "getter"}),
+    ):
+        model = timm.create_model("local-dir:" + folder, pretrained=True, **kwargs).eval()
+        assert type(model).__module__.startswith("timm.models.")
+        with torch.no_grad():
+            out = model(given["gray x" if case == "gray" else "x"])
+        out = out if isinstance(out, list) else [out]
+        assert all(torch.equal(o, given[f"{case} {i}"]) for i, o in enumerate(out)), (folder, case)
+    timm.create_model("local-dir:" + folder, pretrained=True, num_classes=3)
+assert "timm_masterkeys" not in sys.modules
+"""
+
+
+def test_stock_timm_loads_the_same_outputs(model, folder, trained, trained_folder, tmp_path):
+    cases = []
+    for name, own, saved in (("a", model, folder), ("b", trained, trained_folder)):
+        x = torch.randn(1, 3, 96, 96)
+        given = {"x": x, "gray x": x[:, :1].clone()}
+        with torch.no_grad():
+            given["plain 0"], given["head 0"] = own(x), own.forward_head(own.forward_features(x), pre_logits=True)
+            given["gray 0"] = load(saved, in_chans=1)(given["gray x"])
+            features = load(saved, features_only=True, feature_cls="getter")(x)
+        given |= {f"features {i}": feature for i, feature in enumerate(features)}
+        save_file({key: value.contiguous() for key, value in given.items()}, tmp_path / f"{name}.safetensors")
+        cases.append([str(saved), str(tmp_path / f"{name}.safetensors")])
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, json.dumps(cases)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# --- Refused and failed
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda: timm.create_model(ARCH), "ConvNeXt holds no MasterKeyConv2d"),
+        (lambda: nn.Sequential(MasterKeyConv2d(8, 8, 3)), "Sequential is not a whole timm model"),
+        (lambda: timm.create_model(f"{ARCH}.mk8", features_only=True), "FeatureListNet is not a whole timm model"),
+        (lambda: timm.create_model(f"{ARCH}.mk8", device="meta"), "on the meta device"),
+    ],
+)
+def test_what_cannot_be_saved(tmp_path, given, message):
+    with pytest.raises(ConversionError, match=message):
+        mk.save_pretrained(given(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_others_stay(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "model.safetensors").write_text("to be replaced")
+    mk.save_pretrained(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES | {"notes.txt", "old"}
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    same(load(tmp_path), model)
+
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("function", ["save_for_hf", "save_compact", "make_card", "atomic_path"])
+def test_a_failed_save_leaves_the_folder_as_it_was(model, folder, tmp_path, monkeypatch, function):
+    for name in FILES:
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    monkeypatch.setattr(f"timm_masterkeys.hub.{function}", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        mk.save_pretrained(converted(seed=1), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        name: (folder / name).read_bytes() for name in FILES
+    }
+    same(load(tmp_path), model)
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_a_save_that_fails_half_way_never_mixes_two_models(model, folder, tmp_path, monkeypatch, first):
+    """Between two files no file is half written, and a model of both is refused or is the new one."""
+    for name in FILES:
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    new, whole, calls = converted(seed=1), {}, []
+    for path in mk.save_pretrained(new, tmp_path / "whole").iterdir():
+        whole[path.name] = path.read_bytes()
+        path.unlink()
+    (tmp_path / "whole").rmdir()
+    atomic = mk.files.atomic_path
+
+    def sometimes(path):
+        calls.append(path)
+        return atomic(path) if len(calls) <= first else full()
+
+    monkeypatch.setattr("timm_masterkeys.hub.atomic_path", sometimes)
+    with pytest.raises(OSError, match="No space left on device"):
+        mk.save_pretrained(new, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    for name in FILES - {"README.md"}:
+        assert (tmp_path / name).read_bytes() in (whole[name], (folder / name).read_bytes())
+    if first == 1:
+        with pytest.raises(CheckpointError, match="not of one conversion"):
+            load(tmp_path)
+    else:
+        same(load(tmp_path), new)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t["stages.1.blocks.0.conv_dw.weight"].mul_(1.01), "disagrees with the dense weights of stages.1."),
+        (lambda t: t.pop("stages.2.blocks.0.norm.weight"), "lacks stages.2.blocks.0.norm.weight"),
+    ],
+)
+def test_altered_dense_weights(folder, tmp_path, spoil, message):
+    """Also where timm looks least: with another number of classes it does not load strictly."""
+    for name in FILES:
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    spoil(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load(tmp_path, num_classes=5)
