@@ -35,9 +35,9 @@ def names():
 class NoInitialisation(TorchFunctionMode):
     """Skips what only sets values: on the meta device there are none, and a third of the time is left."""
 
-    SKIPPED = {
+    SKIPPED = frozenset(
         getattr(torch.Tensor, name) for name in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_")
-    }
+    )
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return args[0] if func in self.SKIPPED else func(*args, **(kwargs or {}))

@@ -326,10 +326,11 @@ def _compare(directory: Path, info: ModelInfo | None) -> dict[str, str]:
         if sibling is None:
             states[name] = "new"
         elif sibling.lfs is not None:
+            digest = hashlib.sha256()
             with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else ""
-            digest = digest or hashlib.sha256(path.read_bytes()).hexdigest()  # Python 3.10
-            states[name] = "unchanged" if digest == sibling.lfs.sha256 else "changed"
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+            states[name] = "unchanged" if digest.hexdigest() == sibling.lfs.sha256 else "changed"
         else:
             data = path.read_bytes()
             blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
