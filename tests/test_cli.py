@@ -15,7 +15,7 @@ import timm_masterkeys as mk
 from timm_masterkeys.cli import main
 
 ARCH = "test_convnext3"  # depthwise kernels 7x7, 5x5, 5x5 and 3x3
-COMMANDS = ["list", "inspect", "convert"]
+COMMANDS = ["list", "inspect", "convert", "publish"]
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +167,9 @@ def bad(*args, says):
         bad("inspect", "ghostnet_050", "--pretrained", says="No pretrained weights exist for ghostnet_050"),
         bad("inspect", ARCH, "--bank", "nope", says="Unknown bank 'nope'. Known: babaiee2025"),
         bad("inspect", ARCH, "--bank", "nope.safetensors", says="Cannot read a bank from 'nope.safetensors'"),
-        bad("inspect", ARCH, "--include", "blocks.*", says="Pattern 'blocks.*' matches none of the 4"),
-        bad("inspect", ARCH, "--json", says="--json prints the fit, which needs weights: add --pretrained"),
+        bad("inspect", ARCH, "--include", "blocks.*", says="Pattern 'blocks.*' matches none of the 8"),
         bad("inspect", ARCH, "--checkpoint", "nope.pth", says="There is no file 'nope.pth'"),
+        bad("publish", "nope", "me/model", says="Unknown model (nope)"),
         bad("convert", ARCH, "--output", "out", says="Nothing to convert: add --pretrained or --checkpoint FILE"),
     ],
 )
@@ -289,3 +289,9 @@ def test_a_reader_that_has_enough():
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait(300) == 0
+
+
+def test_the_plan_as_json_needs_no_weights(run):
+    code, out, err = run("inspect", "test_convnext3", "--json")
+    layers = json.loads(out)["layers"]
+    assert code == 0 and err == "" and sum(not layer["reason"] for layer in layers) == 4

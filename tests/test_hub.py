@@ -194,6 +194,24 @@ def test_load_without_the_plugin(hub, worker, published, home):
     assert hub.count("GET|HEAD", r"\.bin") == 0
 
 
+def test_structure_without_the_weights(worker, published, tmp_path):
+    """pretrained=False: the published bank, keys per kernel and layers, kernels drawn."""
+    worker.run(f"""
+        bare = timm.create_model("hf-hub:alice/base", cache_dir={str(tmp_path)!r})
+        assert bare.state_dict().keys() == model.state_dict().keys()
+        bare.load_state_dict(model.state_dict())
+        same(bare, model)
+    """)
+
+
+def test_from_scratch_claims_no_source(hub, worker):
+    worker.run("scratch = timm.create_model('test_convnext.mk8')")
+    assert "licence" in worker.run("mk.push_to_hub(scratch, 'alice/scratch')", raises="ConversionError")
+    worker.run("mk.push_to_hub(scratch, 'alice/scratch', license='mit')")
+    card = hub.repos["alice/scratch"].head().files["README.md"].decode()
+    assert "license: mit" in card and "base_model" not in card and "timm/test_convnext" not in card
+
+
 def test_offline_with_a_warm_cache(hub, worker, published, home):
     warm = Worker(hub.env(home / "warm"))
     warm.run("timm.create_model('hf-hub:alice/base', pretrained=True)")
@@ -435,7 +453,12 @@ def test_files_that_do_not_fit_are_refused(hub, worker, published, tmp_path):
                 raises="ValueError",
             )
             assert text in message, (name, message)
-    edited(hub, "alice/dense-only", **{"masterkeys.safetensors": None})
+    edited(hub, "alice/lost", **{"masterkeys.safetensors": None})
+    call = f"timm.create_model('hf-hub:alice/lost', pretrained=True, cache_dir={str(tmp_path)!r})"
+    assert "masterkeys.safetensors" in worker.run(call, raises="CheckpointError")
+    dense_only = {key: value for key, value in about.items() if key != "masterkeys"}
+    changed = {"masterkeys.safetensors": None, "config.json": json.dumps(dense_only).encode()}
+    edited(hub, "alice/dense-only", **changed)
     worker.run(f"""
         kw = dict(pretrained=True, mk_keys_per_kernel=2, cache_dir={str(tmp_path)!r})
         anew = timm.create_model("hf-hub:alice/dense-only", **kw)

@@ -606,7 +606,7 @@ def test_reset_parameters(keys_per_kernel):
     assert same_state(layer.state_dict(), twin.state_dict())
 
     assert torch.equal(layer.shift, torch.zeros(512))
-    assert torch.equal(layer.r2, torch.ones(512))
+    assert torch.equal(layer.r2, -torch.ones(512))  # drawn, not fitted
     assert all(len(set(row)) == keys_per_kernel for row in layer.key_index.tolist())
     counts = layer.key_index.flatten().bincount(minlength=8)
     expected = 512 * keys_per_kernel / 8

@@ -1,6 +1,7 @@
 """The report against numbers computed by hand."""
 
 import json
+import math
 from dataclasses import asdict
 
 import numpy as np
@@ -228,9 +229,11 @@ def test_several_banks():
     assert {len(row.key_histogram) for row in (*report.layers, report.total)} == {8}
 
 
-def test_drawn_layers_count_as_met():
+def test_drawn_kernels_have_no_fit():
     report = conversion_report(initialize_masterkeys(net()))
-    assert report.total.mean_r2 == report.total.worst_r2 == report.total.above_90 == 1
+    assert report.total.drawn == 120 and math.isnan(report.total.mean_r2) and math.isnan(report.total.worst_r2)
+    assert "120 kernels were drawn" in str(report)
+    assert json.loads(report.to_json())["total"]["mean_r2"] is None
     assert sum(report.total.key_histogram) == 120
 
 

@@ -33,7 +33,10 @@ def converted(seed=0, **kwargs):
     """A model as after training: no value is what conversion made it."""
     torch.manual_seed(seed)
     settings = {"mk_bank": "random8:5", "mk_keys_per_kernel": 2, "mk_trainable": "affine"}
-    model = timm.create_model(f"{ARCH}.mk8", **{**settings, **kwargs}).eval()
+    overlay = {"state_dict": timm.create_model(ARCH).state_dict()}
+    model = timm.create_model(
+        f"{ARCH}.mk8", pretrained=True, pretrained_cfg_overlay=overlay, **{**settings, **kwargs}
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -162,10 +165,36 @@ def test_other_settings_are_refused(folder, setting, value):
 def test_without_the_compact_file_the_dense_weights_are_projected(tmp_path, caplog):
     mk.save_pretrained(converted(mk_keys_per_kernel=1), tmp_path)
     (tmp_path / "masterkeys.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"missing beside '.*', which speaks of it: the exact conversion is lost"):
+        load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "masterkeys"}))
+    caplog.clear()
     again = load(tmp_path, mk_bank="random8:5")
     assert len(layers(again)) == 4 and "mean R2 1.00" in caplog.text
     dense = load_file(tmp_path / "model.safetensors")
     assert all(torch.allclose(layer.weight, dense[f"{n}.weight"], atol=1e-5) for n, layer in layers(again).items())
+
+
+@pytest.mark.parametrize("trainable", [None, "shift"])
+def test_without_weights_the_settings_are_those_published(model, folder, trainable, caplog):
+    """What a resumed run needs: the checkpoint it loads next is of the same bank and number of keys."""
+    again = load(folder, pretrained=False, mk_trainable=trainable)
+    for name, layer in layers(again).items():
+        assert (layer.bank.name, layer.keys_per_kernel, layer.trainable) == ("random8:5", 2, trainable or "affine")
+        assert not torch.equal(layer.scale, model.get_submodule(name).scale)
+    assert len(layers(again)) == 4 and not caplog.records
+    again.load_state_dict(model.state_dict())
+    same(again, model)
+
+
+def test_from_scratch_there_is_no_licence_to_inherit(tmp_path):
+    model = timm.create_model(f"{ARCH}.mk8")
+    again = load(mk.save_pretrained(model, tmp_path))
+    same(again, model)
+    config = json.loads((tmp_path / "config.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert "license" not in again.pretrained_cfg and config["masterkeys"]["mean_r2"] is None
+    assert again.pretrained_cfg["notes"] == ["masterkeys: converted from scratch"]
 
 
 @pytest.mark.parametrize("kwargs", [{"num_classes": 7}, {"num_classes": 0}, {"in_chans": 1}, {"global_pool": "max"}])

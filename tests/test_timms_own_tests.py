@@ -71,8 +71,8 @@ def pytest_collection_modifyitems(config, items):
 EXCEPTIONS = {
     "test_mobile_model_fusion_features[efficientvim_m1": "efficientvim's fuse() assigns a weight (torch's "
     "fuse_conv_bn_eval), and a computed weight cannot be assigned; fuse_masterkeys first",
-    "test_model_init_weights_after_to_empty[iformer_t": "the model's init_weights() knows nothing of key indices, which "
-    "to_empty() leaves without values; load a state dict, or call reset_parameters() of the layers first",
+    "test_model_init_weights_after_to_empty[iformer_t": "the model's init_weights() knows nothing of key indices, "
+    "which to_empty() leaves without values; load a state dict, or call reset_parameters() of the layers first",
 }
 
 

@@ -224,6 +224,8 @@ def get_bank(bank: "str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray
         return bank
     if isinstance(bank, (torch.Tensor, np.ndarray)):
         return KeyBank("custom", bank, source="given as a tensor")  # type: ignore[arg-type]  # __post_init__ takes both
+    if not isinstance(bank, (str, os.PathLike)):
+        raise BankError(f"Got a bank of type {type(bank).__name__}, expected a name, a path, a tensor or a KeyBank.")
     name = os.fspath(bank)
     if name == DEFAULT_BANK:
         return _babaiee2025()

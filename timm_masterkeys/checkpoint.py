@@ -58,13 +58,16 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
         save_file(tensors, tmp, {_METADATA: json.dumps(about)})
 
 
-def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trainable | None = None) -> None:
+def load_compact(
+    model: nn.Module, path: str | os.PathLike[str], trainable: Trainable | None = None, *, values: bool = True
+) -> None:
     """Turns the layers of a dense model that a compact file lists into MasterKeyConv2d, bit for bit. In place.
 
     Args:
         model: A model that holds the dense weights saved with the file; also its ``features_only`` form.
         path: A file written by ``save_compact``.
         trainable: Overrides the saved mode.
+        values: Take the file's kernels; else only its banks and settings, kernels drawn as for training from scratch.
 
     Raises:
         CheckpointError: Not such a file, a newer format, altered values, layers the model lacks, or kernels that
@@ -85,9 +88,12 @@ def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trai
             )
         if isinstance(conv, MasterKeyConv2d):
             raise CheckpointError(f"{here} is converted already; '{path}' goes with the dense model.")
-        layer = MasterKeyConv2d.from_conv(
-            conv, banks[settings["bank"]], settings["keys_per_kernel"], trainable or settings["trainable"]
+        mode = trainable or settings["trainable"]
+        new[here] = layer = MasterKeyConv2d.from_conv(
+            conv, banks[settings["bank"]], settings["keys_per_kernel"], mode, fit=values
         )
+        if not values:
+            continue
         entries = {entry: tensors[f"{name}.{entry}"] for entry in _ENTRIES if f"{name}.{entry}" in tensors}
         missing = [entry for entry in _ENTRIES if entry not in entries]
         problems = [f"{entry} is missing" for entry in missing] or layer.check_state_dict(entries)
@@ -97,14 +103,17 @@ def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trai
         if not _agree(entries, conv.weight.detach()):
             raise CheckpointError(
                 f"'{path}' disagrees with the dense weights of {name}: the two files are not of one conversion. "
-                "Publish both again, or delete the compact file to project the dense weights anew."
+                "Publish both again."
             )
-        new[here] = layer
     replace_layers(model, new)
 
 
 def restore_masterkeys(
-    model: nn.Module, pretrained_cfg: dict[str, Any], settings: dict[str, Any], cache_dir: str | None = None
+    model: nn.Module,
+    pretrained_cfg: dict[str, Any],
+    settings: dict[str, Any],
+    cache_dir: str | None = None,
+    values: bool = True,
 ) -> bool:
     """Restores a model just loaded from a published repository or folder to its exact compact form. In place.
 
@@ -113,9 +122,10 @@ def restore_masterkeys(
         pretrained_cfg: Its cfg, with ``source`` "hf-hub" or "local-dir".
         settings: Conversion settings the caller gave; only ``trainable`` can differ from what was published.
         cache_dir: The Hub cache.
+        values: Take the published kernels; else only banks and settings (``pretrained=False``).
 
     Returns:
-        False if there is no compact file.
+        False if there is no compact file, and config.json does not speak of one.
 
     Raises:
         CheckpointError: A compact file that does not fit; the model is then as it was.
@@ -124,11 +134,13 @@ def restore_masterkeys(
     if pretrained_cfg["source"] == "local-dir":
         folder = Path(pretrained_cfg["file"])
         config, dense, path = (folder / name for name in ("config.json", DENSE_NAME, COMPACT_NAME))
-        if not path.is_file():
-            return False
     else:
         repo_id, _, revision = pretrained_cfg["hf_hub_id"].partition("@")
         where: dict[str, Any] = {"revision": revision or None, "cache_dir": cache_dir}
+        # timm has just fetched these: read them from the cache, ask the Hub nothing
+        cached = (try_to_load_from_cache(repo_id, name, **where) for name in ("config.json", DENSE_NAME))
+        config, dense = (Path(found) if isinstance(found, str) else Path("-") for found in cached)
+        path = config.with_name(COMPACT_NAME)
         try:
             path = Path(hf_hub_download(repo_id, COMPACT_NAME, **where))
         except LocalEntryNotFoundError as error:
@@ -137,20 +149,25 @@ def restore_masterkeys(
                 "Try again online; without it the exact conversion is lost."
             ) from error
         except EntryNotFoundError:
+            pass
+    about = json.loads(config.read_text()).get("masterkeys") if config.is_file() else None
+    if not path.is_file():
+        if about is None:
             return False
-        # timm has just fetched these: read them from the cache, ask the Hub nothing
-        cached = (try_to_load_from_cache(repo_id, name, **where) for name in ("config.json", DENSE_NAME))
-        config, dense = (Path(found) if isinstance(found, str) else path.with_name("-") for found in cached)
-    if config.is_file():
-        _check_config(config, path)
-    if dense.is_file():
+        raise CheckpointError(
+            f"{COMPACT_NAME} is missing beside '{config}', which speaks of it: the exact conversion is lost. Publish "
+            "again; to project the dense weights anew, remove the 'masterkeys' section."
+        )
+    if about is not None:
+        _check_config(config, about, path)
+    if values and dense.is_file():
         _check_names(model, dense, pretrained_cfg)
     fixed = sorted(f"mk_{name}" for name in settings if name != "trainable")
     if fixed:
         raise ConversionError(
             f"{', '.join(fixed)} cannot change a published conversion. Drop them, or convert the source weights anew."
         )
-    load_compact(model, path, settings.get("trainable"))
+    load_compact(model, path, settings.get("trainable"), values=values)
     return True
 
 
@@ -199,11 +216,8 @@ def _check_version(path: str | os.PathLike[str], about: dict[str, Any]) -> None:
         )
 
 
-def _check_config(config: Path, path: Path) -> None:
+def _check_config(config: Path, about: dict[str, Any], path: Path) -> None:
     """Refuses a compact file with other banks than config.json names."""
-    about = json.loads(config.read_text()).get("masterkeys")
-    if about is None:
-        return
     _check_version(config, about)
     digests = set(_read(path)[1])
     if digests != set(about["banks"].values()):

@@ -1,6 +1,8 @@
 """The command ``timm-masterkeys``."""
 
 import argparse
+import dataclasses
+import json
 import logging
 import os
 import sys
@@ -18,6 +20,17 @@ from .hub import push_to_hub, save_pretrained
 from .registry import list_architectures
 from .report import conversion_report
 from .surgery import convert_to_masterkeys, plan_conversion
+
+# What a saved config.json says anyway; the rest (label names, entries of one's own) is published along.
+_OWN_ENTRIES = (
+    "architecture",
+    "num_classes",
+    "num_features",
+    "global_pool",
+    "model_args",
+    "pretrained_cfg",
+    "masterkeys",
+)
 
 _EXAMPLES = """examples:
   timm-masterkeys list 'convnext*'
@@ -92,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         [settings],
     )
     _add_model(command)
-    command.add_argument("--json", action="store_true", help="print the fit as JSON (needs weights)")
+    command.add_argument("--json", action="store_true", help="print the fit as JSON; without weights, the plan")
     command.set_defaults(run=_inspect)
 
     command = add(
@@ -143,13 +156,14 @@ def _list(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     model = _create(args)
+    plan = plan_conversion(model, args.bank, include=args.include, exclude=args.exclude)
     if not args.json:
-        print(plan_conversion(model, args.bank, include=args.include, exclude=args.exclude))
+        print(plan)
     if args.pretrained or args.checkpoint:
         report = conversion_report(_converted(model, args))
         print(report.to_json() if args.json else f"\n{report}")
     elif args.json:
-        raise MasterKeysError("--json prints the fit, which needs weights: add --pretrained or --checkpoint FILE.")
+        print(json.dumps(dataclasses.asdict(plan), indent=2))
     else:
         print("random weights have no fit to report: add --pretrained or --checkpoint FILE")
 
@@ -165,8 +179,13 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _publish(args: argparse.Namespace) -> None:
-    source = f"local-dir:{args.model}" if Path(args.model).is_dir() else args.model
-    model = timm.create_model(source, pretrained=True)
+    folder, config, readme = Path(args.model), {}, ""
+    if folder.is_dir():
+        saved = json.loads((folder / "config.json").read_text())
+        config = {key: value for key, value in saved.items() if key not in _OWN_ENTRIES}
+        if (folder / "README.md").is_file():
+            readme = (folder / "README.md").read_text(encoding="utf-8")
+    model = timm.create_model(f"local-dir:{folder}" if folder.is_dir() else args.model, pretrained=True)
     done = push_to_hub(
         model,
         args.repo_id,
@@ -176,6 +195,8 @@ def _publish(args: argparse.Namespace) -> None:
         commit_message=args.message,
         dry_run=args.dry_run,
         license=args.license,
+        config=config,
+        readme=readme,
     )
     print(done)
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -159,6 +160,7 @@ def push_to_hub(
     tags: Sequence[str] = (),
     metrics: Sequence[EvalResult] = (),
     config: Mapping[str, Any] | None = None,
+    readme: str = "",
 ) -> Publication:
     """Publishes a converted timm model to the Hugging Face Hub in one commit.
 
@@ -181,6 +183,7 @@ def push_to_hub(
         tags: More tags for the card.
         metrics: Measured results for the card's model-index.
         config: More top-level entries for config.json, such as ``label_names``.
+        readme: A README whose hand-written part and metadata to keep, where the repository has none yet.
 
     Returns:
         A Publication with the commit's sha; ``str()`` lists the files.
@@ -205,6 +208,7 @@ def push_to_hub(
                 api.whoami()
             info = _remote(api, repo_id, branch)
             default = info or (_remote(api, repo_id, "main") if revision else None)
+            (directory / "README.md").write_text(readme, encoding="utf-8")
             if default and any(sibling.rfilename == "README.md" for sibling in default.siblings or ()):
                 readme = api.hf_hub_download(repo_id, "README.md", revision=default.sha)
                 (directory / "README.md").write_bytes(Path(readme).read_bytes())
@@ -384,6 +388,11 @@ def _timm_cfg(model: nn.Module) -> dict[str, Any]:
             f"{type(model).__name__} is not a whole timm model (no pretrained_cfg), so timm could not load it again. "
             "Save its state_dict instead."
         )
+    layers = [module for module in model.modules() if isinstance(module, MasterKeyConv2d)]
+    if layers and all(not layer.r2.is_meta and bool((layer.r2 < 0).all()) for layer in layers):  # from scratch: nobody else's weights
+        notes = tuple(note for note in cfg.get("notes") or () if not note.startswith(SOURCE_NOTE))
+        cfg = {key: value for key, value in cfg.items() if key not in ("license", "hf_hub_id", "url")}
+        return {**cfg, "notes": (*notes, f"{SOURCE_NOTE}scratch")}
     return dict(cfg)
 
 
@@ -417,7 +426,7 @@ def _about(model: nn.Module, cfg: Mapping[str, Any], base_model: str | None) -> 
         "trainable": layers[0].trainable,
         "layers": len(layers),
         "kernels": report.total.channels,
-        "mean_r2": round(report.total.mean_r2, 4),
+        "mean_r2": None if math.isnan(report.total.mean_r2) else round(report.total.mean_r2, 4),
         "source": base_model,
         "source_revision": revision or None,
         "versions": {"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},

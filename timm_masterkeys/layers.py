@@ -16,6 +16,10 @@ from .projection import Projection, check_keys_per_kernel, project_kernels
 
 Trainable = Literal["none", "shift", "affine"]
 
+# Named here, as torch.jit.script fails on a mypy comment in a forward.
+_is_scripting: Any = torch.jit.is_scripting  # type: ignore[attr-defined]
+_is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
+
 _COMPACT = ("keys", "key_index", "scale", "shift", "r2")
 
 
@@ -46,7 +50,8 @@ class MasterKeyConv2d(nn.Conv2d):
         key_index: Buffer (out_channels, r) int64, rows of ``keys``.
         scale: (out_channels * r,), channel by channel; a parameter if trainable is "affine", else a buffer.
         shift: (out_channels,); a parameter unless trainable is "none", else a buffer.
-        r2: Buffer (out_channels,) float32, how well each kernel was met when it was projected (1: exactly).
+        r2: Buffer (out_channels,) float32, how well each kernel was met when it was projected (1: exactly; -1: the
+            kernel was drawn, not fitted).
         bank: The KeyBank.
 
     Raises:
@@ -140,6 +145,8 @@ class MasterKeyConv2d(nn.Conv2d):
 
     def _replace(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
         """Takes over all of ``conv`` but its weight."""
+        if not isinstance(conv, nn.Conv2d) or not conv.in_channels == conv.groups or conv.weight.shape[1] != 1:
+            raise ConversionError(f"Got {conv}, expected a depthwise Conv2d (groups == in_channels).")
         check_trainable(trainable)
         check_keys_per_kernel(keys_per_kernel, bank)
         weight = conv.weight
@@ -212,7 +219,7 @@ class MasterKeyConv2d(nn.Conv2d):
         self.shift.zero_()
         drawn = self.compose_weight().flatten(1).norm(dim=1, keepdim=True)
         self.scale.copy_((self.scale.view(self.out_channels, -1) * (norm / drawn)).flatten())
-        self.r2.fill_(1.0)
+        self.r2.fill_(-1.0)  # nothing was fitted
 
     @torch.no_grad()
     def _set(self, projection: Projection) -> None:
@@ -237,7 +244,7 @@ class MasterKeyConv2d(nn.Conv2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.same_padding:
             input = pad_same(input, self.kernel_size, self.stride, self.dilation)
-        if torch.jit.is_scripting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        if _is_scripting() or _is_tracing():
             return self._conv_forward(input, self.compose_weight(), self.bias)
         return self._fast_forward(input)
 
@@ -279,16 +286,21 @@ class MasterKeyConv2d(nn.Conv2d):
         return input, (height // 2, width // 2)
 
     def _cached_weight(self) -> torch.Tensor:
-        """The kernels, composed anew only if something they are made of was replaced or changed in place."""
+        """The kernels, composed anew only if something they are made of was replaced or changed in place.
+
+        On CUDA, where comparing values would wait for the device, a write through ``.data`` is seen after the next
+        ``train()`` or ``eval()``.
+        """
         if torch.compiler.is_compiling() or self.scale.is_inference():
             return self.compose_weight()
         parts = (self.scale, self.shift, self.keys, self.key_index)
         state = [(part._version, part.data_ptr(), part.dtype) for part in parts]
-        if self._composed is None or self._composed[0] != state:
-            # the aliases keep the memory, so that an address cannot come back with other numbers in it
-            self._composed = state, [part.detach() for part in parts], self.compose_weight()
-        weight: torch.Tensor = self._composed[2]
-        return weight
+        if self._composed is not None and self._composed[0] == state:
+            # Writes through .data leave no trace in the state. On CPU the values themselves are compared as well.
+            if self.keys.is_cuda or all(map(torch.equal, self._composed[1], parts)):
+                return self._composed[2]
+        self._composed = state, [part.detach().clone() for part in parts], self.compose_weight()
+        return self._composed[2]
 
     def train(self, mode: bool = True) -> "MasterKeyConv2d":
         """As for any module; also drops the composed kernels kept for inference."""

@@ -66,7 +66,10 @@ def register_names(architectures: Sequence[str] | None = None) -> None:
         if arch in registered:
             _timm.wrap_entrypoint(old, functools.partial(_masterkeys_entrypoint, arch))
     for pair in os.environ.get(WEIGHTS_VARIABLE, "").split():
-        use_weights(*pair.split("=", 1))
+        try:
+            use_weights(*pair.split("=", 1))
+        except ConversionError as error:
+            _logger.warning("%s: '%s' is left out. %s", WEIGHTS_VARIABLE, pair, error)
 
 
 def use_weights(name: str, source: str = "") -> None:
@@ -128,12 +131,12 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
         for module in model.modules():  # a features_only wrapper and the model in it have a cfg each
             if isinstance(getattr(module, "pretrained_cfg", None), dict):
                 module.pretrained_cfg.pop("state_dict", None)
-        if not pretrained:
-            return initialize_masterkeys(model, **{"bank": DEFAULT_BANK, **settings}, inplace=True)
         if model.pretrained_cfg.get("source") in ("hf-hub", "local-dir") and restore_masterkeys(
-            model, model.pretrained_cfg, settings, kwargs.get("cache_dir")
+            model, model.pretrained_cfg, settings, kwargs.get("cache_dir"), values=pretrained
         ):
             return model
+        if not pretrained:
+            return initialize_masterkeys(model, **{"bank": DEFAULT_BANK, **settings}, inplace=True)
         convert_to_masterkeys(model, **{"bank": DEFAULT_BANK, **settings}, inplace=True)
         if not any(parameter.is_meta for parameter in model.parameters()):
             _logger.warning("%s", _summary(f"{arch}.{tag}", model))

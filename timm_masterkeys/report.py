@@ -1,7 +1,9 @@
 """How well the kernels of a converted model are met by its keys."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +22,7 @@ class LayerReport:
         channels: Kernels, the output channels.
         keys_per_kernel: Keys per kernel.
         constant: Kernels that are constant or all zero.
+        drawn: Kernels drawn from the bank, not fitted; they have no R^2 (NaN where a layer has no other).
         mean_r2: Mean R^2, in [0, 1].
         median_r2: Median R^2.
         worst_r2: Smallest R^2.
@@ -33,6 +36,7 @@ class LayerReport:
     channels: int
     keys_per_kernel: int
     constant: int
+    drawn: int
     mean_r2: float
     median_r2: float
     worst_r2: float
@@ -65,7 +69,7 @@ class ConversionReport:
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        return json.dumps(asdict(self), indent=2)
+        return json.dumps(_without_nan(asdict(self)), indent=2)
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in (*self.layers, self.total))
@@ -86,6 +90,8 @@ class ConversionReport:
             )
         if self.total.constant:
             lines.append(f"{self.total.constant:,} kernels are constant: met exactly, not in the R2 above")
+        if self.total.drawn:
+            lines.append(f"{self.total.drawn:,} kernels were drawn from the bank, not fitted: they have no R2")
         lines.append(
             f"bank {self.bank}; parameters: trainable {self.trainable_before:,} -> {self.trainable_after:,}, "
             f"stored {self.stored_before:,} -> {self.stored_after:,}"
@@ -97,7 +103,7 @@ class ConversionReport:
 def conversion_report(model: nn.Module) -> ConversionReport:
     """How well each converted layer of a model meets the kernels it was made from.
 
-    R^2 is that of the projection; it does not follow later training. Layers drawn from the bank count as 1.
+    R^2 is that of the projection; it does not follow later training. Kernels drawn from the bank have none.
 
     Args:
         model: A converted model. Not changed.
@@ -153,14 +159,17 @@ def _row(
     constant: torch.Tensor,
     first: torch.Tensor,
 ) -> LayerReport:
-    shaped = r2[~constant]
-    shaped = shaped if len(shaped) else r2.new_ones(1)
+    drawn = r2 < 0
+    shaped = r2[~constant & ~drawn]
+    if not len(shaped):
+        shaped = r2.new_full((1,), float("nan") if drawn.any() else 1.0)
     return LayerReport(
         name,
         kernel_size,
         len(r2),
         keys_per_kernel,
         int(constant.sum()),
+        int(drawn.sum()),
         float(shaped.mean()),
         float(shaped.quantile(0.5)),
         float(shaped.min()),
@@ -168,3 +177,12 @@ def _row(
         float((shaped > 0.9).float().mean()),
         tuple(torch.bincount(first[~constant], minlength=bins).tolist()),
     )
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

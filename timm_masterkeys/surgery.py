@@ -81,7 +81,7 @@ def plan_conversion(
 
     Raises:
         BankError: No such bank.
-        ConversionError: A pattern that matches no depthwise convolution.
+        ConversionError: A pattern that matches no convolution.
 
     Example:
         >>> print(plan_conversion(timm.create_model("convnext_atto"), exclude="stages.0.*"))
@@ -98,10 +98,11 @@ def plan_conversion(
     reasons = {name: _obstacle(name, conv, bank, owners) for name, conv in convs}
     candidates = [name for name, reason in reasons.items() if not reason]
     for pattern in (*include, *exclude):
-        if not any(fnmatchcase(name, pattern) for name in candidates):
+        if not any(fnmatchcase(name, pattern) for name in reasons):
             shown = ", ".join(candidates[:3]) + (", ..." if len(candidates) > 3 else "")
             raise ConversionError(
-                f"Pattern '{pattern}' matches none of the {len(candidates)} depthwise convolutions ({shown or 'none'})."
+                f"Pattern '{pattern}' matches none of the {len(reasons)} convolutions. Depthwise are "
+                f"{shown or 'none'}; a whole stage is 'stages.0.*'."
             )
     for name in candidates:
         hit = next((pattern for pattern in exclude if fnmatchcase(name, pattern)), None)
@@ -271,7 +272,9 @@ def _check_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix:
     if problems:
         more = f"\n... and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(
-            "The checkpoint does not fit the converted model; nothing was loaded.\n" + "\n".join(problems[:5]) + more
+            "The checkpoint does not fit the converted layers; into this model nothing was loaded.\n"
+            + "\n".join(problems[:5])
+            + more
         )
 
 
