@@ -389,7 +389,8 @@ def _timm_cfg(model: nn.Module) -> dict[str, Any]:
             "Save its state_dict instead."
         )
     layers = [module for module in model.modules() if isinstance(module, MasterKeyConv2d)]
-    if layers and all(not layer.r2.is_meta and bool((layer.r2 < 0).all()) for layer in layers):  # from scratch: nobody else's weights
+    drawn = all(not layer.r2.is_meta and bool((layer.r2 < 0).all()) for layer in layers)
+    if layers and drawn:  # trained from scratch: nobody else's weights
         notes = tuple(note for note in cfg.get("notes") or () if not note.startswith(SOURCE_NOTE))
         cfg = {key: value for key, value in cfg.items() if key not in ("license", "hf_hub_id", "url")}
         return {**cfg, "notes": (*notes, f"{SOURCE_NOTE}scratch")}
