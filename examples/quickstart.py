@@ -55,8 +55,9 @@ def main() -> None:
         cells = (f"{says[row]:<{w}}" for says, w in zip(answers.values(), widths, strict=True))
         print("  ".join([f"{photograph:<{first}}", *cells]).rstrip())
     fits = ", ".join(f"{mk.conversion_report(m).total.mean_r2:.2f} with {r}" for r, m in converted.items())
-    print(f"\nMean R2: {fits}. One key per kernel ruins a network as compact as this one; several keys")
-    print("keep most of it. A converted network is a starting point: fine-tune it before use.")
+    print(f"\nMean R2: {fits}.")
+    print("One key per kernel ruins a network as compact as this one, four or eight keep most of what it says.")
+    print("A converted network is a starting point: fine-tune it before use.")
 
     with tempfile.TemporaryDirectory() as folder:
         mk.save_pretrained(converted[4], folder)

@@ -29,11 +29,6 @@ LAYER = "stages.1.blocks.0.conv_dw"
 MIXED = ("test_convnext3", "test_efficientnet", "test_mambaout", "tf_efficientnet_lite0", "ghostnet_050", "fastvit_t8")
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(scope="module")
 def converted():
     """Two banks, one and two keys per kernel, every ``trainable`` in one model; values as if it had been trained."""

@@ -25,14 +25,6 @@ GEOMETRIES = {  # kernel, stride, padding, dilation, multiplier, bias
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make(geometry, keys_per_kernel=1, trainable="shift", channels=2, dtype=torch.float64, padding_mode="zeros"):
     kernel, stride, padding, dilation, multiplier, bias = GEOMETRIES[geometry]
     torch.manual_seed(0)

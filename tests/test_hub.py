@@ -370,6 +370,14 @@ def test_lost_commit_answer_makes_one_commit(hub, worker, when, create_pr):
     assert out == f"True {branches['refs/pr/1' if create_pr else 'main'][-1].sha}"
 
 
+def test_pull_request_when_the_list_of_refs_fails(hub, worker, published):
+    fault = hub.fail(("GET", "/refs"), 500)
+    before = {ref: len(commits) for ref, commits in published.branches.items()}
+    message = worker.run("mk.push_to_hub(converted(seed=7), 'alice/base', create_pr=True)", raises="HubError")
+    assert fault.hits == 1 and "Nothing was committed" in message
+    assert {ref: len(commits) for ref, commits in published.branches.items()} == before
+
+
 def test_commit_that_never_works(hub, worker):
     hub.fail(("POST", "/commit/"), 500, times=None)
     message = worker.run("mk.push_to_hub(converted(seed=6), 'alice/never-works')", raises="HubError")

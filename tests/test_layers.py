@@ -55,19 +55,6 @@ GEOMETRY = {
 geometries = pytest.mark.parametrize("geometry", GEOMETRY)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: threads cost more than they give, above all on a busy machine
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_conv(geometry, channels=8, bias=True, dtype=None):
     cls, multiplier, kwargs = GEOMETRY[geometry]
     return cls(channels, channels * multiplier, groups=channels, bias=bias, dtype=dtype, **kwargs)

@@ -29,15 +29,6 @@ SIZES = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A handful of small kernels: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_kernels(size, count=40, seed=0):
     """Float64 kernels (count, 1, *size) with means of their own."""
     draw = torch.Generator().manual_seed(seed)

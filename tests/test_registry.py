@@ -30,11 +30,6 @@ OWN = re.compile(r"\.mk8(_|$)")
 FEATURE_CLASSES = ["list", "dict", "hook", "getter", "fx"]
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(scope="module")
 def weights():
     """A state dict that stands for trained weights: every kernel near a key, so that the fit is not nothing."""

@@ -22,19 +22,6 @@ from timm_masterkeys import (
 BANK = get_bank("babaiee2025")
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def net():
     return nn.Sequential(
         nn.Conv2d(3, 40, 3),

@@ -21,14 +21,6 @@ ARCH = "test_convnext3"  # depthwise kernels 7x7, 5x5, 5x5 and 3x3
 FILES = {"README.md", "config.json", "masterkeys.safetensors", "model.safetensors"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the processes without the plugin: outputs are compared bit for bit
-    yield
-    torch.set_num_threads(threads)
-
-
 def converted(seed=0, **kwargs):
     """A model as after training: no value is what conversion made it."""
     torch.manual_seed(seed)

@@ -15,7 +15,8 @@ from torch import nn
 from .banks import KeyBank
 from .errors import CheckpointError, ConversionError
 from .files import atomic_path
-from .layers import MasterKeyConv2d, Trainable
+from .layers import COMPACT_ENTRIES, MasterKeyConv2d, Trainable
+from .surgery import replace_layers
 
 DENSE_NAME = "model.safetensors"
 COMPACT_NAME = "masterkeys.safetensors"
@@ -23,7 +24,7 @@ FORMAT_VERSION = 1
 
 _METADATA = "timm_masterkeys"
 
-_ENTRIES = ("keys", "key_index", "scale", "shift", "r2")
+_Contents = tuple[dict[str, torch.Tensor], dict[str, KeyBank], dict[str, dict[str, Any]]]
 
 
 def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -43,7 +44,9 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
     banks = {layer.bank.digest: layer.bank for layer in layers.values()}
     tensors = {f"banks.{digest}": torch.from_numpy(bank.keys.copy()) for digest, bank in banks.items()}
     for name, layer in layers.items():
-        tensors |= {f"{name}.{entry}": getattr(layer, entry).detach().cpu().contiguous().clone() for entry in _ENTRIES}
+        tensors |= {
+            f"{name}.{entry}": getattr(layer, entry).detach().cpu().contiguous().clone() for entry in COMPACT_ENTRIES
+        }
     about = {
         "format_version": FORMAT_VERSION,
         "banks": {
@@ -73,9 +76,14 @@ def load_compact(
         CheckpointError: Not such a file, a newer format, altered values, layers the model lacks, or kernels that
             disagree with the model's dense ones. The model is then as it was.
     """
-    from .surgery import replace_layers
+    _apply(model, path, _read(path), trainable, values)
 
-    tensors, banks, layers = _read(path)
+
+def _apply(
+    model: nn.Module, path: str | os.PathLike[str], contents: _Contents, trainable: Trainable | None, values: bool
+) -> None:
+    """``load_compact`` with a file that was read."""
+    tensors, banks, layers = contents
     convs = {_flat(name): (name, conv) for name, conv in model.named_modules() if isinstance(conv, nn.Conv2d)}
     new: dict[str, nn.Module] = {}
     for name, settings in layers.items():
@@ -94,8 +102,8 @@ def load_compact(
         )
         if not values:
             continue
-        entries = {entry: tensors[f"{name}.{entry}"] for entry in _ENTRIES if f"{name}.{entry}" in tensors}
-        missing = [entry for entry in _ENTRIES if entry not in entries]
+        entries = {entry: tensors[f"{name}.{entry}"] for entry in COMPACT_ENTRIES if f"{name}.{entry}" in tensors}
+        missing = [entry for entry in COMPACT_ENTRIES if entry not in entries]
         problems = [f"{entry} is missing" for entry in missing] or layer.check_state_dict(entries)
         if problems:
             raise CheckpointError(f"'{path}' does not fit layer {name}: {'; '.join(problems)}")
@@ -158,8 +166,9 @@ def restore_masterkeys(
             f"{COMPACT_NAME} is missing beside '{config}', which speaks of it: the exact conversion is lost. Publish "
             "again; to project the dense weights anew, remove the 'masterkeys' section."
         )
+    contents = _read(path)
     if about is not None:
-        _check_config(config, about, path)
+        _check_config(config, about, path, contents[1])
     if values and dense.is_file():
         _check_names(model, dense, pretrained_cfg)
     fixed = sorted(f"mk_{name}" for name in settings if name != "trainable")
@@ -167,13 +176,12 @@ def restore_masterkeys(
         raise ConversionError(
             f"{', '.join(fixed)} cannot change a published conversion. Drop them, or convert the source weights anew."
         )
-    load_compact(model, path, settings.get("trainable"), values=values)
+    _apply(model, path, contents, settings.get("trainable"), values)
     return True
 
 
-def _read(
-    path: str | os.PathLike[str],
-) -> tuple[dict[str, torch.Tensor], dict[str, KeyBank], dict[str, dict[str, Any]]]:
+def _read(path: str | os.PathLike[str]) -> _Contents:
+    """A compact file's tensors, its banks by digest and each layer's settings, checked for version and digests."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -216,10 +224,10 @@ def _check_version(path: str | os.PathLike[str], about: dict[str, Any]) -> None:
         )
 
 
-def _check_config(config: Path, about: dict[str, Any], path: Path) -> None:
+def _check_config(config: Path, about: dict[str, Any], path: Path, banks: dict[str, KeyBank]) -> None:
     """Refuses a compact file with other banks than config.json names."""
     _check_version(config, about)
-    digests = set(_read(path)[1])
+    digests = set(banks)
     if digests != set(about["banks"].values()):
         raise CheckpointError(
             f"'{path}' holds the bank {', '.join(sorted(digests))}, config.json names {about['banks']}: the files "

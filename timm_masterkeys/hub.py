@@ -265,15 +265,16 @@ def _commit(
     directory: Path,
 ) -> tuple[str, str, str]:
     """Commits once -> (sha, url, ref). After an unclear answer, looks whether the commit was made, then tries again."""
-    pulls = _pulls(api, repo_id) if create_pr else {}
+    with _telling(f"Nothing was committed to {repo_id}"):
+        pulls = _pulls(api, repo_id) if create_pr else set()
     problem: Exception | None = None
     for attempt in range(_TRIES):
         if attempt:
             time.sleep(2.0 ** (attempt - 1))
         try:
             if attempt:  # an answer was lost: was the commit made?
-                refs = {**_pulls(api, repo_id)} if create_pr else {branch: None}
-                for ref in refs.keys() - pulls.keys():
+                refs = _pulls(api, repo_id) if create_pr else {branch}
+                for ref in refs - pulls:
                     info = _remote(api, repo_id, ref)
                     if info and info.sha and info.sha != parent:
                         if all(state == "unchanged" for state in _compare(directory, info).values()):
@@ -316,9 +317,8 @@ def _remote(api: HfApi, repo_id: str, revision: str | None) -> ModelInfo | None:
         return None
 
 
-def _pulls(api: HfApi, repo_id: str) -> dict[str, str]:
-    refs = api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or []
-    return {ref.ref: ref.target_commit for ref in refs}
+def _pulls(api: HfApi, repo_id: str) -> set[str]:
+    return {ref.ref for ref in api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or []}
 
 
 def _compare(directory: Path, info: ModelInfo | None) -> dict[str, str]:

@@ -20,7 +20,7 @@ Trainable = Literal["none", "shift", "affine"]
 _is_scripting: Any = torch.jit.is_scripting  # type: ignore[attr-defined]
 _is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
 
-_COMPACT = ("keys", "key_index", "scale", "shift", "r2")
+COMPACT_ENTRIES = ("keys", "key_index", "scale", "shift", "r2")
 
 
 class MasterKeyConv2d(nn.Conv2d):
@@ -321,11 +321,13 @@ class MasterKeyConv2d(nn.Conv2d):
         conv.__dict__.update(self.__dict__)
         for name in ("bank", "keys_per_kernel", "trainable", "same_padding", "_composed"):
             del conv.__dict__[name]
-        frozen = any(not p.requires_grad for name, p in self._parameters.items() if p is not None and name in _COMPACT)
+        frozen = any(
+            not p.requires_grad for name, p in self._parameters.items() if p is not None and name in COMPACT_ENTRIES
+        )
         weight = nn.Parameter(self.compose_weight().detach(), requires_grad=not frozen)
-        kept = {name: value for name, value in self._parameters.items() if name not in _COMPACT}
+        kept = {name: value for name, value in self._parameters.items() if name not in COMPACT_ENTRIES}
         conv._parameters = {"weight": weight, **kept}
-        conv._buffers = {name: value for name, value in self._buffers.items() if name not in _COMPACT}
+        conv._buffers = {name: value for name, value in self._buffers.items() if name not in COMPACT_ENTRIES}
         conv._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
         return conv
 
@@ -344,7 +346,7 @@ class MasterKeyConv2d(nn.Conv2d):
         count. Entries that are missing altogether are left to ``load_state_dict(strict=...)``.
         """
         here = f"{prefix}" if prefix else "layer "
-        given = [name for name in _COMPACT if prefix + name in state_dict]
+        given = [name for name in COMPACT_ENTRIES if prefix + name in state_dict]
         dense = state_dict.get(prefix + "weight")
         if dense is not None and given:
             return [f"{here}weight: given together with {', '.join(given)}. Keep the dense or the compact entries."]
@@ -356,7 +358,7 @@ class MasterKeyConv2d(nn.Conv2d):
                 channel = int((~dense.flatten(1).isfinite().all(1)).nonzero()[0])
                 return [f"{here}weight: channel {channel} holds NaN or Inf; repair the checkpoint first."]
             return []
-        missing = [name for name in _COMPACT if name not in given]
+        missing = [name for name in COMPACT_ENTRIES if name not in given]
         if given and missing:
             return [f"{here}{given[0]}: given without {', '.join(missing)}. The compact entries belong together."]
         problems = []

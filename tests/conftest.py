@@ -1,0 +1,14 @@
+"""What holds for every test: a fixed seed, and one thread, as threads cost tiny tensors more than they give."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
