@@ -549,6 +549,9 @@ def test_meta_device():
         layer = make()
         assert all(t.is_meta for t in layer.state_dict().values())
         assert layer(torch.empty(1, 8, 9, 9, device="meta")).shape == (1, 8, 5, 5)
+        with torch.no_grad():  # twice: the second time the kernels are kept from the first
+            for _ in range(2):
+                assert layer(torch.empty(1, 8, 9, 9, device="meta")).shape == (1, 8, 5, 5)
         for state in (conv.state_dict(), reference.state_dict()):
             layer = make().to_empty(device="cpu")
             for tensor in layer.state_dict().values():

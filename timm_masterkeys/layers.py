@@ -288,8 +288,8 @@ class MasterKeyConv2d(nn.Conv2d):
     def _cached_weight(self) -> torch.Tensor:
         """The kernels, composed anew only if something they are made of was replaced or changed in place.
 
-        On CUDA, where comparing values would wait for the device, a write through ``.data`` is seen after the next
-        ``train()`` or ``eval()``.
+        Off the CPU, where comparing values would wait for the device, a write through ``.data`` is seen after the
+        next ``train()`` or ``eval()``.
         """
         if torch.compiler.is_compiling() or self.scale.is_inference():
             return self.compose_weight()
@@ -297,7 +297,7 @@ class MasterKeyConv2d(nn.Conv2d):
         state = [(part._version, part.data_ptr(), part.dtype) for part in parts]
         if self._composed is not None and self._composed[0] == state:
             # Writes through .data leave no trace in the state. On CPU the values themselves are compared as well.
-            if self.keys.is_cuda or all(map(torch.equal, self._composed[1], parts)):
+            if not self.keys.is_cpu or all(map(torch.equal, self._composed[1], parts)):
                 return self._composed[2]
         self._composed = state, [part.detach().clone() for part in parts], self.compose_weight()
         return self._composed[2]
