@@ -144,12 +144,32 @@ def test_the_weight_gradient_is_never_computed():
                 self.masks += (tuple(args[-1]),)
             return func(*args, **(kwargs or {}))
 
-    for trainable in ("none", "shift", "affine"):
-        layer = make("7x7", 1, trainable, channels=4, dtype=torch.float32)
-        x = torch.randn(2, 4, 9, 9, requires_grad=True)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 64, 9, 9).to(memory_format=memory_format).requires_grad_()
+        for trainable in ("none", "shift", "affine"):
+            layer = make("7x7", 1, trainable, channels=64, dtype=torch.float32)
+            with Spy() as spy:
+                layer(x).sum().backward()
+            assert not any(mask[1] for mask in spy.masks)
         with Spy() as spy:
-            layer(x).sum().backward()
-        assert spy.masks and all(not mask[1] for mask in spy.masks)
+            layer.fuse()(x).sum().backward()
+        assert any(mask[1] for mask in spy.masks)  # the spy sees it where it is
+
+
+@pytest.mark.parametrize("trainable", ["shift", "affine"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("geometry", ["3x3", "stride", "SAME", "7x7", "strip", "dilation, multiplier"])
+@pytest.mark.parametrize("keys_per_kernel", [1, 3])
+def test_many_channels_and_images(geometry, memory_format, trainable, keys_per_kernel, monkeypatch):
+    """The ways taken for large inputs: in parts, by pooling, and all keys of a kernel at once."""
+    monkeypatch.setattr("timm_masterkeys.depthwise.CACHED", 2**16)
+    layer = make(geometry, keys_per_kernel, trainable, channels=64)
+    x = torch.randn(5, 64, 12, 11, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    inputs = [x, *layer.parameters()]
+    weights = torch.randn_like(layer(x))
+    wanted = torch.autograd.grad((plain(layer, x) * weights).sum(), inputs)
+    for a, b in zip(torch.autograd.grad((layer(x) * weights).sum(), inputs), wanted, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_composed_once_while_nothing_changes(monkeypatch):

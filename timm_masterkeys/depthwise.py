@@ -1,11 +1,16 @@
 """A depthwise convolution with kernels affine in frozen keys, and a backward pass without their weight gradient."""
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 Pair = tuple[int, int]
+
+CACHED = 2 << 20  # bytes of input worked on at a time
 
 
 def affine_depthwise_conv2d(
@@ -88,38 +93,84 @@ class _AffineDepthwise(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, weight, keys, key_index = ctx.saved_tensors
         geometry = ctx.geometry
+        needs_input, _, needs_bias, needs_scale, needs_shift, *_ = ctx.needs_input_grad
         grad_input = grad_bias = grad_scale = grad_shift = None
-        if ctx.needs_input_grad[0]:
-            # Only shape and memory layout of the input matter here; an empty one is never touched.
-            like = input
-            if like is None:
-                form = {"dtype": grad.dtype, "device": grad.device, "memory_format": ctx.memory_format}
-                like = torch.empty(ctx.input_shape, **form)
-            grad_input = _input_gradient(grad, like, weight, geometry)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum((0, 2, 3))
-        if ctx.needs_input_grad[3]:
-            columns = [_correlation(grad, input, keys[column], geometry) for column in key_index.unbind(1)]
-            grad_scale = torch.stack(columns, 1).flatten().to(ctx.types[0])
-        if ctx.needs_input_grad[4]:
-            ones = torch.ones_like(keys[:1]).expand(input.shape[1], -1, -1)
-            grad_shift = _correlation(grad, input, ones, geometry).to(ctx.types[1])
+        # Where the whole weight gradient costs less than filtering the input with each key, scale comes from it.
+        if needs_scale and (key_index.shape[1] > 2 or keys[0].numel() < 16):
+            mask = [needs_input, True, needs_bias]
+            grad_input, grad_weight, grad_bias = _convolution_backward(grad, input, weight, geometry, mask)
+            taps = grad_weight.flatten(1).to(keys.dtype)
+            grad_scale = torch.stack([(taps * keys[i].flatten(1)).sum(1) for i in key_index.unbind(1)], 1).flatten()
+            grad_shift = taps.sum(1) if needs_shift else None
+        else:
+            if needs_input:
+                like = input
+                if like is None:  # only its shape and memory layout matter here: it is never touched
+                    form = {"dtype": grad.dtype, "device": grad.device, "memory_format": ctx.memory_format}
+                    like = torch.empty(ctx.input_shape, **form)
+                grad_input = _input_gradient(grad, like, weight, geometry)
+            if needs_bias:
+                grad_bias = grad.sum((0, 2, 3))
+            if needs_scale:
+                columns = [_correlation(grad, input, partial(_filter, keys[i], geometry)) for i in key_index.unbind(1)]
+                grad_scale = torch.stack(columns, 1).flatten()
+            if needs_shift:
+                grad_shift = _correlation(grad, input, partial(_window_sums, keys.shape[1:], geometry))
+        types = ctx.types
+        grad_scale = grad_scale if grad_scale is None else grad_scale.to(types[0])
+        grad_shift = grad_shift if grad_shift is None else grad_shift.to(types[1])
         return grad_input, None, grad_bias, grad_scale, grad_shift, *[None] * 6
 
 
-def _input_gradient(grad: torch.Tensor, like: torch.Tensor, weight: torch.Tensor, geometry: Any) -> torch.Tensor:
-    """The gradient of a convolution's input alone. Asked for the bias as well, CPUs compute the weight's too."""
+def _convolution_backward(
+    grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, geometry: Any, mask: list[bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of a convolution's input, weight and bias, those the mask asks for."""
     stride, padding, dilation, groups = geometry
-    only_input = [True, False, False]
-    arguments = (None, stride, padding, dilation, False, (0, 0), groups, only_input)
-    gradient: torch.Tensor = torch.ops.aten.convolution_backward(grad, like, weight, *arguments)[0]
-    return gradient
+    arguments = ([weight.shape[0]], stride, padding, dilation, False, (0, 0), groups, mask)
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    gradients = torch.ops.aten.convolution_backward(grad, input, weight, *arguments)
+    return gradients
 
 
-def _correlation(grad: torch.Tensor, input: torch.Tensor, kernels: torch.Tensor, geometry: Any) -> torch.Tensor:
-    """Per output channel, the sum of ``grad`` times ``input`` filtered with ``kernels`` ((C or groups), kh, kw)."""
-    filtered = F.conv2d(input, kernels.unsqueeze(1).to(input.dtype), None, *geometry)
-    multiplier = grad.shape[1] // filtered.shape[1]
-    if multiplier > 1:
-        filtered = filtered.repeat_interleave(multiplier, 1)
-    return (grad * filtered).sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
+def _input_gradient(grad: torch.Tensor, like: torch.Tensor, weight: torch.Tensor, geometry: Any) -> torch.Tensor:
+    """The gradient of a convolution's input, which is like ``like``."""
+    stride, padding, dilation, groups = geometry
+    full = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
+    plain = stride == (1, 1) and weight.shape[0] == groups and min(full) >= 0
+    if plain and grad.device.type == "cpu" and like.is_contiguous():  # the same sums, faster there as a convolution
+        return F.conv2d(grad, weight.flip(2, 3), None, 1, full, dilation, groups)
+    # Asked for the bias as well, CPUs would compute the weight's gradient too.
+    return _convolution_backward(grad, like, weight, geometry, [True, False, False])[0]
+
+
+def _correlation(
+    grad: torch.Tensor, input: torch.Tensor, filtered: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Per output channel, the sum of ``grad`` times the filtered input; on CPU in parts that stay in its cache."""
+    images = input.shape[0]
+    if input.device.type == "cpu" and not torch.compiler.is_compiling():
+        images = math.ceil(images / math.ceil(input.nbytes / CACHED))
+    total: Any = 0
+    for grad_part, input_part in zip(grad.split(images), input.split(images), strict=True):
+        part = filtered(input_part)
+        if grad.shape[1] > part.shape[1]:
+            part = part.repeat_interleave(grad.shape[1] // part.shape[1], 1)
+        total += (grad_part * part).sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
+    return total
+
+
+def _filter(kernels: torch.Tensor, geometry: Any, input: torch.Tensor) -> torch.Tensor:
+    """The input filtered with one kernel (kh, kw) per output channel."""
+    return F.conv2d(input, kernels.unsqueeze(1).to(input.dtype), None, *geometry)
+
+
+def _window_sums(size: torch.Size, geometry: Any, input: torch.Tensor) -> torch.Tensor:
+    """The sums of the input over the kernel's window at every place of the output, (N, groups, H', W')."""
+    stride, padding, dilation, groups = geometry
+    pools = dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, size, strict=True))
+    # In channels_last on CPU, summing columns, then rows, is faster than a convolution with ones; elsewhere slower.
+    if pools and max(size) > 3 and groups > 48 and input.device.type == "cpu" and input.stride(1) == 1:
+        sums = F.avg_pool2d(input, (size[0], 1), (stride[0], 1), (padding[0], 0), divisor_override=1)
+        return F.avg_pool2d(sums, (1, size[1]), (1, stride[1]), (0, padding[1]), divisor_override=1)
+    return F.conv2d(input, input.new_ones(groups, 1, *size), None, *geometry)
