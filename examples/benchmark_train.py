@@ -216,11 +216,11 @@ def inference(names: Sequence[str], sizes: Sequence[int], batch: int | None, cha
             models["fused"] = fuse_masterkeys(models["unfused"])
             x = torch.randn(images, 3, size, size, device=DEVICE).to(memory_format=form)
             runs = {kind: lambda model=model, x=x: clock(lambda: model(x)) for kind, model in models.items()}
-            times = interleaved(runs, 5 * rounds)
-            more = [
-                median(b / a for a, b in zip(times["dense"], times[k], strict=True)) - 1 for k in ("unfused", "fused")
-            ]
-            rows.append([name, f"{images}, {size}", f"{median(times['dense']):.0f}", *(f"{m:+.1%}" for m in more)])
+            with torch.inference_mode():
+                times = interleaved(runs, 5 * rounds)
+            dense = times.pop("dense")
+            more = [median(b / a for a, b in zip(dense, other, strict=True)) - 1 for other in times.values()]
+            rows.append([name, f"{images}, {size}", f"{median(dense):.0f}", *(f"{m:+.1%}" for m in more)])
     table(rows)
 
 

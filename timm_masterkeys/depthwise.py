@@ -1,5 +1,6 @@
 """A depthwise convolution with kernels affine in frozen keys, and a backward pass without their weight gradient."""
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -120,6 +121,10 @@ class _AffineDepthwise(torch.autograd.Function):
         grad_scale = grad_scale if grad_scale is None else grad_scale.to(types[0])
         grad_shift = grad_shift if grad_shift is None else grad_shift.to(types[1])
         return grad_input, None, grad_bias, grad_scale, grad_shift, *[None] * 6
+
+
+# PyTorch asks for it at every call; computing it anew costs more than all else around the convolution.
+_AffineDepthwise.forward.__signature__ = inspect.signature(_AffineDepthwise.forward)  # type: ignore[attr-defined]
 
 
 def _convolution_backward(
