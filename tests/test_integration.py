@@ -1,0 +1,275 @@
+"""What people do with timm models, done with converted ones: one table, networks by what is done."""
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+
+import onnxruntime
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from timm.utils import ModelEmaV3, reparameterize_model
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_masterkeys as mk
+
+NETWORKS = [
+    "convnext_atto",
+    "convnextv2_atto",
+    "tf_efficientnet_lite0",  # SAME padding
+    "mobilenetv3_small_050",
+    "mobilenetv4_conv_small_035",
+    "fastvit_t8",  # re-parameterises itself
+    "inception_next_atto",  # strips
+    "edgenext_xx_small",  # attention beside convolutions
+]
+
+
+def build(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(f"{name}.mk8", num_classes=7, **kwargs)
+
+
+def images(count=2):
+    return torch.randn(count, 3, 64, 64)
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, mk.MasterKeyConv2d)]
+
+
+@torch.no_grad()
+def assert_same(a, b, x, tolerance=1e-4):
+    torch.testing.assert_close(a(x), b(x), rtol=tolerance, atol=tolerance)
+
+
+def do_deepcopy(model):
+    assert_same(copy.deepcopy(model), model, images(), 0)
+
+
+def do_ema(model):
+    ema = ModelEmaV3(model, decay=0.5)
+    with torch.no_grad():
+        for layer in layers(model):
+            layer.shift.add_(1)
+    ema.update(model)
+    for own, averaged in zip(layers(model), layers(ema), strict=True):
+        torch.testing.assert_close(averaged.shift, own.shift - 0.5)
+        assert torch.equal(averaged.key_index, own.key_index) and torch.equal(averaged.keys, own.keys)
+
+
+def do_pickle(model):
+    assert_same(pickle.loads(pickle.dumps(model)), model, images(), 0)
+
+
+def do_safetensors(model):
+    state = safetensors.torch.load(safetensors.torch.save(model.state_dict()))
+    other = copy.deepcopy(model)
+    for layer in layers(other):
+        layer.reset_parameters()
+    other.load_state_dict(state)
+    assert_same(other, model, images(), 0)
+
+
+def do_compile(model):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    x, parameters = images(), [p for p in model.parameters() if p.requires_grad]
+    for _ in range(3):
+        gradients = torch.autograd.grad(compiled(x).square().sum(), parameters)
+    assert counter.frame_count == 1
+    for got, wanted in zip(gradients, torch.autograd.grad(model(x).square().sum(), parameters), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()) + 1e-6)
+    torch._dynamo.reset()
+
+
+def do_export(model):
+    assert_same(torch.export.export(model, (images(),)).module(), model, images())
+
+
+def do_onnx(model):
+    file, x = io.BytesIO(), images()
+    with torch.no_grad():
+        torch.onnx.export(model, (x,), file, input_names=["x"], dynamo=False)
+        session = onnxruntime.InferenceSession(file.getvalue())
+        torch.testing.assert_close(
+            torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), model(x), rtol=1e-3, atol=1e-4
+        )
+
+
+def do_trace(model):
+    with torch.no_grad():
+        assert_same(torch.jit.trace(model, images()), model, images())
+
+
+def do_script(model):
+    assert_same(torch.jit.script(model), model, images())
+
+
+def do_amp(model):
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images())
+    out.float().sum().backward()
+    for layer in layers(model):
+        assert layer.shift.grad.dtype == torch.float32 and layer.shift.grad.isfinite().all()
+
+
+def do_channels_last(model):
+    assert_same(copy.deepcopy(model).to(memory_format=torch.channels_last), model, images())
+
+
+def do_grad_checkpointing(model):
+    for module in model.train().modules():
+        if isinstance(module, nn.BatchNorm2d):  # forward runs twice: statistics would be updated twice
+            module.eval()
+    x, gradients = images(), []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(0)  # drop path
+        gradients.append(torch.autograd.grad(model(x).square().sum(), [layer.shift for layer in layers(model)]))
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()) + 1e-8)
+
+
+def do_sync_batchnorm(model):
+    converted = convert_sync_batchnorm(copy.deepcopy(model))
+    assert len(layers(converted)) == len(layers(model))
+    assert_same(converted, model, images())
+
+
+def do_split_batchnorm(model):
+    split = convert_splitbn_model(copy.deepcopy(model), 2).train()
+    split(images(4)).sum().backward()
+    assert all(layer.shift.grad is not None for layer in layers(split))
+
+
+def do_meta(model):
+    with torch.device("meta"):
+        empty = build(model.pretrained_cfg["architecture"])
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert_same(empty.eval(), model, images(), 0)
+
+
+def do_half(model):
+    for dtype in (torch.bfloat16, torch.float16):
+        half = copy.deepcopy(model).to(dtype)
+        with torch.no_grad():
+            out = half(images().to(dtype))
+        assert out.dtype == dtype and out.isfinite().all()
+        assert all(layer.key_index.dtype == torch.int64 for layer in layers(half))
+
+
+def do_features_only(model):
+    features = build(model.pretrained_cfg["architecture"], features_only=True).eval()
+    out = features(images())
+    assert layers(features) and [f.shape[1] for f in out] == features.feature_info.channels()
+
+
+def do_forward_intermediates(model):
+    final, intermediates = model.forward_intermediates(images())
+    assert final.isfinite().all() and intermediates
+
+
+def do_reparameterize(model):
+    dense = reparameterize_model(model)
+    assert not layers(dense) and layers(model)
+    assert_same(dense, model, images(), 1e-3)
+
+
+def do_count_flops(model):
+    counts = []
+    for counted in (model, mk.fuse_masterkeys(model)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            counted(images())
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+DONE = {name.removeprefix("do_"): function for name, function in list(globals().items()) if name.startswith("do_")}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit and the exporters: deprecations, constants while tracing
+@pytest.mark.parametrize("what", DONE)
+@pytest.mark.parametrize("name", NETWORKS)
+def test(name, what):
+    DONE[what](build(name).eval())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_by_the_newer_exporter():
+    model, x, file = build("test_efficientnet").eval(), images(), io.BytesIO()
+    with torch.no_grad():
+        torch.onnx.export(model, (x,), input_names=["x"], dynamo=True, verbose=False).save(file)
+        out = onnxruntime.InferenceSession(file.getvalue()).run(None, {"x": x.numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(out), model(x), rtol=1e-3, atol=1e-4)
+
+
+DISTRIBUTED = """
+import timm, torch, torch.distributed as dist
+import timm_masterkeys as mk
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+def make():
+    torch.manual_seed(0)  # as train.py does, with the rank added only after the model is made
+    return timm.create_model("test_convnext.mk8", num_classes=4)
+
+def everywhere_equal(tensor):
+    tensors = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(tensors, tensor.contiguous())
+    return all(torch.equal(tensor, other) for other in tensors)
+
+def train(model):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for step in range(2):
+        torch.manual_seed(10 * step + rank)
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+        optimizer.step()
+
+model = make()
+before = {name: value.clone() for name, value in model.state_dict().items()}
+assert all(everywhere_equal(value) for value in before.values())  # drawn alike on every rank
+train(torch.nn.parallel.DistributedDataParallel(model))
+after = model.state_dict()
+assert all(everywhere_equal(value) for value in after.values())
+for name, value in after.items():
+    if "conv_dw" in name and not name.endswith(("shift", "bias")):
+        assert torch.equal(value, before[name]), name
+    elif name.endswith("conv_dw.shift"):
+        assert not torch.equal(value, before[name]), name
+
+sharded = make()
+for block in [m for m in sharded.modules() if type(m).__name__ == "ConvNeXtBlock"]:
+    fully_shard(block)
+fully_shard(sharded)
+train(sharded)
+for name, value in sharded.state_dict().items():
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    torch.testing.assert_close(value, after[name], rtol=1e-4, atol=1e-5)
+dist.destroy_process_group()
+print("all equal")
+"""
+
+
+def test_ddp_and_fsdp2_on_two_processes(tmp_path):
+    """Also ``torchrun -m timm_masterkeys.launch``."""
+    (tmp_path / "script.py").write_text(DISTRIBUTED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "timm_masterkeys.launch", str(tmp_path / "script.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("all equal") == 2

@@ -1,0 +1,179 @@
+"""Training with timm's own parts: what may change changes, what is frozen stays, and a run can be resumed."""
+
+import argparse
+
+import pytest
+import timm
+import torch
+from timm.models import resume_checkpoint
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask, LogitDistillationTask
+from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
+
+import timm_masterkeys as mk
+
+MODEL = "test_convnext"
+
+
+def build(trainable="shift", model=MODEL):
+    torch.manual_seed(0)
+    return mk.convert_to_masterkeys(timm.create_model(model, num_classes=4), trainable=trainable)
+
+
+def batches(count):
+    torch.manual_seed(1)
+    return [(torch.randn(4, 3, 64, 64), torch.randint(4, (4,))) for _ in range(count)]
+
+
+def frozen(model):
+    """Everything of the converted layers that must stay as it is, bit for bit."""
+    return {
+        f"{name}.{entry}": value.clone()
+        for name, layer in model.named_modules()
+        if isinstance(layer, mk.MasterKeyConv2d)
+        for entry, value in layer.named_buffers()
+    }
+
+
+def shifts(model):
+    return {n: layer.shift.detach().clone() for n, layer in model.named_modules() if hasattr(layer, "key_index")}
+
+
+def assert_equal(got, wanted):
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+def test_what_is_frozen_stays_bit_for_bit(trainable):
+    model = build(trainable)
+    ema = ModelEmaV3(model, decay=0.5)
+    before, shift, scale = frozen(model), shifts(model), model.stages[0].blocks[0].conv_dw.scale.detach().clone()
+    names = {name.rpartition(".")[2] for name in before}
+    assert names >= {"none": {"keys", "key_index", "scale", "shift"}, "shift": {"scale"}, "affine": {"keys"}}[trainable]
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.1)
+    scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=3)
+    task, scaler = ClassificationTask(model.train()), NativeScaler(device="cpu")
+    for step, (x, y) in enumerate(batches(3)):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = task(x, y)["loss"]
+        scaler(loss, optimizer, clip_grad=1.0, parameters=model.parameters())
+        scheduler.step(step)
+        ema.update(model, step=step)
+    assert_equal(frozen(model), before)
+    assert_equal(frozen(ema.module), before)
+    for name, value in shifts(model).items():
+        assert torch.equal(value, shift[name]) == (trainable == "none")
+    assert torch.equal(model.stages[0].blocks[0].conv_dw.scale, scale) == (trainable != "affine")
+
+
+@pytest.mark.filterwarnings("ignore")  # of optimisers with fallbacks
+@pytest.mark.parametrize("opt", list_optimizers())
+def test_no_weight_decay_on_shift_and_scale(opt):
+    model = build("affine")
+    try:
+        optimizer = create_optimizer_v2(model, opt, lr=1e-3, weight_decay=0.1)
+    except Exception:  # wants CUDA, or a package that is not there
+        create = lambda: create_optimizer_v2(timm.create_model(MODEL), opt, lr=1e-3, weight_decay=0.1)  # noqa: E731
+        with pytest.raises(Exception):  # noqa: B017  # for the dense model as well
+            create()
+        return
+    ours = {
+        id(p)
+        for layer in model.modules()
+        if isinstance(layer, mk.MasterKeyConv2d)
+        for p in (layer.scale, layer.shift, layer.bias)
+    }
+    found = 0
+    for group in optimizer.param_groups:
+        members = [p for p in group["params"] if id(p) in ours]
+        found += len(members)
+        assert not members or group["weight_decay"] == 0
+    assert found == len(ours)
+
+
+@pytest.mark.parametrize("name", [MODEL, "test_efficientnet"])
+def test_layer_decay_groups_are_those_of_the_dense_model(name):
+    def scales(model, entries):
+        optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
+        scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+        return {
+            n.rpartition(".")[0]: scale[id(p)] for n, p in model.named_parameters() if n.rpartition(".")[2] in entries
+        }
+
+    dense = timm.create_model(name, num_classes=4)
+    ours = scales(mk.convert_to_masterkeys(dense), ("shift",))
+    expected = scales(dense, ("weight",))
+    assert ours and ours == {layer: expected[layer] for layer in ours}
+    assert len(set(ours.values())) > 1
+
+
+@pytest.mark.parametrize("trainable", ["shift", "affine"])
+def test_a_resumed_run_equals_an_uninterrupted_one(trainable, tmp_path):
+    def start():
+        model = build(trainable).train()
+        return model, create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.1)
+
+    def train(model, optimizer, data):
+        for x, y in data:
+            optimizer.zero_grad()
+            ClassificationTask(model)(x, y)["loss"].backward()
+            optimizer.step()
+
+    data = batches(4)
+    whole = start()
+    train(*whole, data)
+
+    first = start()
+    train(*first, data[:2])
+    args = argparse.Namespace(model=MODEL)
+    CheckpointSaver(*first, args=args, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path)).save_checkpoint(0)
+
+    torch.manual_seed(99)
+    model = mk.initialize_masterkeys(timm.create_model(MODEL, num_classes=4), trainable=trainable).train()
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.1)
+    assert resume_checkpoint(model, str(tmp_path / "last.pth.tar"), optimizer, weights_only=False) == 1
+    train(model, optimizer, data[2:])
+    assert_equal(model.state_dict(), whole[0].state_dict())
+
+
+def test_distillation_from_the_dense_teacher():
+    teacher = timm.create_model("test_efficientnet", num_classes=4)
+    student = mk.convert_to_masterkeys(teacher).train()
+    before, shift = frozen(student), shifts(student)
+    task = LogitDistillationTask(student, teacher, distill_loss_weight=1.0, task_loss_weight=0.0)
+    optimizer = create_optimizer_v2(student, "adamw", lr=1e-3)
+    (x, y), losses = batches(1)[0], []
+    for _ in range(8):
+        optimizer.zero_grad()
+        losses.append(task(x, y)["loss"])
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    assert_equal(frozen(student), before)
+    assert not any(torch.equal(value, shift[name]) for name, value in shifts(student).items())
+
+
+def test_training_from_scratch_is_reproducible_and_starts_at_the_stock_scale():
+    def activations(model):
+        """What the depthwise layers give out on noise, root mean square."""
+        seen = []
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Conv2d) and layer.groups == layer.in_channels > 1:
+                layer.register_forward_hook(lambda m, i, out: seen.append(out.square().mean().sqrt()))
+        with torch.no_grad():
+            torch.manual_seed(2)
+            model(torch.randn(2, 3, 192, 192))
+        return torch.stack(seen)
+
+    torch.manual_seed(0)
+    first = timm.create_model("convnext_atto.mk8", num_classes=4)
+    torch.manual_seed(0)
+    assert_equal(timm.create_model("convnext_atto.mk8", num_classes=4).state_dict(), first.state_dict())
+    torch.manual_seed(0)
+    ratio = activations(first) / activations(timm.create_model("convnext_atto", num_classes=4))
+    assert 0.8 < ratio.min() and ratio.max() < 1.4
+    assert not any(value.any() for value in shifts(first).values())
