@@ -15,7 +15,6 @@ import multiprocessing
 import re
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -182,7 +181,7 @@ def _resident(entry: str) -> float:
 
 
 def steps(names: Sequence[str], sizes: Sequence[int], batch: int | None, channels_last: bool, rounds: int) -> None:
-    """Whole training steps: milliseconds, and how many times faster than dense; peak memory against dense."""
+    """Whole training steps: milliseconds, how many times faster than dense; peak memory, at the largest size."""
     others = VARIANTS[1:]
     rows = [["network", "batch, px", "dense ms", *others, "dense MB", *(f"{kind} MB" for kind in others)]]
     for name in names:
@@ -193,13 +192,15 @@ def steps(names: Sequence[str], sizes: Sequence[int], batch: int | None, channel
             m = {kind: median(values) for kind, values in interleaved(runs, rounds).items()}
             del runs
             gc.collect()
-            memory = {}
-            for kind in VARIANTS:
-                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                    memory[kind] = process.submit(peak, name, kind, images, size, channels_last).result()
+            if size == max(sizes):
+                with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+                    peaks = pool.starmap(peak, [(name, kind, images, size, channels_last) for kind in VARIANTS], 1)
+                memory = dict(zip(VARIANTS, peaks, strict=True))
+                more = [f"{memory['dense']:.0f}", *(f"{memory[kind] / memory['dense'] - 1:+.0%}" for kind in others)]
+            else:
+                more = [""] * len(VARIANTS)
             gains = [f"{m['dense'] / m[kind]:.2f}x" for kind in others]
-            more = [f"{memory[kind] / memory['dense'] - 1:+.0%}" for kind in others]
-            rows.append([name, f"{images}, {size}", f"{m['dense']:.0f}", *gains, f"{memory['dense']:.0f}", *more])
+            rows.append([name, f"{images}, {size}", f"{m['dense']:.0f}", *gains, *more])
             print(f"{name} {size}: " + ", ".join(f"{k} {v:.0f}" for k, v in m.items()), flush=True)
     table(rows)
 

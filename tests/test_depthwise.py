@@ -206,6 +206,14 @@ def test_composed_once_while_nothing_changes(monkeypatch):
     expect(1)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_batch_of_none(memory_format):
+    layer = make("7x7", 1, "affine", channels=64, dtype=torch.float32)
+    x = torch.randn(0, 64, 9, 9).to(memory_format=memory_format).requires_grad_()
+    layer(x).sum().backward()
+    assert not layer.shift.grad.any() and not layer.scale.grad.any()
+
+
 def test_inference_mode_then_training():
     layer = make("3x3", 1, "shift", channels=4, dtype=torch.float32)
     x = torch.randn(1, 4, 8, 8)

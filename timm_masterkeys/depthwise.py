@@ -31,8 +31,9 @@ def affine_depthwise_conv2d(
 
     With ``W[c] = sum_j a[c, j] * x[key_index[c, j]] + b[c]``, dL/db[c] is the sum over the output of dL/dy times the
     sum of the input over the kernel's window, and dL/da[c, j] that of dL/dy times the input filtered with the key.
-    So the full weight gradient, most of a depthwise backward pass, is never computed; and where neither scale nor shift
-    needs a gradient, the input is not kept. Differentiable twice. Under autocast it runs in autocast's type, as conv2d.
+    So the full weight gradient, most of a depthwise backward pass, is not computed (but for the scales of kernels of
+    less than 4x4 or of more than two keys, where it is the cheapest way); and where neither scale nor shift needs a
+    gradient, the input is not kept. Differentiable twice. Under autocast it runs in autocast's type, as conv2d.
 
     Args:
         input: (N, groups, H, W).
@@ -155,13 +156,13 @@ def _correlation(
     """Per output channel, the sum of ``grad`` times the filtered input; on CPU in parts that stay in its cache."""
     images = input.shape[0]
     if input.device.type == "cpu" and not torch.compiler.is_compiling():
-        images = math.ceil(images / math.ceil(input.nbytes / CACHED))
+        images = math.ceil(images / max(1, math.ceil(input.nbytes / CACHED)))
     total: Any = 0
     for grad_part, input_part in zip(grad.split(images), input.split(images), strict=True):
         part = filtered(input_part)
         if grad.shape[1] > part.shape[1]:
             part = part.repeat_interleave(grad.shape[1] // part.shape[1], 1)
-        total += (grad_part * part).sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
+        total = total + (grad_part * part).sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
     return total
 
 
