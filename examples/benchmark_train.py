@@ -1,4 +1,4 @@
-"""What training costs with frozen keys, against dense: layers, whole steps (time and peak memory) and inference.
+"""What training costs with frozen keys, against dense: layers, whole steps (time and memory) and inference.
 
 Everything is compared side by side: the variants take turns, step by step, and medians are printed with their ratio
 to the dense network. On CUDA where there is one. Run it on an idle machine: a busy one flatters whatever computes less.
@@ -11,11 +11,8 @@ to the dense network. On CUDA where there is one. Run it on an idle machine: a b
 import argparse
 import copy
 import gc
-import multiprocessing
-import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 
 import timm
@@ -159,29 +156,28 @@ def trainer(
     return lambda: clock(step)
 
 
-def peak(name: str, kind: str, batch: int, size: int, channels_last: bool) -> float:
-    """Megabytes at the peak of a training step, beyond what the process had before the model; in its own process."""
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    step = trainer("test_convnext", "dense", 1, 32, False)  # what torch itself takes, once
-    step()
-    del step
-    gc.collect()
-    before = 0.0 if DEVICE.type == "cuda" else _resident("VmRSS")
-    step = trainer(name, kind, batch, size, channels_last)
-    for _ in range(3):
-        step()
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    return _resident("VmHWM") - before
+def kept(name: str, kind: str, batch: int, size: int) -> float:
+    """Megabytes that a training step keeps for its backward pass, beside the parameters: what its peak is made of."""
+    torch.manual_seed(0)
+    model = variant(timm.create_model(name, num_classes=100), kind).train()
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    storages: dict[int, int] = {}
 
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-def _resident(entry: str) -> float:
-    return int(re.findall(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1e3
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(torch.randn(batch, 3, size, size)).square().mean()
+    megabytes = sum(storages.values()) / 1e6
+    del loss  # the graph lives until here, so that no two storages had one address
+    return megabytes
 
 
 def steps(names: Sequence[str], sizes: Sequence[int], batch: int | None, channels_last: bool, rounds: int) -> None:
-    """Whole training steps: milliseconds, how many times faster than dense; peak memory, at the largest size."""
+    """Whole training steps: milliseconds, how many times faster than dense, and the memory kept for backward."""
     others = VARIANTS[1:]
     rows = [["network", "batch, px", "dense ms", *others, "dense MB", *(f"{kind} MB" for kind in others)]]
     for name in names:
@@ -192,13 +188,8 @@ def steps(names: Sequence[str], sizes: Sequence[int], batch: int | None, channel
             m = {kind: median(values) for kind, values in interleaved(runs, rounds).items()}
             del runs
             gc.collect()
-            if size == max(sizes):
-                with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
-                    peaks = pool.starmap(peak, [(name, kind, images, size, channels_last) for kind in VARIANTS], 1)
-                memory = dict(zip(VARIANTS, peaks, strict=True))
-                more = [f"{memory['dense']:.0f}", *(f"{memory[kind] / memory['dense'] - 1:+.0%}" for kind in others)]
-            else:
-                more = [""] * len(VARIANTS)
+            memory = {kind: kept(name, kind, images, size) for kind in VARIANTS}
+            more = [f"{memory['dense']:.0f}", *(f"{memory[kind] / memory['dense'] - 1:+.1%}" for kind in others)]
             gains = [f"{m['dense'] / m[kind]:.2f}x" for kind in others]
             rows.append([name, f"{images}, {size}", f"{m['dense']:.0f}", *gains, *more])
             print(f"{name} {size}: " + ", ".join(f"{k} {v:.0f}" for k, v in m.items()), flush=True)

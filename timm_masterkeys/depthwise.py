@@ -31,8 +31,8 @@ def affine_depthwise_conv2d(
 
     With ``W[c] = sum_j a[c, j] * x[key_index[c, j]] + b[c]``, dL/db[c] is the sum over the output of dL/dy times the
     sum of the input over the kernel's window, and dL/da[c, j] that of dL/dy times the input filtered with the key.
-    So the full weight gradient, most of a depthwise backward pass, is not computed (but for the scales of kernels of
-    less than 4x4 or of more than two keys, where it is the cheapest way); and where neither scale nor shift needs a
+    So the full weight gradient, most of a depthwise backward pass, is not computed (but for kernels of less than 4x4
+    taps and scales of more than two keys, where it is the cheapest way); and where neither scale nor shift needs a
     gradient, the input is not kept. Differentiable twice. Under autocast it runs in autocast's type, as conv2d.
 
     Args:
@@ -97,12 +97,14 @@ class _AffineDepthwise(torch.autograd.Function):
         geometry = ctx.geometry
         needs_input, _, needs_bias, needs_scale, needs_shift, *_ = ctx.needs_input_grad
         grad_input = grad_bias = grad_scale = grad_shift = None
-        # Where the whole weight gradient costs less than filtering the input with each key, scale comes from it.
-        if needs_scale and (key_index.shape[1] > 2 or keys[0].numel() < 16):
+        # Where the whole weight gradient costs less than filtering the input, scale and shift come from it.
+        if (needs_scale and key_index.shape[1] > 2) or ((needs_scale or needs_shift) and keys[0].numel() < 16):
             mask = [needs_input, True, needs_bias]
             grad_input, grad_weight, grad_bias = _convolution_backward(grad, input, weight, geometry, mask)
             taps = grad_weight.flatten(1).to(keys.dtype)
-            grad_scale = torch.stack([(taps * keys[i].flatten(1)).sum(1) for i in key_index.unbind(1)], 1).flatten()
+            if needs_scale:
+                columns = [(taps * keys[i].flatten(1)).sum(1) for i in key_index.unbind(1)]
+                grad_scale = torch.stack(columns, 1).flatten()
             grad_shift = taps.sum(1) if needs_shift else None
         else:
             if needs_input:
