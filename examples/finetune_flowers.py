@@ -77,8 +77,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    datasets = {split: create_dataset("", args.folder, split=split) for split in ("train", "validation")}
-    classes = len(datasets["train"].reader.class_to_idx)
+    datasets = {"train": create_dataset("", args.folder, split="train")}
+    names = datasets["train"].reader.class_to_idx
+    datasets["validation"] = create_dataset("", args.folder, split="validation", class_map=names)  # may lack some
+    classes = len(names)
     base = timm.create_model(args.model, pretrained=True) if args.model else lite0()
     config = {key: base.pretrained_cfg[key] for key in ("mean", "std", "interpolation")}
 
