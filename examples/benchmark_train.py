@@ -135,15 +135,10 @@ def layers(rounds: int) -> None:
     table(rows)
 
 
-def trainer(
-    name: str, kind: str, batch: int, size: int, channels_last: bool, dense: nn.Module | None = None
-) -> Callable[[], float]:
+def trainer(dense: nn.Module, kind: str, batch: int, size: int, channels_last: bool) -> Callable[[], float]:
     """A function that takes one training step and returns its milliseconds."""
-    torch.manual_seed(0)
-    dense = timm.create_model(name, num_classes=100) if dense is None else dense
     form = torch.channels_last if channels_last else torch.contiguous_format
     model = variant(dense, kind).train().to(DEVICE, memory_format=form)
-    del dense
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     x = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=form)
     y = torch.randint(100, (batch,), device=DEVICE)
@@ -156,10 +151,9 @@ def trainer(
     return lambda: clock(step)
 
 
-def kept(name: str, kind: str, batch: int, size: int) -> float:
+def kept(dense: nn.Module, kind: str, batch: int, size: int) -> float:
     """Megabytes that a training step keeps for its backward pass, beside the parameters: what its peak is made of."""
-    torch.manual_seed(0)
-    model = variant(timm.create_model(name, num_classes=100), kind).train()
+    model = variant(dense, kind).train()
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, int] = {}
 
@@ -184,11 +178,11 @@ def steps(names: Sequence[str], sizes: Sequence[int], batch: int | None, channel
         for size in sizes:
             images = batch or NETWORKS.get(name, 8)
             dense = timm.create_model(name, num_classes=100)
-            runs = {kind: trainer(name, kind, images, size, channels_last, dense) for kind in VARIANTS}
+            runs = {kind: trainer(dense, kind, images, size, channels_last) for kind in VARIANTS}
             m = {kind: median(values) for kind, values in interleaved(runs, rounds).items()}
             del runs
             gc.collect()
-            memory = {kind: kept(name, kind, images, size) for kind in VARIANTS}
+            memory = {kind: kept(dense, kind, images, size) for kind in VARIANTS}
             more = [f"{memory['dense']:.0f}", *(f"{memory[kind] / memory['dense'] - 1:+.1%}" for kind in others)]
             gains = [f"{m['dense'] / m[kind]:.2f}x" for kind in others]
             rows.append([name, f"{images}, {size}", f"{m['dense']:.0f}", *gains, *more])

@@ -17,6 +17,7 @@ from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
+from torch.utils.data import Dataset
 
 from timm_masterkeys import MasterKeyConv2d, initialize_masterkeys
 
@@ -25,10 +26,10 @@ FREQUENCIES = torch.tensor([0.056, 0.053, 0.065, 0.035, 0.078, 0.111, 0.246, 0.3
 VARIANTS = ("dense", "uniform", "trained frequencies", "random filters")
 
 
-def images(folder: str, split: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def images(dataset: Dataset[tuple[torch.Tensor, int]], size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A split in memory: small images are read once."""
     loader: Iterable[tuple[torch.Tensor, torch.Tensor]] = create_loader(
-        create_dataset("", folder, split=split), (3, size, size), 256, use_prefetcher=False, num_workers=0, crop_pct=1.0
+        dataset, (3, size, size), 256, use_prefetcher=False, num_workers=0, crop_pct=1.0
     )
     x, y = zip(*loader, strict=True)
     return torch.cat(x), torch.cat(y)
@@ -81,11 +82,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", type=int, default=32, help="pixels (default: %(default)s)")
     args = parser.parse_args()
-    (x, y), held_out = (images(args.folder, split, args.size) for split in ("train", "validation"))
+    train_set = create_dataset("", args.folder, split="train")
+    names = train_set.reader.class_to_idx  # validation/ may lack some
+    validation_set = create_dataset("", args.folder, split="validation", class_map=names)
+    (x, y), held_out = images(train_set, args.size), images(validation_set, args.size)
     found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for seed in range(args.seeds):
         for variant in VARIANTS:
-            model = network(variant, int(y.max()) + 1, seed)
+            model = network(variant, len(names), seed)
             train(model, x, y, args.epochs, seed)
             found[variant].append(top1(model, *held_out))
             print(f"seed {seed}  {variant:<19}  {found[variant][-1]:.1f} %", flush=True)

@@ -135,7 +135,7 @@ def test_the_input_is_kept_only_where_it_is_needed():
             assert (x.shape in kept) == (trainable == "shift")
 
 
-def test_the_weight_gradient_is_never_computed():
+def test_the_weight_gradient_of_large_kernels_is_never_computed():
     class Spy(torch.utils._python_dispatch.TorchDispatchMode):
         masks: tuple = ()
 
@@ -146,8 +146,8 @@ def test_the_weight_gradient_is_never_computed():
 
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 64, 9, 9).to(memory_format=memory_format).requires_grad_()
-        for trainable in ("none", "shift", "affine"):
-            layer = make("7x7", 1, trainable, channels=64, dtype=torch.float32)
+        for geometry, trainable in (*itertools.product(("7x7", "strip"), ("none", "shift")), ("7x7", "affine")):
+            layer = make(geometry, 1, trainable, channels=64, dtype=torch.float32)
             with Spy() as spy:
                 layer(x).sum().backward()
             assert not any(mask[1] for mask in spy.masks)
@@ -207,8 +207,9 @@ def test_composed_once_while_nothing_changes(monkeypatch):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_a_batch_of_none(memory_format):
-    layer = make("7x7", 1, "affine", channels=64, dtype=torch.float32)
+@pytest.mark.parametrize("geometry", ["3x3", "7x7"])
+def test_a_batch_of_none(geometry, memory_format):
+    layer = make(geometry, 1, "affine", channels=64, dtype=torch.float32)
     x = torch.randn(0, 64, 9, 9).to(memory_format=memory_format).requires_grad_()
     layer(x).sum().backward()
     assert not layer.shift.grad.any() and not layer.scale.grad.any()

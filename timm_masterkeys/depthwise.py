@@ -31,9 +31,10 @@ def affine_depthwise_conv2d(
 
     With ``W[c] = sum_j a[c, j] * x[key_index[c, j]] + b[c]``, dL/db[c] is the sum over the output of dL/dy times the
     sum of the input over the kernel's window, and dL/da[c, j] that of dL/dy times the input filtered with the key.
-    So the full weight gradient, most of a depthwise backward pass, is not computed (but for kernels of less than 4x4
-    taps and scales of more than two keys, where it is the cheapest way); and where neither scale nor shift needs a
-    gradient, the input is not kept. Differentiable twice. Under autocast it runs in autocast's type, as conv2d.
+    So the full weight gradient, most of a depthwise backward pass, is not computed where it is not the cheapest way
+    (it is for kernels of up to 3x3, and for scales of few taps or more than two keys); and where neither scale nor
+    shift needs a gradient, the input is not kept. Differentiable twice. Under autocast it runs in autocast's type, as
+    conv2d.
 
     Args:
         input: (N, groups, H, W).
@@ -98,7 +99,9 @@ class _AffineDepthwise(torch.autograd.Function):
         needs_input, _, needs_bias, needs_scale, needs_shift, *_ = ctx.needs_input_grad
         grad_input = grad_bias = grad_scale = grad_shift = None
         # Where the whole weight gradient costs less than filtering the input, scale and shift come from it.
-        if (needs_scale and key_index.shape[1] > 2) or ((needs_scale or needs_shift) and keys[0].numel() < 16):
+        if (needs_shift and max(keys.shape[1:]) <= 3) or (
+            needs_scale and (keys[0].numel() < 16 or key_index.shape[1] > 2)
+        ):
             mask = [needs_input, True, needs_bias]
             grad_input, grad_weight, grad_bias = _convolution_backward(grad, input, weight, geometry, mask)
             taps = grad_weight.flatten(1).to(keys.dtype)
@@ -178,7 +181,7 @@ def _window_sums(size: torch.Size, geometry: Any, input: torch.Tensor) -> torch.
     stride, padding, dilation, groups = geometry
     pools = dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, size, strict=True))
     # In channels_last on CPU, summing columns, then rows, is faster than a convolution with ones; elsewhere slower.
-    if pools and max(size) > 3 and groups > 48 and input.device.type == "cpu" and input.stride(1) == 1:
+    if pools and groups > 48 and input.device.type == "cpu" and input.stride(1) == 1:
         sums = F.avg_pool2d(input, (size[0], 1), (stride[0], 1), (padding[0], 0), divisor_override=1)
         return F.avg_pool2d(sums, (1, size[1]), (1, stride[1]), (0, padding[1]), divisor_override=1)
     return F.conv2d(input, input.new_ones(groups, 1, *size), None, *geometry)
