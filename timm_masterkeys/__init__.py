@@ -5,8 +5,17 @@ from importlib.metadata import version
 __version__ = version("timm_masterkeys")
 
 from .banks import KeyBank, get_bank, list_banks
+from .calibrate import CalibrationReport, StageReport, calibrate_masterkeys
 from .checkpoint import load_compact, save_compact
-from .errors import BankError, CheckpointError, ConversionError, HubError, MasterKeysError, ProjectionError
+from .errors import (
+    BankError,
+    CalibrationError,
+    CheckpointError,
+    ConversionError,
+    HubError,
+    MasterKeysError,
+    ProjectionError,
+)
 from .hub import Publication, push_to_hub, save_pretrained
 from .layers import MasterKeyConv2d
 from .projection import Projection, project_kernels
@@ -23,6 +32,8 @@ from .surgery import (
 
 __all__ = [
     "BankError",
+    "CalibrationError",
+    "CalibrationReport",
     "CheckpointError",
     "ConversionError",
     "ConversionPlan",
@@ -36,6 +47,8 @@ __all__ = [
     "Projection",
     "ProjectionError",
     "Publication",
+    "StageReport",
+    "calibrate_masterkeys",
     "conversion_report",
     "convert_to_masterkeys",
     "fuse_masterkeys",

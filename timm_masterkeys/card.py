@@ -130,6 +130,13 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
 
 
+def _measured(report: ConversionReport) -> str:
+    if not report.calibration:
+        return "Only results listed in the metadata were\nmeasured."
+    measured = report.calibration[0].upper() + report.calibration[1:]
+    return f"Only results listed in the metadata\nwere measured, and this:\n\n{measured}."
+
+
 def _body(
     config: Mapping[str, Any], report: ConversionReport, repo_id: str, license: str | None, base_model: str | None
 ) -> str:
@@ -156,8 +163,7 @@ A timm `{config["architecture"]}` whose {total.channels:,} depthwise kernels are
 `timm_masterkeys` from {source}.
 Licence: {license or "unknown"}, inherited from them.
 
-Conversion costs accuracy unless the model was repaired or trained afterwards. Only results listed in the metadata were
-measured.
+Conversion costs accuracy unless the model was repaired or trained afterwards. {_measured(report)}
 
 ## Load it
 

@@ -17,6 +17,10 @@ class ConversionError(MasterKeysError, ValueError):
     """A model that cannot be converted as asked; it is left as it was."""
 
 
+class CalibrationError(MasterKeysError, ValueError):
+    """A model that cannot be calibrated with what was given; it is left as it was."""
+
+
 class CheckpointError(MasterKeysError, RuntimeError):
     """A checkpoint or a published model that does not fit; nothing is loaded from it."""
 

@@ -11,6 +11,8 @@ from torch import nn
 from .errors import ConversionError
 from .layers import MasterKeyConv2d
 
+CALIBRATION_NOTE = "masterkeys: calibrated "  # how calibration's figures go along, among the notes of a cfg
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -57,6 +59,7 @@ class ConversionReport:
         trainable_after: Trainable parameters now.
         stored_before: Numbers stored for the ordinary model's parameters.
         stored_after: Numbers stored now: other parameters, key indices, scales, shifts and the keys themselves.
+        calibration: What the last calibration measured, in a sentence; empty if there was none.
     """
 
     bank: str
@@ -66,6 +69,7 @@ class ConversionReport:
     trainable_after: int
     stored_before: int
     stored_after: int
+    calibration: str = ""
 
     def to_json(self) -> str:
         """The report as JSON text."""
@@ -96,6 +100,8 @@ class ConversionReport:
             f"bank {self.bank}; parameters: trainable {self.trainable_before:,} -> {self.trainable_after:,}, "
             f"stored {self.stored_before:,} -> {self.stored_after:,}"
         )
+        if self.calibration:
+            lines.append(self.calibration)
         return "\n".join(lines)
 
 
@@ -147,7 +153,14 @@ def conversion_report(model: nn.Module) -> ConversionReport:
         trainable_after=trainable,
         stored_before=stored - own + kernels,
         stored_after=stored - own + compact,
+        calibration=_calibration(model),
     )
+
+
+def _calibration(model: nn.Module) -> str:
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    notes = [note for note in cfg.get("notes") or () if note.startswith(CALIBRATION_NOTE)]
+    return notes[-1].removeprefix("masterkeys: ") if notes else ""
 
 
 def _row(
