@@ -22,10 +22,6 @@ PUBLISHED, RANDOM = get_bank("babaiee2025"), get_bank("random8:0")
 KEYS = torch.from_numpy(PUBLISHED.keys.copy())
 SIZES = (3, 5, 7)
 
-# sigma_x, sigma_y of the scale-space models of keys 1 to 8, fitted in two ways: Lindeberg et al., JMIV 68(3), 2026.
-B = "0.644 0.583  0.586 0.644  0.690 0.674  0.756 0.460  1.107 0.945  0.900 0.889  0.675 0.675  0.609 0.601"
-C2 = "0.458 0.458  0.448 0.448  0.671 0.671  0.420 0.420  1.387 1.387  1.090 1.090  0.654 0.654  0.611 0.611"
-
 
 def crop(keys: torch.Tensor, size: int) -> torch.Tensor:
     """The middle of each key."""
@@ -51,30 +47,6 @@ def kriging(keys: torch.Tensor, size: int, rho: float = 0.9) -> torch.Tensor:
     return torch.einsum("ij,njk,lk->nil", weights, keys, weights)
 
 
-def scale_space(sigmas: str, size: int) -> torch.Tensor:
-    """The eight keys as differences of discrete Gaussians, which exist at any odd size."""
-    angle = 2 * np.pi * np.arange(64) / 64
-    window = np.arange(size) - size // 2  # element 0 is the centre, negative indices wrap
-    keys = []
-    for number, (sigma_x, sigma_y) in enumerate(np.array(sigmas.split(), float).reshape(8, 2), start=1):
-        # The taps exp(-s^2) I_n(s^2) of the discrete Gaussian are Fourier coefficients of exp(s^2 (cos(angle) - 1)).
-        g_x, g_y = (np.fft.ifft(np.exp(sigma**2 * (np.cos(angle) - 1))).real for sigma in (sigma_x, sigma_y))
-        g = np.outer(g_y, g_x)
-        left, right, above, below = (np.roll(g, step, axis) for axis in (1, 0) for step in (1, -1))
-        models = {
-            1: above - g,  # y points up
-            2: g - left,
-            3: g - below,
-            4: right - g,
-            5: (right - left) / 2,
-            6: (above - below) / 2,
-            7: g - 0.5 * (left + right + above + below - 4 * g),
-            8: g,
-        }
-        keys.append(models[number][np.ix_(window, window)])
-    return torch.from_numpy(np.stack(keys))
-
-
 def smaller(size: int) -> dict[str, torch.Tensor]:
     """Ways from 7x7 to a smaller size."""
     return {
@@ -84,8 +56,8 @@ def smaller(size: int) -> dict[str, torch.Tensor]:
         "area": resize(KEYS, size, "area"),
         "antialiased": resize(KEYS, size, "bilinear", antialias=True),
         "bicubic": resize(KEYS, size, "bicubic"),
-        "scale-space B": scale_space(B, size),
-        "scale-space C2": scale_space(C2, size),
+        "scale-space B": get_bank("scale-space-b").keys_for((size, size)),
+        "scale-space C2": get_bank("scale-space-c2").keys_for((size, size)),
         "random": RANDOM.keys_for((size, size)),
     }
 

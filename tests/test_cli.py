@@ -6,9 +6,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import timm_masterkeys as mk
@@ -131,12 +133,30 @@ def test_convert(run, weights, model, tmp_path):
     expected = mk.convert_to_masterkeys(model, keys_per_kernel=2, trainable="affine", exclude="stages.0.*")
     assert out.startswith(str(mk.conversion_report(expected)))
     assert f"timm.create_model('local-dir:{tmp_path / 'out'}', pretrained=True)" in out
-    assert out.rstrip().endswith("calibrate or fine-tune before use")
+    assert out.rstrip().endswith("add --calibrate DIR, or fine-tune before use")
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     a, b = again.state_dict(), expected.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert {m.trainable for m in again.modules() if isinstance(m, mk.MasterKeyConv2d)} == {"affine"}
     assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.pt*"))
+
+
+def test_convert_and_calibrate(run, weights, model, tmp_path):
+    for i in range(12):
+        noise = np.random.default_rng(i).integers(0, 256, (160, 160, 3)).astype(np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+    options = ["--calibrate", tmp_path, "--min-r2", "0.3"]
+    code, out, err = run("convert", ARCH, *weights, *options, "--output", tmp_path / "out")
+    assert code == 0 and "absorption" in out and "healing" not in out and "fine-tune before use" not in out
+    expected = mk.convert_to_masterkeys(model, min_r2=0.3)
+    mk.calibrate_masterkeys(expected, model, tmp_path)
+    assert str(mk.conversion_report(expected)) in out and "calibrated on 12 images: agreement" in out
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in expected.state_dict().items())
+    out = run("convert", ARCH, *weights, *options, "--heal", "0.02", "--output", tmp_path / "out")[1]
+    assert "healing" in out
+    code, out, err = run("convert", ARCH, *weights, "--heal", "1", "--output", tmp_path / "other")
+    assert code == 1 and "--heal needs images: add --calibrate DIR" in err and not (tmp_path / "other").exists()
 
 
 def test_convert_from_a_training_checkpoint(run, model, tmp_path):

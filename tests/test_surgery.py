@@ -12,6 +12,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+import timm_masterkeys as mk
 from timm_masterkeys import (
     BankError,
     CheckpointError,
@@ -279,6 +280,31 @@ def test_settings_reach_every_layer():
         assert (layer.bank.name, layer.keys_per_kernel, layer.trainable) == ("random8:5", 3, "affine")
     model = convert_to_masterkeys(Net(), get_bank("random8:5").keys)
     assert {layer.bank.name for layer in masterkeys(model).values()} == {"custom"}
+
+
+def test_min_r2_chooses_keys_per_layer_and_leaves_hard_layers_dense(caplog):
+    torch.manual_seed(0)
+    model = timm.create_model("test_convnext").eval()  # random 7x7 kernels: R2 .16 with all keys
+    easy = [name for name, _ in model.named_modules() if name.endswith("conv_dw")][:3]
+    bank = mk.get_bank("babaiee2025").keys_for((7, 7)).float()
+    with torch.no_grad():
+        for count, name in enumerate(easy, 1):  # sums of one, two, three keys
+            weight = model.get_submodule(name).weight
+            weight.copy_(sum(torch.randn(len(weight), 1, 1, 1) * bank[i] for i in range(count)))
+    kept = copy.deepcopy(model)
+    converted = mk.convert_to_masterkeys(model, min_r2=0.999)
+    layers = {name: layer for name, layer in converted.named_modules() if isinstance(layer, mk.MasterKeyConv2d)}
+    assert list(layers) == easy
+    first, second, third = (layer.keys_per_kernel for layer in layers.values())
+    assert (first, second) == (1, 2) and third in (3, 4)  # matching pursuit may need one more
+    dense = len(mk.plan_conversion(model).converted) - 3
+    assert dense > 0 and f"{dense} layers do not reach a mean R2 of 0.999 and stay dense" in caplog.text
+    assert f"{dense} depthwise layers are not converted" in str(mk.conversion_report(converted))
+    assert "not converted" not in str(mk.conversion_report(mk.convert_to_masterkeys(model, min_r2=0)))
+    for min_r2, message in ((0.9999, "reaches a mean R2 of 0.9999"), (1.5, "expected a number from 0 to 1")):
+        with pytest.raises(mk.ConversionError, match=message):
+            mk.convert_to_masterkeys(model, min_r2=min_r2, exclude=easy, inplace=True)
+    assert all(torch.equal(v, kept.state_dict()[n]) for n, v in model.state_dict().items())
 
 
 def test_converting_twice():

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from .errors import BankError
 from .files import atomic_path
+from .scale_space import SIGMAS, scale_space_keys
 
 DEFAULT_BANK = "babaiee2025"
 
@@ -34,7 +35,7 @@ class KeyBank:
         source: Where the keys come from: a paper, an address, or how they were made.
         licence: The licence of the keys, as an SPDX name where there is one.
         resize: How the keys come to smaller sizes: "fold" (see ``keys_for``), or "crop" to their centre, which keeps
-            independent random numbers independent.
+            independent random numbers independent, and sampled functions sampled.
 
     Raises:
         BankError: The keys are not a finite (K, kh, kw) array, or one of them is constant.
@@ -203,7 +204,7 @@ class KeyBank:
 
 def list_banks() -> list[str]:
     """The names ``get_bank`` knows; ``<seed>`` stands for any whole number."""
-    return [DEFAULT_BANK, "random8:<seed>"]
+    return [DEFAULT_BANK, *(f"scale-space-{method}" for method in SIGMAS), "random8:<seed>"]
 
 
 def get_bank(bank: "str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray" = DEFAULT_BANK) -> KeyBank:
@@ -211,7 +212,9 @@ def get_bank(bank: "str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray
 
     Args:
         bank: A name of ``list_banks()``, the path of a ``.safetensors`` file, a tensor or array (K, kh, kw), or a
-            KeyBank (returned as it is). ``random8:<seed>`` are eight Gaussian random 7x7 keys: the control.
+            KeyBank (returned as it is). ``scale-space-a`` to ``-d2`` are the published keys' models, differences of
+            discrete Gaussians, sampled at each size; ``random8:<seed>`` are eight Gaussian random 7x7 keys: the
+            control.
 
     Raises:
         BankError: No such name, or a file or tensor that is no bank.
@@ -229,6 +232,9 @@ def get_bank(bank: "str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray
     name = os.fspath(bank)
     if name == DEFAULT_BANK:
         return _babaiee2025()
+    if name.removeprefix("scale-space-") in SIGMAS and name.startswith("scale-space-"):
+        source = "Lindeberg et al., Modelling and analysis of the 8 filters, JMIV 68(3), 2026, arXiv:2509.12746"
+        return KeyBank(name, scale_space_keys(name.removeprefix("scale-space-")), source, "cc-by-4.0", resize="crop")
     control = re.fullmatch(r"random8:(\d+)", name)
     if control:
         if int(control[1]) >= 2**32:

@@ -15,6 +15,7 @@ from torch import nn
 
 from . import __version__
 from .banks import DEFAULT_BANK
+from .calibrate import STAGES, WITHOUT_GRADIENTS, calibrate_masterkeys
 from .errors import CheckpointError, MasterKeysError
 from .hub import push_to_hub, save_pretrained
 from .registry import list_architectures
@@ -36,7 +37,7 @@ _EXAMPLES = """examples:
   timm-masterkeys list 'convnext*'
   timm-masterkeys inspect convnext_tiny
   timm-masterkeys inspect tf_efficientnet_lite0 --checkpoint lite0.safetensors --keys-per-kernel 2
-  timm-masterkeys convert convnext_tiny --checkpoint mine.safetensors --output out
+  timm-masterkeys convert convnext_tiny --checkpoint mine.safetensors --calibrate photographs --output out
   timm-masterkeys publish out me/convnext_tiny.mk8 --dry-run
 """
 
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     settings = argparse.ArgumentParser(add_help=False)
     settings.add_argument("--bank", default=DEFAULT_BANK, help="name or .safetensors file (default: %(default)s)")
     settings.add_argument("--keys-per-kernel", type=int, default=1, metavar="R", help="keys per kernel (default: 1)")
+    settings.add_argument("--min-r2", type=float, help="as many more keys per layer as this mean R2 needs, or dense")
     settings.add_argument("--include", action="append", metavar="PATTERN", help="convert only layers that match")
     settings.add_argument("--exclude", action="append", metavar="PATTERN", help="leave layers that match")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -111,12 +113,14 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "convert",
         "convert a model and save it as safetensors and config.json for timm",
-        "convert tf_efficientnet_lite0 --checkpoint lite0.safetensors --output out",
+        "convert convnext_tiny --pretrained --calibrate photographs --output out",
         [settings],
     )
     _add_model(command)
     command.add_argument("--trainable", default="shift", choices=["none", "shift", "affine"], help="(default: shift)")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    command.add_argument("--calibrate", metavar="DIR", help="repair with the images of a folder; needs no labels")
+    command.add_argument("--heal", type=float, metavar="MINUTES", help="and train each block towards the dense one's")
     command.set_defaults(run=_convert)
 
     command = add(
@@ -171,11 +175,20 @@ def _inspect(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     if not (args.pretrained or args.checkpoint):
         raise MasterKeysError("Nothing to convert: add --pretrained or --checkpoint FILE.")
-    model = _converted(_create(args), args)
+    if args.heal is not None and not args.calibrate:
+        raise MasterKeysError("--heal needs images: add --calibrate DIR.")
+    dense = _create(args)
+    model = _converted(dense, args)
+    if args.calibrate:
+        stages = STAGES if args.heal else WITHOUT_GRADIENTS
+        print(
+            calibrate_masterkeys(model, dense, args.calibrate, stages=stages, heal_minutes=args.heal or 0), end="\n\n"
+        )
     directory = save_pretrained(model, args.output)
     print(conversion_report(model))
     print(f"\nsaved to {directory}: timm.create_model('local-dir:{directory}', pretrained=True) loads it")
-    print("one-shot conversion costs accuracy: calibrate or fine-tune before use")
+    if not args.calibrate:
+        print("one-shot conversion costs accuracy: add --calibrate DIR, or fine-tune before use")
 
 
 def _publish(args: argparse.Namespace) -> None:
@@ -224,7 +237,7 @@ def _converted(model: nn.Module, args: argparse.Namespace) -> nn.Module:
         exclude=args.exclude,
         keys_per_kernel=args.keys_per_kernel,
         trainable=getattr(args, "trainable", "shift"),
-        inplace=True,
+        min_r2=args.min_r2,
     )
 
 

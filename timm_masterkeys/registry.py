@@ -162,6 +162,6 @@ def _summary(name: str, model: nn.Module) -> str:
     report = conversion_report(model)
     return (
         f"{name}: {report.total.channels:,} kernels of {len(report.layers)} layers put on bank {report.bank}, mean R2 "
-        f"{report.total.mean_r2:.2f}. One-shot conversion costs accuracy: calibrate or fine-tune before use; "
-        "conversion_report(model) shows each layer."
+        f"{report.total.mean_r2:.2f}. One-shot conversion costs accuracy: repair it with "
+        "calibrate_masterkeys(model, dense_model, images) or fine-tune; conversion_report(model) shows each layer."
     )

@@ -10,6 +10,7 @@ from torch import nn
 
 from .errors import ConversionError
 from .layers import MasterKeyConv2d
+from .surgery import plan_conversion
 
 CALIBRATION_NOTE = "masterkeys: calibrated "  # how calibration's figures go along, among the notes of a cfg
 
@@ -59,6 +60,7 @@ class ConversionReport:
         trainable_after: Trainable parameters now.
         stored_before: Numbers stored for the ordinary model's parameters.
         stored_after: Numbers stored now: other parameters, key indices, scales, shifts and the keys themselves.
+        dense: Depthwise layers that could be converted and were not.
         calibration: What the last calibration measured, in a sentence; empty if there was none.
     """
 
@@ -69,6 +71,7 @@ class ConversionReport:
     trainable_after: int
     stored_before: int
     stored_after: int
+    dense: int = 0
     calibration: str = ""
 
     def to_json(self) -> str:
@@ -96,6 +99,8 @@ class ConversionReport:
             lines.append(f"{self.total.constant:,} kernels are constant: met exactly, not in the R2 above")
         if self.total.drawn:
             lines.append(f"{self.total.drawn:,} kernels were drawn from the bank, not fitted: they have no R2")
+        if self.dense:
+            lines.append(f"{self.dense} depthwise layers are not converted")
         lines.append(
             f"bank {self.bank}; parameters: trainable {self.trainable_before:,} -> {self.trainable_after:,}, "
             f"stored {self.stored_before:,} -> {self.stored_after:,}"
@@ -153,6 +158,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
         trainable_after=trainable,
         stored_before=stored - own + kernels,
         stored_after=stored - own + compact,
+        dense=len(plan_conversion(model, layers[0][1].bank).converted),
         calibration=_calibration(model),
     )
 

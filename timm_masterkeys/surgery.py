@@ -128,6 +128,7 @@ def convert_to_masterkeys(
     exclude: Patterns = None,
     keys_per_kernel: int = 1,
     trainable: Trainable = "shift",
+    min_r2: float | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Replaces the depthwise convolutions of a model by MasterKeyConv2d, kernels projected on the nearest keys.
@@ -143,6 +144,8 @@ def convert_to_masterkeys(
         include: fnmatch pattern(s) on module names; only layers that match one are converted.
         exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
         keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where fewer have a shape.
+        min_r2: In [0, 1]. Each layer gets as many keys per kernel, from ``keys_per_kernel`` up, as its mean R^2 needs
+            to reach this; a layer that does not reach it with all keys stays dense. How many do is logged.
         trainable: What of each kernel trains afterwards: "none", "shift" (as in the paper) or "affine".
         inplace: Change ``model`` itself; else a deep copy is converted and ``model`` stays as it is.
 
@@ -152,14 +155,17 @@ def convert_to_masterkeys(
     Raises:
         BankError: No such bank.
         ProjectionError: NaN or Inf in a kernel (named by layer and channel), or keys_per_kernel out of range.
-        ConversionError: Nothing to convert, a pattern that matches nothing, or an unknown ``trainable``.
+        ConversionError: Nothing to convert, a pattern that matches nothing, an unknown ``trainable``, or no layer
+            that reaches ``min_r2``.
         In every case ``model`` is left as it was.
 
     Example:
         >>> model = convert_to_masterkeys(timm.create_model("convnext_tiny", pretrained=True))
         >>> print(conversion_report(model))
     """
-    return _convert(model, bank, include, exclude, keys_per_kernel, trainable, inplace, fit=True)
+    if min_r2 is not None and not 0 <= min_r2 <= 1:
+        raise ConversionError(f"min_r2 is {min_r2!r}, expected a number from 0 to 1, or None.")
+    return _convert(model, bank, include, exclude, keys_per_kernel, trainable, inplace, fit=True, min_r2=min_r2)
 
 
 def initialize_masterkeys(
@@ -219,6 +225,7 @@ def _convert(
     trainable: Trainable,
     inplace: bool,
     fit: bool,
+    min_r2: float | None = None,
 ) -> nn.Module:
     bank = get_bank(bank)
     check_trainable(trainable)
@@ -229,14 +236,37 @@ def _convert(
     if not inplace:
         model = copy.deepcopy(model)
     layers: dict[str, nn.Module] = {}
+    best = 0.0
     for planned in tqdm(plan.converted, desc="masterkeys", unit="layer", delay=2, leave=False, disable=None):
         conv: Any = model.get_submodule(planned.name)
         try:
-            layers[planned.name] = MasterKeyConv2d.from_conv(conv, bank, keys_per_kernel, trainable, fit=fit)
+            layer = MasterKeyConv2d.from_conv(conv, bank, keys_per_kernel, trainable, fit=fit)
+            while min_r2 is not None and _mean_r2(layer) < min_r2 and layer.keys_per_kernel < len(layer.keys):
+                layer = MasterKeyConv2d.from_conv(conv, bank, layer.keys_per_kernel + 1, trainable)
         except ProjectionError as error:
             raise ProjectionError(f"{planned.name or type(conv).__name__}: {error}") from None
+        if min_r2 is None or _mean_r2(layer) >= min_r2:
+            layers[planned.name] = layer
+        else:
+            best = max(best, _mean_r2(layer))
+    if not layers:
+        raise ConversionError(
+            f"None of {len(plan.converted)} layers reaches a mean R2 of {min_r2} with bank {bank.name}, the best "
+            f"{best:.3f}. Ask for less, or take another bank."
+        )
     _logger.info("Converted %d depthwise convolutions to bank %s.", len(layers), bank.name)
+    if len(layers) < len(plan.converted):
+        left = [planned.name for planned in plan.converted if planned.name not in layers]
+        _logger.warning(
+            "%d layers do not reach a mean R2 of %s and stay dense: %s.", len(left), min_r2, ", ".join(left)
+        )
     return replace_layers(model, layers)
+
+
+def _mean_r2(layer: MasterKeyConv2d) -> float:
+    """Over the kernels that have a shape; 1 if none has."""
+    shaped = layer.r2[layer.scale.view(layer.out_channels, -1).ne(0).any(1)]
+    return float(shaped.double().mean()) if len(shaped) else 1.0
 
 
 def replace_layers(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:

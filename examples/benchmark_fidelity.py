@@ -1,0 +1,181 @@
+"""What conversion costs and what calibration gives back: networks x stages x keys per kernel x banks.
+
+Half of the images calibrate, the other half measures; they never mix. FOLDER holds images at any depth; with a
+FOLDER/labels.csv (columns file and class_index) accuracy is measured as well.
+
+    python examples/benchmark_fidelity.py FOLDER
+    python examples/benchmark_fidelity.py FOLDER --network convnext_tiny --keys-per-kernel 1 4 --only table
+"""
+
+import argparse
+import csv
+import json
+import math
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from lite0 import lite0
+from PIL import Image
+from safetensors.torch import load_file
+from timm.data import create_transform, is_img_extension, resolve_model_data_config
+from timm.models.efficientnet import EfficientNet, decode_arch_def
+from torch import nn
+
+import timm_masterkeys as mk
+from timm_masterkeys.calibrate import STAGES, WITHOUT_GRADIENTS
+
+HEAD = (
+    "| network | bank | keys | repair | top-1 | agreement | KL | R2 | seconds |\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def network(name: str) -> nn.Module:
+    """Lite0, a timm model with its pretrained weights, or an EfficientNet described by FILE.json beside its weights."""
+    if name == "lite0":
+        return lite0()
+    if not name.endswith(".safetensors"):
+        return timm.create_model(name, pretrained=True).eval()
+    about = json.loads(Path(name).with_suffix(".json").read_text())
+    model: Any = EfficientNet(
+        decode_arch_def(about["arch_def"]),
+        num_classes=about["num_classes"],
+        num_features=about["num_features"],
+        stem_size=about["stem_size"],
+        fix_stem=True,
+        round_chs_fn=lambda channels, *args, **kwargs: channels,
+        act_layer=nn.ReLU6,
+        norm_layer=lambda channels, **kwargs: nn.BatchNorm2d(channels, eps=about["bn_eps"]),
+    )
+    model.load_state_dict(load_file(name))
+    model.pretrained_cfg = {key: about[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+    return model.eval()
+
+
+class Images:
+    """The images of a folder, as a model wants them, with their classes where they are known (-1 where not)."""
+
+    def __init__(self, folder: str, model: nn.Module) -> None:
+        transform: Any = create_transform(**resolve_model_data_config(model))
+        table = Path(folder) / "labels.csv"
+        labels = (
+            {row["file"]: int(row["class_index"]) for row in csv.DictReader(table.open())} if table.exists() else {}
+        )
+        files = sorted(path for path in Path(folder).rglob("*") if is_img_extension(path.suffix.lower()))
+        self.x = torch.stack([transform(Image.open(path).convert("RGB")) for path in files])
+        self.y = torch.tensor([labels.get(str(path.relative_to(folder)), -1) for path in files])
+
+    def halves(self, draw: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices of the images to calibrate with, and of those to measure with."""
+        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(draw))
+        return order[: len(order) // 2], order[len(order) // 2 :]
+
+
+class Benchmark:
+    """One network on one set of images."""
+
+    def __init__(self, name: str, folder: str) -> None:
+        self.name, self.dense = Path(name).stem, network(name)
+        self.images = Images(folder, self.dense)
+        self.wanted = self.outputs(self.dense, torch.arange(len(self.images.x)))
+
+    @torch.inference_mode()
+    def outputs(self, model: nn.Module, chosen: torch.Tensor) -> torch.Tensor:
+        """What a model puts out for some of the images."""
+        return torch.cat([model(self.images.x[part]) for part in chosen.split(8)])
+
+    def measure(self, out: torch.Tensor, chosen: torch.Tensor) -> tuple[float, float, float]:
+        """Top-1 and agreement with the dense network in percent, and the divergence from it in nats."""
+        wanted, y = self.wanted[chosen], self.images.y[chosen]
+        top1 = float((out.argmax(1) == y).double().mean()) if (y >= 0).all() else math.nan
+        agreement = float((out.argmax(1) == wanted.argmax(1)).double().mean())
+        kl = F.kl_div(out.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
+        return 100 * top1, 100 * agreement, float(kl)
+
+    def run(
+        self, bank: str, keys: int, stages: tuple[Any, ...], draw: int, count: int | None = None, minutes: float = 5
+    ) -> tuple[float, float, float, float, float]:
+        """Top-1, agreement, divergence on the other half; mean R2 of the kernels; seconds of the repair."""
+        chosen, others = self.images.halves(draw)
+        model = mk.convert_to_masterkeys(self.dense, bank, keys_per_kernel=keys)
+        start = time.perf_counter()
+        if stages:
+            mk.calibrate_masterkeys(
+                model, self.dense, self.images.x[chosen[:count]], stages=stages, heal_minutes=minutes
+            )
+        seconds = time.perf_counter() - start
+        r2 = mk.conversion_report(model).total.mean_r2
+        return (*self.measure(self.outputs(model, others), others), r2, seconds)
+
+    def table(self, banks: list[str], keys: list[int], draws: int, minutes: float) -> None:
+        """Every bank, number of keys and stage."""
+        print(f"\n{HEAD}", flush=True)
+        measured = [self.measure(self.wanted[half], half) for half in (self.images.halves(d)[1] for d in range(draws))]
+        self.row("", "", "dense", [(*values, math.nan, math.nan) for values in measured])
+        repairs: dict[str, tuple[Any, ...]] = {
+            "none": (),
+            **{stage: (stage,) for stage in ("statistics", "absorption")},
+            "projection, statistics": ("projection", "statistics"),
+            "statistics, absorption": ("statistics", "absorption"),
+            "all in closed form": WITHOUT_GRADIENTS,
+            f"and {minutes:g} minutes of healing": STAGES,
+        }
+        for bank in banks:
+            for r in keys:
+                for name, stages in repairs.items():
+                    every = bank == mk.get_bank().name and r == keys[0]
+                    if every or not stages or stages == WITHOUT_GRADIENTS:
+                        once = draws if stages != STAGES else 1
+                        self.row(bank, r, name, [self.run(bank, r, stages, d, minutes=minutes) for d in range(once)])
+
+    def row(self, bank: str, keys: int | str, repair: str, results: list[tuple[float, ...]]) -> None:
+        """The mean over draws, and the spread of accuracy and agreement."""
+        top1, agreement, kl, r2, seconds = zip(*results, strict=True)
+        cells = [
+            self.name,
+            bank,
+            keys,
+            repair,
+            *(f"{mean(v):.1f}" + (f" ({min(v):.1f} to {max(v):.1f})" if len(v) > 1 else "") for v in (top1, agreement)),
+            f"{mean(kl):.2f}",
+            "" if math.isnan(r2[0]) else f"{mean(r2):.2f}",
+            "" if math.isnan(seconds[0]) else f"{mean(seconds):.0f}",
+        ]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+    def growth(self, bank: str, keys: int, draws: int) -> None:
+        """More and more images."""
+        half = len(self.images.x) // 2
+        print("\n| network | images | top-1, draw by draw | agreement | KL |\n|---|---|---|---|---|", flush=True)
+        for count in sorted({max(10, half * part // 5) for part in (1, 2, 3, 5)}):
+            results = [self.run(bank, keys, WITHOUT_GRADIENTS, draw, count) for draw in range(draws)]
+            rows = zip(list(zip(*results, strict=True))[:3], (1, 1, 2), strict=True)
+            columns = [" / ".join(f"{value:.{places}f}" for value in column) for column, places in rows]
+            print(f"| {self.name} | {count} | " + " | ".join(columns) + " |", flush=True)
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--network", nargs="+", default=["lite0"], help="lite0, a timm name, or FILE.safetensors")
+    parser.add_argument("--bank", nargs="+", default=["babaiee2025", "random8:0"])
+    parser.add_argument("--keys-per-kernel", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--draws", type=int, default=1, help="splits of the images")
+    parser.add_argument("--heal", type=float, default=5.0, metavar="MINUTES")
+    parser.add_argument("--only", choices=["table", "images"])
+    args = parser.parse_args()
+    for name in args.network:
+        benchmark = Benchmark(name, args.folder)
+        if args.only != "images":
+            benchmark.table(args.bank, args.keys_per_kernel, args.draws, args.heal)
+        if args.only != "table":
+            benchmark.growth(args.bank[0], args.keys_per_kernel[0], max(args.draws, 3))
+
+
+if __name__ == "__main__":
+    main()
