@@ -12,6 +12,7 @@ import csv
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -49,7 +50,7 @@ def network(name: str) -> nn.Module:
         fix_stem=True,
         round_chs_fn=lambda channels, *args, **kwargs: channels,
         act_layer=nn.ReLU6,
-        norm_layer=lambda channels, **kwargs: nn.BatchNorm2d(channels, eps=about["bn_eps"]),
+        norm_layer=partial(nn.BatchNorm2d, eps=about["bn_eps"]),  # a form timm adds the activation to
     )
     model.load_state_dict(load_file(name))
     model.pretrained_cfg = {key: about[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
@@ -163,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--network", nargs="+", default=["lite0"], help="lite0, a timm name, or FILE.safetensors")
-    parser.add_argument("--bank", nargs="+", default=["babaiee2025", "random8:0"])
+    parser.add_argument("--bank", nargs="+", default=["babaiee2025", "scale-space-b", "random8:0"])
     parser.add_argument("--keys-per-kernel", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--draws", type=int, default=1, help="splits of the images")
     parser.add_argument("--heal", type=float, default=5.0, metavar="MINUTES")

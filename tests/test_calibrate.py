@@ -158,7 +158,12 @@ def test_the_same_twice_and_from_its_own_repair():
     mk.calibrate_masterkeys(model, dense, x)
     mk.calibrate_masterkeys(again, dense, x)
     assert same(model.state_dict(), again.state_dict()) and error(model, dense, x) < 0.01 * start
-    mk.calibrate_masterkeys(again, dense, x)  # the norms aim at the dense network's, not at the repaired ones
+    parts, norms = find_parts(again, x[:2])
+    for name in [*converted(again), *(part.pointwise for part in parts)]:
+        if name in norms:  # they aim at the dense network's, wherever they have come to
+            again.get_submodule(norms[name]).running_mean += 0.1
+    mk.calibrate_masterkeys(again, dense, x)
+    mk.calibrate_masterkeys(again, dense, x)
     assert error(again, dense, x) < 0.01 * start
 
 
@@ -209,6 +214,35 @@ def test_ridge_leaves_what_does_not_generalise():
     torch.manual_seed(0)
     features, residual = torch.randn(12, 30), torch.randn(12, 3).abs()
     assert fit_ridge([(features[:9], residual[:9])], [(features[9:], -10 * residual[9:])], torch.ones(3), True) is None
+
+
+def test_blocks_that_fold_positions_into_the_batch():
+    dense = timm.create_model("mobilevit_xxs", num_classes=5).eval()
+    model, x = mk.convert_to_masterkeys(dense, keys_per_kernel=8), torch.randn(10, 3, 64, 64)
+    start = error(model, dense, x)
+    mk.calibrate_masterkeys(model, dense, x, stages=["statistics"], batch_size=2)
+    assert error(model, dense, x) < start
+
+
+def test_synchronised_norms():
+    model, dense = pair("test_efficientnet")
+    model, dense = (timm.layers.convert_sync_batchnorm(network) for network in (model, dense))
+    _, norms = find_parts(model.eval(), torch.randn(2, 3, 64, 64))
+    assert set(norms) >= set(converted(model))
+
+
+def test_a_lone_layer_does_not_make_its_stage_a_block():
+    class Stage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+            self.one, self.two = Block(), Block()
+
+        def forward(self, x):
+            return self.two(self.one(x + self.position(x))).mean((2, 3))
+
+    parts, _ = find_parts(mk.convert_to_masterkeys(Stage()), torch.randn(2, 8, 16, 16))
+    assert [part.name for part in parts] == ["position", "one", "two"]
 
 
 class Crossing(nn.Module):
@@ -262,9 +296,10 @@ def test_healing_lowers_what_is_left_and_trains_nothing_else_afterwards():
     assert report.stages[0].after < 0.5 * report.stages[0].before and 4 < report.stages[0].seconds < 12
     assert [name for name, _ in model.named_parameters()] == names
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
-    for name in names:
-        if not any(name.startswith(f"{block}.") for block in report.stages[0].changed):
-            assert torch.equal(model.get_parameter(name), state[name])
+    for name in names:  # outside of blocks only what is 1-D
+        value = model.get_parameter(name)
+        inside = any(name.startswith(f"{block}.") for block in report.stages[0].changed)
+        assert inside or value.ndim == 1 or torch.equal(value, state[name])
     for name, layer in converted(model).items():
         assert torch.equal(layer.keys, state[f"{name}.keys"]) and not torch.equal(layer.scale, state[f"{name}.scale"])
 
@@ -349,6 +384,16 @@ def test_bad_models():
         mk.calibrate_masterkeys(model, dense, x, stages=["heal"])
     with pytest.raises(mk.CalibrationError, match="calibrate in float32"):
         mk.calibrate_masterkeys(copy.deepcopy(model).half(), copy.deepcopy(dense).half(), x)
+    for minutes in (0, -1, float("nan")):
+        with pytest.raises(mk.CalibrationError, match="heal_minutes"):
+            mk.calibrate_masterkeys(model, dense, x, stages=["healing"], heal_minutes=minutes)
+    with pytest.raises(mk.CalibrationError, match="cannot work with images of"):
+        mk.calibrate_masterkeys(model, dense, torch.randn(12, 4, 64, 64))
+    with pytest.raises(mk.CalibrationError, match="of one size"):
+        mk.calibrate_masterkeys(model, dense, [torch.randn(12, 3, 64, 64), torch.randn(2, 3, 32, 32)])
+    features = timm.create_model("test_efficientnet", features_only=True)
+    with pytest.raises(mk.CalibrationError, match="expected one tensor"):
+        mk.calibrate_masterkeys(mk.convert_to_masterkeys(features), features, x)
     with pytest.raises(mk.CalibrationError, match="max_images"):
         mk.calibrate_masterkeys(model, dense, x, max_images=3)
     dense.conv_stem.weight.data[0] = float("nan")
@@ -356,6 +401,17 @@ def test_bad_models():
     with pytest.raises(mk.CalibrationError, match="puts out NaN"):
         mk.calibrate_masterkeys(model, dense, x)
     assert same(model.state_dict(), before)
+
+
+def test_it_warns_of_a_reference_with_other_weights(caplog):
+    model, dense = pair("test_efficientnet")
+    x = torch.randn(12, 3, 64, 64)
+    mk.calibrate_masterkeys(model, dense, x)
+    mk.calibrate_masterkeys(model, dense, x)  # its own work is no cause
+    assert not caplog.text
+    model, _ = pair("test_efficientnet")
+    mk.calibrate_masterkeys(model, timm.create_model("test_efficientnet", num_classes=20), x)
+    assert "differ from the reference's" in caplog.text
 
 
 def test_interrupted_it_leaves_the_model_as_it_was(monkeypatch):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .layers import MasterKeyConv2d
 
@@ -41,7 +42,7 @@ def find_parts(model: nn.Module, images: torch.Tensor) -> tuple[list[Part], dict
     """The parts in the order of execution, and by a layer's name that of the BatchNorm that takes its output.
 
     A block is the smallest module with a converted layer and, run after it and at more than one position, a pointwise
-    layer. Layers that run more than once are left out.
+    layer, unless it holds several blocks of other layers. Layers that run more than once are left out.
     """
     modules = dict(model.named_modules())
     ran: list[str] = []
@@ -80,7 +81,7 @@ def find_parts(model: nn.Module, images: torch.Tensor) -> tuple[list[Part], dict
     for name, module in modules.items():
         if is_pointwise(module) or isinstance(module, MasterKeyConv2d):
             hooks.append((module, layer_hook(name)))
-        elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+        elif isinstance(module, _BatchNorm) and module.running_mean is not None:
             hooks.append((module, norm_hook(name)))
         hooks.append((module, end_hook(name)))
     try:
@@ -104,7 +105,14 @@ def find_parts(model: nn.Module, images: torch.Tensor) -> tuple[list[Part], dict
                 return name
         return layer
 
-    blocks = {block(layer) for layer in converted}
+    found = {layer: block(layer) for layer in converted}
+    for layer, own in found.items():  # a lone layer between blocks does not make their stage a block
+        inside = {
+            other for other in found.values() if other.startswith(f"{own}.") and not layer.startswith(f"{other}.")
+        }
+        if sum(not any(one.startswith(f"{other}.") for other in inside) for one in inside) > 1:
+            found[layer] = layer
+    blocks = set(found.values())
     blocks = {b for b in blocks if not any(b.startswith(f"{other}.") for other in blocks)}
     parts: dict[str, Part] = {}
     for name in once:
@@ -161,7 +169,12 @@ class PartwiseNetwork:
         sample = self.batches[0][:1]
         short = index > 0 and isinstance(self.outputs[0], torch.Tensor)
         if short:
-            short = _equal(self._forward(index, sample, self.outputs[0][:1]), self._forward(index, sample, None))
+            try:
+                skipping = self._forward(index, sample, self.outputs[0][:1])
+            except Exception:  # of whatever kind, where the first dimension is not that of the images
+                short = False
+            else:
+                short = _equal(skipping, self._forward(index, sample, None))
         outputs = self.outputs if short else [None] * len(self.batches)
         return [self._forward(index, batch, out) for batch, out in zip(self.batches, outputs, strict=True)]
 

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .blocks import Calls, Hook, PartwiseNetwork, Reached, copied, find_parts
 from .errors import CalibrationError
 from .layers import MasterKeyConv2d
-from .report import CALIBRATION_NOTE
+from .report import CALIBRATION_NOTE, conversion_report
 
 _logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ FEWEST = 10  # images
 ROWS = 100_000  # positions of all images together that a pointwise layer is fitted to
 KERNEL_ROWS = 20_000  # and a kernel,
 KERNEL_IMAGES = 64  # in so many images
-HEALING_RATE = 1.5e-3, 1.5e-4  # of Adam, for what is 1-D and for weights
+HEALING_RATE = 1.5e-3, 1.5e-4, 3e-4  # of Adam: in a block for what is 1-D and for weights; for what is 1-D in all
 DEAD = 1e-10  # a channel that varies less than this is left alone
 
 
@@ -74,7 +74,8 @@ class CalibrationReport:
 
     Attributes:
         images: Images given.
-        held_out: Those of them that nothing was fitted to: they chose the ridges and gave the figures.
+        held_out: Those of them that nothing was fitted to: they only chose the ridges (and when to stop healing), and
+            gave the figures.
         stages: One StageReport a stage, in their order.
         agreement: Share of the held-out images on which both networks have the same highest output, before and after.
         divergence: Kullback-Leibler divergence of the softmaxed outputs from the reference's in nats, the same way.
@@ -90,10 +91,11 @@ class CalibrationReport:
 
     def summary(self) -> str:
         """The figures in one line."""
+        refitted = sum(len(stage.changed) for stage in self.stages if stage.name == "absorption")
         return (
             f"on {self.images} images: agreement with the dense network {self.agreement[0]:.1%} -> "
             f"{self.agreement[1]:.1%}, divergence {self.divergence[0]:.2f} -> {self.divergence[1]:.2f} "
-            f"({self.held_out} images held out)"
+            f"({self.held_out} images held out), {refitted} pointwise layers refitted"
         )
 
     def __str__(self) -> str:
@@ -101,6 +103,7 @@ class CalibrationReport:
             [
                 f"{'stage':<10}  error before  error after  changed  left  seconds",
                 *map(str, self.stages),
+                *(f"left by {stage.name}: {name}: {why}" for stage in self.stages for name, why in stage.left.items()),
                 f"calibrated {self.summary()}, {self.seconds:.0f} s",
             ]
         )
@@ -115,7 +118,7 @@ def calibrate_masterkeys(
     stages: Sequence[Stage] = WITHOUT_GRADIENTS,
     heal_minutes: float = 5.0,
     batch_size: int = 8,
-    max_images: int = 1000,
+    max_images: int = 400,
     time_budget: float | None = None,
 ) -> CalibrationReport:
     """Brings a converted network's outputs back towards the dense network's, from unlabelled images. In place.
@@ -131,7 +134,8 @@ def calibrate_masterkeys(
       classifier) is refitted by ridge least squares, so that the block's output, with all the drift that came in by
       its skip path, is that of the reference. A layer for which no ridge helps on held-out images is left as it is.
     - ``"healing"`` (not by default): gradient steps on all parameters of the block, scales included, towards the
-      reference's output of the block; the best state on held-out images stays.
+      reference's output of the block; in the end, for as long again, on all that is 1-D (scales, shifts, norms, biases)
+      towards the softmax of its logits. The best state on held-out images stays.
 
     Keys never change; leave out ``"absorption"`` and ``"healing"`` to keep every layer but the converted ones and
     their norms. How a block's output depends on its last pointwise layer is measured, not known by family: where it is
@@ -145,12 +149,12 @@ def calibrate_masterkeys(
             tuple (a DataLoader); or a folder of images, searched at all depths and prepared as the model's
             ``pretrained_cfg`` says. At least 10; some hundred are better.
         stages: What to do in each block; the order is always the one above.
-        heal_minutes: For healing alone, shared equally among the blocks.
+        heal_minutes: For healing alone: half of it shared equally among the blocks, half for the whole.
         batch_size: Images at a time.
         max_images: At most so many are used: evenly spread over a folder or a tensor, the first of an iterable. All
             are kept in memory, with one block's inputs and outputs in both networks (EfficientNet-Lite0: 20 MB an
             image at worst).
-        time_budget: Seconds after which the blocks still to come get their statistics only.
+        time_budget: Seconds, healing apart, after which the blocks still to come get their statistics only.
 
     Returns:
         What each stage did, and how well the networks agree before and after.
@@ -167,12 +171,16 @@ def calibrate_masterkeys(
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or not stages:
         raise CalibrationError(f"stages is {stages!r}, expected some of {', '.join(STAGES)}.")
+    if "healing" in stages and not 0 < heal_minutes < math.inf:
+        raise CalibrationError(f"heal_minutes is {heal_minutes}, expected more than 0.")
     _check_models(model, reference)
     tensor = _load(images, model, max_images)
     start = time.perf_counter()
     batches = list(tensor.split(max(1, min(batch_size, len(tensor) // HELD_OUT))))
     state = copy.deepcopy(model.state_dict())
     with _evaluating(model, reference):
+        for network in (reference, model):
+            _probe(network, batches[0][:2])
         try:
             walk = _Walk(model, reference, batches, tuple(stages), heal_minutes, time_budget)
             before = torch.cat([_finite(model, model(batches[i])) for i in walk.held_out])
@@ -185,7 +193,7 @@ def calibrate_masterkeys(
         len(expected),
         tuple(walk.report(stage) for stage in STAGES if stage in stages),
         (_agreement(before, expected), _agreement(after, expected)),
-        (_divergence(before, expected), _divergence(after, expected)),
+        (float(divergence(before, expected)), float(divergence(after, expected))),
         time.perf_counter() - start,
     )
     cfg: Any = getattr(model, "pretrained_cfg", None)
@@ -212,6 +220,9 @@ def _check_models(model: nn.Module, reference: nn.Module) -> None:
                 f"The reference has kernels of {tuple(other.weight.shape)} at {name}, the model of "
                 f"{tuple(layer.weight.shape)}."
             )
+    missing = [name for name, _ in model.named_modules() if name not in dense]
+    if missing:
+        raise CalibrationError(f"The reference has no {missing[0]}: give the dense model this one was converted from.")
     own, given = (dict(m.named_parameters()) for m in (model, reference))
     for name in own.keys() & given.keys():
         a, b = own[name], given[name]
@@ -221,8 +232,18 @@ def _check_models(model: nn.Module, reference: nn.Module) -> None:
                 f"{a.dtype} on {a.device}: give the dense model this one was converted from, in the same place."
             )
     first = next(reference.parameters())
-    if first.is_meta or first.dtype not in (torch.float32, torch.float64):
-        raise CalibrationError(f"The models are {first.dtype} on {first.device}; calibrate in float32, then cast.")
+    if first.device.type in ("meta", "mps") or first.dtype not in (torch.float32, torch.float64):
+        raise CalibrationError(
+            f"The models are {first.dtype} on {first.device}; calibrate in float32 on CPU or CUDA, then cast and move."
+        )
+    other = [name for name in own.keys() & given.keys() if not torch.equal(own[name], given[name])]
+    if other and not conversion_report(model).calibration:
+        _logger.warning(
+            "%d parameters beside the kernels differ from the reference's, as %s. The reference should be the dense "
+            "model that this one was converted from.",
+            len(other),
+            min(other),
+        )
 
 
 def _load(images: Images, model: nn.Module, max_images: int) -> torch.Tensor:
@@ -236,8 +257,11 @@ def _load(images: Images, model: nn.Module, max_images: int) -> torch.Tensor:
         part: Any
         for part in images:
             parts.append(part[0] if isinstance(part, (tuple, list)) else part)
-            if sum(map(len, parts)) >= max_images:
+            if len(parts) * len(parts[0]) >= max_images:
                 break
+        shapes = {tuple(part.shape[1:]) if isinstance(part, torch.Tensor) else type(part).__name__ for part in parts}
+        if len(shapes) > 1 or not all(isinstance(part, torch.Tensor) for part in parts):
+            raise CalibrationError(f"images come as {shapes}, expected batches (N, channels, H, W) of one size.")
         images = torch.cat(parts)[:max_images] if parts else torch.empty(0, 3, 1, 1)
     if images.ndim != 4 or not images.is_floating_point():
         raise CalibrationError(
@@ -283,19 +307,36 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _finite(model: nn.Module, out: torch.Tensor) -> torch.Tensor:
+def _finite(model: nn.Module, out: Any) -> torch.Tensor:
+    if not isinstance(out, torch.Tensor):
+        raise CalibrationError(
+            f"{type(model).__name__} puts out a {type(out).__name__}, expected one tensor: give the whole model, not "
+            "a feature extractor."
+        )
     if not out.isfinite().all():
         raise CalibrationError(f"{type(model).__name__} puts out NaN or Inf on these images.")
     return out
+
+
+def _probe(model: nn.Module, images: torch.Tensor) -> None:
+    """Fails if a model cannot work with such images."""
+    try:
+        out = model(images)
+    except Exception as error:
+        raise CalibrationError(
+            f"{type(model).__name__} cannot work with images of {tuple(images.shape[1:])}: {error}"
+        ) from error
+    _finite(model, out)
 
 
 def _agreement(out: torch.Tensor, expected: torch.Tensor) -> float:
     return float((out.flatten(1).argmax(1) == expected.flatten(1).argmax(1)).double().mean())
 
 
-def _divergence(out: torch.Tensor, expected: torch.Tensor) -> float:
-    logits, wanted = (x.flatten(1).double().log_softmax(1) for x in (out, expected))
-    return float(F.kl_div(logits, wanted, reduction="batchmean", log_target=True))
+def divergence(out: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergence of the softmax of logits from that of the expected ones, in nats, a mean."""
+    logits, wanted = (x.flatten(1).log_softmax(1) for x in (out, expected))
+    return F.kl_div(logits, wanted, reduction="batchmean", log_target=True)
 
 
 @dataclass
@@ -327,10 +368,9 @@ class _Walk:
         self.held_out = [i for i in range(len(batches)) if i % HELD_OUT == HELD_OUT - 1]
         self.fitted = [i for i in range(len(batches)) if i % HELD_OUT != HELD_OUT - 1]
         images = sum(len(batches[i]) for i in self.fitted)
-        self.positions = max(1, ROWS // images)
         self.sampled = self.fitted[:: math.ceil(images / KERNEL_IMAGES)]
-        self.kernel_positions = max(1, KERNEL_ROWS // sum(len(batches[i]) for i in self.sampled))
-        self.heal_seconds = 60 * heal_minutes / max(1, sum(bool(part.converted) for part in self.parts))
+        self.rows, self.kernel_rows = ROWS // len(self.fitted), KERNEL_ROWS // len(self.sampled)  # a batch
+        self.heal_seconds = 30 * heal_minutes / max(1, sum(bool(part.converted) for part in self.parts))
         found = {name for part in self.parts for name in part.converted}
         for name, layer in model.named_modules():
             if isinstance(layer, MasterKeyConv2d) and name not in found:
@@ -342,16 +382,25 @@ class _Walk:
         start = time.perf_counter()
         for index, part in enumerate(tqdm(self.parts, desc="calibrate", unit="block", leave=False, disable=None)):
             stages = set(self.ledgers)
-            if self.time_budget is not None and time.perf_counter() - start > self.time_budget:
+            if self.time_budget is not None and self._seconds(start) > self.time_budget:
                 for stage in stages - {"statistics"}:
                     names = [part.pointwise] if stage == "absorption" and part.pointwise else part.converted
                     self.ledgers[stage].left.update(dict.fromkeys(names, "the time budget was over"))
                 stages &= {"statistics"}
             self._repair(index, part, stages)
-        outputs = (_finite(m, n.finish()) for m, n in zip(self.models, (self.ours, self.reference), strict=True))
+        outputs = [_finite(m, n.finish()) for m, n in zip(self.models, (self.ours, self.reference), strict=True)]
         sizes = [len(batch) for batch in self.ours.batches]
         ours, wanted = (torch.cat([out.split(sizes)[i] for i in self.held_out]) for out in outputs)
+        if "healing" in self.ledgers:
+            start = time.perf_counter()
+            ours = _finite(self.models[0], self._distil(outputs[1]))
+            self.ledgers["healing"].seconds += time.perf_counter() - start
         return ours, wanted
+
+    def _seconds(self, start: float) -> float:
+        """Since the start, healing apart."""
+        healing = self.ledgers.get("healing", _Ledger()).seconds
+        return time.perf_counter() - start - healing
 
     def report(self, stage: str) -> StageReport:
         """What a stage has done."""
@@ -362,9 +411,11 @@ class _Walk:
     def _repair(self, index: int, part: "Any", stages: set[str]) -> None:
         """Takes both networks one part further, ours repaired."""
         calls = self.ours.enter(index)
-        target = _Rows(self.ours.modules.get(part.pointwise), self.positions)
-        moments = {name: _Moments() for name in part.converted if "statistics" in stages}
-        kernels = {name: _Rows(None, self.kernel_positions) for name in part.converted if "projection" in stages}
+        target = _Rows(self.ours.modules.get(part.pointwise), self.rows)
+        moments = {name: _Moments(self.fitted) for name in part.converted if "statistics" in stages}
+        kernels = {
+            name: _Rows(None, self.kernel_rows, self.sampled) for name in part.converted if "projection" in stages
+        }
         taps: list[tuple[str, Hook]] = [*moments.items(), *kernels.items()]
         if part.pointwise and "absorption" in stages:
             taps.append((part.pointwise, target))
@@ -375,33 +426,44 @@ class _Walk:
             if not names:
                 continue
             start = time.perf_counter()
-            before = self._error(index, calls, wanted) if math.isnan(error) else error
+            before = self._error_now(index, calls, wanted) if math.isnan(error) else error
             for name in names:
                 if stage == "projection":
                     self._project(index, calls, name, kernels[name])
                 else:
                     self._match(index, calls, name, moments[name])
-            error = self._error(index, calls, wanted)
+            error = self._error_now(index, calls, wanted)
             self.ledgers[stage].errors.append((before, error))
             self.ledgers[stage].seconds += time.perf_counter() - start
         if part.pointwise and "absorption" in stages:
             start = time.perf_counter()
             before, out = self._absorb(index, calls, target, wanted)
-            self.ledgers["absorption"].errors.append((before, _relative_error(out, wanted, self.held_out)))
+            self.ledgers["absorption"].errors.append((before, self._error(index, out, wanted)))
             self.ledgers["absorption"].seconds += time.perf_counter() - start
         else:
             out = self.ours.run(index, calls)
         if part.converted and "healing" in stages:
             start = time.perf_counter()
-            before = _relative_error(out, wanted, self.held_out)
+            before = self._error(index, out, wanted)
             out = self._heal(index, calls, out, wanted)
-            self.ledgers["healing"].errors.append((before, _relative_error(out, wanted, self.held_out)))
+            self.ledgers["healing"].errors.append((before, self._error(index, out, wanted)))
             self.ledgers["healing"].seconds += time.perf_counter() - start
         self.ours.outputs, self.reference.outputs = out, wanted
 
-    def _error(self, index: int, calls: Calls, wanted: list[Any]) -> float:
-        out = self.ours.run(index, [calls[i] for i in self.held_out])
-        return _relative_error(out, [wanted[i] for i in self.held_out], range(len(out)))
+    def _error_now(self, index: int, calls: Calls, wanted: list[Any]) -> float:
+        out = dict(zip(self.held_out, self.ours.run(index, [calls[i] for i in self.held_out]), strict=True))
+        return self._error(index, out, wanted)
+
+    def _error(self, index: int, out: Any, wanted: list[Any]) -> float:
+        """Of a part on the held-out images, over the variance of what is wanted.
+
+        NaN for outputs that are not single tensors, and for a layer whose norm, outside of the part, has its share.
+        """
+        pairs = [(out[i], wanted[i]) for i in self.held_out]
+        if self.parts[index].name in self.norms or not all(isinstance(x, torch.Tensor) for pair in pairs for x in pair):
+            return math.nan
+        ours, theirs = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+        return float((ours - theirs).square().mean() / theirs.var().clamp_min(1e-30))
 
     def _project(self, index: int, calls: Calls, name: str, wanted: "_Rows") -> None:
         """Chooses keys, scale and shift of a converted layer by what it puts out."""
@@ -411,7 +473,7 @@ class _Walk:
         probe = layer.fuse()  # the same geometry and padding
         probe.weight = nn.Parameter(probes.repeat(layer.in_channels, 1, 1).unsqueeze(1), requires_grad=False)
         probe.bias = None
-        targets = iter([wanted.taken[i][1] for i in self.sampled])
+        targets = iter(wanted.outputs)
         grams: list[torch.Tensor] = []
 
         def gather(module: nn.Module, args: Any, output: torch.Tensor) -> None:
@@ -458,8 +520,8 @@ class _Walk:
 
     def _match(self, index: int, calls: Calls, name: str, wanted: "_Moments") -> None:
         """Gives what follows a converted layer the mean (and variance) it has in the reference."""
-        found = _Moments(stop=True)
-        self.ours.run(index, calls, [(name, found)])
+        found = _Moments()
+        self.ours.run(index, [calls[i] for i in self.fitted], [(name, found)])
         (mean, variance), (our_mean, our_variance) = wanted.result(), found.result()
         layer, norm, stock = self._with_norms(name)
         if norm is not None:
@@ -477,19 +539,19 @@ class _Walk:
     def _absorb(self, index: int, calls: Calls, target: "_Rows", wanted: list[Any]) -> tuple[float, list[Any]]:
         """Refits a part's last pointwise layer; the part's error before, and what it puts out afterwards."""
         name, ledger = self.parts[index].pointwise, self.ledgers["absorption"]
-        layer, norm, _ = self._with_norms(name)
-        rows = _Rows(layer, self.positions)
+        layer, norm, stock = self._with_norms(name)
+        rows = _Rows(layer, self.rows, inputs=True)
         out = self.ours.run(index, calls, [(name, rows)])
-        before = _relative_error(out, wanted, self.held_out)
-        residual = [theirs[1] - ours[1] for theirs, ours in zip(target.taken, rows.taken, strict=True)]
+        before = self._error(index, out, wanted)
+        offset = 0 if norm is None else norm.running_mean - stock.running_mean  # of the norms' means, where they count
+        residual = [theirs - ours + offset for theirs, ours in zip(target.outputs, rows.outputs, strict=True)]
         factor = residual[0].new_ones(residual[0].shape[2])
-        if self.parts[index].name != name:
-            found = self._factor(index, calls, name, out[0])
-            if found is not None:
-                factor, channels_last = found
-                pairs = zip(wanted, out, strict=True)
-                residual = [rows.pick(theirs - ours, channels_last) / factor for theirs, ours in pairs]
-        data = [(inputs.flatten(0, 1), r.flatten(0, 1)) for (inputs, _), r in zip(rows.taken, residual, strict=True)]
+        found = self._factor(index, calls, name, out[0]) if self.parts[index].name != name else None
+        if found is not None:
+            factor, channels_last = found
+            pairs = zip(wanted, out, strict=True)
+            residual = [rows.pick(theirs - ours, channels_last) / factor for theirs, ours in pairs]
+        data = [(x.flatten(0, 1), r.flatten(0, 1)) for x, r in zip(rows.inputs, residual, strict=True)]
         intercept = layer.bias is not None or norm is not None
         solution = fit_ridge(
             [data[i] for i in self.fitted], [data[i] for i in self.held_out], factor.square(), intercept
@@ -498,51 +560,64 @@ class _Walk:
             ledger.left[name] = "no ridge helps on held-out images"
             return before, out
         weight, bias = solution
+        changed = [t for t in (layer.weight, layer.bias, norm and norm.running_mean) if t is not None]
+        state = [tensor.clone() for tensor in changed]
         layer.weight.add_(weight.T.reshape(layer.weight.shape).to(layer.weight.dtype))
-        if layer.bias is not None:
-            layer.bias.add_(bias.to(layer.bias.dtype))
-        elif norm is not None:
+        if norm is not None:
             norm.running_mean.sub_(bias.to(norm.running_mean.dtype))
+        elif layer.bias is not None:
+            layer.bias.add_(bias.to(layer.bias.dtype))
+        repaired = self.ours.run(index, calls)
+        if self._error(index, repaired, wanted) > before:  # of the block, where the layer was fitted to its own output
+            for tensor, value in zip(changed, state, strict=True):
+                tensor.copy_(value)
+            ledger.left[name] = "the block comes no nearer on held-out images"
+            return before, out
         ledger.changed.append(name)
-        return before, self.ours.run(index, calls)
+        return before, repaired
 
     def _heal(self, index: int, calls: Calls, out: list[Any], wanted: list[Any]) -> list[Any]:
         """Trains a block towards the reference's output; what it puts out afterwards."""
         name, ledger = self.parts[index].name, self.ledgers["healing"]
         block = self.ours.modules[name]
-        least = _relative_error(out, wanted, self.held_out)
-        if not math.isfinite(least):
+        if not math.isfinite(self._error(index, out, wanted)):
             ledger.left[name] = "puts out more than a tensor, or does not vary"
             return out
+        data = [(*calls[i], wanted[i]) for i in self.fitted]
+        variance = sum(float(wanted[i].var()) for i in self.fitted) / len(self.fitted)
         with _trainable(block) as tensors:
-            best = {entry: value.clone() for entry, value in block.state_dict().items()}
-            small, large = ([t for t in tensors if (t.ndim > 1) == big] for big in (False, True))
-            groups = [{"params": p, "lr": r} for p, r in zip((small, large), HEALING_RATE, strict=True) if p]
-            optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-            rates = [group["lr"] for group in optimizer.param_groups]
-            variance = sum(float(wanted[i].var()) for i in self.fitted) / len(self.fitted)
-            generator = torch.Generator().manual_seed(0)
-            start, share = time.perf_counter(), 0.0
-            while share < 1:
-                for i in torch.randperm(len(self.fitted), generator=generator).tolist():
-                    args, kwargs = calls[self.fitted[i]]
-                    with torch.enable_grad():
-                        error = block(*copied(args), **kwargs) - wanted[self.fitted[i]]
-                        (error.square().mean() / variance).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    share = (time.perf_counter() - start) / self.heal_seconds
-                    if share >= 1:
-                        break
-                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                        group["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * share))
-                error_now = self._error(index, calls, wanted)
-                if error_now < least:
-                    least = error_now
-                    best = {entry: value.clone() for entry, value in block.state_dict().items()}
-            block.load_state_dict(best)
+            groups = [{"params": [t for t in tensors if t.ndim == 1], "lr": HEALING_RATE[0]}]
+            groups += [{"params": [t for t in tensors if t.ndim > 1], "lr": HEALING_RATE[1]}]
+            _descend(
+                block,
+                data,
+                lambda out, target: (out - target).square().mean() / variance,
+                lambda: self._error_now(index, calls, wanted),
+                groups,
+                self.heal_seconds,
+            )
         ledger.changed.append(name)
         return self.ours.run(index, calls)
+
+    def _distil(self, expected: torch.Tensor) -> torch.Tensor:
+        """Trains what is 1-D towards the reference's outputs on all images; what ours puts out on the held-out ones."""
+        model, batches = self.models[0], self.ours.batches
+        targets = expected.split([len(batch) for batch in batches])
+
+        def held_out() -> torch.Tensor:
+            return torch.cat([model(batches[i]) for i in self.held_out])
+
+        wanted = torch.cat([targets[i] for i in self.held_out])
+        with _trainable(model) as tensors:
+            _descend(
+                model,
+                [((batches[i],), {}, targets[i]) for i in self.fitted],
+                divergence,
+                lambda: float(divergence(held_out(), wanted)),
+                [{"params": [t for t in tensors if t.ndim == 1], "lr": HEALING_RATE[2]}],
+                self.heal_seconds * sum(bool(part.converted) for part in self.parts),
+            )
+        return held_out()
 
     def _factor(self, index: int, calls: Calls, name: str, out: Any) -> tuple[torch.Tensor, bool] | None:
         """By how much the part's output moves with each channel of the layer's, if by one factor a channel.
@@ -572,6 +647,37 @@ class _Walk:
         return None
 
 
+def _descend(
+    module: nn.Module,
+    data: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]],
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    measure: Callable[[], float],
+    groups: list[dict[str, Any]],
+    seconds: float,
+) -> None:
+    """Adam on arguments and wanted outputs, its rates falling to 0 in the time given; the best state measured stays."""
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    best, least = {name: value.clone() for name, value in module.state_dict().items()}, measure()
+    generator, start, share = torch.Generator().manual_seed(0), time.perf_counter(), 0.0
+    while share < 1:
+        for i in torch.randperm(len(data), generator=generator).tolist():
+            args, kwargs, wanted = data[i]
+            with torch.enable_grad():
+                loss(module(*copied(args), **kwargs), wanted).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            share = (time.perf_counter() - start) / seconds
+            if share >= 1:
+                break
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * share))
+        found = measure()
+        if found < least:
+            best, least = {name: value.clone() for name, value in module.state_dict().items()}, found
+    module.load_state_dict(best)
+
+
 @contextmanager
 def _trainable(block: nn.Module) -> Iterator[list[torch.Tensor]]:
     """All that trains in a block, frozen scales and shifts included; afterwards only what trained before does."""
@@ -587,53 +693,64 @@ def _trainable(block: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 class _Rows:
-    """A hook that gathers a layer's input and output, a batch each, (images, positions, channels)."""
+    """A hook that gathers a layer's output (and input), a call each, (images, positions, channels).
 
-    def __init__(self, layer: nn.Module | None, positions: int | None) -> None:
+    Args:
+        layer: Whether channels come last is its kind's matter.
+        rows: So many of a call at most, all images together.
+        chosen: The calls to gather; all if None.
+        inputs: Gather inputs as well.
+    """
+
+    def __init__(
+        self, layer: nn.Module | None, rows: int | None, chosen: Container[int] | None = None, inputs: bool = False
+    ) -> None:
         self.channels_last = isinstance(layer, nn.Linear)
-        self.positions = positions
-        self.taken: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.rows, self.chosen, self.with_inputs, self.calls = rows, chosen, inputs, 0
+        self.inputs: list[torch.Tensor] = []
+        self.outputs: list[torch.Tensor] = []
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        self.taken.append((self.pick(args[0]), self.pick(output)))
+        self.calls += 1
+        if self.chosen is None or self.calls - 1 in self.chosen:
+            self.outputs.append(self.pick(output))
+            if self.with_inputs:
+                self.inputs.append(self.pick(args[0]))
 
     def pick(self, tensor: torch.Tensor, channels_last: bool | None = None) -> torch.Tensor:
         """The same random positions of every tensor of a size."""
         last = self.channels_last if channels_last is None else channels_last
         rows = tensor.unsqueeze(1).flatten(1, -2) if last else tensor.flatten(2).transpose(1, 2)
-        if self.positions is None or rows.shape[1] <= self.positions:
+        positions = rows.shape[1] if self.rows is None else max(1, self.rows // len(rows))
+        if rows.shape[1] <= positions:
             return rows.clone()
-        chosen = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0))[: self.positions]
+        chosen = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0))[:positions]
         return rows[:, chosen.to(rows.device)]
 
 
 class _Moments:
-    """A hook that measures mean and variance of each channel of a convolution's output, and may end the run there."""
+    """A hook that measures mean and variance of each channel of a convolution's output.
 
-    def __init__(self, stop: bool = False) -> None:
-        self.stop = stop
+    In the calls chosen, or in all, ending them there.
+    """
+
+    def __init__(self, chosen: Container[int] | None = None) -> None:
+        self.chosen, self.calls = chosen, 0
         self.sums: list[torch.Tensor] = []
 
     def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        variance, mean = (value.double() for value in torch.var_mean(output, (0, 2, 3), correction=0))
-        count = mean.new_full(mean.shape, output[:, 0].numel())
-        self.sums.append(torch.stack([count, count * mean, count * (variance + mean.square())]))
-        if self.stop:
+        self.calls += 1
+        if self.chosen is None or self.calls - 1 in self.chosen:
+            variance, mean = (value.double() for value in torch.var_mean(output, (0, 2, 3), correction=0))
+            count = mean.new_full(mean.shape, output[:, 0].numel())
+            self.sums.append(torch.stack([count, count * mean, count * (variance + mean.square())]))
+        if self.chosen is None:
             raise Reached
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         count, total, squares = torch.stack(self.sums).sum(0)
         mean = total / count
         return mean, (squares / count - mean.square()).clamp_min(0)
-
-
-def _relative_error(out: list[Any], wanted: list[Any], chosen: Iterable[int]) -> float:
-    """Squared error over the variance of what is wanted; NaN for outputs that are not single tensors."""
-    pairs = [(out[i], wanted[i]) for i in chosen]
-    if not all(isinstance(x, torch.Tensor) for pair in pairs for x in pair):
-        return math.nan
-    a, b = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
-    return float((a - b).square().mean() / b.var().clamp_min(1e-30))
 
 
 def choose_keys(covariance: torch.Tensor, keys_per_kernel: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

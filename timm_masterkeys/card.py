@@ -134,7 +134,8 @@ def _measured(report: ConversionReport) -> str:
     if not report.calibration:
         return "Only results listed in the metadata were\nmeasured."
     measured = report.calibration[0].upper() + report.calibration[1:]
-    return f"Only results listed in the metadata\nwere measured, and this:\n\n{measured}."
+    before = "Only results listed in the metadata\nwere measured, and this, before any training that came after"
+    return f"{before}:\n\n{measured}."
 
 
 def _body(

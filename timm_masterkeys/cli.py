@@ -180,7 +180,7 @@ def _convert(args: argparse.Namespace) -> None:
     dense = _create(args)
     model = _converted(dense, args)
     if args.calibrate:
-        stages = STAGES if args.heal else WITHOUT_GRADIENTS
+        stages = WITHOUT_GRADIENTS if args.heal is None else STAGES
         print(
             calibrate_masterkeys(model, dense, args.calibrate, stages=stages, heal_minutes=args.heal or 0), end="\n\n"
         )
