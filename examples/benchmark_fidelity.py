@@ -112,7 +112,7 @@ class Benchmark:
         r2 = mk.conversion_report(model).total.mean_r2
         return (*self.measure(self.outputs(model, others), others), r2, seconds)
 
-    def table(self, banks: list[str], keys: list[int], draws: int, minutes: float) -> None:
+    def table(self, banks: list[str], keys: list[int], draws: int) -> None:
         """Every bank, number of keys and stage."""
         print(f"\n{HEAD}", flush=True)
         measured = [self.measure(self.wanted[half], half) for half in (self.images.halves(d)[1] for d in range(draws))]
@@ -123,15 +123,13 @@ class Benchmark:
             "projection, statistics": ("projection", "statistics"),
             "statistics, absorption": ("statistics", "absorption"),
             "all in closed form": WITHOUT_GRADIENTS,
-            f"and {minutes:g} minutes of healing": STAGES,
         }
         for bank in banks:
             for r in keys:
                 for name, stages in repairs.items():
                     every = bank == mk.get_bank().name and r == keys[0]
                     if every or not stages or stages == WITHOUT_GRADIENTS:
-                        once = draws if stages != STAGES else 1
-                        self.row(bank, r, name, [self.run(bank, r, stages, d, minutes=minutes) for d in range(once)])
+                        self.row(bank, r, name, [self.run(bank, r, stages, draw) for draw in range(draws)])
 
     def row(self, bank: str, keys: int | str, repair: str, results: list[tuple[float, ...]]) -> None:
         """The mean over draws, and the spread of accuracy and agreement."""
@@ -167,14 +165,18 @@ def main() -> None:
     parser.add_argument("--bank", nargs="+", default=["babaiee2025", "scale-space-b", "random8:0"])
     parser.add_argument("--keys-per-kernel", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--draws", type=int, default=1, help="splits of the images")
-    parser.add_argument("--heal", type=float, default=5.0, metavar="MINUTES")
-    parser.add_argument("--only", choices=["table", "images"])
+    parser.add_argument("--heal", type=float, default=7.0, metavar="MINUTES")
+    parser.add_argument("--only", choices=["table", "healing", "images"])
     args = parser.parse_args()
     for name in args.network:
         benchmark = Benchmark(name, args.folder)
-        if args.only != "images":
-            benchmark.table(args.bank, args.keys_per_kernel, args.draws, args.heal)
-        if args.only != "table":
+        if args.only in (None, "table"):
+            benchmark.table(args.bank, args.keys_per_kernel, args.draws)
+        if args.only in (None, "healing"):
+            print(f"\n{HEAD}", flush=True)
+            result = benchmark.run(args.bank[0], args.keys_per_kernel[0], STAGES, 0, minutes=args.heal)
+            benchmark.row(args.bank[0], args.keys_per_kernel[0], f"and {args.heal:g} minutes of healing", [result])
+        if args.only in (None, "images"):
             benchmark.growth(args.bank[0], args.keys_per_kernel[0], max(args.draws, 3))
 
 

@@ -293,13 +293,12 @@ def test_healing_lowers_what_is_left_and_trains_nothing_else_afterwards():
     state, x = copy.deepcopy(model.state_dict()), torch.randn(40, 3, 64, 64)
     names = [name for name, _ in model.named_parameters()]
     report = mk.calibrate_masterkeys(model, dense, x, stages=["healing"], heal_minutes=0.1)
-    assert report.stages[0].after < 0.5 * report.stages[0].before and 4 < report.stages[0].seconds < 12
+    assert report.stages[0].after < 0.5 * report.stages[0].before and 4 < report.stages[0].seconds < 60
     assert [name for name, _ in model.named_parameters()] == names
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
-    for name in names:  # outside of blocks only what is 1-D
-        value = model.get_parameter(name)
+    for name in names:
         inside = any(name.startswith(f"{block}.") for block in report.stages[0].changed)
-        assert inside or value.ndim == 1 or torch.equal(value, state[name])
+        assert inside or torch.equal(model.get_parameter(name), state[name])
     for name, layer in converted(model).items():
         assert torch.equal(layer.keys, state[f"{name}.keys"]) and not torch.equal(layer.scale, state[f"{name}.scale"])
 

@@ -36,7 +36,7 @@ FEWEST = 10  # images
 ROWS = 100_000  # positions of all images together that a pointwise layer is fitted to
 KERNEL_ROWS = 20_000  # and a kernel,
 KERNEL_IMAGES = 64  # in so many images
-HEALING_RATE = 1.5e-3, 1.5e-4, 3e-4  # of Adam: in a block for what is 1-D and for weights; for what is 1-D in all
+HEALING_RATE = 1.5e-3, 1.5e-4  # of Adam, for what is 1-D and for weights
 DEAD = 1e-10  # a channel that varies less than this is left alone
 
 
@@ -134,8 +134,7 @@ def calibrate_masterkeys(
       classifier) is refitted by ridge least squares, so that the block's output, with all the drift that came in by
       its skip path, is that of the reference. A layer for which no ridge helps on held-out images is left as it is.
     - ``"healing"`` (not by default): gradient steps on all parameters of the block, scales included, towards the
-      reference's output of the block; in the end, for as long again, on all that is 1-D (scales, shifts, norms, biases)
-      towards the softmax of its logits. The best state on held-out images stays.
+      reference's output of the block; the best state on held-out images stays.
 
     Keys never change; leave out ``"absorption"`` and ``"healing"`` to keep every layer but the converted ones and
     their norms. How a block's output depends on its last pointwise layer is measured, not known by family: where it is
@@ -149,7 +148,7 @@ def calibrate_masterkeys(
             tuple (a DataLoader); or a folder of images, searched at all depths and prepared as the model's
             ``pretrained_cfg`` says. At least 10; some hundred are better.
         stages: What to do in each block; the order is always the one above.
-        heal_minutes: For healing alone: half of it shared equally among the blocks, half for the whole.
+        heal_minutes: For healing alone, shared equally among the blocks.
         batch_size: Images at a time.
         max_images: At most so many are used: evenly spread over a folder or a tensor, the first of an iterable. All
             are kept in memory, with one block's inputs and outputs in both networks (EfficientNet-Lite0: 20 MB an
@@ -370,7 +369,7 @@ class _Walk:
         images = sum(len(batches[i]) for i in self.fitted)
         self.sampled = self.fitted[:: math.ceil(images / KERNEL_IMAGES)]
         self.rows, self.kernel_rows = ROWS // len(self.fitted), KERNEL_ROWS // len(self.sampled)  # a batch
-        self.heal_seconds = 30 * heal_minutes / max(1, sum(bool(part.converted) for part in self.parts))
+        self.heal_seconds = 60 * heal_minutes / max(1, sum(bool(part.converted) for part in self.parts))
         found = {name for part in self.parts for name in part.converted}
         for name, layer in model.named_modules():
             if isinstance(layer, MasterKeyConv2d) and name not in found:
@@ -391,10 +390,6 @@ class _Walk:
         outputs = [_finite(m, n.finish()) for m, n in zip(self.models, (self.ours, self.reference), strict=True)]
         sizes = [len(batch) for batch in self.ours.batches]
         ours, wanted = (torch.cat([out.split(sizes)[i] for i in self.held_out]) for out in outputs)
-        if "healing" in self.ledgers:
-            start = time.perf_counter()
-            ours = _finite(self.models[0], self._distil(outputs[1]))
-            self.ledgers["healing"].seconds += time.perf_counter() - start
         return ours, wanted
 
     def _seconds(self, start: float) -> float:
@@ -586,8 +581,8 @@ class _Walk:
         data = [(*calls[i], wanted[i]) for i in self.fitted]
         variance = sum(float(wanted[i].var()) for i in self.fitted) / len(self.fitted)
         with _trainable(block) as tensors:
-            groups = [{"params": [t for t in tensors if t.ndim == 1], "lr": HEALING_RATE[0]}]
-            groups += [{"params": [t for t in tensors if t.ndim > 1], "lr": HEALING_RATE[1]}]
+            small, large = ([t for t in tensors if (t.ndim > 1) == big] for big in (False, True))
+            groups = [{"params": p, "lr": rate} for p, rate in zip((small, large), HEALING_RATE, strict=True)]
             _descend(
                 block,
                 data,
@@ -598,26 +593,6 @@ class _Walk:
             )
         ledger.changed.append(name)
         return self.ours.run(index, calls)
-
-    def _distil(self, expected: torch.Tensor) -> torch.Tensor:
-        """Trains what is 1-D towards the reference's outputs on all images; what ours puts out on the held-out ones."""
-        model, batches = self.models[0], self.ours.batches
-        targets = expected.split([len(batch) for batch in batches])
-
-        def held_out() -> torch.Tensor:
-            return torch.cat([model(batches[i]) for i in self.held_out])
-
-        wanted = torch.cat([targets[i] for i in self.held_out])
-        with _trainable(model) as tensors:
-            _descend(
-                model,
-                [((batches[i],), {}, targets[i]) for i in self.fitted],
-                divergence,
-                lambda: float(divergence(held_out(), wanted)),
-                [{"params": [t for t in tensors if t.ndim == 1], "lr": HEALING_RATE[2]}],
-                self.heal_seconds * sum(bool(part.converted) for part in self.parts),
-            )
-        return held_out()
 
     def _factor(self, index: int, calls: Calls, name: str, out: Any) -> tuple[torch.Tensor, bool] | None:
         """By how much the part's output moves with each channel of the layer's, if by one factor a channel.
