@@ -299,7 +299,7 @@ def test_pretrained_is_the_stock_model_converted(weights, file, caplog, source, 
     assert "\n" not in record.getMessage() and record.getMessage().startswith(f"{name}: ")
     assert f"mean R2 {report.total.mean_r2:.2f}" in record.getMessage() and 0.3 < report.total.mean_r2 < 0.9
     assert f"{report.total.channels:,} kernels of 9 layers put on bank babaiee2025" in record.getMessage()
-    assert "calibrate or fine-tune" in record.getMessage()
+    assert "calibrate_masterkeys(model, dense_model, images) or fine-tune" in record.getMessage()
 
 
 @pytest.mark.parametrize(
