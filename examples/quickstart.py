@@ -109,7 +109,7 @@ def main() -> None:
     print(
         "One key per kernel ruins a network as compact as this one; the repair brings much of it back, the more so the"
     )
-    print("the more varied the photographs. With four keys and the repair little is lost.")
+    print("more varied the photographs. With four keys and the repair little is lost.")
 
     with tempfile.TemporaryDirectory() as out:
         mk.save_pretrained(repaired[4], out)
