@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from timm.data import create_transform, is_img_extension, resolve_model_data_con
 from torch import nn
 from tqdm.auto import tqdm
 
-from .blocks import Calls, Hook, PartwiseNetwork, Reached, copied, find_parts
+from .blocks import Calls, Hook, Part, PartwiseNetwork, Reached, copied, find_parts
 from .errors import CalibrationError
 from .layers import MasterKeyConv2d
 from .report import CALIBRATION_NOTE, conversion_report
@@ -192,7 +192,7 @@ def calibrate_masterkeys(
         len(expected),
         tuple(walk.report(stage) for stage in STAGES if stage in stages),
         (_agreement(before, expected), _agreement(after, expected)),
-        (float(divergence(before, expected)), float(divergence(after, expected))),
+        (_divergence(before, expected), _divergence(after, expected)),
         time.perf_counter() - start,
     )
     cfg: Any = getattr(model, "pretrained_cfg", None)
@@ -332,10 +332,9 @@ def _agreement(out: torch.Tensor, expected: torch.Tensor) -> float:
     return float((out.flatten(1).argmax(1) == expected.flatten(1).argmax(1)).double().mean())
 
 
-def divergence(out: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Kullback-Leibler divergence of the softmax of logits from that of the expected ones, in nats, a mean."""
-    logits, wanted = (x.flatten(1).log_softmax(1) for x in (out, expected))
-    return F.kl_div(logits, wanted, reduction="batchmean", log_target=True)
+def _divergence(out: torch.Tensor, expected: torch.Tensor) -> float:
+    logits, wanted = (x.flatten(1).double().log_softmax(1) for x in (out, expected))
+    return float(F.kl_div(logits, wanted, reduction="batchmean", log_target=True))
 
 
 @dataclass
@@ -403,7 +402,7 @@ class _Walk:
         errors = torch.tensor(ledger.errors or [(math.nan, math.nan)], dtype=torch.float64).nanmean(0).tolist()
         return StageReport(stage, errors[0], errors[1], tuple(ledger.changed), ledger.left, ledger.seconds)
 
-    def _repair(self, index: int, part: "Any", stages: set[str]) -> None:
+    def _repair(self, index: int, part: Part, stages: set[str]) -> None:
         """Takes both networks one part further, ours repaired."""
         calls = self.ours.enter(index)
         target = _Rows(self.ours.modules.get(part.pointwise), self.rows)
@@ -578,19 +577,30 @@ class _Walk:
         if not math.isfinite(self._error(index, out, wanted)):
             ledger.left[name] = "puts out more than a tensor, or does not vary"
             return out
-        data = [(*calls[i], wanted[i]) for i in self.fitted]
         variance = sum(float(wanted[i].var()) for i in self.fitted) / len(self.fitted)
+        least, best = self._error(index, out, wanted), copy.deepcopy(block.state_dict())
+        generator, start, share = torch.Generator().manual_seed(0), time.perf_counter(), 0.0
         with _trainable(block) as tensors:
             small, large = ([t for t in tensors if (t.ndim > 1) == big] for big in (False, True))
             groups = [{"params": p, "lr": rate} for p, rate in zip((small, large), HEALING_RATE, strict=True)]
-            _descend(
-                block,
-                data,
-                lambda out, target: (out - target).square().mean() / variance,
-                lambda: self._error_now(index, calls, wanted),
-                groups,
-                self.heal_seconds,
-            )
+            optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+            while share < 1:
+                for i in torch.randperm(len(self.fitted), generator=generator).tolist():
+                    args, kwargs = calls[self.fitted[i]]
+                    with torch.enable_grad():
+                        error = block(*copied(args), **kwargs) - wanted[self.fitted[i]]
+                        (error.square().mean() / variance).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    share = (time.perf_counter() - start) / self.heal_seconds
+                    if share >= 1:
+                        break
+                    for group, rate in zip(optimizer.param_groups, HEALING_RATE, strict=True):
+                        group["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * share))
+                found = self._error_now(index, calls, wanted)
+                if found < least:
+                    least, best = found, copy.deepcopy(block.state_dict())
+            block.load_state_dict(best)
         ledger.changed.append(name)
         return self.ours.run(index, calls)
 
@@ -620,37 +630,6 @@ class _Walk:
             if error < 1e-3 and factor.abs().min() > 1e-6 * factor.abs().max() > 0:
                 return factor, channels_last
         return None
-
-
-def _descend(
-    module: nn.Module,
-    data: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]],
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    measure: Callable[[], float],
-    groups: list[dict[str, Any]],
-    seconds: float,
-) -> None:
-    """Adam on arguments and wanted outputs, its rates falling to 0 in the time given; the best state measured stays."""
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    rates = [group["lr"] for group in optimizer.param_groups]
-    best, least = {name: value.clone() for name, value in module.state_dict().items()}, measure()
-    generator, start, share = torch.Generator().manual_seed(0), time.perf_counter(), 0.0
-    while share < 1:
-        for i in torch.randperm(len(data), generator=generator).tolist():
-            args, kwargs, wanted = data[i]
-            with torch.enable_grad():
-                loss(module(*copied(args), **kwargs), wanted).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            share = (time.perf_counter() - start) / seconds
-            if share >= 1:
-                break
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * share))
-        found = measure()
-        if found < least:
-            best, least = {name: value.clone() for name, value in module.state_dict().items()}, found
-    module.load_state_dict(best)
 
 
 @contextmanager
