@@ -17,7 +17,7 @@ import timm_masterkeys as mk
 from timm_masterkeys.cli import main
 
 ARCH = "test_convnext3"  # depthwise kernels 7x7, 5x5, 5x5 and 3x3
-COMMANDS = ["list", "inspect", "convert", "publish"]
+COMMANDS = ["list", "inspect", "convert", "discover", "plot", "compare", "publish"]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_inspect_without_weights(run):
 def test_inspect_checkpoint(run, weights, model):
     code, out, err = run("inspect", ARCH, *weights)
     assert code == 0 and err == ""
-    assert out == f"{mk.plan_conversion(model)}\n\n{mk.conversion_report(mk.convert_to_masterkeys(model))}\n"
+    assert out == f"{mk.plan_conversion(model)}\n\n{mk.conversion_report(mk.convert_to_masterkeys(model), model)}\n"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_inspect_checkpoint(run, weights, model):
 def test_inspect_settings_and_json(run, weights, model, options, settings):
     code, out, err = run("inspect", ARCH, *weights, "--json", *options)
     assert code == 0 and err == ""
-    report = mk.conversion_report(mk.convert_to_masterkeys(model, **settings))
+    report = mk.conversion_report(mk.convert_to_masterkeys(model, **settings), model)
     assert json.loads(out) == json.loads(report.to_json())  # nothing else on stdout
     plan = {k: v for k, v in settings.items() if k != "keys_per_kernel"}
     assert run("inspect", ARCH, *weights, *options)[1] == f"{mk.plan_conversion(model, **plan)}\n\n{report}\n"
@@ -168,6 +168,37 @@ def test_convert_from_a_training_checkpoint(run, model, tmp_path):
     assert run("convert", ARCH, *options)[0] == 0
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert torch.equal(again.head.fc.weight, model.head.fc.weight)
+
+
+def test_discover(run, checkpoint, tmp_path):
+    np.savez(tmp_path / "other.npz", np.random.default_rng(0).standard_normal((60, 5, 5)))
+    name = Path(checkpoint).name
+    args = [checkpoint, tmp_path / "other.npz", "--kernel-size", "5", "--keys", "4", "--method", "lines"]
+    code, out, err = run(
+        "discover",
+        *args,
+        "--hold-out",
+        name,
+        "--output",
+        tmp_path / "bank.safetensors",
+        "--plot",
+        tmp_path / "curve.png",
+    )
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert code == 0 and err == "" and out.startswith("4 keys from 60 kernels") and "published keys" in out
+    bank = mk.get_bank(tmp_path / "bank.safetensors")
+    assert len(bank) == 4 and bank.name == "bank" and "other.npz" in bank.source
+    code, out, err = run("discover", *args, "--output", tmp_path / "bank.txt")
+    assert code == 1 and "ends in .safetensors" in err
+
+
+def test_compare(run, checkpoint, model, tmp_path):
+    np.savez(tmp_path / "other.npz", np.random.default_rng(0).standard_normal((60, 5, 5)))
+    code, out, err = run("compare", checkpoint, tmp_path / "other.npz", "--bank", "babaiee2025", "--bank", "random8:1")
+    assert code == 0 and err == "" and "5x5: the two use the keys of babaiee2025" in out
+    assert "keys of babaiee2025 and of random8:1, assigned to each other" in out
+    code, out, err = run("compare", tmp_path / "no.npz")
+    assert code == 1 and "Cannot read kernels from" in err
 
 
 # --- Errors

@@ -174,15 +174,16 @@ def test_table():
     model = timm.create_model("inception_next_atto")
     report = conversion_report(convert_to_masterkeys(model, keys_per_kernel=2))
     lines = str(report).splitlines()
-    assert len(lines) == 1 + 36 + 1 + 1
-    header, rows = lines[0], lines[1:-1]
+    assert [row.name for row in report.stages] == ["stages.0", "stages.1", "stages.2", "stages.3"]
+    assert len(lines) == 1 + 36 + 4 + 1 + 2 + 1
+    header, rows = lines[0], lines[1:-3]
     start = header.index("R2>.9") + 5
     assert len({len(line) for line in [header, *rows]}) == 1
     for title in ("kernel", "channels", "keys", "mean R2", "median", "worst", "R2>.5", "R2>.9"):
         end = header.index(title) + len(title)  # columns are right-aligned
         assert all(row[end] == " " for row in rows), title
-        assert all(row[end - 1] != " " for row in rows[:-1]), title
-    for row, layer in zip(rows, (*report.layers, report.total), strict=True):
+        assert all(row[end - 1] != " " for row in rows[:36]), title
+    for row, layer in zip(rows, (*report.layers, *report.stages, report.total), strict=True):
         assert row.startswith(layer.name)
         assert [int(n) for n in row[start:].split()] == list(layer.key_histogram)
         assert f"{layer.mean_r2:.3f}" in row
@@ -193,8 +194,9 @@ def test_table():
 
 
 def test_table_of_few_kernels_lines_up():
-    header, *rows, _ = str(conversion_report(convert_to_masterkeys(nn.Conv2d(3, 3, 3, groups=3)))).splitlines()
-    assert {len(row) for row in rows} == {len(header)}
+    lines = str(conversion_report(convert_to_masterkeys(nn.Conv2d(3, 3, 3, groups=3)))).splitlines()
+    header, *rows = lines[:3]
+    assert {len(row) for row in rows} == {len(header)} and len(lines[3]) == len(lines[4])
 
 
 def test_json():

@@ -8,19 +8,26 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import timm
 from timm.models import load_checkpoint
 from torch import nn
 
 from . import __version__
-from .banks import DEFAULT_BANK
+from .analysis import compare_networks
+from .banks import DEFAULT_BANK, KeyBank, get_bank
 from .calibrate import STAGES, WITHOUT_GRADIENTS, calibrate_masterkeys
+from .discovery import collect_kernels, discover_bank, match_banks
 from .errors import CheckpointError, MasterKeysError
+from .files import atomic_path
 from .hub import push_to_hub, save_pretrained
 from .registry import list_architectures
 from .report import conversion_report
 from .surgery import convert_to_masterkeys, plan_conversion
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # What a saved config.json says anyway; the rest (label names, entries of one's own) is published along.
 _OWN_ENTRIES = (
@@ -38,6 +45,10 @@ _EXAMPLES = """examples:
   timm-masterkeys inspect convnext_tiny
   timm-masterkeys inspect tf_efficientnet_lite0 --checkpoint lite0.safetensors --keys-per-kernel 2
   timm-masterkeys convert convnext_tiny --checkpoint mine.safetensors --calibrate photographs --output out
+  timm-masterkeys inspect convnext_tiny --pretrained --html report.html
+  timm-masterkeys plot convnext_tiny --pretrained --output pictures
+  timm-masterkeys compare convnext_tiny tf_efficientnet_lite0
+  timm-masterkeys discover convnext_tiny mine.safetensors --hold-out mine.safetensors --output bank.safetensors
   timm-masterkeys publish out me/convnext_tiny.mk8 --dry-run
 """
 
@@ -59,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as of `timm-masterkeys list | head`
         sys.stdout = open(os.devnull, "w")
         return 0
-    except (MasterKeysError, RuntimeError, ValueError, OSError) as error:
+    except (MasterKeysError, RuntimeError, ValueError, OSError, ImportError) as error:
         if args.verbose:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -108,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model(command)
     command.add_argument("--json", action="store_true", help="print the fit as JSON; without weights, the plan")
+    command.add_argument("--html", metavar="FILE", help="and write it, with pictures, as a page (needs matplotlib)")
     command.set_defaults(run=_inspect)
 
     command = add(
@@ -122,6 +134,45 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--calibrate", metavar="DIR", help="repair with the images of a folder; needs no labels")
     command.add_argument("--heal", type=float, metavar="MINUTES", help="and train each block towards the dense one's")
     command.set_defaults(run=_convert)
+
+    command = add(
+        "discover",
+        "search the keys that fit the depthwise kernels of some networks",
+        "discover convnext_tiny mine.safetensors --hold-out mine.safetensors --output bank.safetensors",
+        [],
+    )
+    command.add_argument("sources", nargs="+", help="timm names, checkpoints, .npz files of kernels (C, kh, kw)")
+    command.add_argument("--kernel-size", type=int, default=7, metavar="K", help="taps (default: 7)")
+    command.add_argument("--keys", type=int, metavar="N", help="how many (default: where the curve bends)")
+    command.add_argument("--hold-out", action="append", default=[], metavar="SOURCE", help="measure on it, not search")
+    command.add_argument("--by-kernels", action="store_true", help="every kernel counts the same, not every network")
+    command.add_argument(
+        "--method", default="autoencoder", choices=["autoencoder", "lines"], help="(default: the paper's)"
+    )
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--output", required=True, metavar="FILE", help=".safetensors file to write")
+    command.add_argument("--plot", metavar="FILE", help="and draw the curve of scores (needs matplotlib)")
+    command.set_defaults(run=_discover)
+
+    command = add(
+        "plot",
+        "pictures of what conversion does to a model's kernels (needs matplotlib)",
+        "plot convnext_tiny --pretrained --output pictures",
+        [settings],
+    )
+    _add_model(command)
+    command.add_argument("--output", required=True, metavar="DIR", help="folder to write PNG files into")
+    command.set_defaults(run=_plot)
+
+    command = add(
+        "compare",
+        "how well banks meet the depthwise kernels of networks, size by size",
+        "compare convnext_tiny mine.safetensors --bank babaiee2025 --bank bank.safetensors",
+        [],
+    )
+    command.add_argument("sources", nargs="+", help="timm names, checkpoints, .npz files of kernels (C, kh, kw)")
+    command.add_argument("--bank", action="append", default=[], help="name or .safetensors file; may be repeated")
+    command.set_defaults(run=_compare)
 
     command = add(
         "publish",
@@ -159,12 +210,21 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    if args.html and not (args.pretrained or args.checkpoint):
+        raise MasterKeysError("Random weights have no fit to draw: add --pretrained or --checkpoint FILE.")
     model = _create(args)
     plan = plan_conversion(model, args.bank, include=args.include, exclude=args.exclude)
     if not args.json:
         print(plan)
     if args.pretrained or args.checkpoint:
-        report = conversion_report(_converted(model, args))
+        converted = _converted(model, args)
+        if args.html:
+            from .page import html_page  # needs matplotlib
+
+            page = html_page(converted, model, args.model, args.bank)
+            with atomic_path(args.html) as tmp:
+                tmp.write_text(page, encoding="utf-8")
+        report = conversion_report(converted, reference=model)
         print(report.to_json() if args.json else f"\n{report}")
     elif args.json:
         print(json.dumps(dataclasses.asdict(plan), indent=2))
@@ -189,6 +249,71 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"\nsaved to {directory}: timm.create_model('local-dir:{directory}', pretrained=True) loads it")
     if not args.calibrate:
         print("one-shot conversion costs accuracy: add --calibrate DIR, or fine-tune before use")
+
+
+def _discover(args: argparse.Namespace) -> None:
+    if not args.output.endswith(".safetensors"):
+        raise MasterKeysError(f"--output is '{args.output}', expected a name that ends in .safetensors.")
+    if args.plot:
+        from . import plotting  # needs matplotlib: before the search, not after it
+    found = discover_bank(
+        collect_kernels(args.sources, args.kernel_size),
+        keys=args.keys,
+        held_out=[os.path.basename(source) for source in args.hold_out],
+        equal_networks=not args.by_kernels,
+        method=args.method,
+        seed=args.seed,
+        name=Path(args.output).stem,
+    )
+    found.bank.save(args.output)
+    if args.plot:
+        _save_figure(plotting.plot_elimination(found), args.plot)
+    print(found)
+    _print_match(found.bank, DEFAULT_BANK, args.kernel_size)
+    print(f"\nsaved to {args.output}: convert_to_masterkeys(model, bank='{args.output}') takes it")
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from . import plotting  # needs matplotlib
+
+    if not (args.pretrained or args.checkpoint):
+        raise MasterKeysError("Random weights have no fit to draw: add --pretrained or --checkpoint FILE.")
+    model = _create(args)
+    converted = _converted(model, args)
+    report = conversion_report(converted)
+    figures = {
+        "bank": plotting.plot_bank(args.bank),
+        "coverage": plotting.plot_coverage(report),
+        "r2": plotting.plot_r2(report),
+        "keys": plotting.plot_keys(report),
+        "kernels": plotting.plot_kernels(converted, model),
+    }
+    directory = Path(args.output)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        _save_figure(figure, directory / f"{name}.png")
+        print(directory / f"{name}.png")
+
+
+def _save_figure(figure: "Figure", path: str | Path) -> None:
+    kind = Path(path).suffix[1:]
+    if kind not in ("png", "svg", "pdf"):
+        raise MasterKeysError(f"Cannot draw into '{path}': expected a name that ends in .png, .svg or .pdf.")
+    with atomic_path(path) as tmp:
+        figure.savefig(tmp, format=kind, dpi=130)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    print(compare_networks(args.sources, args.bank or [DEFAULT_BANK, "random8:0"]))
+    if len(args.bank) == 2:
+        _print_match(*args.bank)
+
+
+def _print_match(bank: KeyBank | str, other: KeyBank | str, kernel_size: int = 7) -> None:
+    first, second = get_bank(bank), get_bank(other)
+    pairs = match_banks(first, second, (kernel_size, kernel_size))
+    print(f"keys of {first.name} and of {second.name}, assigned to each other, and their correlation:")
+    print("  ".join(f"{own + 1}-{theirs + 1} {value:.2f}" for own, theirs, value in pairs))
 
 
 def _publish(args: argparse.Namespace) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,8 +12,11 @@ from torch import nn
 
 from .errors import ConversionError
 from .layers import MasterKeyConv2d
+from .operators import OPERATORS, fit_operators
 from .surgery import plan_conversion
 
+COVERAGE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # R^2 of the coverage curve
+_NONE = (math.nan,) * 3
 CALIBRATION_NOTE = "masterkeys: calibrated "  # how calibration's figures go along, among the notes of a cfg
 
 
@@ -32,6 +37,7 @@ class LayerReport:
         above_50: Share of kernels with R^2 above 0.5.
         above_90: Share of kernels with R^2 above 0.9.
         key_histogram: How many kernels have each key of the bank as their first, by index in the bank.
+        coverage: Share of kernels with R^2 above each of ``COVERAGE``.
     """
 
     name: str
@@ -46,6 +52,28 @@ class LayerReport:
     above_50: float
     above_90: float
     key_histogram: tuple[int, ...]
+    coverage: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class OperatorReport:
+    """The kernels of the dense network that one operator meets better than the others, see ``fit_operators``.
+
+    Attributes:
+        operator: One of ``OPERATORS``, or "none" for kernels of which no operator meets half (R^2 up to 0.5).
+        kernels: How many.
+        mean_r2: Mean R^2 of the operator (of the best one, for "none"); NaN without kernels.
+        sigma: The 10 %, 50 % and 90 % quantile of the Gaussian's standard deviation, in taps.
+        upright: Share of first and second derivatives within 10 degrees of an axis of the image; else NaN.
+        half_pixel: Share of first derivatives that stand half a tap aside.
+    """
+
+    operator: str
+    kernels: int
+    mean_r2: float
+    sigma: tuple[float, float, float]
+    upright: float
+    half_pixel: float
 
 
 @dataclass(frozen=True)
@@ -55,6 +83,7 @@ class ConversionReport:
     Attributes:
         bank: Name of the bank (names, if layers differ).
         layers: One LayerReport a converted layer.
+        stages: The same by stage, a layer's name up to its first number (``stages.0``, ``blocks.3``).
         total: All kernels together.
         trainable_before: Trainable parameters of the model with ordinary, trainable depthwise kernels.
         trainable_after: Trainable parameters now.
@@ -62,10 +91,12 @@ class ConversionReport:
         stored_after: Numbers stored now: other parameters, key indices, scales, shifts and the keys themselves.
         dense: Depthwise layers that could be converted and were not.
         calibration: What the last calibration measured, in a sentence; empty if there was none.
+        operators: The operators that the dense kernels resemble; empty without a reference.
     """
 
     bank: str
     layers: tuple[LayerReport, ...]
+    stages: tuple[LayerReport, ...]
     total: LayerReport
     trainable_before: int
     trainable_after: int
@@ -73,20 +104,23 @@ class ConversionReport:
     stored_after: int
     dense: int = 0
     calibration: str = ""
+    operators: tuple[OperatorReport, ...] = ()
 
     def to_json(self) -> str:
         """The report as JSON text."""
         return json.dumps(_without_nan(asdict(self)), indent=2)
 
     def __str__(self) -> str:
-        width = max(len(layer.name) for layer in (*self.layers, self.total))
+        stages = [row for row in self.stages if len(self.stages) < len(self.layers)]
+        rows = (*self.layers, *stages, self.total)
+        width = max(len(layer.name) for layer in rows)
         titles = [f"k{i + 1}" for i in range(len(self.total.key_histogram))]
         counts = max(len(str(cell)) for cell in (*titles, *self.total.key_histogram))
         keys = " ".join(f"{title:>{counts}}" for title in titles)
         lines = [
             f"{'layer':<{width}}  kernel  channels  keys  mean R2  median  worst  R2>.5  R2>.9  {keys}",
         ]
-        for layer in (*self.layers, self.total):
+        for layer in rows:
             size = "x".join(map(str, layer.kernel_size)) if layer.kernel_size[0] else ""
             each = str(layer.keys_per_kernel) if layer.keys_per_kernel else ""
             histogram = " ".join(f"{n:>{counts}}" for n in layer.key_histogram)
@@ -95,6 +129,11 @@ class ConversionReport:
                 f"{layer.median_r2:>6.3f}  {layer.worst_r2:>5.3f}  {layer.above_50:>5.0%}  {layer.above_90:>5.0%}  "
                 f"{histogram}"
             )
+        marks = " ".join(f"{mark:>5}" for mark in COVERAGE)
+        lines += [f"kernels with R2 above  {marks}"]
+        lines += [" " * 23 + " ".join(f"{share:>5.0%}" for share in self.total.coverage)]
+        if self.operators:
+            lines += [_operator_table(self.operators)]
         if self.total.constant:
             lines.append(f"{self.total.constant:,} kernels are constant: met exactly, not in the R2 above")
         if self.total.drawn:
@@ -111,16 +150,18 @@ class ConversionReport:
 
 
 @torch.no_grad()
-def conversion_report(model: nn.Module) -> ConversionReport:
+def conversion_report(model: nn.Module, reference: nn.Module | None = None) -> ConversionReport:
     """How well each converted layer of a model meets the kernels it was made from.
 
     R^2 is that of the projection; it does not follow later training. Kernels drawn from the bank have none.
 
     Args:
         model: A converted model. Not changed.
+        reference: The dense model it was made from, if the report is to tell the operators its kernels resemble.
 
     Raises:
-        ConversionError: The model holds no MasterKeyConv2d, or it is on the meta device.
+        ConversionError: The model holds no MasterKeyConv2d, or it is on the meta device; the reference lacks one of
+            the layers.
 
     Example:
         >>> report = conversion_report(model)
@@ -133,15 +174,16 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     if any(layer.keys.is_meta for _, layer in layers):
         raise ConversionError("The model is on the meta device, its kernels have no values. Load weights first.")
     bins = max(len(layer.bank) for _, layer in layers)
-    rows, everything = [], []
+    rows = []
+    by_stage: dict[str, list[tuple[torch.Tensor, ...]]] = {}
     for name, layer in layers:
         index = layer.key_index[:, 0].cpu()
         first = torch.tensor(layer.bank.kept(layer.kernel_size))[index]  # type: ignore[arg-type]
         constant = (layer.scale.view(layer.out_channels, -1).eq(0).all(1) & layer.r2.eq(1)).cpu()
         values = (layer.r2.float().cpu(), constant, first)
         rows.append(_row(name, layer.kernel_size, layer.keys_per_kernel, bins, *values))  # type: ignore[arg-type]
-        everything.append(values)
-    total = _row("total", (0, 0), 0, bins, *(torch.cat(parts) for parts in zip(*everything, strict=True)))
+        by_stage.setdefault(_stage(name), []).append(values)
+    everything = [values for stage in by_stage.values() for values in stage]
 
     stored = sum(p.numel() for p in model.parameters())
     of_keys = [p for _, layer in layers for n, p in layer.named_parameters(recurse=False) if n != "bias"]
@@ -153,14 +195,69 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     return ConversionReport(
         bank=", ".join(sorted({layer.bank.name for _, layer in layers})),
         layers=tuple(rows),
-        total=total,
+        stages=tuple(_together(name, bins, values) for name, values in by_stage.items()),
+        total=_together("total", bins, everything),
         trainable_before=trainable - own_trainable + kernels,
         trainable_after=trainable,
         stored_before=stored - own + kernels,
         stored_after=stored - own + compact,
         dense=len(plan_conversion(model, layers[0][1].bank).converted),
         calibration=_calibration(model),
+        operators=() if reference is None else _operators(reference, [name for name, _ in layers]),
     )
+
+
+def _stage(layer: str) -> str:
+    """A layer's name up to its first number."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.)", layer)
+    return found[0] if found else layer
+
+
+def _together(name: str, bins: int, values: Iterable[tuple[torch.Tensor, ...]]) -> LayerReport:
+    return _row(name, (0, 0), 0, bins, *(torch.cat(parts) for parts in zip(*values, strict=True)))
+
+
+def _operators(reference: nn.Module, names: list[str]) -> tuple[OperatorReport, ...]:
+    modules = dict(reference.named_modules())
+    missing = [name for name in names if not isinstance(modules.get(name), nn.Conv2d)]
+    if missing:
+        raise ConversionError(f"The reference has no convolution '{missing[0]}'. Give the dense model of this one.")
+    fits = [fit_operators(modules[name].weight.detach().float()) for name in names]
+    r2, operator, sigma, orientation, aside = (
+        torch.cat([getattr(fit, field) for fit in fits])
+        for field in ("r2", "operator", "sigma", "orientation", "half_pixel")
+    )
+    best = r2.amax(1)
+    operator = torch.where(best > 0.5, operator, len(OPERATORS)).where(operator >= 0, operator)
+    rows = []
+    for number, title in enumerate((*OPERATORS, "none")):
+        own = operator == number
+        low, middle, high = sigma[own].quantile(sigma.new_tensor([0.1, 0.5, 0.9])).tolist() if own.any() else _NONE
+        off = (orientation[own] + 45) % 90 - 45
+        rows.append(
+            OperatorReport(
+                title,
+                int(own.sum()),
+                float(best[own].mean()),
+                (low, middle, high),
+                float((off.abs() <= 10).double().mean()) if "derivative" in title else math.nan,
+                float(aside[own].double().mean()) if title == "1st derivative" else math.nan,
+            )
+        )
+    return tuple(rows)
+
+
+def _operator_table(rows: tuple[OperatorReport, ...]) -> str:
+    lines = [f"{'resembles':<15} kernels  share  mean R2  sigma: 10 %  median   90 %  along an axis  half a tap aside"]
+    count = max(1, sum(row.kernels for row in rows))
+    for row in rows:
+        low, middle, high = (f"{value:.2f}" for value in row.sigma)
+        shares = ["" if math.isnan(share) else f"{share:.0%}" for share in (row.upright, row.half_pixel)]
+        lines.append(
+            f"{row.operator:<15} {row.kernels:>7,}  {row.kernels / count:>5.0%}  {row.mean_r2:>7.3f}  {low:>11}  "
+            f"{middle:>6}  {high:>5}  {shares[0]:>13}  {shares[1]:>16}".rstrip()
+        )
+    return "\n".join(lines)
 
 
 def _calibration(model: nn.Module) -> str:
@@ -195,6 +292,7 @@ def _row(
         float((shaped > 0.5).float().mean()),
         float((shaped > 0.9).float().mean()),
         tuple(torch.bincount(first[~constant], minlength=bins).tolist()),
+        tuple(float((shaped > mark).float().mean()) for mark in COVERAGE),
     )
 
 

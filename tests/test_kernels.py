@@ -1,0 +1,68 @@
+"""Kernels gathered from networks, checkpoints and arrays."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import timm_masterkeys as mk
+from timm_masterkeys.kernels import collect_kernels, read_kernels
+
+
+def test_collect_kernels(tmp_path):
+    model = timm.create_model("test_convnext")
+    depthwise = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.groups == m.in_channels > 1]
+    seven = [m.weight.detach().clone() for m in depthwise if m.kernel_size == (7, 7)]
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "b.pth")
+    np.savez(tmp_path / "c.npz", *[weight[:, 0].numpy() for weight in seven], np.zeros((3, 5, 5)))
+    bad = torch.randn(50, 7, 7)
+    bad[0], bad[1], bad[2, 0, 0] = 0, 3, float("nan")
+    sources = {"model": model, **{n: tmp_path / n for n in ("a.safetensors", "b.pth", "c.npz")}, "array": bad}
+    kernels = collect_kernels(sources)
+    assert kernels.names == tuple(sources) and (kernels.constant, kernels.non_finite) == (2, 1)
+    count = sum(map(len, seven))
+    assert torch.bincount(kernels.network).tolist() == [count] * 4 + [47]
+    own = torch.cat(seven).flatten(1).double()
+    own = own - own.mean(1, keepdim=True)
+    for network in range(4):
+        torch.testing.assert_close(kernels.values[kernels.network == network], own / own.norm(dim=1, keepdim=True))
+    for equal, each in ((True, 1 / 5), (False, 47 / len(kernels))):
+        weights = kernels.weights(equal)
+        assert abs(float(weights.sum()) - 1) < 1e-12
+        assert abs(float(weights[kernels.network == 4].sum()) - each) < 1e-12
+    searched, apart = kernels.split(["array"])
+    assert len(apart) == 47 and len(searched) == 4 * count and apart.weights().sum() == pytest.approx(1)
+
+
+def test_pretrained_names_and_strips():
+    rows = torch.randn(40, 1, 1, 11)
+    assert collect_kernels([rows], (1, 11)).kernel_size == (1, 11)
+    assert [tuple(k.shape) for k in read_kernels([rows, torch.randn(3, 5, 5), torch.randn(4)])] == [
+        (40, 1, 11),
+        (3, 5, 5),
+    ]
+
+
+def test_the_fit_is_that_of_the_projection():
+    weight = torch.randn(64, 1, 3, 3)
+    r2, index = collect_kernels([weight], 3).fit("babaiee2025")
+    projection = mk.project_kernels(weight, mk.get_bank())
+    torch.testing.assert_close(r2.float(), projection.r2, rtol=0, atol=1e-5)
+    kept = torch.tensor(mk.get_bank().kept((3, 3)))
+    assert torch.equal(index, kept[projection.key_index[:, 0]])
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([torch.randn(40, 5, 5)], "'Tensor 0' holds no depthwise kernel of 7x7"),
+        ([], "no network to take kernels from"),
+        (["a/x.npz", "b/x.npz"], "Two sources are called 'x.npz'"),
+        (["no.npz"], "Cannot read kernels from 'no.npz'"),
+    ],
+)
+def test_errors(sources, message):
+    with pytest.raises(mk.BankError, match=message):
+        collect_kernels(sources)
