@@ -22,14 +22,15 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 62rem; padding: 1rem; color: #1a1a1a;
   background: #fff; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-figure { margin: 1rem 0; overflow-x: auto; } img { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; } .wide { overflow-x: auto; } img { max-width: 100%; height: auto; }
+.wide img { max-width: none; width: max(100%, 36rem); }
 figcaption { font-size: .9rem; color: #444; }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
 th, td { padding: .15rem .5rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; } tr.total td { font-weight: 600; border-top: 2px solid #666; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; padding: 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .75rem; padding: 0; }
 .facts li { list-style: none; background: #f3f3f3; padding: .6rem .8rem; border-radius: .4rem; }
-.facts b { display: block; font-size: 1.3rem; } .warning { border-left: 4px solid #D55E00; padding: .2rem .8rem; }
+.facts b { display: block; font-size: 1.1rem; } .warning { border-left: 4px solid #D55E00; padding: .2rem .8rem; }
 """
 
 
@@ -155,7 +156,9 @@ def _figure(title: str, figure: Figure, caption: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     data = base64.b64encode(buffer.getvalue()).decode()
+    wide = " class=wide" if figure.get_figwidth() > 5.5 else ""  # scrolls on a phone
+    title = escape(title)
     return (
-        f"<h2>{escape(title)}</h2><figure><img alt='{escape(title)}' src='data:image/png;base64,{data}'>"
+        f"<h2>{title}</h2><figure><div{wide}><img alt='{title}' src='data:image/png;base64,{data}'></div>"
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )

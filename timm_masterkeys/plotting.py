@@ -27,11 +27,12 @@ except ImportError as error:
 
 DIVERGING = "RdBu_r"  # zero is white; told apart with any colour vision
 # Okabe and Ito's colours, told apart with any colour vision; beyond eight they come again, hatched.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"
+COLOURS = (ORANGE, "#E69F00", "#CC79A7", "#F0E442", "#009E73", BLACK, "#56B4E9", BLUE)
 
 
 def plot_bank(bank: Bank = DEFAULT_BANK, kernel_size: tuple[int, int] | None = None) -> Figure:
-    """The keys of a bank side by side, all on one scale around zero.
+    """The keys of a bank, four in a row, all on one scale around zero.
 
     Args:
         bank: Anything ``get_bank`` takes.
@@ -43,7 +44,7 @@ def plot_bank(bank: Bank = DEFAULT_BANK, kernel_size: tuple[int, int] | None = N
     bank = get_bank(bank)
     size = kernel_size or (min(7, bank.keys.shape[1]), min(7, bank.keys.shape[2]))
     keys, kept = bank.keys_for(size), bank.kept(size)
-    columns = min(8, len(keys))
+    columns = min(4, len(keys))
     rows = -(-len(keys) // columns)
     figure = Figure(figsize=(1.15 * columns + 0.5, 1.45 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -128,9 +129,9 @@ def plot_r2(report: ConversionReport) -> Figure:
     )
     axis.vlines(places, worst, np.maximum(median, mean), color="0.8", linewidth=2, zorder=1)
     for values, marker, colour, label in (
-        (mean, "o", COLOURS[0], "mean"),
-        (median, "_", COLOURS[7], "median"),
-        (worst, "v", COLOURS[5], "worst"),
+        (mean, "o", BLUE, "mean"),
+        (median, "_", BLACK, "median"),
+        (worst, "v", ORANGE, "worst"),
     ):
         axis.scatter(places, values, marker=marker, color=colour, label=label, zorder=2)
     title = f"Fit by depth; mean over all kernels {report.total.mean_r2:.2f}"
@@ -153,7 +154,7 @@ def plot_coverage(reports: ConversionReport | Mapping[str, ConversionReport]) ->
     styles = ("-", "--", ":", "-.")
     for index, (name, report) in enumerate(named.items()):
         x, y = [0, *COVERAGE, 1], [1, *report.total.coverage, 0]
-        axis.plot(x, y, styles[index % 4], marker=".", color=COLOURS[index % 8], label=name)
+        axis.plot(x, y, styles[index % 4], marker=".", color=COLOURS[index % 8 - 1], label=name)
     axis.set(xlabel="R²", ylabel="share of kernels above", xlim=(0, 1), ylim=(0, 1.02), title="Coverage")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -165,10 +166,10 @@ def plot_elimination(found: Discovery) -> Figure:
     counts = sorted(count for count in found.curve if count <= 25)
     figure = Figure(figsize=(4.8, 3.4), layout="constrained")
     axis = figure.subplots()
-    axis.plot(counts, [found.curve[count] for count in counts], ".-", color=COLOURS[0])
+    axis.plot(counts, [found.curve[count] for count in counts], ".-", color=BLUE)
     ends = [counts[0], counts[-1]]
     axis.plot(ends, [found.curve[end] for end in ends], ":", color="0.5", label="chord")
-    axis.axvline(found.elbow, color=COLOURS[5], linestyle="--", label=f"elbow: {found.elbow} keys, farthest above it")
+    axis.axvline(found.elbow, color=ORANGE, linestyle="--", label=f"elbow: {found.elbow} keys, farthest above it")
     axis.set(xlabel="keys", ylabel="score", title=f"Search of {found.searched:,} kernels")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
