@@ -17,7 +17,7 @@ from .errors import (
     ProjectionError,
 )
 from .hub import Publication, push_to_hub, save_pretrained
-from .layers import MasterKeyConv2d
+from .layers import MasterKeyConv2d, ScaledKeyConv2d
 from .projection import Projection, project_kernels
 from .registry import list_architectures, register_names, use_weights
 from .report import ConversionReport, LayerReport, conversion_report
@@ -47,6 +47,7 @@ __all__ = [
     "Projection",
     "ProjectionError",
     "Publication",
+    "ScaledKeyConv2d",
     "StageReport",
     "calibrate_masterkeys",
     "conversion_report",

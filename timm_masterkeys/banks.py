@@ -19,6 +19,7 @@ from .files import atomic_path
 from .scale_space import SIGMAS, scale_space_keys
 
 DEFAULT_BANK = "babaiee2025"
+COMPACT_BANK = "compact8"
 
 _FORMAT = "timm_masterkeys.bank.1"
 _VANISHED = 0.3  # a key that keeps less of its norm than this at a size has no shape left there
@@ -204,7 +205,7 @@ class KeyBank:
 
 def list_banks() -> list[str]:
     """The names ``get_bank`` knows; ``<seed>`` stands for any whole number."""
-    return [DEFAULT_BANK, *(f"scale-space-{method}" for method in SIGMAS), "random8:<seed>"]
+    return [DEFAULT_BANK, COMPACT_BANK, *(f"scale-space-{method}" for method in SIGMAS), "random8:<seed>"]
 
 
 def get_bank(bank: "str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray" = DEFAULT_BANK) -> KeyBank:
@@ -212,9 +213,9 @@ def get_bank(bank: "str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray
 
     Args:
         bank: A name of ``list_banks()``, the path of a ``.safetensors`` file, a tensor or array (K, kh, kw), or a
-            KeyBank (returned as it is). ``scale-space-a`` to ``-d2`` are the published keys' models, differences of
-            discrete Gaussians, sampled at each size; ``random8:<seed>`` are eight Gaussian random 7x7 keys: the
-            control.
+            KeyBank (returned as it is). ``compact8`` are eight keys discovered in four compact networks (see
+            ``discovery``); ``scale-space-a`` to ``-d2`` are the published keys' models, differences of discrete
+            Gaussians, sampled at each size; ``random8:<seed>`` are eight Gaussian random 7x7 keys: the control.
 
     Raises:
         BankError: No such name, or a file or tensor that is no bank.
@@ -232,6 +233,9 @@ def get_bank(bank: "str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray
     name = os.fspath(bank)
     if name == DEFAULT_BANK:
         return _babaiee2025()
+    if name == COMPACT_BANK:
+        with resources.as_file(resources.files(__package__).joinpath("data/compact8.safetensors")) as path:
+            return KeyBank.load(path)
     if name.removeprefix("scale-space-") in SIGMAS and name.startswith("scale-space-"):
         source = "Lindeberg et al., Modelling and analysis of the 8 filters, JMIV 68(3), 2026, arXiv:2509.12746"
         return KeyBank(name, scale_space_keys(name.removeprefix("scale-space-")), source, "cc-by-4.0", resize="crop")

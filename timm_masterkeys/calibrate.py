@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .blocks import Calls, Hook, Part, PartwiseNetwork, Reached, copied, find_parts
 from .errors import CalibrationError
-from .layers import MasterKeyConv2d
+from .layers import MasterKeyConv2d, ScaledKeyConv2d
 from .report import CALIBRATION_NOTE, conversion_report
 
 _logger = logging.getLogger(__name__)
@@ -408,7 +408,9 @@ class _Walk:
         target = _Rows(self.ours.modules.get(part.pointwise), self.rows)
         moments = {name: _Moments(self.fitted) for name in part.converted if "statistics" in stages}
         kernels = {
-            name: _Rows(None, self.kernel_rows, self.sampled) for name in part.converted if "projection" in stages
+            name: _Rows(None, self.kernel_rows, self.sampled)
+            for name in part.converted
+            if "projection" in stages and not isinstance(self.ours.modules[name], ScaledKeyConv2d)
         }
         taps: list[tuple[str, Hook]] = [*moments.items(), *kernels.items()]
         if part.pointwise and "absorption" in stages:

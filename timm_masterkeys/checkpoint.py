@@ -15,7 +15,7 @@ from torch import nn
 from .banks import KeyBank
 from .errors import CheckpointError, ConversionError
 from .files import atomic_path
-from .layers import COMPACT_ENTRIES, MasterKeyConv2d, Trainable
+from .layers import MasterKeyConv2d, ScaledKeyConv2d, Trainable
 from .surgery import replace_layers
 
 DENSE_NAME = "model.safetensors"
@@ -45,7 +45,8 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors = {f"banks.{digest}": torch.from_numpy(bank.keys.copy()) for digest, bank in banks.items()}
     for name, layer in layers.items():
         tensors |= {
-            f"{name}.{entry}": getattr(layer, entry).detach().cpu().contiguous().clone() for entry in COMPACT_ENTRIES
+            f"{name}.{entry}": getattr(layer, entry).detach().cpu().contiguous().clone()
+            for entry in layer.compact_entries
         }
     about = {
         "format_version": FORMAT_VERSION,
@@ -97,18 +98,20 @@ def _apply(
         if isinstance(conv, MasterKeyConv2d):
             raise CheckpointError(f"{here} is converted already; '{path}' goes with the dense model.")
         mode = trainable or settings["trainable"]
+        scaled = f"{name}.log_sigma" in tensors
         new[here] = layer = MasterKeyConv2d.from_conv(
-            conv, banks[settings["bank"]], settings["keys_per_kernel"], mode, fit=values
+            conv, banks[settings["bank"]], settings["keys_per_kernel"], "scales" if scaled else mode, fit=values
         )
+        layer.set_trainable(mode, requires_grad=conv.weight.requires_grad)
         if not values:
             continue
-        entries = {entry: tensors[f"{name}.{entry}"] for entry in COMPACT_ENTRIES if f"{name}.{entry}" in tensors}
-        missing = [entry for entry in COMPACT_ENTRIES if entry not in entries]
+        entries = {e: tensors[f"{name}.{e}"] for e in layer.compact_entries if f"{name}.{e}" in tensors}
+        missing = [entry for entry in layer.compact_entries if entry not in entries]
         problems = [f"{entry} is missing" for entry in missing] or layer.check_state_dict(entries)
         if problems:
             raise CheckpointError(f"'{path}' does not fit layer {name}: {'; '.join(problems)}")
         layer.load_state_dict(entries, strict=False)
-        if not _agree(entries, conv.weight.detach()):
+        if not _agree(layer, entries, conv.weight.detach()):
             raise CheckpointError(
                 f"'{path}' disagrees with the dense weights of {name}: the two files are not of one conversion. "
                 "Publish both again."
@@ -203,12 +206,15 @@ def _read(path: str | os.PathLike[str]) -> _Contents:
     return tensors, banks, about["layers"]
 
 
-def _agree(entries: dict[str, torch.Tensor], weight: torch.Tensor) -> bool:
+def _agree(layer: MasterKeyConv2d, entries: dict[str, torch.Tensor], weight: torch.Tensor) -> bool:
     """Whether a dense weight has the kernels of the compact entries, up to the rounding of either's dtype."""
     if weight.is_meta:
         return True
     scale, shift = entries["scale"].double(), entries["shift"].double()
-    terms = entries["keys"].double().flatten(1)[entries["key_index"]] * scale.view(len(shift), -1, 1)
+    if isinstance(layer, ScaledKeyConv2d):
+        terms = (layer.compose_weight().detach().double().cpu().flatten(1) - shift[:, None]).unsqueeze(1)
+    else:
+        terms = entries["keys"].double().flatten(1)[entries["key_index"]] * scale.view(len(shift), -1, 1)
     kernels = terms.sum(1) + shift[:, None]
     rounding = torch.finfo(entries["scale"].dtype).eps * (terms.abs().sum(1) + shift[:, None].abs())
     dtype = torch.finfo(weight.dtype)

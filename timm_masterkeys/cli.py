@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import timm
 from timm.models import load_checkpoint
@@ -22,6 +22,7 @@ from .discovery import collect_kernels, discover_bank, match_banks
 from .errors import CheckpointError, MasterKeysError
 from .files import atomic_path
 from .hub import push_to_hub, save_pretrained
+from .layers import Trainable
 from .registry import list_architectures
 from .report import conversion_report
 from .surgery import convert_to_masterkeys, plan_conversion
@@ -129,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         [settings],
     )
     _add_model(command)
-    command.add_argument("--trainable", default="shift", choices=["none", "shift", "affine"], help="(default: shift)")
+    command.add_argument("--trainable", default="shift", choices=get_args(Trainable), help="(default: shift)")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     command.add_argument("--calibrate", metavar="DIR", help="repair with the images of a folder; needs no labels")
     command.add_argument("--heal", type=float, metavar="MINUTES", help="and train each block towards the dense one's")

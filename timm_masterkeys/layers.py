@@ -13,8 +13,10 @@ from .banks import DEFAULT_BANK, KeyBank, get_bank
 from .depthwise import affine_depthwise_conv2d
 from .errors import ConversionError, ProjectionError
 from .projection import Projection, check_keys_per_kernel, project_kernels
+from .scale_space import SIGMAS
+from .scales import SMALLEST, fit_scales, scaled_kernels
 
-Trainable = Literal["none", "shift", "affine"]
+Trainable = Literal["none", "shift", "affine", "scales"]
 
 # Named here, as torch.jit.script fails on a mypy comment in a forward.
 _is_scripting: Any = torch.jit.is_scripting  # type: ignore[attr-defined]
@@ -40,7 +42,8 @@ class MasterKeyConv2d(nn.Conv2d):
         bias: Adds a trainable bias.
         bank: Anything ``get_bank`` takes.
         keys_per_kernel: Keys per kernel, r; fewer where the bank has fewer at this kernel size.
-        trainable: ``"none"``, ``"shift"`` (one constant per kernel, as in the paper) or ``"affine"`` (scale and shift).
+        trainable: ``"none"``, ``"shift"`` (one constant per kernel, as in the paper) or ``"affine"`` (scale and shift);
+            ``"scales"`` is that of ``ScaledKeyConv2d``.
         device: As for ``nn.Conv2d``.
         dtype: As for ``nn.Conv2d``.
 
@@ -66,6 +69,7 @@ class MasterKeyConv2d(nn.Conv2d):
     """
 
     __jit_unused_properties__: ClassVar = ["weight"]
+    compact_entries: ClassVar[tuple[str, ...]] = COMPACT_ENTRIES
 
     keys: torch.Tensor
     key_index: torch.Tensor
@@ -124,7 +128,7 @@ class MasterKeyConv2d(nn.Conv2d):
             conv: ``nn.Conv2d`` or timm's ``Conv2dSame`` with ``groups == in_channels``.
             bank: Anything ``get_bank`` takes.
             keys_per_kernel: Keys per kernel.
-            trainable: "none", "shift" or "affine".
+            trainable: "none", "shift" or "affine"; "scales" makes a ``ScaledKeyConv2d``.
             fit: Project the kernels of ``conv``; else draw keys as for training from scratch (``reset_parameters``).
 
         Raises:
@@ -135,12 +139,15 @@ class MasterKeyConv2d(nn.Conv2d):
         Example:
             >>> layer = MasterKeyConv2d.from_conv(nn.Conv2d(96, 96, 7, padding=3, groups=96))
         """
-        layer = cls.__new__(cls)
+        kind = ScaledKeyConv2d if trainable == "scales" else cls
+        layer = kind.__new__(kind)
         layer._replace(conv, get_bank(bank), keys_per_kernel, trainable)
         if not fit:
             layer.reset_parameters(conv.weight)
         else:
-            layer._set(project_kernels(conv.weight, layer.bank, keys_per_kernel))
+            with torch.no_grad():
+                for name, value in layer._fit(conv.weight).items():
+                    getattr(layer, name).copy_(value)
         return layer
 
     def _replace(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
@@ -173,22 +180,29 @@ class MasterKeyConv2d(nn.Conv2d):
         Make the optimiser afterwards: parameters made here are new ones.
 
         Args:
-            trainable: "none", "shift" or "affine".
+            trainable: "none", "shift" or "affine"; for a ``ScaledKeyConv2d`` also "scales".
             requires_grad: Of the parameters made.
 
         Raises:
-            ConversionError: Unknown ``trainable``.
+            ConversionError: Unknown ``trainable``, or scales to train where there are none.
         """
         check_trainable(trainable)
+        if trainable == "scales" and not isinstance(self, ScaledKeyConv2d):
+            raise ConversionError(
+                "These keys have no scales to train: convert the dense model with trainable='scales'."
+            )
         self.trainable: Trainable = trainable
-        for name, trains in (("scale", trainable == "affine"), ("shift", trainable != "none")):
-            value = getattr(self, name).detach()
-            self._parameters.pop(name, None)
-            self._buffers.pop(name, None)
-            if trains:
-                self.register_parameter(name, nn.Parameter(value, requires_grad=requires_grad))
-            else:
-                self.register_buffer(name, value)
+        self._trains("scale", trainable == "affine", requires_grad)
+        self._trains("shift", trainable != "none", requires_grad)
+
+    def _trains(self, name: str, trains: bool, requires_grad: bool) -> None:
+        value = getattr(self, name).detach()
+        self._parameters.pop(name, None)
+        self._buffers.pop(name, None)
+        if trains:
+            self.register_parameter(name, nn.Parameter(value, requires_grad=requires_grad))
+        else:
+            self.register_buffer(name, value)
 
     @torch.no_grad()
     def reset_parameters(self, weight: torch.Tensor | None = None) -> None:
@@ -221,12 +235,9 @@ class MasterKeyConv2d(nn.Conv2d):
         self.scale.copy_((self.scale.view(self.out_channels, -1) * (norm / drawn)).flatten())
         self.r2.fill_(-1.0)  # nothing was fitted
 
-    @torch.no_grad()
-    def _set(self, projection: Projection) -> None:
-        self.key_index.copy_(projection.key_index)
-        self.scale.copy_(projection.scale.flatten())
-        self.shift.copy_(projection.shift)
-        self.r2.copy_(projection.r2)
+    def _fit(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The compact entries but the keys, fitted to kernels (out_channels, 1, kh, kw)."""
+        return _entries(project_kernels(weight, self.bank, self.keys_per_kernel))
 
     def compose_weight(self) -> torch.Tensor:
         """The kernels (out_channels, 1, kh, kw); differentiable in scale and shift."""
@@ -293,7 +304,7 @@ class MasterKeyConv2d(nn.Conv2d):
         """
         if torch.compiler.is_compiling() or self.scale.is_inference():
             return self.compose_weight()
-        parts = (self.scale, self.shift, self.keys, self.key_index)
+        parts = self._parts()
         state = [(part._version, part.data_ptr(), part.dtype) for part in parts]
         if self._composed is not None and self._composed[0] == state:
             # Writes through .data leave no trace in the state. On CPU the values themselves are compared as well.
@@ -301,6 +312,10 @@ class MasterKeyConv2d(nn.Conv2d):
                 return self._composed[2]
         self._composed = state, [part.detach().clone() for part in parts], self.compose_weight()
         return self._composed[2]
+
+    def _parts(self) -> tuple[torch.Tensor, ...]:
+        """What the kernels are composed of."""
+        return self.scale, self.shift, self.keys, self.key_index
 
     def train(self, mode: bool = True) -> "MasterKeyConv2d":
         """As for any module; also drops the composed kernels kept for inference."""
@@ -319,15 +334,17 @@ class MasterKeyConv2d(nn.Conv2d):
         cls = Conv2dSame if self.same_padding else nn.Conv2d
         conv = cls.__new__(cls)
         conv.__dict__.update(self.__dict__)
-        for name in ("bank", "keys_per_kernel", "trainable", "same_padding", "_composed"):
-            del conv.__dict__[name]
+        for name in ("bank", "keys_per_kernel", "trainable", "same_padding", "_composed", "operators"):
+            conv.__dict__.pop(name, None)
         frozen = any(
-            not p.requires_grad for name, p in self._parameters.items() if p is not None and name in COMPACT_ENTRIES
+            not p.requires_grad
+            for name, p in self._parameters.items()
+            if p is not None and name in self.compact_entries
         )
         weight = nn.Parameter(self.compose_weight().detach(), requires_grad=not frozen)
-        kept = {name: value for name, value in self._parameters.items() if name not in COMPACT_ENTRIES}
+        kept = {name: value for name, value in self._parameters.items() if name not in self.compact_entries}
         conv._parameters = {"weight": weight, **kept}
-        conv._buffers = {name: value for name, value in self._buffers.items() if name not in COMPACT_ENTRIES}
+        conv._buffers = {name: value for name, value in self._buffers.items() if name not in self.compact_entries}
         conv._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
         return conv
 
@@ -346,7 +363,7 @@ class MasterKeyConv2d(nn.Conv2d):
         count. Entries that are missing altogether are left to ``load_state_dict(strict=...)``.
         """
         here = f"{prefix}" if prefix else "layer "
-        given = [name for name in COMPACT_ENTRIES if prefix + name in state_dict]
+        given = [name for name in self.compact_entries if prefix + name in state_dict]
         dense = state_dict.get(prefix + "weight")
         if dense is not None and given:
             return [f"{here}weight: given together with {', '.join(given)}. Keep the dense or the compact entries."]
@@ -358,7 +375,7 @@ class MasterKeyConv2d(nn.Conv2d):
                 channel = int((~dense.flatten(1).isfinite().all(1)).nonzero()[0])
                 return [f"{here}weight: channel {channel} holds NaN or Inf; repair the checkpoint first."]
             return []
-        missing = [name for name in COMPACT_ENTRIES if name not in given]
+        missing = [name for name in self.compact_entries if name not in given]
         if given and missing:
             return [f"{here}{given[0]}: given without {', '.join(missing)}. The compact entries belong together."]
         problems = []
@@ -402,13 +419,7 @@ class MasterKeyConv2d(nn.Conv2d):
         dense = entries.pop(prefix + "weight", None)
         if dense is not None:
             dtype = dense.dtype if assign else torch.promote_types(dense.dtype, self.keys.dtype)
-            projection = project_kernels(dense.to(dtype), self.bank, self.keys_per_kernel)
-            entries |= {
-                prefix + "key_index": projection.key_index,
-                prefix + "scale": projection.scale.flatten(),
-                prefix + "shift": projection.shift,
-                prefix + "r2": projection.r2,
-            }
+            entries |= {prefix + name: value for name, value in self._fit(dense.to(dtype)).items()}
         if prefix + "scale" in entries:
             # Keys rounded to half precision, or none at all in a dense file: the bank's own digits instead.
             target = entries[prefix + "scale"] if assign else self.keys
@@ -421,7 +432,91 @@ class MasterKeyConv2d(nn.Conv2d):
         )
 
 
+class ScaledKeyConv2d(MasterKeyConv2d):
+    """A MasterKeyConv2d whose keys have a scale of their own in each channel, learned as in the scale-space paper.
+
+    Each channel keeps one of the eight operators of the ``scale-space-*`` banks (Lindeberg et al., JMIV 68(3), 2026)
+    and its scale; with ``trainable="scales"`` it learns sigma_x, sigma_y and shift. The sigmas are positive by
+    construction, the key is normalised (mean 0, norm 1) at any of them, and gamma of key 7 stays 1/2.
+    ``MasterKeyConv2d.from_conv`` and ``convert_to_masterkeys`` make these layers for ``trainable="scales"``, the sigmas
+    fitted to each kernel by least squares, or, for training from scratch, as in the bank.
+
+    Args:
+        All as for ``MasterKeyConv2d``, but ``bank``: one of the ``scale-space-*``; and one key per kernel.
+
+    Attributes:
+        log_sigma: (out_channels * 2,), the logarithms of sigma_x and sigma_y in taps, channel by channel; a parameter
+            if trainable is "scales", else a buffer.
+        operators: Which of the eight keys, from 0, each row of ``keys`` is.
+
+    Raises:
+        ConversionError: Another bank, or several keys per kernel.
+
+    Example:
+        >>> conv = ScaledKeyConv2d(96, 96, 7, padding=3, bank="scale-space-b", trainable="scales")
+        >>> conv.log_sigma.exp().view(96, 2)  # sigma_x, sigma_y
+    """
+
+    compact_entries: ClassVar[tuple[str, ...]] = (*COMPACT_ENTRIES, "log_sigma")
+
+    log_sigma: torch.Tensor
+    operators: list[int]
+
+    def _replace(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
+        names = [f"scale-space-{method}" for method in SIGMAS]
+        if bank.name not in names or bank.digest != get_bank(bank.name).digest:
+            raise ConversionError(f"Bank '{bank.name}' has no scales to learn, expected one of {', '.join(names)}.")
+        if keys_per_kernel != 1:
+            raise ConversionError(f"keys_per_kernel is {keys_per_kernel}, expected 1 where scales are learned.")
+        super()._replace(conv, bank, keys_per_kernel, "none")
+        self.operators = list(bank.kept(self.kernel_size))  # type: ignore[arg-type]
+        self.register_buffer("log_sigma", self.scale.new_zeros(2 * self.out_channels))
+        self.set_trainable(trainable, requires_grad=conv.weight.requires_grad)
+
+    def set_trainable(self, trainable: Trainable, requires_grad: bool = True) -> None:
+        """As for a MasterKeyConv2d; "scales" trains sigmas and shift, the others leave the sigmas as they are."""
+        super().set_trainable(trainable, requires_grad)
+        if "log_sigma" in self._parameters or "log_sigma" in self._buffers:  # not yet while it is made
+            self._trains("log_sigma", trainable == "scales", requires_grad)
+
+    @torch.no_grad()
+    def reset_parameters(self, weight: torch.Tensor | None = None) -> None:
+        """As for a MasterKeyConv2d; sigmas as in the bank. In place."""
+        super().reset_parameters(weight)
+        sigmas = torch.tensor([float(sigma) for sigma in SIGMAS[self.bank.name.removeprefix("scale-space-")].split()])
+        nominal = sigmas.clamp_min(SMALLEST).log().view(8, 2)[self.operators]
+        self.log_sigma.copy_(nominal.to(self.keys.device)[self.key_index[:, 0]].flatten())
+
+    def _fit(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        projection, log_sigma = fit_scales(weight, tuple(self.operators))
+        return {**_entries(projection), "log_sigma": log_sigma.flatten()}
+
+    def compose_weight(self) -> torch.Tensor:
+        """The kernels (out_channels, 1, kh, kw); differentiable in sigmas, scale and shift."""
+        operator = torch.tensor(self.operators, device=self.scale.device)[self.key_index[:, 0]]
+        keys = scaled_kernels(operator, self.log_sigma.view(-1, 2), self.kernel_size[0], self.kernel_size[1])
+        return (keys * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)).unsqueeze(1)
+
+    @torch.jit.unused
+    def _fast_forward(self, input: torch.Tensor) -> torch.Tensor:
+        # The sigmas' gradient needs the whole weight gradient, so autograd it is.
+        cached = not (torch.is_grad_enabled() or isinstance(input, torch.fx.Proxy))
+        return self._conv_forward(input, self._cached_weight() if cached else self.compose_weight(), self.bias)
+
+    def _parts(self) -> tuple[torch.Tensor, ...]:
+        return (*super()._parts(), self.log_sigma)
+
+
+def _entries(projection: Projection) -> dict[str, torch.Tensor]:
+    return {
+        "key_index": projection.key_index,
+        "scale": projection.scale.flatten(),
+        "shift": projection.shift,
+        "r2": projection.r2,
+    }
+
+
 def check_trainable(trainable: str) -> None:
-    """Raises ConversionError unless ``trainable`` is one of the three modes."""
+    """Raises ConversionError unless ``trainable`` is one of the modes."""
     if trainable not in get_args(Trainable):
         raise ConversionError(f"trainable is {trainable!r}, expected one of {', '.join(get_args(Trainable))}.")

@@ -146,7 +146,8 @@ def convert_to_masterkeys(
         keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where fewer have a shape.
         min_r2: In [0, 1]. Each layer gets as many keys per kernel, from ``keys_per_kernel`` up, as its mean R^2 needs
             to reach this; a layer that does not reach it with all keys stays dense. How many do is logged.
-        trainable: What of each kernel trains afterwards: "none", "shift" (as in the paper) or "affine".
+        trainable: What of each kernel trains afterwards: "none", "shift" (as in the paper) or "affine"; "scales", for
+            the ``scale-space-*`` banks, fits each kernel's sigmas too and trains them with the shift.
         inplace: Change ``model`` itself; else a deep copy is converted and ``model`` stays as it is.
 
     Returns:
@@ -155,8 +156,8 @@ def convert_to_masterkeys(
     Raises:
         BankError: No such bank.
         ProjectionError: NaN or Inf in a kernel (named by layer and channel), or keys_per_kernel out of range.
-        ConversionError: Nothing to convert, a pattern that matches nothing, an unknown ``trainable``, or no layer
-            that reaches ``min_r2``.
+        ConversionError: Nothing to convert, a pattern that matches nothing, an unknown ``trainable``, scales to learn
+            with another bank or several keys, or no layer that reaches ``min_r2``.
         In every case ``model`` is left as it was.
 
     Example:
@@ -241,7 +242,8 @@ def _convert(
         conv: Any = model.get_submodule(planned.name)
         try:
             layer = MasterKeyConv2d.from_conv(conv, bank, keys_per_kernel, trainable, fit=fit)
-            while min_r2 is not None and _mean_r2(layer) < min_r2 and layer.keys_per_kernel < len(layer.keys):
+            most = 1 if trainable == "scales" else len(layer.keys)
+            while min_r2 is not None and _mean_r2(layer) < min_r2 and layer.keys_per_kernel < most:
                 layer = MasterKeyConv2d.from_conv(conv, bank, layer.keys_per_kernel + 1, trainable)
         except ProjectionError as error:
             raise ProjectionError(f"{planned.name or type(conv).__name__}: {error}") from None
