@@ -24,6 +24,9 @@ COMPACT_BANK = "compact8"
 _FORMAT = "timm_masterkeys.bank.1"
 _VANISHED = 0.3  # a key that keeps less of its norm than this at a size has no shape left there
 _REPEATED = 0.98  # a key correlated more than this with an earlier one, sign apart, adds nothing there
+_TWIN = (
+    0.995  # the same for cropped keys: keys 7 and 8 of the scale-space banks, .98 alike at 3x3, are both worth having
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,12 +145,12 @@ class KeyBank:
             keys = keys - np.concatenate(edges, 1).mean(1)[:, None, None]
             keys = _fold(keys.shape[1], height) @ keys @ _fold(keys.shape[2], width).T
         keys, norms = _normalised(keys)
-        vanished = _VANISHED if self.resize == "fold" else 1e-6
+        vanished, repeated = (_VANISHED, _REPEATED) if self.resize == "fold" else (1e-6, _TWIN)
         flat = keys.reshape(len(keys), -1)
         kept: list[int] = []
         left_out: dict[int, str] = {}
         for index in range(len(keys)):
-            twins = [k for k in kept if abs(flat[k] @ flat[index]) > _REPEATED] if keys.shape != self.keys.shape else []
+            twins = [k for k in kept if abs(flat[k] @ flat[index]) > repeated] if keys.shape != self.keys.shape else []
             if norms[index] < vanished:
                 left_out[index] = "vanishes"
             elif twins:

@@ -1,0 +1,46 @@
+"""What scales of their own buy: R^2 of real kernels met by fixed keys, and by keys with sigmas fitted to each kernel.
+
+python examples/compare_scales.py kernels/*.npz   # networks: .npz files of arrays (C, kh, kw), checkpoints, timm names
+"""
+
+import argparse
+import time
+from pathlib import Path
+from statistics import mean
+
+from timm_masterkeys import get_bank
+from timm_masterkeys.kernels import collect_kernels, read_kernels
+from timm_masterkeys.scales import fit_scales
+
+BANK = get_bank("scale-space-b")
+
+
+def main() -> None:
+    """Prints a row for every network and kernel size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="+")
+    parser.add_argument("--fewest", type=int, default=32, help="kernels of a size (default: %(default)s)")
+    args = parser.parse_args()
+    print("| network | size | kernels | published | scale-space-b | sigmas fitted | seconds |\n" + "|---" * 7 + "|")
+    means: dict[tuple[int, int], list[tuple[float, ...]]] = {}
+    for network in args.networks:
+        layers = read_kernels(network)
+        for size in sorted({(layer.shape[1], layer.shape[2]) for layer in layers if layer[0].numel() > 1}):
+            kernels = collect_kernels({network: [layer for layer in layers if layer.shape[1:] == size]}, size)
+            if len(kernels) < args.fewest:
+                continue
+            start = time.perf_counter()
+            fitted = fit_scales(kernels.values.unflatten(1, (1, *size)), BANK.kept(size))[0].r2
+            seconds = time.perf_counter() - start
+            row = tuple(float(r2.mean()) for r2 in (kernels.fit("babaiee2025")[0], kernels.fit(BANK)[0], fitted))
+            means.setdefault(size, []).append(row)
+            cells = " | ".join(f"{value:.3f}" for value in row)
+            name = f"{Path(network).stem} | {size[0]}x{size[1]} | {len(kernels):,}"
+            print(f"| {name} | {cells} | {seconds:.1f} |", flush=True)
+    for size, rows in sorted(means.items()):
+        cells = " | ".join(f"{mean(column):.3f}" for column in zip(*rows, strict=True))
+        print(f"| mean of {len(rows)} | {size[0]}x{size[1]} | | {cells} | |")
+
+
+if __name__ == "__main__":
+    main()
