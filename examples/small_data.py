@@ -23,6 +23,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.data import create_dataset
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -63,9 +64,14 @@ class Data:
             self.validation = self.validation[0][order], self.validation[1][order]
 
     def _read(self, dataset: Any, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs = [(image.convert("RGB").resize((size, size)), label) for image, label in dataset]
-        images = torch.from_numpy(np.stack([np.asarray(image) for image, _ in pairs])).permute(0, 3, 1, 2)
-        return images.contiguous().to(DEVICE), torch.tensor([label for _, label in pairs], device=DEVICE)
+        images, labels = [], []
+        for i in range(len(dataset)):
+            file, label = dataset.reader[i]
+            with file, Image.open(file) as image:
+                images.append(np.asarray(image.convert("RGB").resize((size, size))))
+            labels.append(label)
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        return pixels.to(DEVICE), torch.tensor(labels, device=DEVICE)
 
 
 def normalised(images: torch.Tensor) -> torch.Tensor:
