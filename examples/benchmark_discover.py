@@ -1,0 +1,48 @@
+"""How long the search for a bank takes, how that grows with the kernels, and the memory it takes.
+
+The kernels are the published keys with as much noise as shape.
+
+    python examples/benchmark_discover.py --kernels 2500 10000 40000
+"""
+
+import argparse
+import resource
+import time
+
+import torch
+
+from timm_masterkeys.banks import get_bank
+from timm_masterkeys.discovery import Kernels, collect_kernels, discover_bank
+
+
+def kernels_like(count: int, size: int) -> Kernels:
+    """So many keys, drawn at random, with as much noise as shape."""
+    generator = torch.Generator().manual_seed(0)
+    keys = get_bank("babaiee2025").keys_for((size, size))
+    drawn = keys[torch.randint(len(keys), (count,), generator=generator)]
+    noise = torch.randn(drawn.shape, generator=generator)
+    noisy = drawn + noise * drawn.std((1, 2), keepdim=True)
+    return collect_kernels({"noisy": [noisy]}, (size, size))
+
+
+def main() -> None:
+    """Prints a row for every number of kernels."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", nargs="+", type=int, default=[2500, 10000, 40000])
+    parser.add_argument("--kernel-size", type=int, default=7)
+    args = parser.parse_args()
+    print("| kernels | autoencoder, s | lines, s | ratio | peak memory, MB |")
+    print("|---|---|---|---|---|")
+    for count in args.kernels:
+        kernels = kernels_like(count, args.kernel_size)
+        seconds = []
+        for method in ("autoencoder", "lines"):
+            start = time.perf_counter()
+            discover_bank(kernels, method=method)
+            seconds.append(time.perf_counter() - start)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"| {count:,} | {seconds[0]:.1f} | {seconds[1]:.1f} | {seconds[0] / seconds[1]:.1f} | {memory:,.0f} |")
+
+
+if __name__ == "__main__":
+    main()
