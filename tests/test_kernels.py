@@ -60,9 +60,25 @@ def test_the_fit_is_that_of_the_projection():
         ([torch.randn(40, 5, 5)], "'Tensor 0' holds no depthwise kernel of 7x7"),
         ([], "no network to take kernels from"),
         (["a/x.npz", "b/x.npz"], "Two sources are called 'x.npz'"),
-        (["no.npz"], "Cannot read kernels from 'no.npz'"),
+        (["no.npz"], "Cannot read kernels from 'no.npz': there is no such file"),
+        (["no.safetensors"], "Cannot read kernels from 'no.safetensors': there is no such file"),
     ],
 )
 def test_errors(sources, message):
     with pytest.raises(mk.BankError, match=message):
         collect_kernels(sources)
+
+
+@pytest.mark.parametrize("name", ["junk.npz", "array.npz", "junk.safetensors", "junk.pth"])
+def test_damaged_files_are_named(name, tmp_path):
+    (tmp_path / name).write_bytes(b"junk")
+    if name == "array.npz":
+        with (tmp_path / name).open("wb") as file:
+            np.save(file, np.zeros((40, 7, 7)))
+    with pytest.raises(mk.BankError, match=f"Cannot read kernels from '.*{name}'"):
+        collect_kernels([tmp_path / name])
+
+
+def test_entries_that_are_no_tensors_are_passed_over(tmp_path):
+    torch.save({"model": {"weight": torch.randn(40, 1, 7, 7), "epoch": 3}}, tmp_path / "trained.pth")
+    assert len(collect_kernels([tmp_path / "trained.pth"])) == 40

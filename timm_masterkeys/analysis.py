@@ -62,8 +62,8 @@ class Comparison:
         return float((counts / counts.sum(1, keepdim=True)).amin(0).sum())
 
     def __str__(self) -> str:
-        width = max(len(row.network) for row in self.rows)
-        bank = max(len(row.bank) for row in self.rows)
+        width = max((len(row.network) for row in self.rows), default=7)
+        bank = max((len(row.bank) for row in self.rows), default=4)
         lines = [f"{'network':<{width}}  kernel  kernels  {'bank':<{bank}}  mean R2  R2>.5  R2>.9  kernels by key"]
         for row in self.rows:
             lines.append(

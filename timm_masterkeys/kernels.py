@@ -1,6 +1,7 @@
 """The depthwise kernels of trained networks, gathered for analysis and search."""
 
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from .surgery import Bank
 
 Array = torch.Tensor | np.ndarray
 Source = str | os.PathLike[str] | nn.Module | Array | Sequence[Array]
+_FILES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,16 +139,19 @@ def read_kernels(source: Source) -> list[torch.Tensor]:
     """The depthwise kernels of a network, layer by layer, as (C, kh, kw) float64; see ``collect_kernels``."""
     if isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
-        if path.endswith(".npz"):
-            try:
-                with np.load(path) as file:
-                    return _stacks(list(file.values()))
-            except (OSError, ValueError) as error:
-                raise BankError(f"Cannot read kernels from '{path}': {error}.") from error
         if not os.path.isfile(path):
+            if path.endswith(_FILES):
+                raise BankError(f"Cannot read kernels from '{path}': there is no such file.")
             return read_kernels(timm.create_model(path, pretrained=True))
-        state = load_state_dict(path, use_ema=True, weights_only=True)
-        return _stacks([value for value in state.values() if value.ndim == 4 and value.shape[1] == 1])
+        try:
+            if path.endswith(".npz"):
+                with zipfile.ZipFile(path), np.load(path) as file:  # np.load alone takes other files as well
+                    return _stacks(list(file.values()))
+            state = load_state_dict(path, use_ema=True, weights_only=True)
+            tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+        except Exception as error:  # a damaged file: unpickling may raise anything
+            raise BankError(f"Cannot read kernels from '{path}': {error!r}.") from error
+        return _stacks([value for value in tensors if value.ndim == 4 and value.shape[1] == 1])
     if isinstance(source, nn.Module):
         layers = [m for m in source.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1]
         return _stacks([layer.weight for layer in layers])

@@ -57,12 +57,12 @@ def fit_operators(kernels: torch.Tensor) -> OperatorFit:
         >>> [OPERATORS[i] for i in fit.operator]
         ['1st derivative', ..., 'DoG', 'Gaussian']
     """
-    if not (kernels.ndim == 3 or (kernels.ndim == 4 and kernels.shape[1] == 1)) or kernels[0].numel() < 2:
+    if not (kernels.ndim == 3 or (kernels.ndim == 4 and kernels.shape[1] == 1)) or kernels.shape[-2:].numel() < 2:
         raise ProjectionError(f"Kernels have shape {tuple(kernels.shape)}, expected (N, kh, kw) or (N, 1, kh, kw).")
     if not kernels.isfinite().all():
         raise ProjectionError("Kernels hold NaN or Inf; every value must be finite.")
     height, width = kernels.shape[-2:]
-    flat = kernels.detach().cpu().double().reshape(len(kernels), -1)
+    flat = kernels.detach().cpu().double().reshape(-1, height * width)
     flat = flat - flat.mean(1, keepdim=True)
     norm = flat.norm(dim=1, keepdim=True)
     constant = norm[:, 0] <= 1e-6 * kernels.detach().cpu().double().flatten(1).norm(dim=1)
