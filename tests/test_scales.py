@@ -222,3 +222,13 @@ def test_calibration_leaves_keys_and_scales(tmp_path):
     mk.calibrate_masterkeys(model, dense, torch.randn(40, 3, 64, 64))
     now = [m.log_sigma for m in model.modules() if isinstance(m, mk.ScaledKeyConv2d)]
     assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+
+
+@pytest.mark.parametrize("trains", ["scales", "shift"])
+def test_fixed_and_learned_scales_are_not_mixed_up(trains):
+    model = timm.create_model("test_convnext.mk8", mk_bank=BANK, mk_trainable=trains)
+    other = timm.create_model("test_convnext.mk8", mk_bank=BANK, mk_trainable={"scales": "shift"}.get(trains, "scales"))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(mk.CheckpointError, match=r"log_sigma: .*made with trainable='scales'.*dense weights"):
+        other.load_state_dict(model.state_dict(), strict=False)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())

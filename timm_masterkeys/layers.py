@@ -375,7 +375,11 @@ class MasterKeyConv2d(nn.Conv2d):
                 channel = int((~dense.flatten(1).isfinite().all(1)).nonzero()[0])
                 return [f"{here}weight: channel {channel} holds NaN or Inf; repair the checkpoint first."]
             return []
+        if "log_sigma" not in self.compact_entries and prefix + "log_sigma" in state_dict:
+            return [f"{here}log_sigma: made with trainable='scales'; convert with that, or load the dense weights."]
         missing = [name for name in self.compact_entries if name not in given]
+        if missing == ["log_sigma"]:
+            return [f"{here}log_sigma: missing, not made with trainable='scales'; load the dense weights."]
         if given and missing:
             return [f"{here}{given[0]}: given without {', '.join(missing)}. The compact entries belong together."]
         problems = []
