@@ -1,5 +1,6 @@
 """Networks and banks side by side, against projection."""
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -42,3 +43,8 @@ def test_overlap():
 def test_errors():
     with pytest.raises(mk.BankError, match="'a' holds no depthwise kernels"):
         compare_networks({"a": torch.nn.Linear(2, 2)})
+    with pytest.raises(mk.BankError, match="No 7x7 kernel of 'a' has a shape"):
+        compare_networks({"a": torch.ones(40, 7, 7)})
+    with pytest.raises(mk.BankError, match="Two banks are called 'mine'"):
+        compare_networks([torch.randn(40, 7, 7)], [mk.KeyBank("mine", np.random.randn(2, 7, 7)) for _ in range(2)])
+    assert compare_networks([torch.zeros(0, 3, 3), torch.randn(9, 3, 3)][1:]).rows

@@ -190,6 +190,13 @@ def test_discover(run, checkpoint, tmp_path):
     assert len(bank) == 4 and bank.name == "bank" and "other.npz" in bank.source
     code, out, err = run("discover", *args, "--output", tmp_path / "bank.txt")
     assert code == 1 and "ends in .safetensors" in err
+    code, out, err = run("discover", *args, "--output", tmp_path / "no" / "bank.safetensors")
+    assert code == 1 and "there is no folder" in err and not (tmp_path / "no").exists()
+    code, out, err = run("discover", *args, "--output", tmp_path / "b.safetensors", "--plot", tmp_path / "curve.jpg")
+    assert code == 1 and "ends in .png" in err and not (tmp_path / "b.safetensors").exists()
+    before = Path(checkpoint).read_bytes()
+    code, out, err = run("discover", *args, "--output", checkpoint)
+    assert code == 1 and "is one of the sources" in err and Path(checkpoint).read_bytes() == before
 
 
 def test_compare(run, checkpoint, model, tmp_path):

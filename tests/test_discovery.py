@@ -45,6 +45,12 @@ def found_again(keys, lines):
             lambda: discover_bank(collect_kernels({"a": torch.randn(40, 7, 7)}), held_out=["a"]),
             "0 kernels with a shape are left",
         ),
+        (
+            lambda: discover_bank(
+                collect_kernels({"a": torch.randn(40, 7, 7), "b": torch.ones(40, 7, 7)}), held_out=["b"]
+            ),
+            "No kernel of b has a shape: nothing is held out",
+        ),
         (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), keys=50), "expected 1 to 25"),
         (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), method="pca"), "method is 'pca'"),
         (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), resume="x.json"), "nothing to keep"),
@@ -108,7 +114,10 @@ def test_a_planted_bank_is_discovered(method, tmp_path, monkeypatch):
         found
     )
     found.bank.save(tmp_path / "mine.safetensors")
-    assert "one" in mk.get_bank(tmp_path / "mine.safetensors").source
+    source = mk.get_bank(tmp_path / "mine.safetensors").source
+    assert source == (
+        f"discovered ({method}, seed 1, all networks count the same) in 1,200 kernels of one; held out: two"
+    )
     model = mk.convert_to_masterkeys(timm.create_model("test_convnext"), bank=tmp_path / "mine.safetensors")
     assert mk.conversion_report(model).bank == "discovered"
     assert len(discover_bank(data, method=method, keys=3).bank) == 3
@@ -138,6 +147,8 @@ def test_a_score_of_ones_own_and_resuming(tmp_path, monkeypatch):
     assert best == pytest.approx(anew.curve[1]) and by_fit.bank.digest != anew.bank.digest
     with pytest.raises(mk.BankError, match="of another search"):
         discover_bank(data, score=score, keys=1, seed=1, resume=tmp_path / "scores.json")
+    with pytest.raises(mk.BankError, match="of another score"):
+        discover_bank(data, score=lambda keys: 0.5, keys=1, resume=tmp_path / "scores.json")
     (tmp_path / "scores.json").write_text("{")
     with pytest.raises(mk.BankError, match="no file of scores"):
         discover_bank(data, score=score, keys=1, resume=tmp_path / "scores.json")
@@ -148,9 +159,13 @@ def test_agreement_score_is_that_of_the_converted_network():
     model = timm.create_model("test_convnext").eval()
     images = torch.randn(60, 3, 64, 64)
     score = agreement_score(model, images)
+    assert score(torch.arange(-3, 4.0)[None, :, None].expand(1, 7, 7)) >= 0  # one key will do
+    strips = timm.create_model("inception_next_atto", num_classes=4).eval()  # it has no shape in a 1xk strip
+    assert agreement_score(strips, images[:2])(torch.arange(-3, 4.0)[None, :, None].expand(1, 7, 7)) == 0  # not dense
     keys = torch.randn(8, 7, 7)
     with torch.inference_mode():
-        same = mk.convert_to_masterkeys(model, bank=keys).eval()(images).argmax(1) == model(images).argmax(1)
+        bank = mk.KeyBank("keys", keys.numpy(), resize="crop")  # as a discovered bank
+        same = mk.convert_to_masterkeys(model, bank=bank).eval()(images).argmax(1) == model(images).argmax(1)
     assert score(keys) == pytest.approx(float(same.double().mean()))
     own = mk.convert_to_masterkeys(model)  # a network whose kernels are those of the bank loses nothing
     assert agreement_score(mk.fuse_masterkeys(own), images)(mk.get_bank().keys_for((7, 7))) == 1

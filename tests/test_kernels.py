@@ -39,7 +39,8 @@ def test_collect_kernels(tmp_path):
 def test_pretrained_names_and_strips():
     rows = torch.randn(40, 1, 1, 11)
     assert collect_kernels([rows], (1, 11)).kernel_size == (1, 11)
-    assert [tuple(k.shape) for k in read_kernels([rows, torch.randn(3, 5, 5), torch.randn(4)])] == [
+    others = [torch.randn(4), torch.randn(8, 4, 3, 3)]  # a bias and an ordinary convolution
+    assert [tuple(k.shape) for k in read_kernels([rows, torch.randn(3, 5, 5), *others])] == [
         (40, 1, 11),
         (3, 5, 5),
     ]
@@ -59,7 +60,12 @@ def test_the_fit_is_that_of_the_projection():
     [
         ([torch.randn(40, 5, 5)], "'Tensor 0' holds no depthwise kernel of 7x7"),
         ([], "no network to take kernels from"),
-        (["a/x.npz", "b/x.npz"], "Two sources are called 'x.npz'"),
+        ([torch.randn(40, 5, 5), torch.randn(9, 1, 3, 3)], "of 7x7, but 5x5. Leave it out"),
+        (["a/x.npz", "a/x.npz"], "Two sources are called 'a/x.npz'"),
+        ("convnext_tiny", "one string, 'convnext_tiny'. Give a list"),
+        ([None], "Expected arrays of kernels"),
+        (["tests"], "'tests' is a folder"),
+        (["no_such_network"], "'no_such_network' is no file, and timm cannot make it"),
         (["no.npz"], "Cannot read kernels from 'no.npz': there is no such file"),
         (["no.safetensors"], "Cannot read kernels from 'no.safetensors': there is no such file"),
     ],
@@ -82,3 +88,18 @@ def test_damaged_files_are_named(name, tmp_path):
 def test_entries_that_are_no_tensors_are_passed_over(tmp_path):
     torch.save({"model": {"weight": torch.randn(40, 1, 7, 7), "epoch": 3}}, tmp_path / "trained.pth")
     assert len(collect_kernels([tmp_path / "trained.pth"])) == 40
+
+
+def test_files_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    paths = [tmp_path / folder / "net.npz" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        np.savez(path, np.random.default_rng(0).normal(size=(40, 7, 7)))
+    assert collect_kernels(paths).names == tuple(map(str, paths))
+
+
+def test_compact_weights_are_refused(tmp_path):
+    mk.save_pretrained(mk.convert_to_masterkeys(timm.create_model("test_convnext")), tmp_path / "out")
+    with pytest.raises(mk.BankError, match=r"masterkeys.safetensors' holds a converted model. Give its dense weights"):
+        collect_kernels([tmp_path / "out" / "masterkeys.safetensors"])
+    assert len(collect_kernels([tmp_path / "out" / "model.safetensors"]))

@@ -129,6 +129,13 @@ def test_the_report_counts_operators():
     assert report.operators[0].sigma == pytest.approx([SIGMA] * 3) and report.operators[0].mean_r2 == pytest.approx(1)
     assert [row.upright for row in report.operators[2:4]] == [0, 1] and report.operators[2].half_pixel == 0
     assert "resembles" in str(report) and "resembles" not in str(mk.conversion_report(mk.convert_to_masterkeys(model)))
+    assert sum(row.chance for row in report.operators) == 1
+    torch.manual_seed(0)
+    small = nn.Sequential(nn.Conv2d(2000, 2000, 3, groups=2000))
+    nn.init.normal_(small[0].weight)  # most of 3x3 resemble a derivative
+    rows = mk.conversion_report(mk.convert_to_masterkeys(small), small).operators
+    shares = {row.operator: (row.chance, row.kernels) for row in rows}
+    assert 0.2 < shares["none"][0] < 0.5 and all(abs(2000 * a - b) < 150 for a, b in shares.values())
     with pytest.raises(mk.ConversionError, match="no convolution '0'"):
         mk.conversion_report(mk.convert_to_masterkeys(model), nn.Sequential(nn.ReLU()))
 

@@ -1,6 +1,7 @@
 """The HTML report: what it says, and how a browser shows it on a phone."""
 
 import base64
+import copy
 import re
 import shutil
 import subprocess
@@ -66,6 +67,17 @@ def test_it_holds_everything_itself(page, dense):
         assert rows[operator.operator][1] == str(operator.kernels)
     assert "a &lt;b&gt; network" in page and "<b> network" not in page
     assert "converted in one shot" in page and f"{report.total.mean_r2:.3f}" in page
+
+
+def test_the_control_has_as_many_keys_per_kernel(dense):
+    control = mk.conversion_report(mk.convert_to_masterkeys(dense, "random8:0", keys_per_kernel=2)).total
+    page = html_page(mk.convert_to_masterkeys(dense, keys_per_kernel=2), dense, "two", "babaiee2025")
+    assert f"<li>R² of random keys<b>{control.mean_r2:.3f}</b>" in page
+
+
+def test_drawn_kernels_have_no_fit_to_show(dense):
+    page = html_page(mk.initialize_masterkeys(copy.deepcopy(dense)), dense, "drawn", "babaiee2025")
+    assert "kernels were drawn from the bank" in page and "Worst and best" not in page
 
 
 def test_inspect_writes_it(tmp_path, dense, capsys):

@@ -62,8 +62,8 @@ class Comparison:
         return float((counts / counts.sum(1, keepdim=True)).amin(0).sum())
 
     def __str__(self) -> str:
-        width = max((len(row.network) for row in self.rows), default=7)
-        bank = max((len(row.bank) for row in self.rows), default=4)
+        width = max(len(row.network) for row in self.rows)
+        bank = max(len(row.bank) for row in self.rows)
         lines = [f"{'network':<{width}}  kernel  kernels  {'bank':<{bank}}  mean R2  R2>.5  R2>.9  kernels by key"]
         for row in self.rows:
             lines.append(
@@ -94,23 +94,26 @@ def compare_networks(
         banks: Anything ``get_bank`` takes; random keys are the control.
 
     Raises:
-        BankError: A source without depthwise kernels, two of one name, no such bank.
+        BankError: A source without depthwise kernels or with none of a shape, two of one name, no such bank.
 
     Example:
         >>> print(compare_networks({"a": timm.create_model("convnext_atto"), "b": "kernels.npz"}))
     """
     resolved = [get_bank(bank) for bank in banks]
+    twins = [bank.name for i, bank in enumerate(resolved) if bank.name in [other.name for other in resolved[:i]]]
+    if twins:
+        raise BankError(f"Two banks are called '{twins[0]}'. Save one of them under another name.")
     rows = []
     bar = tqdm(name_sources(sources).items(), desc="networks", leave=False, disable=None, delay=2)
     for name, source in bar:
         layers = read_kernels(source)
-        sizes = sorted({(layer.shape[1], layer.shape[2]) for layer in layers if layer[0].numel() > 1})
+        sizes = sorted({(layer.shape[1], layer.shape[2]) for layer in layers if layer.shape[1:].numel() > 1})
         if not sizes:
             raise BankError(f"'{name}' holds no depthwise kernels. Leave it out.")
         for size in sizes:
             kernels = collect_kernels({name: [layer for layer in layers if tuple(layer.shape[1:]) == size]}, size)
             if not len(kernels):
-                continue
+                raise BankError(f"No {size[0]}x{size[1]} kernel of '{name}' has a shape; leave it out.")
             for bank in resolved:
                 r2, index = kernels.fit(bank)
                 rows.append(

@@ -22,6 +22,7 @@ from .discovery import collect_kernels, discover_bank, match_banks
 from .errors import CheckpointError, MasterKeysError
 from .files import atomic_path
 from .hub import push_to_hub, save_pretrained
+from .kernels import name_sources
 from .layers import Trainable
 from .registry import list_architectures
 from .report import conversion_report
@@ -68,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("timm-masterkeys: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # as of `timm-masterkeys list | head`
         sys.stdout = open(os.devnull, "w")
         return 0
@@ -211,8 +215,11 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    if args.html and not (args.pretrained or args.checkpoint):
-        raise MasterKeysError("Random weights have no fit to draw: add --pretrained or --checkpoint FILE.")
+    if args.html:
+        if not (args.pretrained or args.checkpoint):
+            raise MasterKeysError("Random weights have no fit to draw: add --pretrained or --checkpoint FILE.")
+        _check_folder(args.html)
+        from .page import html_page  # needs matplotlib: before the work, not after it
     model = _create(args)
     plan = plan_conversion(model, args.bank, include=args.include, exclude=args.exclude)
     if not args.json:
@@ -220,13 +227,13 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.pretrained or args.checkpoint:
         converted = _converted(model, args)
         if args.html:
-            from .page import html_page  # needs matplotlib
-
             page = html_page(converted, model, args.model, args.bank)
             with atomic_path(args.html) as tmp:
                 tmp.write_text(page, encoding="utf-8")
         report = conversion_report(converted, reference=model)
         print(report.to_json() if args.json else f"\n{report}")
+        if args.html and not args.json:
+            print(f"\nsaved to {args.html}")
     elif args.json:
         print(json.dumps(dataclasses.asdict(plan), indent=2))
     else:
@@ -255,22 +262,28 @@ def _convert(args: argparse.Namespace) -> None:
 def _discover(args: argparse.Namespace) -> None:
     if not args.output.endswith(".safetensors"):
         raise MasterKeysError(f"--output is '{args.output}', expected a name that ends in .safetensors.")
+    if os.path.realpath(args.output) in map(os.path.realpath, args.sources):
+        raise MasterKeysError(f"--output '{args.output}' is one of the sources: name another file.")
+    _check_folder(args.output)
     if args.plot:
+        _figure_kind(args.plot)
+        _check_folder(args.plot)
         from . import plotting  # needs matplotlib: before the search, not after it
+    names = name_sources(args.sources)
     found = discover_bank(
         collect_kernels(args.sources, args.kernel_size),
         keys=args.keys,
-        held_out=[os.path.basename(source) for source in args.hold_out],
+        held_out=[source if source in names else os.path.basename(source) for source in args.hold_out],
         equal_networks=not args.by_kernels,
         method=args.method,
         seed=args.seed,
         name=Path(args.output).stem,
     )
     found.bank.save(args.output)
-    if args.plot:
-        _save_figure(plotting.plot_elimination(found), args.plot)
     print(found)
     _print_match(found.bank, DEFAULT_BANK, args.kernel_size)
+    if args.plot:
+        _save_figure(plotting.plot_elimination(found), args.plot)
     print(f"\nsaved to {args.output}: convert_to_masterkeys(model, bank='{args.output}') takes it")
 
 
@@ -296,10 +309,22 @@ def _plot(args: argparse.Namespace) -> None:
         print(directory / f"{name}.png")
 
 
-def _save_figure(figure: "Figure", path: str | Path) -> None:
+def _check_folder(path: str) -> None:
+    """Raises unless a file can be written there: before the work, not after it."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise MasterKeysError(f"Cannot write '{path}': there is no folder '{folder}'.")
+
+
+def _figure_kind(path: str | Path) -> str:
     kind = Path(path).suffix[1:]
     if kind not in ("png", "svg", "pdf"):
         raise MasterKeysError(f"Cannot draw into '{path}': expected a name that ends in .png, .svg or .pdf.")
+    return kind
+
+
+def _save_figure(figure: "Figure", path: str | Path) -> None:
+    kind = _figure_kind(path)
     with atomic_path(path) as tmp:
         figure.savefig(tmp, format=kind, dpi=130)
 
@@ -307,7 +332,8 @@ def _save_figure(figure: "Figure", path: str | Path) -> None:
 def _compare(args: argparse.Namespace) -> None:
     print(compare_networks(args.sources, args.bank or [DEFAULT_BANK, "random8:0"]))
     if len(args.bank) == 2:
-        _print_match(*args.bank)
+        side = min(7, *(side for bank in args.bank for side in get_bank(bank).keys.shape[1:]))
+        _print_match(args.bank[0], args.bank[1], side)
 
 
 def _print_match(bank: KeyBank | str, other: KeyBank | str, kernel_size: int = 7) -> None:

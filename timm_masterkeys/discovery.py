@@ -6,6 +6,7 @@ Not imported with the package: ``from timm_masterkeys.discovery import collect_k
 import copy
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from .banks import DEFAULT_BANK, KeyBank, get_bank
 from .errors import BankError
 from .files import atomic_path
 from .kernels import Kernels, collect_kernels
-from .surgery import Bank, convert_to_masterkeys
+from .surgery import Bank, convert_to_masterkeys, plan_conversion
 
 __all__ = [
     "Discovery",
@@ -116,13 +117,13 @@ def discover_bank(
         score: Of a set of keys (K, kh, kw), the larger the better; weighted mean R^2 on the kernels searched if None.
             ``agreement_score`` makes one of a network. ``"autoencoder"`` calls it some 3,000 times, ``"lines"`` 25.
         resume: File (JSON) that keeps what ``score`` returned: a search that was broken off, started again with the
-            same arguments, goes on where it was.
+            same arguments, goes on where it was. The first value kept is checked against ``score``.
         seed: Of the training and the starts; the same seed gives the same bank.
         name: Of the bank.
 
     Raises:
         BankError: Unknown networks to hold out, too little left to search, a number of keys out of range, an unknown
-            method, or a file to resume from that is of another search.
+            method, or a file to resume from that is of another search or score.
 
     Example:
         >>> found = discover_bank(kernels, held_out=["b"])
@@ -130,6 +131,8 @@ def discover_bank(
         >>> convert_to_masterkeys(model, bank="mine.safetensors")
     """
     searched, apart = kernels.split(held_out)
+    if held_out and not len(apart):
+        raise BankError(f"No kernel of {', '.join(held_out)} has a shape: nothing is held out.")
     if len(searched) < FEWEST:
         raise BankError(f"{len(searched)} kernels with a shape are left to search, expected at least {FEWEST}.")
     if keys is not None and not 1 <= keys <= MOST:
@@ -166,7 +169,7 @@ def discover_bank(
     measured = apart if len(apart) else searched
     banks = {
         "this bank": best,
-        "lines fitted directly": fit_lines(searched.values, weights, len(best), seed),
+        "lines fitted directly": best if method == "lines" else fit_lines(searched.values, weights, len(best), seed),
         "published keys": get_bank(DEFAULT_BANK).keys_for(kernels.kernel_size).flatten(1).double(),
         "random keys": get_bank("random8:0").keys_for(kernels.kernel_size).flatten(1).double(),
     }
@@ -174,7 +177,10 @@ def discover_bank(
     if len(apart):
         banks["ceiling"] = fit_lines(measured.values, even, len(best), seed)
     networks = ", ".join(network for network in kernels.names if network not in held_out)
-    source = f"discovered ({method}, seed {seed}) in {len(searched):,} kernels of {networks}"
+    how = f"{method}, seed {seed}, all {'networks' if equal_networks else 'kernels'} count the same"
+    how += "" if score is None else ", by a score of its own"
+    source = f"discovered ({how}) in {len(searched):,} kernels of {networks}"
+    source += f"; held out: {', '.join(held_out)}" if held_out else ""
     return Discovery(
         bank=KeyBank(name, best.unflatten(1, kernels.kernel_size).numpy(), source, resize="crop"),
         curve=curve,
@@ -305,7 +311,7 @@ def agreement_score(model: nn.Module, images: torch.Tensor) -> Score:
         images: (N, 3, H, W), normalised, on the model's device.
 
     Returns:
-        A function of keys (K, kh, kw) to [0, 1].
+        A function of keys (K, kh, kw) to [0, 1]; 0 where some layer cannot be converted with these keys.
 
     Example:
         >>> found = discover_bank(kernels, score=agreement_score(model, images), resume="scores.json")
@@ -317,9 +323,13 @@ def agreement_score(model: nn.Module, images: torch.Tensor) -> Score:
         return torch.cat([network(batch).argmax(1) for batch in images.split(50)])
 
     wanted = classes(model)
+    layers = len(plan_conversion(model).converted)
 
     def score(keys: torch.Tensor) -> float:
-        converted = convert_to_masterkeys(model, bank=keys).eval()
+        bank = KeyBank("candidates", keys.numpy(), resize="crop")
+        if len(plan_conversion(model, bank).converted) < layers:  # none of these keys has a shape at some layer's size
+            return 0.0
+        converted = convert_to_masterkeys(model, bank=bank).eval()
         return float((classes(converted) == wanted).double().mean())
 
     return score
@@ -363,9 +373,15 @@ def _remembered(score: Score, path: Path, search: str) -> Score:
         if not isinstance(kept, dict) or kept.get("search") != search:
             raise BankError(f"'{path}' is of another search. Name another file, or remove it to start anew.")
     scores: dict[str, float] = kept["scores"]  # type: ignore[assignment]
+    unchecked = bool(scores)
 
     def remembered(keys: torch.Tensor) -> float:
+        nonlocal unchecked
         digest = hashlib.sha256(keys.numpy().tobytes()).hexdigest()
+        if unchecked and digest in scores:
+            if not math.isclose(now := float(score(keys)), scores[digest], rel_tol=1e-6, abs_tol=1e-9):
+                raise BankError(f"'{path}' is of another score: it holds {scores[digest]} where this one gives {now}.")
+            unchecked = False
         if digest not in scores:
             scores[digest] = float(score(keys))
             with atomic_path(path) as tmp:

@@ -97,9 +97,13 @@ def collect_kernels(
     values, network, constant, non_finite = [], [], 0, 0
     bar = tqdm(named.items(), desc="networks", leave=False, disable=None, delay=2)
     for index, (name, source) in enumerate(bar):
-        found = [array.flatten(1) for array in read_kernels(source) if tuple(array.shape[1:]) == (height, width)]
+        arrays = read_kernels(source)
+        found = [array.flatten(1) for array in arrays if tuple(array.shape[1:]) == (height, width)]
         if not found:
-            raise BankError(f"'{name}' holds no depthwise kernel of {height}x{width}. Leave it out.")
+            sizes = ", ".join(sorted({f"{array.shape[1]}x{array.shape[2]}" for array in arrays})) or "none at all"
+            raise BankError(
+                f"'{name}' holds no depthwise kernel of {height}x{width}, but {sizes}. Leave it out, or take one."
+            )
         kernels = torch.cat(found)
         finite = kernels.isfinite().all(1)
         kernels = kernels[finite]
@@ -114,11 +118,13 @@ def collect_kernels(
 
 
 def name_sources(sources: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]:
-    """Sources by name: that of the file, or the kind and the place in the list.
+    """Sources by name: that of the file (its path, where two have one name), or the kind and the place in the list.
 
     Raises:
         BankError: Two of one name, or none at all.
     """
+    if isinstance(sources, (str, os.PathLike)):
+        raise BankError(f"The sources are one string, '{sources}'. Give a list: ['{sources}'].")
     if isinstance(sources, Mapping):
         named = dict(sources)
     else:
@@ -126,6 +132,10 @@ def name_sources(sources: Mapping[str, Source] | Sequence[Source]) -> dict[str, 
             os.path.basename(s) if isinstance(s, (str, os.PathLike)) else f"{type(s).__name__} {i}"
             for i, s in enumerate(sources)
         ]
+        if len(set(names)) < len(names):  # a/net.npz and b/net.npz
+            names = [
+                os.fspath(s) if isinstance(s, (str, os.PathLike)) else n for s, n in zip(sources, names, strict=True)
+            ]
         twins = [name for i, name in enumerate(names) if name in names[:i]]
         if twins:
             raise BankError(f"Two sources are called '{twins[0]}'. Give them names: collect_kernels({{'a': ...}}).")
@@ -142,7 +152,12 @@ def read_kernels(source: Source) -> list[torch.Tensor]:
         if not os.path.isfile(path):
             if path.endswith(_FILES):
                 raise BankError(f"Cannot read kernels from '{path}': there is no such file.")
-            return read_kernels(timm.create_model(path, pretrained=True))
+            if os.path.isdir(path):
+                raise BankError(f"'{path}' is a folder. Give its file of dense weights, as model.safetensors.")
+            try:
+                return read_kernels(timm.create_model(path, pretrained=True))
+            except RuntimeError as error:
+                raise BankError(f"'{path}' is no file, and timm cannot make it: {error}") from error
         try:
             if path.endswith(".npz"):
                 with zipfile.ZipFile(path), np.load(path) as file:  # np.load alone takes other files as well
@@ -151,13 +166,19 @@ def read_kernels(source: Source) -> list[torch.Tensor]:
             tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
         except Exception as error:  # a damaged file: unpickling may raise anything
             raise BankError(f"Cannot read kernels from '{path}': {error!r}.") from error
-        return _stacks([value for value in tensors if value.ndim == 4 and value.shape[1] == 1])
+        if any(name.endswith(".key_index") for name in state):
+            raise BankError(f"'{path}' holds a converted model. Give its dense weights, as model.safetensors.")
+        return _stacks([value for value in tensors if value.ndim == 4])
     if isinstance(source, nn.Module):
         layers = [m for m in source.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1]
         return _stacks([layer.weight for layer in layers])
-    return _stacks([source] if isinstance(source, (torch.Tensor, np.ndarray)) else list(source))
+    return _stacks([source] if isinstance(source, (torch.Tensor, np.ndarray)) else source)
 
 
 def _stacks(arrays: Sequence[Array]) -> list[torch.Tensor]:
-    tensors = [torch.as_tensor(array).detach().cpu().double() for array in arrays]
-    return [tensor.flatten(0, -3) for tensor in tensors if tensor.ndim > 2]
+    """Those of shape (C, kh, kw) or (C, 1, kh, kw), as (C, kh, kw)."""
+    try:
+        tensors = [torch.as_tensor(array).detach().cpu().double() for array in arrays]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BankError(f"Expected arrays of kernels (C, kh, kw): {error}.") from error
+    return [t.flatten(0, -3) for t in tensors if t.ndim == 3 or (t.ndim == 4 and t.shape[1] == 1)]

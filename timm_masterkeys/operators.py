@@ -1,6 +1,7 @@
 """Which differential operator a kernel resembles: least-squares fits to tables of discrete Gaussian derivatives."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ class OperatorFit:
     Attributes:
         operator: (N,) int64, indices into ``OPERATORS``; -1 for a kernel that is constant.
         r2: (N, 4), R^2 of the best fit ``a*x + b`` by each operator; NaN for a constant kernel.
-        sigma: (N,), the Gaussian's standard deviation in taps (the centre's, of a DoG).
+        sigma: (N,), the Gaussian's standard deviation in taps (the centre's, of a DoG); at the grid's ends, 0.25 and
+            4, it may be less or more.
         orientation: (N,), the direction of the derivative in degrees [0, 180), 0 to the right, 90 up; else NaN.
         half_pixel: (N,), True for a first derivative taken half a tap aside, between a tap and its neighbours.
     """
@@ -67,8 +69,7 @@ def fit_operators(kernels: torch.Tensor) -> OperatorFit:
     norm = flat.norm(dim=1, keepdim=True)
     constant = norm[:, 0] <= 1e-6 * kernels.detach().cpu().double().flatten(1).norm(dim=1)
     flat = flat / norm.clamp_min(1e-300)
-    tables = [_isotropic(height, width, surround) for surround in (False, True)]
-    tables += [_first(height, width), _second(height, width)]
+    tables = _tables(height, width)
     parts = [_best(part, tables) for part in flat.split(_CHUNK)]
     r2, sigma, orientation, half_pixel = (torch.cat(columns) for columns in zip(*parts, strict=True))
     operator = r2.argmax(1)
@@ -86,6 +87,12 @@ class _Table:
     sigma: torch.Tensor  # (T,)
     orientation: torch.Tensor  # (T,)
     half_pixel: torch.Tensor  # (T,)
+
+
+@lru_cache(maxsize=16)
+def _tables(height: int, width: int) -> list[_Table]:
+    tables = [_isotropic(height, width, surround) for surround in (False, True)]
+    return [*tables, _first(height, width), _second(height, width)]
 
 
 def _best(kernels: torch.Tensor, tables: list[_Table]) -> tuple[torch.Tensor, ...]:

@@ -4,16 +4,21 @@ Not imported with the package: ``from timm_masterkeys.page import html_page``.
 """
 
 import base64
+import copy
 import io
 from collections.abc import Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
 from torch import nn
 
+from .banks import get_bank
 from .plotting import plot_bank, plot_coverage, plot_kernels, plot_keys, plot_r2
-from .report import LayerReport, conversion_report
+from .report import ConversionReport, LayerReport, conversion_report
 from .surgery import Bank, convert_to_masterkeys
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CONTROL = "random8:0"
 
@@ -54,9 +59,9 @@ def html_page(model: nn.Module, reference: nn.Module, title: str, bank: Bank) ->
         >>> Path("report.html").write_text(page, encoding="utf-8")
     """
     report = conversion_report(model, reference)
-    names = [layer.name for layer in report.layers]
-    control = conversion_report(convert_to_masterkeys(reference, CONTROL, include=names))
+    control = conversion_report(_control(reference, report))
     total = report.total
+    fitted = total.mean_r2 == total.mean_r2  # else all kernels were drawn
     facts = {
         "mean R²": f"{total.mean_r2:.3f}",
         "R² of random keys": f"{control.total.mean_r2:.3f}",
@@ -70,13 +75,13 @@ def html_page(model: nn.Module, reference: nn.Module, title: str, bank: Bank) ->
         (
             "Coverage",
             plot_coverage({report.bank: report, f"{CONTROL} (control)": control}),
-            "The share of kernels whose fit is above each R²; eight random filters are the control.",
+            "The share of kernels whose fit is above each R²; as many of eight random filters are the control.",
         ),
         ("Fit by depth", plot_r2(report), "Mean, median and worst R² of every layer."),
         ("Keys by depth", plot_keys(report), "The key nearest to each kernel."),
         (
             "Worst and best",
-            plot_kernels(model, reference),
+            plot_kernels(model, reference) if fitted else None,
             "Kernels of the dense network above their fits, a pair on one scale; below each title, layer:channel.",
         ),
     ]
@@ -89,13 +94,23 @@ def html_page(model: nn.Module, reference: nn.Module, title: str, bank: Bank) ->
         f"<h1>{escape(title)}</h1>",
         calibrated or warning,
         "<ul class=facts>" + "".join(f"<li>{k}<b>{escape(v)}</b></li>" for k, v in facts.items()) + "</ul>",
-        *(_figure(*figure) for figure in figures),
+        *(_figure(title, figure, caption) for title, figure, caption in figures if figure),
         "<h2>Operators</h2><p>What the dense kernels resemble: Gaussian derivatives fitted by least squares, none "
-        "where no fit reaches R² .5.</p>",
+        "where no fit reaches R² .5; beside them the share of random kernels of the same sizes that do as well.</p>",
         _table(
-            ("resembles", "kernels", "mean R²", "sigma 10 %", "median", "90 %", "along an axis", "half a tap aside"),
+            (
+                "resembles",
+                "kernels",
+                "random kernels",
+                "mean R²",
+                "sigma 10 %",
+                "median",
+                "90 %",
+                "along an axis",
+                "half a tap aside",
+            ),
             [
-                [row.operator, f"{row.kernels:,}"]
+                [row.operator, f"{row.kernels:,}", _share(row.chance)]
                 + [_number(value) for value in (row.mean_r2, *row.sigma)]
                 + [_share(value) for value in (row.upright, row.half_pixel)]
                 for row in report.operators
@@ -115,6 +130,16 @@ def html_page(model: nn.Module, reference: nn.Module, title: str, bank: Bank) ->
         f"<meta name=viewport content='width=device-width, initial-scale=1'>\n<title>{escape(title)}</title>\n"
         f"<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     )
+
+
+def _control(reference: nn.Module, report: ConversionReport) -> nn.Module:
+    """The reference converted with random keys, as many per kernel as the report's layers have."""
+    model = copy.deepcopy(reference)
+    for count in sorted({layer.keys_per_kernel for layer in report.layers}):
+        names = [layer.name for layer in report.layers if layer.keys_per_kernel == count]
+        most = min(len(get_bank(CONTROL).kept(layer.kernel_size)) for layer in report.layers if layer.name in names)
+        convert_to_masterkeys(model, CONTROL, include=names, keys_per_kernel=min(count, most), inplace=True)
+    return model
 
 
 _HEADER = ("layer", "kernel", "channels", "keys", "mean R²", "median", "worst", "R² > .5", "R² > .9")
@@ -152,7 +177,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], total: bool = F
     return "<div class=table><table>" + "\n".join(lines) + "</table></div>"
 
 
-def _figure(title: str, figure: Figure, caption: str) -> str:
+def _figure(title: str, figure: "Figure", caption: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     data = base64.b64encode(buffer.getvalue()).decode()

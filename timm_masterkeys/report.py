@@ -62,14 +62,17 @@ class OperatorReport:
     Attributes:
         operator: One of ``OPERATORS``, or "none" for kernels of which no operator meets half (R^2 up to 0.5).
         kernels: How many.
+        chance: The share of Gaussian random kernels, as many and of the same sizes, that come out so: at 3x3 most
+            resemble some operator.
         mean_r2: Mean R^2 of the operator (of the best one, for "none"); NaN without kernels.
         sigma: The 10 %, 50 % and 90 % quantile of the Gaussian's standard deviation, in taps.
         upright: Share of first and second derivatives within 10 degrees of an axis of the image; else NaN.
-        half_pixel: Share of first derivatives that stand half a tap aside.
+        half_pixel: Share of first derivatives that stand half a tap aside (four of five random ones do).
     """
 
     operator: str
     kernels: int
+    chance: float
     mean_r2: float
     sigma: tuple[float, float, float]
     upright: float
@@ -222,13 +225,11 @@ def _operators(reference: nn.Module, names: list[str]) -> tuple[OperatorReport, 
     missing = [name for name in names if not isinstance(modules.get(name), nn.Conv2d)]
     if missing:
         raise ConversionError(f"The reference has no convolution '{missing[0]}'. Give the dense model of this one.")
-    fits = [fit_operators(modules[name].weight.detach().float()) for name in names]
-    r2, operator, sigma, orientation, aside = (
-        torch.cat([getattr(fit, field) for fit in fits])
-        for field in ("r2", "operator", "sigma", "orientation", "half_pixel")
-    )
+    weights = [modules[name].weight.detach().float() for name in names]
+    r2, operator, sigma, orientation, aside = _fitted(weights)
+    generator = torch.Generator().manual_seed(0)
+    _, by_chance, *_ = _fitted([torch.randn(weight.shape, generator=generator) for weight in weights])
     best = r2.amax(1)
-    operator = torch.where(best > 0.5, operator, len(OPERATORS)).where(operator >= 0, operator)
     rows = []
     for number, title in enumerate((*OPERATORS, "none")):
         own = operator == number
@@ -238,6 +239,7 @@ def _operators(reference: nn.Module, names: list[str]) -> tuple[OperatorReport, 
             OperatorReport(
                 title,
                 int(own.sum()),
+                float((by_chance == number).double().mean()),
                 float(best[own].mean()),
                 (low, middle, high),
                 float((off.abs() <= 10).double().mean()) if "derivative" in title else math.nan,
@@ -247,15 +249,26 @@ def _operators(reference: nn.Module, names: list[str]) -> tuple[OperatorReport, 
     return tuple(rows)
 
 
+def _fitted(weights: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """R^2, operator (one past the last where no fit reaches .5), sigma, orientation, half_pixel of all kernels."""
+    fits = [fit_operators(weight) for weight in weights]
+    r2, operator, *rest = (
+        torch.cat([getattr(fit, field) for fit in fits])
+        for field in ("r2", "operator", "sigma", "orientation", "half_pixel")
+    )
+    return r2, torch.where(r2.amax(1) > 0.5, operator, len(OPERATORS)).where(operator >= 0, operator), *rest
+
+
 def _operator_table(rows: tuple[OperatorReport, ...]) -> str:
-    lines = [f"{'resembles':<15} kernels  share  mean R2  sigma: 10 %  median   90 %  along an axis  half a tap aside"]
+    sigmas = "sigma: 10 %  median   90 %"
+    lines = [f"{'resembles':<15} kernels  share  random  mean R2  {sigmas}  along an axis  half a tap aside"]
     count = max(1, sum(row.kernels for row in rows))
     for row in rows:
         low, middle, high = (f"{value:.2f}" for value in row.sigma)
         shares = ["" if math.isnan(share) else f"{share:.0%}" for share in (row.upright, row.half_pixel)]
         lines.append(
-            f"{row.operator:<15} {row.kernels:>7,}  {row.kernels / count:>5.0%}  {row.mean_r2:>7.3f}  {low:>11}  "
-            f"{middle:>6}  {high:>5}  {shares[0]:>13}  {shares[1]:>16}".rstrip()
+            f"{row.operator:<15} {row.kernels:>7,}  {row.kernels / count:>5.0%}  {row.chance:>6.0%}  "
+            f"{row.mean_r2:>7.3f}  {low:>11}  {middle:>6}  {high:>5}  {shares[0]:>13}  {shares[1]:>16}".rstrip()
         )
     return "\n".join(lines)
 
