@@ -52,6 +52,9 @@ class Data:
     """Images of a folder in memory, (N, 3, size, size) uint8, and labels; those to train on in a fixed random order."""
 
     def __init__(self, folder: str, size: int, most: int | None = None) -> None:
+        missing = [split for split in ("train", "validation") if not (Path(folder) / split).is_dir()]
+        if missing:
+            raise SystemExit(f"'{folder}' has no folder '{missing[0]}', expected train/CLASS/* and validation/CLASS/*.")
         train = create_dataset("", folder, split="train")
         names = train.reader.class_to_idx
         self.classes = len(names)
@@ -143,6 +146,8 @@ def train(
             F.cross_entropy(out, labels[own], label_smoothing=0.1).backward()
             optimizer.step()
             bar.update(len(own))
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         if (epoch + 1) % max(1, epochs // 4) == 0 or epoch + 1 == epochs:
             curve.append((epoch + 1, accuracy(model, test)))
@@ -163,8 +168,17 @@ class Experiment:
 
     def __init__(self, args: argparse.Namespace, data: Data) -> None:
         self.args, self.data, self.path = args, data, Path(args.results)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.kept = {entry["run"]: entry for entry in map(json.loads, lines)}
+        text = self.path.read_text() if self.path.exists() else ""
+        whole, _, broken = text.rpartition("\n")
+        if broken:  # killed while it wrote
+            self.path.write_text(f"{whole}\n" if whole else "")
+        self.kept = {entry["run"]: entry for entry in map(json.loads, whole.splitlines())}
+        left = len(data.train[1]) - max(args.sizes)
+        if min(args.sizes) < 5 or left < (BATCH if "transfer" in args.arms else 0):
+            raise SystemExit(
+                f"{len(data.train[1])} training images and --sizes {args.sizes}: at least 5 are needed, and beyond the "
+                f"largest {BATCH} to train the source of 'transfer' on."
+            )
         self.source: nn.Module | None = None
         self.setting = f"{Path(args.folder).name} {args.size}px {'small' if args.small else 'atto'} {args.passes}"
 
@@ -177,7 +191,8 @@ class Experiment:
 
     def run(self, arm: str, count: int, decay: float, seed: int, tuning: bool, bar: Any) -> dict[str, Any]:
         """The result of one run, from the file if it is there."""
-        name = f"{self.setting} {arm} {count} decay {decay} {'tuning' if tuning else f'seed {seed}'}"
+        arm_name = f"{arm} from {max(self.args.sizes)} on" if arm == "transfer" else arm  # its source's own images
+        name = f"{self.setting} {arm_name} {count} decay {decay} {'tuning' if tuning else f'seed {seed}'}"
         images, labels = self.subset(count)
         train_on, test_on = (images, labels), self.data.validation
         if tuning:
@@ -203,10 +218,6 @@ class Experiment:
         if self.source is None:
             most = max(self.args.sizes)
             images, labels = self.data.train[0][most:], self.data.train[1][most:]
-            if len(labels) < BATCH:
-                raise SystemExit(
-                    f"{len(labels)} images are left to train the source of 'transfer' on: use smaller --sizes."
-                )
             model = arm_model("dense", self.data.classes, self.args.small, 1000, None)
             with tqdm(total=0, disable=True) as bar:
                 train(

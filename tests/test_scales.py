@@ -1,6 +1,7 @@
 """Keys with scales of their own: exact kernels and gradients, the fit, and everything a layer goes through."""
 
 import copy
+import math
 import pickle
 
 import numpy as np
@@ -199,7 +200,7 @@ def test_compact_and_dense_files(tmp_path, mode):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bank": "babaiee2025"}, "'babaiee2025' has no scales to learn, expected one of scale-space-a"),
+        ({"bank": "babaiee2025"}, "'babaiee2025' has no scales to learn"),
         ({"bank": mk.KeyBank("scale-space-b", torch.randn(8, 7, 7))}, "has no scales to learn"),
         ({"bank": BANK, "keys_per_kernel": 2}, "expected 1 where scales are learned"),
     ],
@@ -232,3 +233,57 @@ def test_fixed_and_learned_scales_are_not_mixed_up(trains):
     with pytest.raises(mk.CheckpointError, match=r"log_sigma: .*made with trainable='scales'.*dense weights"):
         other.load_state_dict(model.state_dict(), strict=False)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_autocast_does_not_round_the_kernels():
+    conv, plain = layer().eval(), layer().eval()
+    x = torch.randn(2, 12, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conv.compose_weight(), plain.compose_weight())
+        with torch.no_grad():
+            conv(x)
+    with torch.no_grad():
+        assert torch.equal(conv(x), plain(x))  # what was kept under autocast is the same
+
+
+def test_meta_kernels_have_shapes():
+    with torch.device("meta"):
+        model = timm.create_model("test_convnext")
+    converted = mk.convert_to_masterkeys(model, BANK, trainable="scales")
+    convs = [m for m in converted.modules() if isinstance(m, mk.ScaledKeyConv2d)]
+    assert convs and all(conv.log_sigma.is_meta for conv in convs)
+
+
+def test_sigmas_of_any_size_give_kernels():
+    log_sigma = torch.tensor([-20.0, 0.0, math.log(9), math.log(10), 5.0, 50.0])[:, None].expand(6, 2)
+    for operator in range(8):
+        kernels = scaled_kernels(torch.full((6,), operator), log_sigma, 7, 7)
+        precise = scaled_kernels(torch.full((6,), operator), log_sigma.double(), 7, 7)
+        torch.testing.assert_close(kernels.double(), precise, rtol=0, atol=2e-3)
+        assert torch.equal(kernels[3], kernels[4]) and torch.equal(kernels[4], kernels[5])
+
+
+def test_a_bank_computed_elsewhere_is_the_same(tmp_path):
+    own = mk.get_bank(BANK)
+    other = mk.KeyBank(BANK, np.nextafter(own.keys, 1), own.source, own.licence, own.resize)
+    assert other.digest != own.digest
+    model = mk.convert_to_masterkeys(timm.create_model("test_convnext"), other, trainable="scales").eval()
+    again = timm.create_model(f"local-dir:{mk.save_pretrained(model, tmp_path / 'out')}", pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+def test_scales_that_are_not_finite_are_refused():
+    conv = layer()
+    state = {**conv.state_dict(), "log_sigma": torch.full_like(conv.log_sigma, torch.nan)}
+    with pytest.raises(RuntimeError, match="log_sigma: holds NaN or Inf"):
+        conv.load_state_dict(state)
+
+
+def test_the_report_counts_stored_sigmas():
+    model = timm.create_model("test_convnext")
+    fixed, learned = (
+        mk.conversion_report(mk.convert_to_masterkeys(model, BANK, trainable=t)) for t in ("shift", "scales")
+    )
+    assert learned.stored_after - fixed.stored_after == 2 * learned.total.channels

@@ -67,7 +67,7 @@ def test_quick_run_is_resumed_and_prints_the_same(folder, tmp_path, monkeypatch,
     assert plot.read_bytes().startswith(b"\x89PNG")
     runs = results.read_text().splitlines()
     assert len(runs) == 2 * len(ARMS) * (2 + 2)  # sizes, arms, decays tried and seeds
-    results.write_text("\n".join(runs[:-2]) + "\n")  # broken off: the last two are run again, and are the same
+    results.write_text("\n".join(runs[:-1])[:-9])  # killed while it wrote: the last two are run again, and are the same
     main()
     assert [json.loads(line)["accuracy"] for line in results.read_text().splitlines()] == [
         json.loads(line)["accuracy"] for line in runs
@@ -77,3 +77,16 @@ def test_quick_run_is_resumed_and_prints_the_same(folder, tmp_path, monkeypatch,
         for text in (first, capsys.readouterr().out)
     ]
     assert strip[0] == strip[1]
+
+
+def test_what_cannot_be_run_is_said_at_once(folder, tmp_path, monkeypatch):
+    for path, sizes, message in (
+        (folder / "train", ["100"], "no folder 'train'"),
+        (folder, ["100", "300"], "320 training images"),
+        (folder, ["0"], "at least 5"),
+    ):
+        args = ["small_data.py", str(path), "--small", "--results", str(tmp_path / "no.jsonl"), "--sizes", *sizes]
+        monkeypatch.setattr(sys, "argv", args)
+        with pytest.raises(SystemExit, match=message):
+            main()
+    assert not (tmp_path / "no.jsonl").exists()

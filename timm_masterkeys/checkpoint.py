@@ -213,10 +213,12 @@ def _agree(layer: MasterKeyConv2d, entries: dict[str, torch.Tensor], weight: tor
     scale, shift = entries["scale"].double(), entries["shift"].double()
     if isinstance(layer, ScaledKeyConv2d):
         terms = (layer.compose_weight().detach().double().cpu().flatten(1) - shift[:, None]).unsqueeze(1)
+        size = 8 * terms.abs().amax((1, 2))[:, None]  # another machine sums in another order
     else:
         terms = entries["keys"].double().flatten(1)[entries["key_index"]] * scale.view(len(shift), -1, 1)
+        size = terms.abs().sum(1)
     kernels = terms.sum(1) + shift[:, None]
-    rounding = torch.finfo(entries["scale"].dtype).eps * (terms.abs().sum(1) + shift[:, None].abs())
+    rounding = torch.finfo(entries["scale"].dtype).eps * (size + shift[:, None].abs())
     dtype = torch.finfo(weight.dtype)
     tolerance = 8 * (rounding + dtype.eps * (kernels.abs() + dtype.tiny))
     return bool(((weight.double().cpu().flatten(1) - kernels).abs() <= tolerance).all())

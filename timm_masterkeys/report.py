@@ -192,7 +192,7 @@ def conversion_report(model: nn.Module, reference: nn.Module | None = None) -> C
     of_keys = [p for _, layer in layers for n, p in layer.named_parameters(recurse=False) if n != "bias"]
     own = sum(p.numel() for p in of_keys)
     kernels = sum(layer.out_channels * layer.keys[0].numel() for _, layer in layers)
-    compact = sum(t.numel() for _, layer in layers for t in (layer.keys, layer.key_index, layer.scale, layer.shift))
+    compact = sum(getattr(m, name).numel() for _, m in layers for name in m.compact_entries if name != "r2")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     own_trainable = sum(p.numel() for p in of_keys if p.requires_grad)
     return ConversionReport(

@@ -8,7 +8,8 @@ from .errors import ProjectionError
 from .projection import Projection
 
 SMALLEST, LARGEST, STEPS = 0.1, 4.0, 24  # of the grid of sigmas a fit starts from, in taps
-_CHUNK = 1024  # kernels refined at a time
+FLATTEST = 10.0  # taps; a larger sigma counts as this one
+_CHUNK = 128  # kernels refined at a time
 
 
 def scaled_kernels(operator: torch.Tensor, log_sigma: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -20,14 +21,15 @@ def scaled_kernels(operator: torch.Tensor, log_sigma: torch.Tensor, height: int,
 
     Args:
         operator: (C,) int64, 0 to 7 for keys 1 to 8.
-        log_sigma: (C, 2), the logarithms of sigma_x and sigma_y, in taps.
+        log_sigma: (C, 2), the logarithms of sigma_x and sigma_y, in taps; above 10 taps they count as 10.
         height: Of the kernels.
         width: Of the kernels.
 
     Returns:
         (C, height, width) of the type of ``log_sigma`` (computed in float32 at least).
     """
-    sigma = log_sigma.to(torch.promote_types(log_sigma.dtype, torch.float32)).exp()
+    sigma = log_sigma.to(torch.promote_types(log_sigma.dtype, torch.float32))
+    sigma = sigma.clamp_max(math.log(FLATTEST)).exp()
     stencils = torch.tensor(
         [  # P_y, P_x, Q_y, Q_x of keys 1 to 8; rows go down, columns to the right
             [[1.0, -1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]],
@@ -58,7 +60,8 @@ def _windows(sigma: torch.Tensor, taps: int) -> torch.Tensor:
     count = 2 * taps + 64
     angle = torch.arange(count, device=sigma.device, dtype=sigma.dtype) * (2 * math.pi / count)
     spectrum = torch.exp(sigma[:, None].square() * (torch.cos(angle) - 1))
-    values = spectrum @ (torch.cos(angle[:, None] * place) / count)
+    # No matrix product: autocast would round it to half precision.
+    values = (spectrum[:, :, None] * (torch.cos(angle[:, None] * place) / count)).sum(1)
     return torch.stack([values[:, :-2], values[:, 1:-1], values[:, 2:]], 2)
 
 
@@ -79,6 +82,9 @@ def fit_scales(weight: torch.Tensor, operators: tuple[int, ...]) -> tuple[Projec
     Raises:
         ProjectionError: NaN or Inf in a kernel.
     """
+    if weight.is_meta:  # shapes only
+        rows = weight.new_empty(len(weight), 1)
+        return Projection(rows.long(), rows, rows[:, 0], rows[:, 0].float()), weight.new_empty(len(weight), 2)
     if not weight.isfinite().all():
         channel = int((~weight.flatten(1).isfinite().all(1)).nonzero()[0])
         raise ProjectionError(f"channel {channel} holds NaN or Inf; repair the checkpoint first.")
