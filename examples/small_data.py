@@ -168,17 +168,17 @@ class Experiment:
 
     def __init__(self, args: argparse.Namespace, data: Data) -> None:
         self.args, self.data, self.path = args, data, Path(args.results)
+        needed = max(args.sizes) + (BATCH if "transfer" in args.arms else 0)
+        if min(args.sizes) < 5 or len(data.train[1]) < needed:
+            raise SystemExit(
+                f"{len(data.train[1])} training images and --sizes {args.sizes}: at least 5 are needed, and beyond the "
+                f"largest {BATCH} to train the source of 'transfer' on."
+            )
         text = self.path.read_text() if self.path.exists() else ""
         whole, _, broken = text.rpartition("\n")
         if broken:  # killed while it wrote
             self.path.write_text(f"{whole}\n" if whole else "")
         self.kept = {entry["run"]: entry for entry in map(json.loads, whole.splitlines())}
-        left = len(data.train[1]) - max(args.sizes)
-        if min(args.sizes) < 5 or left < (BATCH if "transfer" in args.arms else 0):
-            raise SystemExit(
-                f"{len(data.train[1])} training images and --sizes {args.sizes}: at least 5 are needed, and beyond the "
-                f"largest {BATCH} to train the source of 'transfer' on."
-            )
         self.source: nn.Module | None = None
         self.setting = f"{Path(args.folder).name} {args.size}px {'small' if args.small else 'atto'} {args.passes}"
 

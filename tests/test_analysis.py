@@ -43,8 +43,12 @@ def test_overlap():
 def test_errors():
     with pytest.raises(mk.BankError, match="'a' holds no depthwise kernels"):
         compare_networks({"a": torch.nn.Linear(2, 2)})
-    with pytest.raises(mk.BankError, match="No 7x7 kernel of 'a' has a shape"):
-        compare_networks({"a": torch.ones(40, 7, 7)})
-    with pytest.raises(mk.BankError, match="Two banks are called 'mine'"):
+    with pytest.raises(mk.BankError, match="Two of the banks have one name: mine, mine"):
         compare_networks([torch.randn(40, 7, 7)], [mk.KeyBank("mine", np.random.randn(2, 7, 7)) for _ in range(2)])
-    assert compare_networks([torch.zeros(0, 3, 3), torch.randn(9, 3, 3)][1:]).rows
+
+
+def test_constant_kernels_are_shown_not_fitted():
+    found = compare_networks({"a": [torch.ones(40, 7, 7), torch.randn(9, 3, 3)], "b": torch.randn(9, 7, 7)})
+    row = found.rows[2]
+    assert (row.kernel_size, row.kernels, row.left_out) == ((7, 7), 0, 40) and row.mean_r2 != row.mean_r2
+    assert found.overlap("a", "b", (7, 7)) == 0 and "left out: 40 kernels" in str(found)

@@ -46,9 +46,13 @@ def dense():
     return timm.create_model("test_convnext3")
 
 
+def page_of(model, dense, title):
+    return html_page(model, dense, mk.conversion_report(model, dense), title)
+
+
 @pytest.fixture(scope="module")
 def page(dense):
-    return html_page(mk.convert_to_masterkeys(dense), dense, "a <b> network", "babaiee2025")
+    return page_of(mk.convert_to_masterkeys(dense), dense, "a <b> network")
 
 
 def test_it_holds_everything_itself(page, dense):
@@ -71,12 +75,12 @@ def test_it_holds_everything_itself(page, dense):
 
 def test_the_control_has_as_many_keys_per_kernel(dense):
     control = mk.conversion_report(mk.convert_to_masterkeys(dense, "random8:0", keys_per_kernel=2)).total
-    page = html_page(mk.convert_to_masterkeys(dense, keys_per_kernel=2), dense, "two", "babaiee2025")
+    page = page_of(mk.convert_to_masterkeys(dense, keys_per_kernel=2), dense, "two")
     assert f"<li>R² of random keys<b>{control.mean_r2:.3f}</b>" in page
 
 
 def test_drawn_kernels_have_no_fit_to_show(dense):
-    page = html_page(mk.initialize_masterkeys(copy.deepcopy(dense)), dense, "drawn", "babaiee2025")
+    page = page_of(mk.initialize_masterkeys(copy.deepcopy(dense)), dense, "drawn")
     assert "kernels were drawn from the bank" in page and "Worst and best" not in page
 
 

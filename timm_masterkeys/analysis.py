@@ -23,7 +23,7 @@ class ComparedKernels:
         network: Its name.
         kernel_size: (height, width).
         bank: The bank's name.
-        kernels: With a shape; the numbers are of these.
+        kernels: With a shape; the numbers are of these, and NaN if there is none.
         left_out: Kernels that are constant or not finite.
         mean_r2: Mean R^2 of the nearest key, in [0, 1].
         above_50: Share with R^2 above 0.5.
@@ -59,7 +59,7 @@ class Comparison:
             if name not in histograms:
                 raise BankError(f"'{name}' has no kernels of {kernel_size} compared with bank '{bank}'.")
         counts = torch.tensor([histograms[first], histograms[second]], dtype=torch.float64)
-        return float((counts / counts.sum(1, keepdim=True)).amin(0).sum())
+        return float((counts / counts.sum(1, keepdim=True).clamp_min(1)).amin(0).sum())
 
     def __str__(self) -> str:
         width = max(len(row.network) for row in self.rows)
@@ -94,15 +94,15 @@ def compare_networks(
         banks: Anything ``get_bank`` takes; random keys are the control.
 
     Raises:
-        BankError: A source without depthwise kernels or with none of a shape, two of one name, no such bank.
+        BankError: A source without depthwise kernels, two sources or banks of one name, no such bank.
 
     Example:
         >>> print(compare_networks({"a": timm.create_model("convnext_atto"), "b": "kernels.npz"}))
     """
     resolved = [get_bank(bank) for bank in banks]
-    twins = [bank.name for i, bank in enumerate(resolved) if bank.name in [other.name for other in resolved[:i]]]
-    if twins:
-        raise BankError(f"Two banks are called '{twins[0]}'. Save one of them under another name.")
+    names = [bank.name for bank in resolved]
+    if len(set(names)) < len(names):
+        raise BankError(f"Two of the banks have one name: {', '.join(names)}. Save one of them under another.")
     rows = []
     bar = tqdm(name_sources(sources).items(), desc="networks", leave=False, disable=None, delay=2)
     for name, source in bar:
@@ -112,8 +112,6 @@ def compare_networks(
             raise BankError(f"'{name}' holds no depthwise kernels. Leave it out.")
         for size in sizes:
             kernels = collect_kernels({name: [layer for layer in layers if tuple(layer.shape[1:]) == size]}, size)
-            if not len(kernels):
-                raise BankError(f"No {size[0]}x{size[1]} kernel of '{name}' has a shape; leave it out.")
             for bank in resolved:
                 r2, index = kernels.fit(bank)
                 rows.append(

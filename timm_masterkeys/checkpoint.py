@@ -213,7 +213,7 @@ def _agree(layer: MasterKeyConv2d, entries: dict[str, torch.Tensor], weight: tor
     scale, shift = entries["scale"].double(), entries["shift"].double()
     if isinstance(layer, ScaledKeyConv2d):
         terms = (layer.compose_weight().detach().double().cpu().flatten(1) - shift[:, None]).unsqueeze(1)
-        size = 8 * terms.abs().amax((1, 2))[:, None]  # another machine sums in another order
+        size = 8 * terms.abs().amax((1, 2))[:, None]  # sums over all taps' frequencies, in an order of the machine's
     else:
         terms = entries["keys"].double().flatten(1)[entries["key_index"]] * scale.view(len(shift), -1, 1)
         size = terms.abs().sum(1)

@@ -226,14 +226,13 @@ def _inspect(args: argparse.Namespace) -> None:
         print(plan)
     if args.pretrained or args.checkpoint:
         converted = _converted(model, args)
-        if args.html:
-            page = html_page(converted, model, args.model, args.bank)
-            with atomic_path(args.html) as tmp:
-                tmp.write_text(page, encoding="utf-8")
         report = conversion_report(converted, reference=model)
         print(report.to_json() if args.json else f"\n{report}")
-        if args.html and not args.json:
-            print(f"\nsaved to {args.html}")
+        if args.html:
+            with atomic_path(args.html) as tmp:
+                tmp.write_text(html_page(converted, model, report, args.model), encoding="utf-8")
+            if not args.json:
+                print(f"\nsaved to {args.html}")
     elif args.json:
         print(json.dumps(dataclasses.asdict(plan), indent=2))
     else:
@@ -269,11 +268,11 @@ def _discover(args: argparse.Namespace) -> None:
         _figure_kind(args.plot)
         _check_folder(args.plot)
         from . import plotting  # needs matplotlib: before the search, not after it
-    names = name_sources(args.sources)
+    sources = name_sources(args.sources)
     found = discover_bank(
-        collect_kernels(args.sources, args.kernel_size),
+        collect_kernels(sources, args.kernel_size),
         keys=args.keys,
-        held_out=[source if source in names else os.path.basename(source) for source in args.hold_out],
+        held_out=[source if source in sources else os.path.basename(source) for source in args.hold_out],
         equal_networks=not args.by_kernels,
         method=args.method,
         seed=args.seed,

@@ -128,14 +128,13 @@ def name_sources(sources: Mapping[str, Source] | Sequence[Source]) -> dict[str, 
     if isinstance(sources, Mapping):
         named = dict(sources)
     else:
-        names = [
-            os.path.basename(s) if isinstance(s, (str, os.PathLike)) else f"{type(s).__name__} {i}"
+        paths = [
+            os.fspath(s) if isinstance(s, (str, os.PathLike)) else f"{type(s).__name__} {i}"
             for i, s in enumerate(sources)
         ]
+        names = [os.path.basename(path) for path in paths]
         if len(set(names)) < len(names):  # a/net.npz and b/net.npz
-            names = [
-                os.fspath(s) if isinstance(s, (str, os.PathLike)) else n for s, n in zip(sources, names, strict=True)
-            ]
+            names = paths
         twins = [name for i, name in enumerate(names) if name in names[:i]]
         if twins:
             raise BankError(f"Two sources are called '{twins[0]}'. Give them names: collect_kernels({{'a': ...}}).")

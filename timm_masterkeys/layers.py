@@ -378,8 +378,6 @@ class MasterKeyConv2d(nn.Conv2d):
         if "log_sigma" not in self.compact_entries and prefix + "log_sigma" in state_dict:
             return [f"{here}log_sigma: made with trainable='scales'; convert with that, or load the dense weights."]
         missing = [name for name in self.compact_entries if name not in given]
-        if missing == ["log_sigma"]:
-            return [f"{here}log_sigma: missing, not made with trainable='scales'; load the dense weights."]
         if given and missing:
             return [f"{here}{given[0]}: given without {', '.join(missing)}. The compact entries belong together."]
         problems = []
@@ -389,8 +387,6 @@ class MasterKeyConv2d(nn.Conv2d):
                 problems.append(f"{here}{name}: got shape {got}, expected {own} (another bank, size or channel count).")
         if problems or not given or state_dict[prefix + "keys"].is_meta:
             return problems
-        if "log_sigma" in given and not state_dict[prefix + "log_sigma"].isfinite().all():
-            problems.append(f"{here}log_sigma: holds NaN or Inf; repair the checkpoint first.")
         keys = state_dict[prefix + "keys"]
         own_keys = self.bank.keys_for(self.kernel_size)  # type: ignore[arg-type]  # nn.Conv2d's is (int, int)
         if not torch.allclose(keys.double().cpu(), own_keys.double(), rtol=0, atol=2 * torch.finfo(keys.dtype).eps):
@@ -470,9 +466,9 @@ class ScaledKeyConv2d(MasterKeyConv2d):
 
     def _replace(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
         names = [f"scale-space-{method}" for method in SIGMAS]
-        own = get_bank(bank.name if bank.name in names else names[0]).keys
+        keys = get_bank(bank.name).keys if bank.name in names else bank.keys[:0]
         # The keys are computed: another numpy's differ in the last digit.
-        if bank.name not in names or bank.keys.shape != own.shape or not np.allclose(bank.keys, own, rtol=0, atol=1e-9):
+        if bank.keys.shape != keys.shape or not np.allclose(bank.keys, keys, rtol=0, atol=1e-9):
             raise ConversionError(
                 f"Bank '{bank.name}' has no scales to learn, expected bank (mk_bank) one of {', '.join(names)}."
             )
@@ -496,6 +492,15 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         sigmas = torch.tensor([float(sigma) for sigma in SIGMAS[self.bank.name.removeprefix("scale-space-")].split()])
         nominal = sigmas.clamp_min(SMALLEST).log().view(8, 2)[self.operators]
         self.log_sigma.copy_(nominal.to(self.keys.device)[self.key_index[:, 0]].flatten())
+
+    def check_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> list[str]:
+        """As for a MasterKeyConv2d; entries of a layer with fixed scales, or sigmas that are not finite, do not fit."""
+        log_sigma = state_dict.get(prefix + "log_sigma")
+        if log_sigma is None and all(prefix + name in state_dict for name in COMPACT_ENTRIES):
+            return [f"{prefix}log_sigma: missing, not made with trainable='scales'; load the dense weights."]
+        if log_sigma is not None and not log_sigma.is_meta and not log_sigma.isfinite().all():
+            return [f"{prefix}log_sigma: holds NaN or Inf; repair the checkpoint first."]
+        return super().check_state_dict(state_dict, prefix)
 
     def _fit(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         projection, log_sigma = fit_scales(weight, tuple(self.operators))

@@ -6,6 +6,7 @@ Not imported with the package: ``from timm_masterkeys.page import html_page``.
 import base64
 import copy
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .banks import get_bank
+from .layers import MasterKeyConv2d
 from .plotting import plot_bank, plot_coverage, plot_kernels, plot_keys, plot_r2
 from .report import ConversionReport, LayerReport, conversion_report
-from .surgery import Bank, convert_to_masterkeys
+from .surgery import convert_to_masterkeys
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,29 +41,29 @@ th:first-child, td:first-child { text-align: left; } tr.total td { font-weight: 
 """
 
 
-def html_page(model: nn.Module, reference: nn.Module, title: str, bank: Bank) -> str:
+def html_page(model: nn.Module, reference: nn.Module, report: ConversionReport, title: str) -> str:
     """A page with the pictures and tables of a conversion; nothing is loaded from elsewhere.
 
     Args:
         model: A converted model. Not changed.
         reference: The dense model it was made from. Not changed.
+        report: ``conversion_report(model, reference)``.
         title: Of the page.
-        bank: The bank the model was converted with, to draw.
 
     Returns:
         The page.
 
     Raises:
-        ConversionError: As ``conversion_report``.
+        ConversionError: The reference is not the dense model of this one.
 
     Example:
-        >>> page = html_page(model, dense, "convnext_tiny", "babaiee2025")
+        >>> page = html_page(model, dense, conversion_report(model, dense), "convnext_tiny")
         >>> Path("report.html").write_text(page, encoding="utf-8")
     """
-    report = conversion_report(model, reference)
+    bank = next(layer.bank for layer in model.modules() if isinstance(layer, MasterKeyConv2d))
     control = conversion_report(_control(reference, report))
     total = report.total
-    fitted = total.mean_r2 == total.mean_r2  # else all kernels were drawn
+    fitted = not math.isnan(total.mean_r2)  # else all kernels were drawn
     facts = {
         "mean R²": f"{total.mean_r2:.3f}",
         "R² of random keys": f"{control.total.mean_r2:.3f}",
@@ -137,7 +139,7 @@ def _control(reference: nn.Module, report: ConversionReport) -> nn.Module:
     model = copy.deepcopy(reference)
     for count in sorted({layer.keys_per_kernel for layer in report.layers}):
         names = [layer.name for layer in report.layers if layer.keys_per_kernel == count]
-        most = min(len(get_bank(CONTROL).kept(layer.kernel_size)) for layer in report.layers if layer.name in names)
+        most = len(get_bank(CONTROL))
         convert_to_masterkeys(model, CONTROL, include=names, keys_per_kernel=min(count, most), inplace=True)
     return model
 
@@ -162,11 +164,11 @@ def _row(layer: LayerReport) -> list[str]:
 
 
 def _number(value: float) -> str:
-    return "" if value != value else f"{value:.3f}"
+    return "" if math.isnan(value) else f"{value:.3f}"
 
 
 def _share(value: float) -> str:
-    return "" if value != value else f"{value:.0%}"
+    return "" if math.isnan(value) else f"{value:.0%}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], total: bool = False) -> str:

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -62,8 +63,8 @@ class OperatorReport:
     Attributes:
         operator: One of ``OPERATORS``, or "none" for kernels of which no operator meets half (R^2 up to 0.5).
         kernels: How many.
-        chance: The share of Gaussian random kernels, as many and of the same sizes, that come out so: at 3x3 most
-            resemble some operator.
+        chance: The share of Gaussian random kernels of the same sizes (a thousand of each) that come out so: at 3x3
+            most resemble some operator.
         mean_r2: Mean R^2 of the operator (of the best one, for "none"); NaN without kernels.
         sigma: The 10 %, 50 % and 90 % quantile of the Gaussian's standard deviation, in taps.
         upright: Share of first and second derivatives within 10 degrees of an axis of the image; else NaN.
@@ -227,8 +228,7 @@ def _operators(reference: nn.Module, names: list[str]) -> tuple[OperatorReport, 
         raise ConversionError(f"The reference has no convolution '{missing[0]}'. Give the dense model of this one.")
     weights = [modules[name].weight.detach().float() for name in names]
     r2, operator, sigma, orientation, aside = _fitted(weights)
-    generator = torch.Generator().manual_seed(0)
-    _, by_chance, *_ = _fitted([torch.randn(weight.shape, generator=generator) for weight in weights])
+    chance = torch.stack([len(weight) * _chance(*weight.shape[2:]) for weight in weights]).sum(0) / len(r2)
     best = r2.amax(1)
     rows = []
     for number, title in enumerate((*OPERATORS, "none")):
@@ -239,7 +239,7 @@ def _operators(reference: nn.Module, names: list[str]) -> tuple[OperatorReport, 
             OperatorReport(
                 title,
                 int(own.sum()),
-                float((by_chance == number).double().mean()),
+                float(chance[number]),
                 float(best[own].mean()),
                 (low, middle, high),
                 float((off.abs() <= 10).double().mean()) if "derivative" in title else math.nan,
@@ -257,6 +257,13 @@ def _fitted(weights: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         for field in ("r2", "operator", "sigma", "orientation", "half_pixel")
     )
     return r2, torch.where(r2.amax(1) > 0.5, operator, len(OPERATORS)).where(operator >= 0, operator), *rest
+
+
+@lru_cache(maxsize=16)
+def _chance(height: int, width: int) -> torch.Tensor:
+    """The share of random kernels that resemble each operator, and none, (5,)."""
+    _, operator, *_ = _fitted([torch.randn(1000, height, width, generator=torch.Generator().manual_seed(0))])
+    return torch.bincount(operator, minlength=len(OPERATORS) + 1) / len(operator)
 
 
 def _operator_table(rows: tuple[OperatorReport, ...]) -> str:

@@ -57,11 +57,12 @@ def scaled_kernels(operator: torch.Tensor, log_sigma: torch.Tensor, height: int,
 def _windows(sigma: torch.Tensor, taps: int) -> torch.Tensor:
     """The discrete Gaussian (C,) -> (C, taps, 3) at every tap and its two neighbours."""
     place = torch.arange(-1, taps + 1, device=sigma.device, dtype=sigma.dtype) - taps // 2
-    count = 2 * taps + 64
-    angle = torch.arange(count, device=sigma.device, dtype=sigma.dtype) * (2 * math.pi / count)
+    half = taps + 32  # the spectrum is even: angles 0 to pi, all but these two stand for two
+    angle = torch.arange(half + 1, device=sigma.device, dtype=sigma.dtype) * (math.pi / half)
+    waves = torch.cos(angle[:, None] * place) / half
+    waves[[0, half]] /= 2
     spectrum = torch.exp(sigma[:, None].square() * (torch.cos(angle) - 1))
-    # No matrix product: autocast would round it to half precision.
-    values = (spectrum[:, :, None] * (torch.cos(angle[:, None] * place) / count)).sum(1)
+    values = (spectrum[:, :, None] * waves).sum(1)  # no matrix product: autocast would round it to half precision
     return torch.stack([values[:, :-2], values[:, 1:-1], values[:, 2:]], 2)
 
 
