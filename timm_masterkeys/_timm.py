@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import timm
-from timm.layers import register_notrace_module
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, register_notrace_module
 from torch import nn
 
 TESTED = ("1.0.31",)
