@@ -8,11 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import timm
-from timm.layers import register_notrace_module
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, register_notrace_module
 from torch import nn
 
-TESTED = ("1.0.31",)
+TESTED = ("1.0.29", "1.0.31")
 
 Entrypoint = Callable[..., nn.Module]
 
