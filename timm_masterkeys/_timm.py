@@ -11,7 +11,7 @@ import timm
 from timm.models import PretrainedCfg, register_notrace_module
 from torch import nn
 
-TESTED = ("1.0.29", "1.0.31")
+TESTED = ("1.0.31",)
 
 Entrypoint = Callable[..., nn.Module]
 

@@ -121,13 +121,11 @@ def save_pretrained(
     existing = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as folder:
         tmp = Path(folder)
-        extra = {**(config or {}), "masterkeys": _about(model, cfg, base_model)}
-        save_for_hf(dense, folder, model_config=extra, safe_serialization=True)
+        # The file name is pinned: without it timm takes a pickle if the Hub does not answer for the safetensors.
+        extra = {"pretrained_cfg": {"hf_hub_filename": DENSE_NAME}, "masterkeys": _about(model, cfg, base_model)}
+        save_for_hf(dense, folder, model_config={**(config or {}), **extra}, safe_serialization=True)
         save_compact(model, tmp / COMPACT_NAME)
         saved = json.loads((tmp / "config.json").read_text())
-        # The file name is pinned: without it timm takes a pickle if the Hub does not answer for the safetensors.
-        saved["pretrained_cfg"]["hf_hub_filename"] = DENSE_NAME
-        (tmp / "config.json").write_text(json.dumps(saved, indent=2))
         card = make_card(
             saved,
             report,
