@@ -439,6 +439,12 @@ def test_a_damaged_file_is_refused(folder, tmp_path, name, kwargs):
             (path / name).write_bytes(damaged)
         with pytest.raises(CheckpointError, match=re.escape(name)):
             load(path, **kwargs)
+        if not kwargs:
+            cfg = json.loads((path / "config.json").read_text())["pretrained_cfg"]
+            cfg |= {"architecture": ARCH, "file": str(path), "source": "local-dir"}
+            for given in (cfg, timm.models.PretrainedCfg(**cfg)):
+                with pytest.raises(CheckpointError, match=re.escape(name)):
+                    timm.create_model(ARCH, pretrained=True, pretrained_cfg=given)
 
 
 @pytest.mark.parametrize(
@@ -559,6 +565,30 @@ def loaded_into_the_optimizers_model(path):
     return nn.DataParallel(model)
 
 
+def a_head_of_ones_own(path):
+    head = {name: value for name, value in timm.create_model(ARCH).state_dict().items() if name.startswith("head.fc")}
+    dense = timm.create_model(ARCH, pretrained=True)
+    dense.load_state_dict(head, strict=False)
+    model = mk.convert_to_masterkeys(dense)
+    model.load_state_dict(head, strict=False)
+    return model
+
+
+def a_failed_calibration(path):
+    dense = timm.create_model(ARCH, pretrained=True)
+    model = mk.convert_to_masterkeys(dense)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def interrupted(self):
+            next(iter(layers(model).values())).key_index.add_(1).remainder_(8)
+            raise KeyboardInterrupt
+
+        patch.setattr("timm_masterkeys.calibrate._Walk.run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mk.calibrate_masterkeys(model, dense, torch.rand(100, 3, 32, 32))
+    return model
+
+
 @pytest.mark.parametrize(
     "made",
     [
@@ -570,6 +600,8 @@ def loaded_into_the_optimizers_model(path):
         lambda path: ModelEmaV3(converted()),
         resumed,
         loaded_into_the_optimizers_model,
+        a_head_of_ones_own,
+        a_failed_calibration,
         lambda path: load(mk.save_pretrained(converted(), path.with_name("first"))),
     ],
 )

@@ -134,7 +134,8 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
     @functools.wraps(stock)
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         cfg = kwargs.get("pretrained_cfg")
-        tag = cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", None)
+        given = cfg if isinstance(cfg, dict) else {"tag": cfg} if isinstance(cfg, str) else vars(cfg) if cfg else {}
+        tag = given.get("tag")
         if not is_masterkeys_tag(tag):
             dense = stock(pretrained=pretrained, **kwargs)
             if pretrained and _loaded_its_cfg(dense):
@@ -151,8 +152,8 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
             kwargs["pretrained_model_args"] = {
                 name: value for name, value in kwargs["pretrained_model_args"].items() if not name.startswith("mk_")
             }
-        if pretrained and isinstance(cfg, dict) and cfg.get("source") == "local-dir":
-            check_dense(cfg["file"])
+        if pretrained and given.get("source") == "local-dir":
+            check_dense(given["file"])
         creating = _creating.set(settings)
         try:
             model: Any = stock(pretrained=pretrained, **kwargs)
