@@ -441,10 +441,11 @@ def test_files_that_do_not_fit_are_refused(hub, worker, published, tmp_path):
         "newer-config": ({"config.json": json.dumps(newer).encode()}, "99"),
         "newer-compact": ({"masterkeys.safetensors": tensors(compact, version)}, "99"),
         "other-bank": ({"config.json": json.dumps(other_bank).encode()}, "bank"),
-        "disagree": ({"masterkeys.safetensors": tensors(compact, scale)}, "disagrees"),
-        "altered-bank": ({"masterkeys.safetensors": tensors(compact, bank)}, "digest"),
+        "disagree": ({"masterkeys.safetensors": tensors(compact, scale)}, "checksum"),
+        "altered-bank": ({"masterkeys.safetensors": tensors(compact, bank)}, "checksum"),
         "lacks": ({"model.safetensors": tensors(dense, lambda v, m: v.pop("stem.0.weight"))}, "stem.0.weight"),
         "extra": ({"model.safetensors": tensors(dense, lambda v, m: v.update(odd=v["stem.0.bias"].clone()))}, "odd"),
+        "altered": ({"model.safetensors": tensors(dense, lambda v, m: v["head.fc.bias"].add_(1))}, "SHA-256"),
         "cut": ({"masterkeys.safetensors": compact[:-100]}, "masterkeys.safetensors"),
     }
     for name, (changed, text) in cases.items():

@@ -8,6 +8,7 @@ import sys
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from lite0 import DATA_CONFIG, lite0
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
@@ -16,6 +17,7 @@ from torch import nn
 
 import timm_masterkeys as mk
 from timm_masterkeys import CheckpointError, ConversionError, MasterKeyConv2d
+from timm_masterkeys.files import file_sha256
 
 ARCH = "test_convnext3"  # depthwise kernels 7x7, 5x5, 5x5 and 3x3
 FILES = {"README.md", "config.json", "masterkeys.safetensors", "model.safetensors"}
@@ -355,7 +357,7 @@ def test_a_failed_save_leaves_the_folder_as_it_was(model, folder, tmp_path, monk
 
 @pytest.mark.parametrize("first", [1, 2, 3])
 def test_a_save_that_fails_half_way_never_mixes_two_models(model, folder, tmp_path, monkeypatch, first):
-    """Between two files no file is half written, and a model of both is refused or is the new one."""
+    """Between two files no file is half written, and a model of both is refused."""
     for name in FILES:
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     new, whole, calls = converted(seed=1), {}, []
@@ -375,11 +377,11 @@ def test_a_save_that_fails_half_way_never_mixes_two_models(model, folder, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == FILES
     for name in FILES - {"README.md"}:
         assert (tmp_path / name).read_bytes() in (whole[name], (folder / name).read_bytes())
-    if first == 1:
-        with pytest.raises(CheckpointError, match="not of one conversion"):
-            load(tmp_path)
-    else:
-        same(load(tmp_path), new)
+    with pytest.raises(CheckpointError, match="not of one conversion"):
+        load(tmp_path)
+    monkeypatch.undo()
+    mk.save_pretrained(new, tmp_path)
+    same(load(tmp_path), new)
 
 
 @pytest.mark.parametrize(
@@ -396,5 +398,179 @@ def test_altered_dense_weights(folder, tmp_path, spoil, message):
     tensors = load_file(tmp_path / "model.safetensors")
     spoil(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.safetensors' is not the file that config.json speaks of"):
+        load(tmp_path, num_classes=5)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["masterkeys"]["sha256"]["model.safetensors"] = file_sha256(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=re.escape(message)):
         load(tmp_path, num_classes=5)
+
+
+def copied(folder, path):
+    path.mkdir()
+    for name in FILES:
+        (path / name).write_bytes((folder / name).read_bytes())
+    return path
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "masterkeys.safetensors"])
+@pytest.mark.parametrize("kwargs", [{}, {"num_classes": 5}, {"features_only": True}])
+def test_a_damaged_file_is_refused(folder, tmp_path, name, kwargs):
+    data = (folder / name).read_bytes()
+    middle = len(data) - 5000
+    for i, damaged in enumerate(
+        [data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :], data[:-100], data[:10], b"", None]
+    ):
+        path = copied(folder, tmp_path / str(i))
+        (path / name).unlink()
+        if damaged is not None:
+            (path / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=re.escape(name)):
+            load(path, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda about: about.update(layers=3),
+        lambda about: about.pop("layers"),
+        lambda about: about.pop("sha256"),
+        lambda about: about.update(sha256="none"),
+        lambda about: about.update(banks=[]),
+        lambda about: about["sha256"].clear(),
+    ],
+)
+def test_an_odd_config_is_refused(folder, tmp_path, change):
+    path = copied(folder, tmp_path / "out")
+    config = json.loads((path / "config.json").read_text())
+    change(config["masterkeys"])
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load(path)
+    (path / "config.json").write_text(json.dumps({**config, "masterkeys": "yes"}))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load(path)
+
+
+# --- Checked before anything is written
+
+
+def replaced_head(model):
+    model.head.fc = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 1000))
+
+
+def another_head(model):
+    model.head.fc = nn.Linear(128, 7)
+
+
+def added_module(model):
+    model.extra = nn.Linear(3, 3)
+
+
+def nan(model):
+    model.head.fc.weight.data[0, 0] = torch.nan
+
+
+def nan_kernel(model):
+    model.stages[0].blocks[0].conv_dw.shift.data[0] = torch.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replaced_head, "does not load again.*as timm.create_model made it"),
+        (another_head, "does not load again.*as timm.create_model made it"),
+        (added_module, "does not load again.*as timm.create_model made it"),
+        (nan, "^head.fc.weight holds NaN or Inf"),
+        (nan_kernel, "shift holds NaN or Inf"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(folder, tmp_path, change, message):
+    model = converted()
+    change(model)
+    state = torch.get_rng_state()
+    with pytest.raises(ConversionError, match=message):
+        mk.save_pretrained(model, tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep" / "out").exists()
+    path = copied(folder, tmp_path / "old")
+    with pytest.raises(ConversionError, match=message):
+        mk.save_pretrained(model, path)
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == {n: (folder / n).read_bytes() for n in FILES}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("entry", ["architecture", "pretrained_cfg", "num_classes", "masterkeys", "model_args"])
+def test_config_does_not_change_what_the_model_says(model, tmp_path, entry):
+    with pytest.raises(ConversionError, match=f"config holds {entry}"):
+        mk.save_pretrained(model, tmp_path / "out", config={entry: "test_efficientnet"})
+    with pytest.raises(ConversionError, match="cannot be written as JSON"):
+        mk.save_pretrained(model, tmp_path / "out", config={"mine": object()})
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_tag_is_one_tag(model, tmp_path):
+    mk.save_pretrained(model, tmp_path, tags="birds", datasets="imagenet-1k")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.tags == ["image-classification", "timm", "master-key-filters", "birds"]
+    assert data.datasets == ["imagenet-1k"]
+
+
+# --- A README of somebody's own
+
+
+def test_a_bom_is_no_part_of_a_readme(model, tmp_path):
+    (tmp_path / "README.md").write_bytes("\ufeff---\nmine: 1\n---\n# Größe\r\n".encode())
+    for _ in range(2):
+        mk.save_pretrained(model, tmp_path)
+        text = (tmp_path / "README.md").read_bytes().decode()
+        assert text.startswith("---\n") and text.count("# Größe") == text.count("mine: 1") == 1
+        assert "\ufeff" not in text and text.count("timm_masterkeys: begin") == 1
+
+
+@pytest.mark.parametrize(
+    ("readme", "message"),
+    [
+        ("# Größe".encode("latin-1"), "is not UTF-8"),
+        ("# Mine".encode("utf-16"), "is not UTF-8"),
+        ("# Mine".encode("utf-16-le"), "is not UTF-8"),
+        (b"---\na: [1\n---\n# Mine\n", "metadata that cannot be read"),
+        (b"---\n- a\n---\n# Mine\n", "metadata that cannot be read"),
+        (b"---\nmodel-index: 3\n---\n# Mine\n", "metadata that cannot be read"),
+        (b"# Mine\n%E\n%B\nmine too\n", "should hold"),
+        (b"# Mine\n%B\n", "should hold"),
+        (b"# Mine\n%E\n", "should hold"),
+        (b"%B\n%E\nmine\n%B\n%E\n", "should hold"),
+        (b"%B\n%B\nmine\n%E\n", "should hold"),
+    ],
+)
+def test_a_readme_that_cannot_be_kept_is_refused(model, tmp_path, readme, message):
+    for mark, text in ((b"%B", mk.card._BEGIN), (b"%E", mk.card._END)):
+        readme = readme.replace(mark, text.encode())
+    (tmp_path / "README.md").write_bytes(readme)
+    with pytest.raises(ConversionError, match=message):
+        mk.save_pretrained(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_bytes() == readme
+
+
+# --- What a killed save leaves
+
+
+def test_what_a_killed_save_left_is_removed(model, tmp_path):
+    left = tmp_path / ".saving-abc"
+    left.mkdir()
+    (left / "model.safetensors").write_text("half")
+    mk.save_pretrained(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX locks")
+def test_a_living_save_is_left_alone(model, tmp_path):
+    with mk.hub._saving(tmp_path) as other:
+        (other / "model.safetensors").write_text("being written")
+        mk.save_pretrained(model, tmp_path)
+        assert (other / "model.safetensors").read_text() == "being written"
+        mk.save_pretrained(model, tmp_path)
+        assert other.is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == FILES

@@ -9,12 +9,13 @@ from importlib import resources
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import nn
 
 from . import _timm
 from .banks import DEFAULT_BANK
-from .checkpoint import DENSE_NAME, restore_masterkeys
+from .checkpoint import DENSE_NAME, check_dense, restore_masterkeys
 from .errors import CheckpointError, ConversionError
 from .layers import MasterKeyConv2d
 from .report import conversion_report
@@ -36,14 +37,14 @@ def list_architectures() -> list[str]:
     return resources.files(__package__).joinpath("data/architectures.txt").read_text().split()
 
 
-def register_names(architectures: Sequence[str] | None = None) -> None:
+def register_names(architectures: str | Sequence[str] | None = None) -> None:
     """Registers ``<arch>.mk8`` and ``<arch>.mk8_<stock tag>`` with timm. Done on import; again, it changes nothing.
 
     Stock names, tags, defaults and weights stay as they are. ``<arch>.mk8`` takes the stock default weights and
     ``<arch>.mk8_<tag>`` those of that tag, through timm's own loader, and converts them.
 
     Args:
-        architectures: Names to register; ``list_architectures()`` if None. Names timm does not know are passed over.
+        architectures: Name or names; ``list_architectures()`` if None. Names timm does not know are passed over.
     """
     problem = _timm.unsupported()
     if problem:
@@ -51,7 +52,13 @@ def register_names(architectures: Sequence[str] | None = None) -> None:
         return
     _timm.keep_whole_in_fx(MasterKeyConv2d)
     known = _timm.architectures()
-    registered = list_architectures() if architectures is None else architectures
+    registered = (
+        list_architectures()
+        if architectures is None
+        else [architectures]
+        if isinstance(architectures, str)
+        else architectures
+    )
     for arch in registered:
         if arch in known:
             stock = {tag: cfg for tag, cfg in _timm.cfgs(arch).items() if not is_masterkeys_tag(tag)}
@@ -127,7 +134,12 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
             kwargs["pretrained_model_args"] = {
                 name: value for name, value in kwargs["pretrained_model_args"].items() if not name.startswith("mk_")
             }
-        model: Any = stock(pretrained=pretrained, **kwargs)
+        if pretrained and isinstance(cfg, dict) and cfg.get("source") == "local-dir":
+            check_dense(cfg["file"])
+        try:
+            model: Any = stock(pretrained=pretrained, **kwargs)
+        except SafetensorError as error:
+            raise CheckpointError(f"Cannot read the weights of {arch}.{tag}: {error}. Get the file again.") from error
         for module in model.modules():  # a features_only wrapper and the model in it have a cfg each
             if isinstance(getattr(module, "pretrained_cfg", None), dict):
                 module.pretrained_cfg.pop("state_dict", None)
