@@ -1,5 +1,6 @@
 """Saved folders: what timm loads from them with this package, and without it."""
 
+import copy
 import json
 import re
 import subprocess
@@ -16,21 +17,30 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import timm_masterkeys as mk
-from timm_masterkeys import CheckpointError, ConversionError, MasterKeyConv2d
+from timm_masterkeys import CheckpointError, ConversionError, MasterKeyConv2d, _timm
 from timm_masterkeys.files import file_sha256
 
 ARCH = "test_convnext3"  # depthwise kernels 7x7, 5x5, 5x5 and 3x3
 FILES = {"README.md", "config.json", "masterkeys.safetensors", "model.safetensors"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def stock_weights(tmp_path_factory):
+    """Where timm looks for its own weights: here, not on the Hub."""
+    path = str(tmp_path_factory.mktemp("stock") / "model.safetensors")
+    torch.manual_seed(3)
+    save_file(timm.create_model(ARCH).state_dict(), path)
+    with pytest.MonkeyPatch.context() as patch:
+        for cfg in _timm.cfgs(ARCH).values():
+            patch.setattr(cfg, "file", path)
+        yield path
+
+
 def converted(seed=0, **kwargs):
     """A model as after training: no value is what conversion made it."""
     torch.manual_seed(seed)
     settings = {"mk_bank": "random8:5", "mk_keys_per_kernel": 2, "mk_trainable": "affine"}
-    overlay = {"state_dict": timm.create_model(ARCH).state_dict()}
-    model = timm.create_model(
-        f"{ARCH}.mk8", pretrained=True, pretrained_cfg_overlay=overlay, **{**settings, **kwargs}
-    ).eval()
+    model = timm.create_model(f"{ARCH}.mk8", pretrained=True, **{**settings, **kwargs}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -220,7 +230,8 @@ def test_a_bank_of_ones_own_travels_with_the_model(tmp_path, bank):
 
 def test_a_model_converted_from_a_stock_name(tmp_path):
     torch.manual_seed(0)
-    model = mk.convert_to_masterkeys(timm.create_model(ARCH, num_classes=10), exclude="stages.0.*")
+    stock = timm.create_model(ARCH, pretrained=True, num_classes=10)
+    model = mk.convert_to_masterkeys(stock, exclude="stages.0.*")
     again = load(mk.save_pretrained(model, tmp_path, config={"label_names": [str(i) for i in range(10)]}))
     same(again, model)
     assert len(layers(again)) == 3 and type(again.stages[0].blocks[0].conv_dw) is nn.Conv2d
@@ -514,6 +525,136 @@ def test_one_tag_is_one_tag(model, tmp_path):
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.tags == ["image-classification", "timm", "master-key-filters", "birds"]
     assert data.datasets == ["imagenet-1k"]
+
+
+# --- Whose weights they are
+
+
+def train(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.train()(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    optimizer.step()
+    return model
+
+
+def saved_cfg(model, path, **kwargs):
+    mk.save_pretrained(model, path, **kwargs)
+    config = json.loads((path / "config.json").read_text())
+    card = (path / "README.md").read_text()
+    assert (config["masterkeys"]["source"] is not None) == ("base_model:" in card) == ("inherited" in card)
+    return config["pretrained_cfg"]
+
+
+def resumed(path):
+    trained = train(timm.create_model(f"{ARCH}.mk8", pretrained=True))
+    torch.save({"state_dict": trained.state_dict()}, path)
+    model = timm.create_model(f"{ARCH}.mk8", pretrained=True)
+    timm.models.load_checkpoint(model, path)
+    return model
+
+
+def loaded_into_the_optimizers_model(path):
+    model = mk.convert_to_masterkeys(timm.create_model(ARCH, pretrained=True))
+    model.load_state_dict(train(copy.deepcopy(model)).state_dict())
+    return nn.DataParallel(model)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda path: timm.create_model(f"{ARCH}.mk8", pretrained=True),
+        lambda path: timm.create_model(f"{ARCH}.mk8_r160_in1k", pretrained=True, num_classes=5),
+        lambda path: train(timm.create_model(f"{ARCH}.mk8", pretrained=True)),
+        lambda path: mk.convert_to_masterkeys(train(timm.create_model(ARCH, pretrained=True))),
+        lambda path: copy.deepcopy(converted()),
+        lambda path: ModelEmaV3(converted()),
+        resumed,
+        loaded_into_the_optimizers_model,
+        lambda path: load(mk.save_pretrained(converted(), path.with_name("first"))),
+    ],
+)
+def test_the_licence_of_weights_that_timm_loaded_is_inherited(tmp_path, made):
+    model = made(tmp_path / "checkpoint.pth")
+    cfg = saved_cfg(model, tmp_path / "out")
+    assert cfg["license"] == "apache-2.0" and cfg["notes"][-1] == f"masterkeys: converted from timm/{ARCH}.r160_in1k"
+    with pytest.raises(ConversionError, match=r"are under 'apache-2\.0'"):
+        mk.save_pretrained(model, tmp_path / "other", license="mit")
+
+
+def foreign(path, name=ARCH):
+    torch.manual_seed(7)
+    torch.save(timm.create_model(name).state_dict(), path)
+    return str(path)
+
+
+def loaded_later(path):
+    model = timm.create_model(f"{ARCH}.mk8", pretrained=True)
+    model.load_state_dict(torch.load(foreign(path)))
+    return model
+
+
+def loaded_before_conversion(path):
+    model = timm.create_model(ARCH, pretrained=True)
+    model.load_state_dict(torch.load(foreign(path)))
+    return mk.convert_to_masterkeys(model)
+
+
+def compact_of_somebody(path):
+    torch.manual_seed(7)
+    torch.save(mk.convert_to_masterkeys(timm.create_model(ARCH)).state_dict(), path)
+    return timm.create_model(f"{ARCH}.mk8", checkpoint_path=str(path))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda path: timm.create_model(f"{ARCH}.mk8", checkpoint_path=foreign(path)),
+        lambda path: timm.create_model(f"{ARCH}.mk8", pretrained=True, checkpoint_path=foreign(path)),
+        lambda path: timm.create_model(
+            f"{ARCH}.mk8", pretrained=True, pretrained_cfg_overlay={"file": foreign(path), "num_classes": -1}
+        ),
+        lambda path: timm.create_model(
+            f"{ARCH}.mk8", pretrained=True, pretrained_cfg_overlay={"state_dict": torch.load(foreign(path))}
+        ),
+        lambda path: mk.convert_to_masterkeys(timm.create_model(ARCH, checkpoint_path=foreign(path))),
+        lambda path: mk.convert_to_masterkeys(timm.create_model(ARCH)),
+        loaded_later,
+        loaded_before_conversion,
+        compact_of_somebody,
+    ],
+)
+def test_unknown_weights_are_under_the_licence_their_owner_says(tmp_path, made):
+    model = made(tmp_path / "mine.pth")
+    cfg = saved_cfg(model, tmp_path / "out")
+    assert "license" not in cfg and cfg["tag"] == "mk8" and ARCH not in str(cfg["notes"])
+    assert saved_cfg(model, tmp_path / "out", license="cc-by-nc-4.0")["license"] == "cc-by-nc-4.0"
+    again = saved_cfg(load(tmp_path / "out"), tmp_path / "again")  # and it stays, published again
+    assert again["license"] == "cc-by-nc-4.0" and ARCH not in str(again["notes"])
+    given = saved_cfg(model, tmp_path / "out", license="mit", base_model="me/mine")
+    assert given["notes"][-1] == "masterkeys: converted from me/mine"
+
+
+def test_a_refused_checkpoint_changes_no_provenance(tmp_path):
+    model = converted(mk_bank="babaiee2025")
+    with pytest.raises(CheckpointError):
+        model.load_state_dict(converted().state_dict())
+    assert saved_cfg(model, tmp_path / "out")["license"] == "apache-2.0"
+
+
+PICKLED = """
+import sys, torch
+model = torch.load(sys.argv[1], weights_only=False)
+model.load_state_dict(model.state_dict())
+assert "timm_masterkeys" not in sys.modules
+"""
+
+
+def test_a_pickled_stock_model_needs_no_plugin(tmp_path):
+    model = timm.create_model(ARCH, pretrained=True)
+    torch.save(model, tmp_path / "model.pth")
+    subprocess.run([sys.executable, "-c", PICKLED, str(tmp_path / "model.pth")], check=True, timeout=120)
+    again = torch.load(tmp_path / "model.pth", weights_only=False)
+    assert "license" not in saved_cfg(mk.convert_to_masterkeys(again), tmp_path / "out")  # nobody knows any more
 
 
 # --- A README of somebody's own

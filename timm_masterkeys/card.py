@@ -164,6 +164,11 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
 
 
+def _source(cfg: Mapping[str, Any]) -> str:
+    scratch = any(note.endswith("converted from scratch") for note in cfg.get("notes") or ())
+    return "weights of its own" if scratch else "weights whose source is not recorded"
+
+
 def _measured(report: ConversionReport) -> str:
     if not report.calibration:
         return "Only results listed in the metadata were\nmeasured."
@@ -178,7 +183,8 @@ def _body(
     about = config["masterkeys"]
     cfg = config["pretrained_cfg"]
     size = "x".join(map(str, cfg["input_size"]))
-    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "weights of its own"
+    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else _source(cfg)
+    inherited = ", inherited from them" if base_model else ""
     total = report.total
     rows = [
         f"| {layer.name} | {layer.kernel_size[0]}x{layer.kernel_size[1]} | {layer.channels:,} | {layer.mean_r2:.3f} "
@@ -196,7 +202,7 @@ def _body(
 A timm `{config["architecture"]}` whose {total.channels:,} depthwise kernels are affine images `a*x + b` of the
 {len(total.key_histogram)} frozen *master keys* of the bank `{report.bank}`, converted with
 `timm_masterkeys` from {source}.
-Licence: {license or "unknown"}, inherited from them.
+Licence: {license or "unknown"}{inherited}.
 
 Conversion costs accuracy unless the model was repaired or trained afterwards. {_measured(report)}
 

@@ -33,6 +33,7 @@ from .checkpoint import COMPACT_NAME, DENSE_NAME, FORMAT_VERSION, save_compact
 from .errors import ConversionError, HubError, MasterKeysError
 from .files import atomic_path, file_sha256, os_errors
 from .layers import MasterKeyConv2d
+from .provenance import is_known
 from .registry import SOURCE_NOTE, TAG, is_masterkeys_tag
 from .report import conversion_report
 from .surgery import fuse_masterkeys
@@ -55,6 +56,7 @@ OWN_ENTRIES = (
     "masterkeys",
 )
 
+_SCRATCH, _UNKNOWN = "scratch", "weights of unknown origin"  # as sources: nobody else's weights, and anybody's
 _FILES = (DENSE_NAME, COMPACT_NAME, "README.md", "config.json")  # config.json last: without it nothing loads
 _TRIES = 4
 
@@ -112,7 +114,8 @@ def save_pretrained(
         model: A converted model made by ``timm.create_model``. Not changed.
         directory: Made if missing. Files of other names in it stay, and so does what a README there says elsewhere.
         repo_id: ``org/name`` for the card's examples; the directory's name if None.
-        license: For the card, if the source weights' licence is unknown.
+        license: For the card, if the source weights' licence is unknown: it is inherited where timm loaded the weights
+            of the model's cfg, also if the model was trained since; with a checkpoint of your own you say it.
         base_model: Hub id of the source weights; that of the model's cfg if None.
         datasets: Hub ids of training data, for the card.
         tags: More tags for the card.
@@ -136,7 +139,7 @@ def save_pretrained(
     _check_config_entries(config or {})
     report = conversion_report(model)
     license = inherited_license(cfg, license) if cfg.get("license") or license else None
-    cfg = {**cfg, "tag": _masterkeys_tag(cfg.get("tag")), "license": license, "notes": _noted(cfg)}
+    cfg = {**cfg, "tag": _masterkeys_tag(cfg.get("tag")), "license": license, "notes": _noted(cfg, base_model)}
     base_model = base_model or _base_model(cfg)
     dense: Any = fuse_masterkeys(model).to(memory_format=torch.contiguous_format)
     dense.pretrained_cfg = cfg
@@ -206,7 +209,7 @@ def push_to_hub(
         token: Hub token; the one of ``hf auth login`` or HF_TOKEN if None.
         commit_message: Title of the commit or pull request.
         dry_run: Check and compare, but change nothing on the Hub.
-        license: Needed if the source weights' licence is unknown.
+        license: Needed if the source weights' licence is unknown (see ``save_pretrained``).
         base_model: Hub id of the source weights; that of the model's cfg if None.
         datasets: Hub ids of training data, for the card.
         tags: More tags for the card.
@@ -474,21 +477,23 @@ def _timm_cfg(model: nn.Module) -> dict[str, Any]:
             "Save its state_dict instead."
         )
     layers = [module for module in model.modules() if isinstance(module, MasterKeyConv2d)]
+    if not layers or is_known(model):
+        return dict(cfg)
     drawn = all(not layer.r2.is_meta and bool((layer.r2 < 0).all()) for layer in layers)
-    if layers and drawn:  # trained from scratch: nobody else's weights
-        notes = tuple(note for note in cfg.get("notes") or () if not note.startswith(SOURCE_NOTE))
-        cfg = {key: value for key, value in cfg.items() if key not in ("license", "hf_hub_id", "url")}
-        return {**cfg, "notes": (*notes, f"{SOURCE_NOTE}scratch")}
-    return dict(cfg)
+    notes = tuple(note for note in cfg.get("notes") or () if not note.startswith(SOURCE_NOTE))
+    cfg = {key: value for key, value in cfg.items() if key not in ("license", "hf_hub_id", "url", "origin_url", "tag")}
+    return {**cfg, "notes": (*notes, f"{SOURCE_NOTE}{_SCRATCH if drawn else _UNKNOWN}")}
 
 
 def _masterkeys_tag(tag: str | None) -> str:
     return (f"{TAG}_{tag}" if tag else TAG) if not is_masterkeys_tag(tag) else str(tag)
 
 
-def _noted(cfg: Mapping[str, Any]) -> tuple[str, ...]:
+def _noted(cfg: Mapping[str, Any], base_model: str | None) -> tuple[str, ...]:
     """The cfg's notes, with where the converted weights came from; kept when a published model is published again."""
     notes = tuple(cfg.get("notes") or ())
+    if base_model:
+        notes = tuple(f"{SOURCE_NOTE}{base_model}" if n == f"{SOURCE_NOTE}{_UNKNOWN}" else n for n in notes)
     if any(note.startswith(SOURCE_NOTE) for note in notes):
         return notes
     name = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg["architecture"]
