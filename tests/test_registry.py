@@ -389,10 +389,11 @@ def test_a_converted_checkpoint_as_pretrained_weights(weights, tmp_path, caplog,
     """It comes back as it is, not its pointwise layers with random kernels projected."""
     model = trained(weights)
     overlay = overlay_of(model.state_dict(), tmp_path, kind)
-    if kwargs.get("num_classes") == -1:  # what train.py's --pretrained-path amounts to
-        overlay, kwargs = {**overlay, "num_classes": -1}, {}
     cache = {"cache_dir": str(tmp_path / "cache")} if kind.startswith("url") else {}
-    again = timm.create_model(MK8, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs, **cache)
+    if kwargs.get("num_classes") == -1:  # what train.py's --pretrained-path amounts to: a new head
+        again = timm.create_model(MK8, True, pretrained_cfg_overlay={**overlay, "num_classes": -1}, **cache)
+    else:
+        again = timm.create_model(MK8, True, pretrained_cfg_overlay=overlay, **kwargs, **cache)
     loaded, given = again.state_dict(), model.state_dict()
     assert loaded.keys() == given.keys() and not caplog.records
     assert all(torch.equal(loaded[n], given[n]) for n in given if not n.startswith(("head.fc", "stem.0")) or not kwargs)
@@ -416,9 +417,12 @@ def test_features_of_a_converted_checkpoint(weights, feature_cls):
 
 @pytest.mark.parametrize("arch", ["test_efficientnet", "test_mambaout", "ghostnet_050", "fastvit_t8", "starnet_s1"])
 def test_converted_checkpoints_of_other_families(arch):
-    model = mk.initialize_masterkeys(timm.create_model(arch), keys_per_kernel=2)
-    overlay = {"state_dict": dict(model.state_dict()), "num_classes": -1}
-    same(timm.create_model(f"{arch}.mk8", pretrained=True, pretrained_cfg_overlay=overlay), model)
+    given = mk.initialize_masterkeys(timm.create_model(arch), keys_per_kernel=2).state_dict()
+    overlay = {"state_dict": dict(given), "num_classes": -1}
+    model = timm.create_model(f"{arch}.mk8", pretrained=True, pretrained_cfg_overlay=overlay)
+    loaded, head = model.state_dict(), model.pretrained_cfg["classifier"]
+    assert loaded.keys() == given.keys()
+    assert all(torch.equal(loaded[name], given[name]) for name in given if not name.startswith(head))
 
 
 @pytest.mark.parametrize(
@@ -468,7 +472,8 @@ def test_a_converted_checkpoint_of_another_architecture(weights):
 
 def test_what_stock_timm_saves_of_a_converted_model(weights, tmp_path):
     """Its own ``save_for_hf``: no compact file, the compact entries among the weights."""
-    model = trained(weights)
+    model = timm.create_model(MK8)
+    model.load_state_dict(trained(weights).state_dict())
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     same(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), model)
 
