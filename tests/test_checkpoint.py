@@ -284,9 +284,9 @@ def test_a_flipped_bit_is_noticed(converted, file, tmp_path):
     """Wherever it is: also in values that no other check looks at, such as r2, or closer than rounding."""
     data, path = file.read_bytes(), tmp_path / "flipped.safetensors"
     start = 8 + int.from_bytes(data[:8], "little")
-    for place in torch.randint(start, len(data), (40,)).tolist():
+    model = fuse_masterkeys(converted)
+    for place in [*torch.randint(start, len(data), (20,)).tolist(), *torch.randint(start, (20,)).tolist()]:
         path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-        model = fuse_masterkeys(converted)
         with pytest.raises(CheckpointError, match="flipped"):
             load_compact(model, path)
         assert not layers(model)

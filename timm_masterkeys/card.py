@@ -50,7 +50,9 @@ def inherited_license(pretrained_cfg: Mapping[str, Any], license: str | None) ->
     inherited = (pretrained_cfg.get("license") or "").lower()
     given = (license or "").lower()
     if not inherited and not given:
-        raise ConversionError("The licence of the source weights is unknown. Find it out and pass it: license='...'.")
+        raise ConversionError(
+            "The licence of the source weights is unknown. Find it out and pass it: license='...' (--license)."
+        )
     if inherited and given and given != inherited:
         raise ConversionError(
             f"license='{license}' was given, but the source weights are under '{inherited}', which converted weights "

@@ -336,7 +336,9 @@ def _publish(args: argparse.Namespace) -> None:
     folder, config, readme = Path(args.model), {}, ""
     try:
         model = timm.create_model(f"local-dir:{folder}" if folder.is_dir() else args.model, pretrained=True)
-    except (LookupError, TypeError, AttributeError, AssertionError) as error:  # timm's, of an odd config.json
+    except (MasterKeysError, OSError, RuntimeError):
+        raise
+    except Exception as error:  # timm's, of an odd config.json
         raise CheckpointError(f"'{args.model}' cannot be loaded: {error!r}") from error
     if folder.is_dir():
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))

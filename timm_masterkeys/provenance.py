@@ -1,5 +1,7 @@
 """Whether a model's weights still are, or come from, those its pretrained cfg speaks of: their licence is inherited."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,8 +43,21 @@ def set_known(model: nn.Module) -> None:
 
 def is_known(model: nn.Module) -> bool:
     """Whether the weights are, or come from, those of the model's cfg."""
+    return any(hook.known for hook in _hooks(model))
+
+
+@contextmanager
+def keeping(model: nn.Module) -> Iterator[None]:
+    """For giving a model its own earlier state back."""
+    known = is_known(model)
+    yield
+    for hook in _hooks(model):
+        hook.known = known
+
+
+def _hooks(model: nn.Module) -> list[_Known]:
     hooks = (getattr(hook, "hook", None) for hook in model._load_state_dict_pre_hooks.values())
-    return any(hook.known for hook in hooks if isinstance(hook, _Known))
+    return [hook for hook in hooks if isinstance(hook, _Known)]
 
 
 def _same_keys(given: torch.Tensor | None, own: torch.Tensor) -> bool:
