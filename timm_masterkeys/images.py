@@ -1,5 +1,6 @@
 """Images to repair with where there are none of one's own: crops of photographs that ship with this package."""
 
+import hashlib
 import math
 import random
 from collections.abc import Iterator, Mapping
@@ -61,12 +62,24 @@ def builtin_images(
 
 def photographs() -> list[Image.Image]:
     """The photographs, in the order of their names."""
-    folder = resources.files(__package__).joinpath("data/photographs")
     found = []
-    for path in sorted((path for path in folder.iterdir() if path.name.endswith(".webp")), key=lambda path: path.name):
+    for path in _files():
         with path.open("rb") as file, Image.open(file) as image:
             found.append(image.convert("RGB"))
     return found
+
+
+def photographs_sha256() -> str:
+    """The SHA-256 of all photographs, in hex."""
+    digest = hashlib.sha256()
+    for path in _files():
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _files() -> list[Any]:
+    folder = resources.files(__package__).joinpath("data/photographs")
+    return sorted((path for path in folder.iterdir() if path.name.endswith(".webp")), key=lambda path: path.name)
 
 
 def draw_crops(
