@@ -1,7 +1,13 @@
-"""What holds for every test: a fixed seed, and one thread, as threads cost tiny tensors more than they give."""
+"""What holds for every test: a fixed seed, no repair unless it is asked for, and one thread, as threads cost tiny
+tensors more than they give.
+"""
+
+import os
 
 import pytest
 import torch
+
+os.environ["TIMM_MASTERKEYS_CALIBRATE"] = "none"
 
 
 @pytest.fixture(autouse=True, scope="session")

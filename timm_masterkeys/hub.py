@@ -33,8 +33,7 @@ from .checkpoint import COMPACT_NAME, DENSE_NAME, FORMAT_VERSION, save_compact
 from .errors import ConversionError, HubError, MasterKeysError
 from .files import atomic_path, file_sha256, os_errors
 from .layers import MasterKeyConv2d
-from .provenance import is_known
-from .registry import SOURCE_NOTE, TAG, is_masterkeys_tag
+from .provenance import SOURCE_NOTE, TAG, is_known, is_masterkeys_tag
 from .report import conversion_report
 from .surgery import fuse_masterkeys
 

@@ -9,6 +9,14 @@ from torch import nn
 
 from .layers import MasterKeyConv2d
 
+TAG = "mk8"
+SOURCE_NOTE = "masterkeys: converted from "  # among the notes of a cfg
+
+
+def is_masterkeys_tag(tag: str | None) -> bool:
+    """Whether a pretrained tag is one of this package's: ``mk8`` or ``mk8_...``."""
+    return tag is not None and (tag == TAG or tag.startswith(f"{TAG}_"))
+
 
 class _Known:
     """Stands among a model's load_state_dict hooks as long as its provenance is known: loading other weights ends it.

@@ -1,6 +1,7 @@
 """``arch.mk8`` names for every timm architecture with depthwise convolutions."""
 
 import functools
+import json
 import logging
 import os
 import re
@@ -8,11 +9,12 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import timm
 from safetensors import SafetensorError
-from timm.models import PretrainedCfg, load_model_config_from_hf
+from timm.models import PretrainedCfg, load_model_config_from_hf, resolve_pretrained_cfg
 from torch import nn
 
 from . import _timm
@@ -20,14 +22,13 @@ from .banks import DEFAULT_BANK, get_bank
 from .checkpoint import DENSE_NAME, check_dense, restore_masterkeys
 from .errors import CheckpointError, ConversionError
 from .layers import MasterKeyConv2d, Trainable
-from .provenance import set_known
+from .pretrained import calibration_images, load_repaired
+from .provenance import SOURCE_NOTE, TAG, is_masterkeys_tag, set_known
 from .report import conversion_report
 from .surgery import convert_to_masterkeys, initialize_masterkeys, plan_conversion, replace_layers
 
 _logger = logging.getLogger(__name__)
 
-TAG = "mk8"
-SOURCE_NOTE = "masterkeys: converted from "
 WEIGHTS_VARIABLE = "TIMM_MASTERKEYS_WEIGHTS"
 
 _published: dict[str, str] = {}  # names pointed at published weights
@@ -36,6 +37,7 @@ _creating: ContextVar[dict[str, Any] | None] = ContextVar(
     "the settings of the .mk8 model timm is building", default=None
 )
 
+_SOURCE_FIELDS = ("source", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "num_classes")  # of a cfg
 _SETTINGS = ("bank", "keys_per_kernel", "trainable", "include", "exclude")
 
 
@@ -123,11 +125,6 @@ def use_weights(name: str, source: str = "") -> None:
     _malformed.pop(name, None)
 
 
-def is_masterkeys_tag(tag: str | None) -> bool:
-    """Whether a pretrained tag is one of this package's: ``mk8`` or ``mk8_...``."""
-    return tag is not None and (tag == TAG or tag.startswith(f"{TAG}_"))
-
-
 def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoint:
     """The function that builds ``arch``: the stock one, and a conversion if the tag asks for it."""
 
@@ -148,24 +145,22 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
         elif isinstance(cfg, str):
             kwargs["pretrained_cfg"] = timm.get_pretrained_cfg(f"{arch}.{cfg}")
         settings = {name: kwargs.pop(f"mk_{name}") for name in _SETTINGS if f"mk_{name}" in kwargs}
+        asked = kwargs.pop("mk_calibrate", None)
         if isinstance(kwargs.get("pretrained_model_args"), dict):  # a published model's own arguments
             kwargs["pretrained_model_args"] = {
                 name: value for name, value in kwargs["pretrained_model_args"].items() if not name.startswith("mk_")
             }
-        if pretrained and given.get("source") == "local-dir":
-            check_dense(given["file"])
-        creating = _creating.set(settings)
-        try:
-            model: Any = stock(pretrained=pretrained, **kwargs)
-        except SafetensorError as error:
-            raise CheckpointError(f"Cannot read the weights of {arch}.{tag}: {error}. Get the file again.") from error
-        finally:
-            _creating.reset(creating)
-        if pretrained and _loaded_its_cfg(model):
-            set_known(model)
-        for module in model.modules():  # a features_only wrapper and the model in it have a cfg each
-            if isinstance(getattr(module, "pretrained_cfg", None), dict):
-                module.pretrained_cfg.pop("state_dict", None)
+        if pretrained:
+            images = calibration_images(asked)
+            source = resolve_pretrained_cfg(arch, kwargs["pretrained_cfg"], kwargs.get("pretrained_cfg_overlay"))
+            if images and not source.source and (source.has_weights or source.state_dict):
+                try:
+                    return _repaired(f"{arch}.{tag}", stock, create, source, settings, images, kwargs)
+                except _ConvertedBeforeError:
+                    pass  # which is loaded as it is
+            elif given.get("source") == "local-dir":
+                check_dense(given["file"])
+        model: Any = _build(f"{arch}.{tag}", stock, settings, pretrained, kwargs)
         if any(isinstance(module, MasterKeyConv2d) for module in model.modules()):
             return model  # from a checkpoint of a converted model
         if model.pretrained_cfg.get("source") in ("hf-hub", "local-dir") and restore_masterkeys(
@@ -180,6 +175,58 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
         return model
 
     return create
+
+
+def _build(
+    name: str, stock: _timm.Entrypoint, settings: dict[str, Any], pretrained: bool, kwargs: dict[str, Any]
+) -> Any:
+    """The stock network; converted, if its weights are a checkpoint of a converted one."""
+    creating = _creating.set(settings)
+    try:
+        model: Any = stock(pretrained=pretrained, **kwargs)
+    except SafetensorError as error:
+        raise CheckpointError(f"Cannot read the weights of {name}: {error}. Get the file again.") from error
+    finally:
+        _creating.reset(creating)
+    if pretrained and _loaded_its_cfg(model):
+        set_known(model)
+    for module in model.modules():  # a features_only wrapper and the model in it have a cfg each
+        if isinstance(getattr(module, "pretrained_cfg", None), dict):
+            module.pretrained_cfg.pop("state_dict", None)
+    return model
+
+
+class _ConvertedBeforeError(Exception):
+    """The weights to repair are those of a converted network."""
+
+
+def _repaired(
+    name: str,
+    stock: _timm.Entrypoint,
+    create: _timm.Entrypoint,
+    source: PretrainedCfg,
+    settings: dict[str, Any],
+    images: str,
+    kwargs: dict[str, Any],
+) -> nn.Module:
+    """The repaired network of stock weights, loaded from the cache by the path that published weights take."""
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    whole = {"pretrained_cfg": kwargs["pretrained_cfg"], "pretrained_cfg_overlay": overlay}
+
+    def build() -> nn.Module:
+        dense = _build(name, stock, settings, True, {**whole, "cache_dir": kwargs.get("cache_dir")})
+        if any(isinstance(module, MasterKeyConv2d) for module in dense.modules()):
+            raise _ConvertedBeforeError
+        return dense
+
+    def load(folder: Path) -> nn.Module:
+        own = {**kwargs, "pretrained_cfg_overlay": {k: v for k, v in overlay.items() if k not in _SOURCE_FIELDS}}
+        _take_saved(folder, own)
+        trainable = {"mk_trainable": settings["trainable"]} if "trainable" in settings else {}
+        return create(pretrained=True, **own, **trainable)
+
+    converting = {k: v for k, v in settings.items() if k != "trainable" or v == "scales"}
+    return load_repaired(name, source, converting, images, build, load, kwargs.get("cache_dir"))
 
 
 def _loaded_its_cfg(model: nn.Module) -> bool:
@@ -227,7 +274,22 @@ def _take_published(arch: str, source: str, kwargs: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{source} holds a {architecture}, but a name of {arch} was pointed at it with use_weights."
         )
-    kwargs["pretrained_cfg"] = {**cfg, "hf_hub_filename": DENSE_NAME}
+    _take_config({**cfg, "hf_hub_filename": DENSE_NAME}, model_args, kwargs)
+
+
+def _take_saved(folder: Path, kwargs: dict[str, Any]) -> None:
+    """The same for a saved folder, as timm does for local-dir: names."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        cfg = {**config["pretrained_cfg"], "num_classes": config["num_classes"]}
+        model_args = config.get("model_args", {})
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"'{folder / 'config.json'}' is damaged ({error!r}).") from error
+    _take_config({**cfg, "source": "local-dir", "file": str(folder)}, model_args, kwargs)
+
+
+def _take_config(cfg: dict[str, Any], model_args: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    kwargs["pretrained_cfg"] = cfg
     kwargs["pretrained_model_args"] = dict(model_args)
     for name, value in model_args.items():
         kwargs.setdefault(name, value)
