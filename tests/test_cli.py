@@ -159,6 +159,14 @@ def test_convert_and_calibrate(run, weights, model, tmp_path):
     assert code == 1 and "--heal needs images: add --calibrate DIR" in err and not (tmp_path / "other").exists()
 
 
+def test_convert_and_calibrate_with_photographs_that_ship(run, weights, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("timm_masterkeys.calibrate.COUNT", 12)
+    code, out, _ = run("convert", ARCH, *weights, "--calibrate", "builtin", "--output", tmp_path / "out")
+    expected = mk.convert_to_masterkeys(model)
+    mk.calibrate_masterkeys(expected, model, mk.builtin_images(model, 12))
+    assert code == 0 and str(mk.conversion_report(expected)) in out
+
+
 def test_convert_from_a_training_checkpoint(run, model, tmp_path):
     """As train.py writes it, its averaged weights first."""
     other = timm.create_model(ARCH, num_classes=10)

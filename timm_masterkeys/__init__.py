@@ -17,6 +17,7 @@ from .errors import (
     ProjectionError,
 )
 from .hub import Publication, push_to_hub, save_pretrained
+from .images import builtin_images
 from .layers import MasterKeyConv2d, ScaledKeyConv2d
 from .projection import Projection, project_kernels
 from .registry import list_architectures, register_names, use_weights
@@ -49,6 +50,7 @@ __all__ = [
     "Publication",
     "ScaledKeyConv2d",
     "StageReport",
+    "builtin_images",
     "calibrate_masterkeys",
     "conversion_report",
     "convert_to_masterkeys",

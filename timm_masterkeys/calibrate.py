@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .blocks import Calls, Hook, Part, PartwiseNetwork, Reached, copied, find_parts
 from .errors import CalibrationError
+from .images import BUILTIN, COUNT, builtin_images
 from .layers import MasterKeyConv2d, ScaledKeyConv2d
 from .report import CALIBRATION_NOTE, conversion_report
 
@@ -146,7 +147,7 @@ def calibrate_masterkeys(
         reference: The dense model it was converted from, on the same device and of the same type; unchanged.
         images: (N, channels, H, W), normalised as for the model; or an iterable of such batches, alone or first in a
             tuple (a DataLoader); or a folder of images, searched at all depths and prepared as the model's
-            ``pretrained_cfg`` says. At least 10; some hundred are better.
+            ``pretrained_cfg`` says; or ``"builtin"``: ``builtin_images(model)``. At least 10; some hundred are better.
         stages: What to do in each block; the order is always the one above.
         heal_minutes: For healing alone, shared equally among the blocks.
         batch_size: Images at a time.
@@ -249,7 +250,9 @@ def _load(images: Images, model: nn.Module, max_images: int) -> torch.Tensor:
     """All images as one tensor like the model's parameters."""
     if max_images < FEWEST:
         raise CalibrationError(f"max_images is {max_images}, expected at least {FEWEST}.")
-    if isinstance(images, (str, os.PathLike)):
+    if isinstance(images, str) and images == BUILTIN:
+        images = builtin_images(model, min(COUNT, max_images))
+    elif isinstance(images, (str, os.PathLike)):
         images = _load_folder(os.fspath(images), model, max_images)
     elif not isinstance(images, torch.Tensor):
         parts: list[torch.Tensor] = []

@@ -136,7 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(command)
     command.add_argument("--trainable", default="shift", choices=get_args(Trainable), help="(default: shift)")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write")
-    command.add_argument("--calibrate", metavar="DIR", help="repair with the images of a folder; needs no labels")
+    command.add_argument(
+        "--calibrate", metavar="DIR", help="repair with a folder of images, no labels; 'builtin': with those that ship"
+    )
     command.add_argument("--heal", type=float, metavar="MINUTES", help="and train each block towards the dense one's")
     command.set_defaults(run=_convert)
 
