@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import itertools
 import random
 import re
 from importlib import resources
@@ -130,8 +131,8 @@ def test_deterministic_and_nothing_else_is_drawn():
     assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
     assert np.array_equal(states[2], np.random.get_state()[1])
     assert torch.equal(first[:3], mk.builtin_images(CFG, 3))
-    other = mk.builtin_images(CFG, 7, seed=1)
-    assert (first - other).abs().mean() > 0.3
+    others = [mk.builtin_images(CFG, 7, seed=seed) for seed in (1, -1)]
+    assert all((a - b).abs().mean() > 0.3 for a, b in itertools.combinations([first, *others], 2))
 
 
 def test_models_and_cfgs_of_every_kind():
