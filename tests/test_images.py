@@ -170,8 +170,8 @@ def test_calibrate_takes_them():
     torch.manual_seed(0)
     dense = timm.create_model("test_efficientnet", in_chans=1, num_classes=10)
     given, named = mk.convert_to_masterkeys(dense), mk.convert_to_masterkeys(dense)
-    report = mk.calibrate_masterkeys(given, dense, mk.builtin_images(dense, 20), stages=["statistics"])
-    named_report = mk.calibrate_masterkeys(named, dense, BUILTIN, stages=["statistics"], max_images=20)
-    assert report.images == named_report.images == 20
+    report = mk.calibrate_masterkeys(given, dense, mk.builtin_images(dense, 10), stages=["statistics"])
+    named_report = mk.calibrate_masterkeys(named, dense, BUILTIN, stages=["statistics"], max_images=10)
+    assert report.images == named_report.images == 10
     state = named.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in given.state_dict().items())
