@@ -105,7 +105,7 @@ def draw_crops(
         flips: Mirror every other one, by chance.
         interpolation: timm's name of it.
     """
-    draw = random.Random(seed)  # the same numbers in every version of Python, on every machine
+    draw = random.Random(str(seed))  # the same numbers in every version of Python; as a number, -1 would be 1
     filters = str_to_pil_interp("bilinear" if interpolation == "random" else interpolation)
     for i in range(count):
         if i % len(pictures) == 0:
