@@ -379,8 +379,9 @@ def test_bad_models():
         mk.calibrate_masterkeys(model, model, x)
     with pytest.raises(mk.CalibrationError, match="at classifier"):
         mk.calibrate_masterkeys(model, timm.create_model("test_efficientnet", num_classes=3), x)
-    with pytest.raises(mk.CalibrationError, match="stages"):
-        mk.calibrate_masterkeys(model, dense, x, stages=["heal"])
+    for stages in (["heal"], "heal"):
+        with pytest.raises(mk.CalibrationError, match=r"stages is .*heal.*, expected some of projection, statistics"):
+            mk.calibrate_masterkeys(model, dense, x, stages=stages)
     with pytest.raises(mk.CalibrationError, match="calibrate in float32"):
         mk.calibrate_masterkeys(copy.deepcopy(model).half(), copy.deepcopy(dense).half(), x)
     for minutes in (0, -1, float("nan")):

@@ -22,6 +22,7 @@ from .blocks import Calls, Hook, Part, PartwiseNetwork, Reached, copied, find_pa
 from .errors import CalibrationError
 from .layers import MasterKeyConv2d, ScaledKeyConv2d
 from .report import CALIBRATION_NOTE, conversion_report
+from .surgery import is_sharded, unwrapped
 
 _logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def calibrate_masterkeys(
     reference: nn.Module,
     images: Images,
     *,
-    stages: Sequence[Stage] = WITHOUT_GRADIENTS,
+    stages: Stage | Sequence[Stage] = WITHOUT_GRADIENTS,
     heal_minutes: float = 5.0,
     batch_size: int = 8,
     max_images: int = 400,
@@ -142,7 +143,8 @@ def calibrate_masterkeys(
     all fitting: it chooses the ridges and gives the report's figures. Deterministic, but for healing and a time budget.
 
     Args:
-        model: A converted model in float32 or float64.
+        model: A converted model in float32 or float64. What is compiled or wrapped, this or the reference, runs as the
+            plain model in it.
         reference: The dense model it was converted from, on the same device and of the same type; unchanged.
         images: (N, channels, H, W), normalised as for the model; or an iterable of such batches, alone or first in a
             tuple (a DataLoader); or a folder of images, searched at all depths and prepared as the model's
@@ -167,11 +169,13 @@ def calibrate_masterkeys(
         >>> model = convert_to_masterkeys(dense)
         >>> print(calibrate_masterkeys(model, dense, "folder/of/images"))
     """
+    stages = (stages,) if isinstance(stages, str) else tuple(stages)
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or not stages:
         raise CalibrationError(f"stages is {stages!r}, expected some of {', '.join(STAGES)}.")
     if "healing" in stages and not 0 < heal_minutes < math.inf:
         raise CalibrationError(f"heal_minutes is {heal_minutes}, expected more than 0.")
+    model, reference = unwrapped(model), unwrapped(reference)
     _check_models(model, reference)
     tensor = _load(images, model, max_images)
     start = time.perf_counter()
@@ -181,7 +185,7 @@ def calibrate_masterkeys(
         for network in (reference, model):
             _probe(network, batches[0][:2])
         try:
-            walk = _Walk(model, reference, batches, tuple(stages), heal_minutes, time_budget)
+            walk = _Walk(model, reference, batches, stages, heal_minutes, time_budget)
             before = torch.cat([_finite(model, model(batches[i])) for i in walk.held_out])
             after, expected = walk.run()
         except BaseException:
@@ -207,6 +211,8 @@ def _check_models(model: nn.Module, reference: nn.Module) -> None:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MasterKeyConv2d)}
     if not layers:
         raise CalibrationError(f"{type(model).__name__} holds no converted layer; convert_to_masterkeys comes first.")
+    if is_sharded(model) or is_sharded(reference):
+        raise CalibrationError("The parameters are sharded, expected whole ones. Calibrate first, then shard.")
     dense = dict(reference.named_modules())
     for name, layer in layers.items():
         other = dense.get(name)
@@ -295,15 +301,19 @@ def _spread(count: int, most: int) -> torch.Tensor:
 
 @contextmanager
 def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode; every module gets its own mode back."""
-    training = [(module, module.training) for model in models for module in model.modules()]
+    """Eval mode, and nothing compiled, as that passes by hooks; every module gets its own mode back."""
+    before = [(m, m.training, m._compiled_call_impl) for model in models for m in model.modules()]
     for model in models:
         model.eval()
     try:
+        for module, _, compiled in before:
+            if compiled is not None:
+                module._compiled_call_impl = None
         yield
     finally:
-        for module, mode in training:
-            module.training = mode
+        for module, module.training, compiled in before:
+            if compiled is not None:
+                module._compiled_call_impl = compiled
 
 
 def _finite(model: nn.Module, out: Any) -> torch.Tensor:

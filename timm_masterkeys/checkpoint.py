@@ -16,7 +16,7 @@ from .banks import KeyBank
 from .errors import CheckpointError, ConversionError
 from .files import atomic_path
 from .layers import MasterKeyConv2d, ScaledKeyConv2d, Trainable
-from .surgery import replace_layers
+from .surgery import check_unwrapped, replace_layers, unwrapped
 
 DENSE_NAME = "model.safetensors"
 COMPACT_NAME = "masterkeys.safetensors"
@@ -38,6 +38,7 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ConversionError: The model holds no MasterKeyConv2d.
         OSError: The file cannot be written.
     """
+    model = unwrapped(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
     if not layers:
         raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
@@ -76,7 +77,9 @@ def load_compact(
     Raises:
         CheckpointError: Not such a file, a newer format, altered values, layers the model lacks, or kernels that
             disagree with the model's dense ones. The model is then as it was.
+        ConversionError: A wrapped or sharded model.
     """
+    check_unwrapped(model)
     _apply(model, path, _read(path), trainable, values)
 
 

@@ -50,12 +50,13 @@ class Kernels:
         each = 1 / counts[self.network] if equal_networks else torch.ones(len(self), dtype=torch.float64)
         return each / each.sum()
 
-    def split(self, held_out: Sequence[str]) -> tuple["Kernels", "Kernels"]:
+    def split(self, held_out: str | Sequence[str]) -> tuple["Kernels", "Kernels"]:
         """All but some networks, and these alone.
 
         Raises:
             BankError: There is no such network.
         """
+        held_out = (held_out,) if isinstance(held_out, str) else held_out
         unknown = [name for name in held_out if name not in self.names]
         if unknown:
             raise BankError(f"There is no network '{unknown[0]}' to hold out; there are {', '.join(self.names)}.")

@@ -14,7 +14,7 @@ from torch import nn
 from .errors import ConversionError
 from .layers import MasterKeyConv2d
 from .operators import OPERATORS, fit_operators
-from .surgery import plan_conversion
+from .surgery import plan_conversion, unwrapped
 
 COVERAGE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # R^2 of the coverage curve
 _NONE = (math.nan,) * 3
@@ -160,7 +160,7 @@ def conversion_report(model: nn.Module, reference: nn.Module | None = None) -> C
     R^2 is that of the projection; it does not follow later training. Kernels drawn from the bank have none.
 
     Args:
-        model: A converted model. Not changed.
+        model: A converted model, wrapped or not. Not changed.
         reference: The dense model it was made from, if the report is to tell the operators its kernels resemble.
 
     Raises:
@@ -172,6 +172,7 @@ def conversion_report(model: nn.Module, reference: nn.Module | None = None) -> C
         >>> print(report)
         >>> report.total.mean_r2
     """
+    model = unwrapped(model)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)]
     if not layers:
         raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
@@ -207,7 +208,7 @@ def conversion_report(model: nn.Module, reference: nn.Module | None = None) -> C
         stored_after=stored - own + compact,
         dense=len(plan_conversion(model, layers[0][1].bank).converted),
         calibration=_calibration(model),
-        operators=() if reference is None else _operators(reference, [name for name, _ in layers]),
+        operators=() if reference is None else _operators(unwrapped(reference), [name for name, _ in layers]),
     )
 
 

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from timm.layers import Conv2dSame
+from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from .banks import DEFAULT_BANK, KeyBank, get_bank
@@ -25,6 +27,8 @@ _logger = logging.getLogger(__name__)
 
 Bank = str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray
 Patterns = str | Sequence[str] | None
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel, ModelEmaV2, ModelEmaV3)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def plan_conversion(
     """Lists every convolution of a model: converted, or skipped and why. A dry run: nothing is changed.
 
     Args:
-        model: Any module.
+        model: Any module, wrapped or not.
         bank: Anything ``get_bank`` takes.
         include: fnmatch pattern(s) on module names; only layers that match one are converted.
         exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
@@ -86,7 +90,7 @@ def plan_conversion(
     Example:
         >>> print(plan_conversion(timm.create_model("convnext_atto"), exclude="stages.0.*"))
     """
-    bank = get_bank(bank)
+    model, bank = unwrapped(model), get_bank(bank)
     include, exclude = _patterns(include), _patterns(exclude)
     convs = [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvNd)]
     owners: dict[int, list[str]] = {}
@@ -157,7 +161,8 @@ def convert_to_masterkeys(
         BankError: No such bank.
         ProjectionError: NaN or Inf in a kernel (named by layer and channel), or keys_per_kernel out of range.
         ConversionError: Nothing to convert, a pattern that matches nothing, an unknown ``trainable``, scales to learn
-            with another bank or several keys, or no layer that reaches ``min_r2``.
+            with another bank or several keys, no layer that reaches ``min_r2``, or a model that is wrapped or sharded
+            already.
         In every case ``model`` is left as it was.
 
     Example:
@@ -195,16 +200,19 @@ def fuse_masterkeys(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Replaces every MasterKeyConv2d by the ordinary convolution with its kernels; outputs are equal bit for bit.
 
     Args:
-        model: A converted model.
+        model: A converted model; out of a wrapper it is taken, unless in place.
         inplace: Change ``model`` itself; else a deep copy is fused and ``model`` stays as it is.
 
     Raises:
-        ConversionError: The model holds no MasterKeyConv2d.
+        ConversionError: The model holds no MasterKeyConv2d, is sharded, or wrapped and to be changed in place.
 
     Example:
         >>> dense = fuse_masterkeys(model)
         >>> torch.onnx.export(dense, (x,), "model.onnx")
     """
+    if not inplace:
+        model = unwrapped(model)
+    check_unwrapped(model)
     if not any(isinstance(module, MasterKeyConv2d) for module in model.modules()):
         raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: there is nothing to fuse.")
     if not inplace:
@@ -228,6 +236,7 @@ def _convert(
     fit: bool,
     min_r2: float | None = None,
 ) -> nn.Module:
+    check_unwrapped(model)
     bank = get_bank(bank)
     check_trainable(trainable)
     check_keys_per_kernel(keys_per_kernel, bank)
@@ -294,6 +303,42 @@ def replace_layers(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
     if not hooked and any(isinstance(layer, MasterKeyConv2d) for layer in layers.values()):
         model.register_load_state_dict_pre_hook(_check_before_loading)
     return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of ``torch.compile``, (Distributed)DataParallel and averages of weights."""
+    inner: Any = model
+    while True:
+        if isinstance(inner, _WRAPPERS):
+            inner = inner.module
+        elif isinstance(inner, ModelEma):
+            inner = inner.ema
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        else:
+            return inner
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raises ConversionError if layers replaced now would escape a wrapper that has the old ones."""
+    kind = type(model).__name__
+    if unwrapped(model) is not model:
+        raise ConversionError(
+            f"Got a {kind}, which has taken hold of the layers as they are, expected the model in it. Convert or fuse "
+            "that, then wrap, compile or average it anew."
+        )
+    if is_sharded(model):
+        raise ConversionError(
+            f"The parameters of this {kind} are sharded, expected whole ones. Convert or fuse a model first, then "
+            "shard it; a sharded one's full state dict can be loaded into one that is not."
+        )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP has taken the model's parameters apart."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters()) or any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
+    )
 
 
 def _check_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
