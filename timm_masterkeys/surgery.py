@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .banks import DEFAULT_BANK, KeyBank, get_bank
 from .errors import BankError, CheckpointError, ConversionError, ProjectionError
 from .layers import MasterKeyConv2d, Trainable, check_trainable
-from .projection import check_keys_per_kernel
+from .projection import check_keys_per_kernel, keys_needed
 
 _logger = logging.getLogger(__name__)
 
@@ -250,10 +250,10 @@ def _convert(
     for planned in tqdm(plan.converted, desc="masterkeys", unit="layer", delay=2, leave=False, disable=None):
         conv: Any = model.get_submodule(planned.name)
         try:
-            layer = MasterKeyConv2d.from_conv(conv, bank, keys_per_kernel, trainable, fit=fit)
-            most = 1 if trainable == "scales" else len(layer.keys)
-            while min_r2 is not None and _mean_r2(layer) < min_r2 and layer.keys_per_kernel < most:
-                layer = MasterKeyConv2d.from_conv(conv, bank, layer.keys_per_kernel + 1, trainable)
+            count = keys_per_kernel
+            if min_r2 is not None and trainable != "scales":
+                count = keys_needed(conv.weight, bank, keys_per_kernel, min_r2)
+            layer = MasterKeyConv2d.from_conv(conv, bank, count, trainable, fit=fit)
         except ProjectionError as error:
             raise ProjectionError(f"{planned.name or type(conv).__name__}: {error}") from None
         if min_r2 is None or _mean_r2(layer) >= min_r2:
@@ -276,7 +276,7 @@ def _convert(
 
 def _mean_r2(layer: MasterKeyConv2d) -> float:
     """Over the kernels that have a shape; 1 if none has."""
-    shaped = layer.r2[layer.scale.view(layer.out_channels, -1).ne(0).any(1)]
+    shaped = layer.r2[layer.scale.view(layer.out_channels, -1).ne(0).any(1) | layer.r2.ne(1)]
     return float(shaped.double().mean()) if len(shaped) else 1.0
 
 
