@@ -337,6 +337,72 @@ def test_images_as_batches_and_as_a_folder(tmp_path):
         mk.calibrate_masterkeys(model, dense, tmp_path / "empty")
 
 
+def photograph(path, seed, size=(80, 80, 3)):
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, size).astype(np.uint8)).save(path)
+
+
+def test_files_that_are_no_images(tmp_path, caplog, monkeypatch):
+    model, dense = pair("test_efficientnet")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
+    for i in range(11):
+        photograph(tmp_path / f"{i:02}.png", i)
+    good = tmp_path / "00.png"
+    for name in (".hidden.png", "._01.png", ".trash/02.png"):  # not looked at, whatever they hold
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"no image")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "corrupt.jpg").write_bytes(b"\xff\xd8 no image")
+    (tmp_path / "truncated.png").write_bytes(good.read_bytes()[:500])
+    photograph(tmp_path / "large.png", 0, (200, 200, 3))  # PIL warns of it
+    photograph(tmp_path / "bomb.png", 0, (300, 300, 3))  # and refuses this
+    expected, bad = copy.deepcopy(model), {"empty.png", "corrupt.jpg", "truncated.png", "large.png", "bomb.png"}
+    report = mk.calibrate_masterkeys(model, dense, tmp_path, stages=["statistics"])
+    warned = [record.getMessage() for record in caplog.records if "is left out" in record.getMessage()]
+    assert report.images == 11 and len(warned) == 5
+    assert all(any(str(tmp_path / name) in message for message in warned) for name in bad)
+    for name in bad:
+        (tmp_path / name).unlink()
+    mk.calibrate_masterkeys(expected, dense, tmp_path, stages=["statistics"])
+    assert same(model.state_dict(), expected.state_dict())
+
+
+def test_others_take_the_places_of_broken_files_and_too_few_are_refused(tmp_path):
+    model, dense = pair("test_efficientnet")
+    for i in range(13):
+        photograph(tmp_path / f"{i:02}.png", i)
+    for i in (0, 5):
+        (tmp_path / f"{i:02}.png").write_bytes(b"no image")
+    assert mk.calibrate_masterkeys(model, dense, tmp_path, stages=["statistics"], max_images=11).images == 11
+    for i in (1, 7):
+        (tmp_path / f"{i:02}.png").write_bytes(b"no image")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(mk.CalibrationError, match=r"9 of 13 images in '.*' can be read, expected at least 10"):
+        mk.calibrate_masterkeys(model, dense, tmp_path, stages=["statistics"])
+    assert same(model.state_dict(), before)
+
+
+def test_a_folder_for_models_of_one_channel_and_of_four(tmp_path):
+    for i in range(10):
+        photograph(tmp_path / f"{i}.png", i)
+    grey, colour = (
+        timm.create_model("test_efficientnet", num_classes=20, in_chans=channels).eval() for channels in (1, 3)
+    )
+    model = mk.convert_to_masterkeys(grey)
+    expected, config = copy.deepcopy(model), timm.data.resolve_model_data_config(colour)
+    assert mk.calibrate_masterkeys(model, grey, tmp_path, stages=["statistics"]).images == 10
+    config |= {"input_size": (1, *config["input_size"][1:]), "mean": (np.mean(config["mean"]),)}
+    config |= {"std": (np.mean(config["std"]),)}
+    transform = timm.data.create_transform(**config)
+    images = torch.stack([transform(Image.open(tmp_path / f"{i}.png").convert("L")) for i in range(10)])
+    mk.calibrate_masterkeys(expected, grey, images, stages=["statistics"])
+    assert same(model.state_dict(), expected.state_dict())
+    four = timm.create_model("test_efficientnet", in_chans=4)
+    with pytest.raises(mk.CalibrationError, match=r"takes images of 4 channels, a folder gives 3 or 1: give a tensor"):
+        mk.calibrate_masterkeys(mk.convert_to_masterkeys(four), four, tmp_path)
+
+
 def test_over_the_time_budget_only_statistics():
     model, dense = pair("test_efficientnet")
     expected, x = copy.deepcopy(model), torch.randn(20, 3, 64, 64)

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -147,8 +148,9 @@ def calibrate_masterkeys(
             plain model in it.
         reference: The dense model it was converted from, on the same device and of the same type; unchanged.
         images: (N, channels, H, W), normalised as for the model; or an iterable of such batches, alone or first in a
-            tuple (a DataLoader); or a folder of images, searched at all depths and prepared as the model's
-            ``pretrained_cfg`` says. At least 10; some hundred are better.
+            tuple (a DataLoader); or a folder of images, searched at all depths (but for hidden files) and prepared as
+            the model's ``pretrained_cfg`` says, in grey for a model of one channel; files that cannot be read, or of
+            more than PIL's 90 megapixels, are named in a warning and left out. At least 10; some hundred are better.
         stages: What to do in each block; the order is always the one above.
         heal_minutes: For healing alone, shared equally among the blocks.
         batch_size: Images at a time.
@@ -283,15 +285,48 @@ def _load(images: Images, model: nn.Module, max_images: int) -> torch.Tensor:
 def _load_folder(folder: str, model: nn.Module, max_images: int) -> torch.Tensor:
     if not os.path.isdir(folder):
         raise CalibrationError(f"There is no folder '{folder}'.")
-    files = sorted(path for path in Path(folder).rglob("*") if is_img_extension(path.suffix.lower()))
+    found = sorted(path for path in Path(folder).rglob("*") if is_img_extension(path.suffix.lower()))
+    files = [p for p in found if p.is_file() and not any(n.startswith(".") for n in p.relative_to(folder).parts)]
     if not files:
         raise CalibrationError(f"There are no images in '{folder}'.")
-    transform: Any = create_transform(**resolve_model_data_config(model))
-    tensors = []
-    for i in tqdm(_spread(len(files), max_images).tolist(), desc="images", leave=False, disable=None):
-        with Image.open(files[i]) as image:
-            tensors.append(transform(image.convert("RGB")))
+    mode, transform = _preparation(model)
+    first = _spread(len(files), max_images).tolist()
+    others = sorted(set(range(len(files))).difference(first))  # in place of those that cannot be read
+    tensors: list[torch.Tensor] = []
+    bar = tqdm(total=len(first), desc="images", leave=False, disable=None)
+    with bar, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for i in [*first, *others]:
+            if len(tensors) == len(first):
+                break
+            try:
+                with Image.open(files[i]) as image:
+                    tensors.append(transform(image.convert(mode)))
+            except Exception as error:  # a damaged file: decoders may raise anything
+                _logger.warning("'%s' is left out: %s", files[i], " ".join(str(error).split()) or repr(error))
+            else:
+                bar.update()
+    if len(tensors) < FEWEST:
+        raise CalibrationError(
+            f"{len(tensors)} of {len(files)} images in '{folder}' can be read, expected at least {FEWEST}."
+        )
     return torch.stack(tensors)
+
+
+def _preparation(model: nn.Module) -> tuple[str, Any]:
+    """The mode of images (PIL's) and what makes tensors of them, by a model's cfg and its first convolution."""
+    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    if channels not in (1, 3):
+        raise CalibrationError(
+            f"{type(model).__name__} takes images of {channels} channels, a folder gives 3 or 1: give a tensor of "
+            "images or a DataLoader."
+        )
+    config = resolve_model_data_config(model)
+    if channels == 1:  # the cfg may be of the weights in colour
+        config["input_size"] = (1, *config["input_size"][1:])
+        for name in ("mean", "std"):
+            config[name] = (sum(config[name]) / len(config[name]),)
+    return "L" if channels == 1 else "RGB", create_transform(**config)
 
 
 def _spread(count: int, most: int) -> torch.Tensor:
