@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -14,7 +13,7 @@ from torch import nn
 from .errors import ConversionError
 from .layers import MasterKeyConv2d
 from .operators import OPERATORS, fit_operators
-from .surgery import plan_conversion, unwrapped
+from .surgery import plan_conversion, stage_of, unwrapped
 
 COVERAGE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # R^2 of the coverage curve
 _NONE = (math.nan,) * 3
@@ -187,7 +186,7 @@ def conversion_report(model: nn.Module, reference: nn.Module | None = None) -> C
         constant = (layer.scale.view(layer.out_channels, -1).eq(0).all(1) & layer.r2.eq(1)).cpu()
         values = (layer.r2.float().cpu(), constant, first)
         rows.append(_row(name, layer.kernel_size, layer.keys_per_kernel, bins, *values))  # type: ignore[arg-type]
-        by_stage.setdefault(_stage(name), []).append(values)
+        by_stage.setdefault(stage_of(name), []).append(values)
     everything = [values for stage in by_stage.values() for values in stage]
 
     stored = sum(p.numel() for p in model.parameters())
@@ -210,12 +209,6 @@ def conversion_report(model: nn.Module, reference: nn.Module | None = None) -> C
         calibration=_calibration(model),
         operators=() if reference is None else _operators(unwrapped(reference), [name for name, _ in layers]),
     )
-
-
-def _stage(layer: str) -> str:
-    """A layer's name up to its first number."""
-    found = re.match(r"(?:.*?\.)?\d+(?=\.)", layer)
-    return found[0] if found else layer
 
 
 def _together(name: str, bins: int, values: Iterable[tuple[torch.Tensor, ...]]) -> LayerReport:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,12 +81,14 @@ def plan_conversion(
     Args:
         model: Any module, wrapped or not.
         bank: Anything ``get_bank`` takes.
-        include: fnmatch pattern(s) on module names; only layers that match one are converted.
+        include: fnmatch pattern(s) on module names; only layers that match one are converted. In a ``features_only``
+            model, names as in the whole model match too.
         exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
 
     Raises:
         BankError: No such bank.
-        ConversionError: A pattern that matches no convolution.
+        ConversionError: A pattern that matches no convolution (in a ``features_only`` model, which may lack its stage,
+            that is a warning).
 
     Example:
         >>> print(plan_conversion(timm.create_model("convnext_atto"), exclude="stages.0.*"))
@@ -101,16 +104,20 @@ def plan_conversion(
 
     reasons = {name: _obstacle(name, conv, bank, owners) for name, conv in convs}
     candidates = [name for name, reason in reasons.items() if not reason]
+    features = is_feature_extractor(model)
+
+    def matches(name: str, pattern: str) -> bool:
+        return fnmatchcase(name, pattern) or (features and fnmatchcase(flat_name(name), flat_name(pattern)))
+
     for pattern in (*include, *exclude):
-        if not any(fnmatchcase(name, pattern) for name in reasons):
-            shown = ", ".join(candidates[:3]) + (", ..." if len(candidates) > 3 else "")
-            raise ConversionError(
-                f"Pattern '{pattern}' matches none of the {len(reasons)} convolutions. Depthwise are "
-                f"{shown or 'none'}; a whole stage is 'stages.0.*'."
-            )
+        if not any(matches(name, pattern) for name in reasons):
+            message = f"Pattern '{pattern}' matches none of the {len(reasons)} convolutions. {_named(candidates)}"
+            if not features:
+                raise ConversionError(message)
+            _logger.warning("%s Features come without the stages after them.", message)
     for name in candidates:
-        hit = next((pattern for pattern in exclude if fnmatchcase(name, pattern)), None)
-        if include and not any(fnmatchcase(name, pattern) for pattern in include):
+        hit = next((pattern for pattern in exclude if matches(name, pattern)), None)
+        if include and not any(matches(name, pattern) for pattern in include):
             reasons[name] = "not included"
         elif hit:
             reasons[name] = f"excluded by '{hit}'"
@@ -379,6 +386,34 @@ def _obstacle(name: str, conv: nn.Module, bank: KeyBank, owners: dict[int, list[
     except BankError as error:
         return str(error)
     return ""
+
+
+def _named(candidates: list[str]) -> str:
+    """Names and a pattern to take instead of one that does not match."""
+    if not candidates:
+        return "None of them can be converted."
+    more = ", ..." if len(candidates) > 3 else ""
+    stage = stage_of(candidates[0])
+    whole = f"; a whole stage is '{stage}.*'" if stage != candidates[0] else ""
+    return f"Depthwise are {', '.join(candidates[:3])}{more}{whole}."
+
+
+def stage_of(layer: str) -> str:
+    """A layer's name up to its first number."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.)", layer)
+    return found[0] if found else layer
+
+
+def is_feature_extractor(model: nn.Module) -> bool:
+    """Whether a model is one of timm's ``features_only`` kinds."""
+    return hasattr(model, "feature_info") and not hasattr(model, "get_classifier")
+
+
+def flat_name(name: str) -> str:
+    """A module name free of what ``features_only`` changes: ``model.stages.0.x``, ``stages_0.x`` -> ``stages_0_x``."""
+    for prefix in ("model.", "graph_module.", "body."):  # the getter, fx and hook extractors
+        name = name.removeprefix(prefix)
+    return name.replace(".", "_")
 
 
 def _nothing_to_convert(model: nn.Module, plan: ConversionPlan) -> str:
