@@ -109,6 +109,15 @@ def is_masterkeys_tag(tag: str | None) -> bool:
     return tag is not None and (tag == TAG or tag.startswith(f"{TAG}_"))
 
 
+def stock_name(name: str, pretrained: bool) -> str:
+    """The dense timm name that a ``.mk8`` name stands for; unchanged, one that points at published weights, and others."""
+    arch, _, tag = name.partition(".")
+    if not is_masterkeys_tag(tag) or tag not in _timm.cfgs(arch) or (pretrained and name in _published):
+        return name
+    stock = "" if name in _published else tag.removeprefix(TAG).removeprefix("_")
+    return f"{arch}.{stock}" if stock else arch
+
+
 def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoint:
     """The function that builds ``arch``: the stock one, and a conversion if the tag asks for it."""
 
