@@ -289,13 +289,13 @@ def _load_folder(folder: str, model: nn.Module, max_images: int) -> torch.Tensor
     files = [p for p in found if p.is_file() and not any(n.startswith(".") for n in p.relative_to(folder).parts)]
     if not files:
         raise CalibrationError(f"There are no images in '{folder}'.")
-    mode, transform = _preparation(model)
     first = _spread(len(files), max_images).tolist()
     others = sorted(set(range(len(files))).difference(first))  # in place of those that cannot be read
     tensors: list[torch.Tensor] = []
     bar = tqdm(total=len(first), desc="images", leave=False, disable=None)
-    with bar, warnings.catch_warnings():
+    with bar, warnings.catch_warnings(), torch.device("cpu"):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        mode, transform = _preparation(model)
         for i in [*first, *others]:
             if len(tensors) == len(first):
                 break
@@ -331,7 +331,7 @@ def _preparation(model: nn.Module) -> tuple[str, Any]:
 
 def _spread(count: int, most: int) -> torch.Tensor:
     """Indices, evenly spread, at most so many."""
-    return torch.arange(min(count, most)) * count // min(count, most)
+    return torch.arange(min(count, most), device="cpu") * count // min(count, most)
 
 
 @contextmanager
@@ -444,7 +444,9 @@ class _Walk:
     def report(self, stage: str) -> StageReport:
         """What a stage has done."""
         ledger = self.ledgers[stage]
-        errors = torch.tensor(ledger.errors or [(math.nan, math.nan)], dtype=torch.float64).nanmean(0).tolist()
+        errors = (
+            torch.tensor(ledger.errors or [(math.nan, math.nan)], dtype=torch.float64, device="cpu").nanmean(0).tolist()
+        )
         return StageReport(stage, errors[0], errors[1], tuple(ledger.changed), ledger.left, ledger.seconds)
 
     def _repair(self, index: int, part: Part, stages: set[str]) -> None:
@@ -632,7 +634,7 @@ class _Walk:
             groups = [{"params": p, "lr": rate} for p, rate in zip((small, large), HEALING_RATE, strict=True)]
             optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
             while share < 1:
-                for i in torch.randperm(len(self.fitted), generator=generator).tolist():
+                for i in torch.randperm(len(self.fitted), generator=generator, device="cpu").tolist():
                     args, kwargs = calls[self.fitted[i]]
                     with torch.enable_grad():
                         error = block(*copied(args), **kwargs) - wanted[self.fitted[i]]
@@ -659,7 +661,7 @@ class _Walk:
         nudges: list[torch.Tensor] = []
 
         def nudge(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+            noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(output)
             nudges.append(noise * output.std() / 8)
             return output + nudges[-1]
 
@@ -725,7 +727,7 @@ class _Rows:
         positions = rows.shape[1] if self.rows is None else max(1, self.rows // len(rows))
         if rows.shape[1] <= positions:
             return rows.clone()
-        chosen = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0))[:positions]
+        chosen = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")[:positions]
         return rows[:, chosen.to(rows.device)]
 
 
@@ -770,22 +772,24 @@ def choose_keys(covariance: torch.Tensor, keys_per_kernel: int) -> tuple[torch.T
     count, size = covariance.shape[0], covariance.shape[1] - 1
     matrix, right = covariance[:, :size, :size], covariance[:, :size, size]
     loading = 1e-6 * matrix.diagonal(dim1=1, dim2=2).mean(1) + 1e-30
-    matrix = matrix + loading[:, None, None] * torch.eye(size).to(matrix)
+    matrix = matrix + loading[:, None, None] * torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     chosen = torch.zeros(count, 1, dtype=torch.long, device=matrix.device)
     every = torch.arange(1, size, device=matrix.device).expand(count, -1)
     for _ in range(keys_per_kernel):
         sets = torch.cat(
             [chosen.unsqueeze(1).expand(-1, size - 1, -1), every.unsqueeze(2)], 2
         )  # with each key, (C, K, .)
-        among = matrix[torch.arange(count)[:, None, None, None], sets.unsqueeze(3), sets.unsqueeze(2)]
-        towards = right[torch.arange(count)[:, None, None], sets]
+        among = matrix[
+            torch.arange(count, device=matrix.device)[:, None, None, None], sets.unsqueeze(3), sets.unsqueeze(2)
+        ]
+        towards = right[torch.arange(count, device=matrix.device)[:, None, None], sets]
         taken = (chosen.unsqueeze(1) == every.unsqueeze(2)).any(2)
         among = among + torch.diag_embed(taken.unsqueeze(2).expand(sets.shape).to(matrix))  # only to be solvable
         solutions = torch.linalg.solve(among, towards)
         gain = (solutions * towards).sum(2).masked_fill(taken, -math.inf)
         best = gain.argmax(1)
-        chosen = sets[torch.arange(count), best]
-        solution = solutions[torch.arange(count), best]
+        chosen = sets[torch.arange(count, device=matrix.device), best]
+        solution = solutions[torch.arange(count, device=matrix.device), best]
     return chosen[:, 1:] - 1, solution[:, 1:], solution[:, 0]
 
 
@@ -812,7 +816,7 @@ def fit_ridge(
     if not intercept:
         f, r = torch.zeros_like(f), torch.zeros_like(r)
     matrix, right = gram[1:, 1:size] / n - torch.outer(f, f), gram[1:, size:] / n - torch.outer(f, r)
-    identity = matrix.diagonal().mean().clamp_min(1e-30) * torch.eye(size - 1).to(matrix)
+    identity = matrix.diagonal().mean().clamp_min(1e-30) * torch.eye(size - 1, dtype=matrix.dtype, device=matrix.device)
     test = _gram(held_out)
     power = torch.stack([r.square().sum(0, dtype=torch.float64) for _, r in held_out]).sum(0)
 

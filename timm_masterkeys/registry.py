@@ -110,7 +110,7 @@ def is_masterkeys_tag(tag: str | None) -> bool:
 
 
 def stock_name(name: str, pretrained: bool) -> str:
-    """The dense timm name that a ``.mk8`` name stands for; unchanged, one that points at published weights, and others."""
+    """The dense timm name that a ``.mk8`` name stands for; others, and those of published weights, as they are."""
     arch, _, tag = name.partition(".")
     if not is_masterkeys_tag(tag) or tag not in _timm.cfgs(arch) or (pretrained and name in _published):
         return name

@@ -182,7 +182,7 @@ def conversion_report(model: nn.Module, reference: nn.Module | None = None) -> C
     by_stage: dict[str, list[tuple[torch.Tensor, ...]]] = {}
     for name, layer in layers:
         index = layer.key_index[:, 0].cpu()
-        first = torch.tensor(layer.bank.kept(layer.kernel_size))[index]  # type: ignore[arg-type]
+        first = torch.tensor(layer.bank.kept(layer.kernel_size), device="cpu")[index]  # type: ignore[arg-type]
         constant = (layer.scale.view(layer.out_channels, -1).eq(0).all(1) & layer.r2.eq(1)).cpu()
         values = (layer.r2.float().cpu(), constant, first)
         rows.append(_row(name, layer.kernel_size, layer.keys_per_kernel, bins, *values))  # type: ignore[arg-type]
@@ -256,7 +256,9 @@ def _fitted(weights: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 @lru_cache(maxsize=16)
 def _chance(height: int, width: int) -> torch.Tensor:
     """The share of random kernels that resemble each operator, and none, (5,)."""
-    _, operator, *_ = _fitted([torch.randn(1000, height, width, generator=torch.Generator().manual_seed(0))])
+    _, operator, *_ = _fitted(
+        [torch.randn(1000, height, width, generator=torch.Generator().manual_seed(0), device="cpu")]
+    )
     return torch.bincount(operator, minlength=len(OPERATORS) + 1) / len(operator)
 
 
