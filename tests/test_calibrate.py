@@ -9,6 +9,7 @@ import pytest
 import skimage.data
 import timm
 import torch
+import torchvision
 from lite0 import lite0
 from PIL import Image
 from torch import nn
@@ -132,6 +133,56 @@ def test_statistics_find_the_norms_again_and_change_nothing_else():
         layer.bias.data += 1
     mk.calibrate_masterkeys(model, dense, x, stages=["statistics"])
     assert error(model, dense, x) < 1e-8
+
+
+class Normed(nn.Module):
+    """A depthwise layer and a linear one at every position, each with a norm; ReLU before the first one if ``act``."""
+
+    def __init__(self, norm, act=False):
+        super().__init__()
+        self.stem, self.dw = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.act, self.norm = nn.ReLU(inplace=True) if act else nn.Identity(), norm(8)
+        self.fc, self.bn, self.head = nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16), nn.Linear(16, 5)
+        for module in (self.norm, self.bn):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        x = self.norm(self.act(self.dw(self.stem(x)))).relu()
+        x = self.fc(x.flatten(2).transpose(1, 2))
+        return self.head(self.bn(x.flatten(0, 1)).view_as(x).relu().mean(1))
+
+
+NORMS = [
+    nn.BatchNorm2d,
+    torchvision.ops.FrozenBatchNorm2d,
+    timm.layers.BatchNormAct2d,
+    timm.layers.FrozenBatchNormAct2d,
+]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_of_every_kind(norm):
+    stock = Normed(norm).eval()
+    model = mk.convert_to_masterkeys(stock)
+    dense = mk.fuse_masterkeys(model)
+    x, unseen = torch.randn(40, 3, 16, 16), torch.randn(20, 3, 16, 16)
+    assert find_parts(model, x[:2])[1] == {"dw": "norm", "fc": "bn"}
+    model.norm.running_mean += 1
+    model.norm.running_var *= 3
+    report = mk.calibrate_masterkeys(model, dense, x, stages="statistics")
+    assert error(model, dense, unseen) < 1e-6 and report.stages[0].changed == ("dw",)
+    nn.init.normal_(model.fc.weight)
+    model.bn.running_mean += 1
+    start = error(model, dense, unseen)
+    report = mk.calibrate_masterkeys(model, dense, x, stages="absorption")
+    assert error(model, dense, unseen) < 0.01 * start and "fc" in report.stages[0].changed
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_norm_after_something_in_place_is_not_that_of_the_layer(norm):
+    model = mk.convert_to_masterkeys(Normed(norm, act=True).eval())
+    assert find_parts(model, torch.randn(2, 3, 16, 16))[1] == {"fc": "bn"}
 
 
 def test_a_trained_network_on_photographs(photographs):

@@ -772,3 +772,14 @@ def test_initialized_models_train(trainable):
     own = {f"{layer}.{name}" for layer in NET_LAYERS for name in ("keys", "key_index", "scale", "shift", "r2")}
     assert moved & own == {f"{layer}.{name}" for layer in NET_LAYERS for name in parts}
     assert "stem.weight" in moved
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("r", [1, 6, 8])
+def test_fused_before_it_is_cast_a_model_keeps_its_kernels(r, dtype):
+    """Eight keys at 3x3 have scales up to a thousand times the kernel, which half precision would round."""
+    model = convert_to_masterkeys(Net(), keys_per_kernel=r)
+    fused = fuse_masterkeys(model).to(dtype)
+    for name, layer in masterkeys(model).items():
+        error = (fused.get_submodule(name).weight.float() - layer.weight).abs().amax((1, 2, 3))
+        assert (error <= torch.finfo(dtype).eps * layer.weight.abs().amax((1, 2, 3))).all()

@@ -154,7 +154,8 @@ def convert_to_masterkeys(
         bank: Anything ``get_bank`` takes.
         include: fnmatch pattern(s) on module names; only layers that match one are converted.
         exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
-        keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where fewer have a shape.
+        keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where fewer have a shape. All eight at
+            3x3 cancel each other with large scales: fuse such a model before it is cast to half precision.
         min_r2: In [0, 1]. Each layer gets as many keys per kernel, from ``keys_per_kernel`` up, as its mean R^2 needs
             to reach this; a layer that does not reach it with all keys stays dense. How many do is logged.
         trainable: What of each kernel trains afterwards: "none", "shift" (as in the paper) or "affine"; "scales", for
