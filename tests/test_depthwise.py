@@ -1,6 +1,7 @@
 """The backward pass without the weight gradient, against autograd through an ordinary convolution."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -172,38 +173,41 @@ def test_many_channels_and_images(geometry, memory_format, trainable, keys_per_k
         torch.testing.assert_close(a, b)
 
 
-def test_composed_once_while_nothing_changes(monkeypatch):
+def test_writes_of_every_kind_are_seen_in_eval_mode():
     layer = make("3x3", 2, "affine", channels=4, dtype=torch.float32).eval()
     x = torch.randn(1, 4, 8, 8)
-    count = itertools.count()
-    compose = layer.compose_weight
-    monkeypatch.setattr(layer, "compose_weight", lambda: (next(count), compose())[1])
-    done = 0
 
-    def expect(composed):
-        nonlocal done
+    def check():
         with torch.no_grad():
-            assert torch.equal(layer(x), plain_no_count(x))
-        now = next(count)
-        assert now - done == composed
-        done = now + 1
+            assert torch.equal(layer(x), plain(layer, x))
+            return layer(x)
 
-    def plain_no_count(x):
-        return F.conv2d(x, compose(), layer.bias, 1, 1, 1, 4)
-
-    expect(1)
-    expect(0)
+    outputs = [check()]
     with torch.no_grad():
         layer.shift.add_(1)
-    expect(1)
+    outputs.append(check())
     layer.scale.data = layer.scale.data.clone() + 1
-    expect(1)
-    expect(0)
+    outputs.append(check())
+    layer.shift.data.mul_(2)
+    outputs.append(check())
     layer.load_state_dict({**layer.state_dict(), "shift": torch.zeros(4)})
-    expect(1)
-    layer.train()
-    layer.eval()
-    expect(1)
+    outputs.append(check())
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(outputs))
+
+
+def test_threads_that_run_and_switch_modes():
+    layer = make("3x3", 1, "shift", channels=4, dtype=torch.float32).eval()
+    x = torch.randn(1, 4, 8, 8)
+    wanted = plain(layer, x)
+
+    def run(_):
+        with torch.no_grad():
+            return torch.equal(layer(x), wanted)
+
+    with ThreadPoolExecutor(4) as pool:
+        modes = pool.submit(lambda: [layer.train(i % 2 == 0) for i in range(300)])
+        assert all(pool.map(run, range(600)))
+        modes.result()
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -235,6 +239,32 @@ def test_vmap_and_functional_gradients():
     )
     wanted = [torch.autograd.grad(plain(layer, one).square().sum(), parameters[0])[0] for one in x]
     torch.testing.assert_close(got, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_vmap_over_an_ensemble(grad):
+    layers = [make("3x3", 2, "shift", dtype=torch.float64) for _ in range(3)]
+    for number, layer in enumerate(layers):
+        torch.manual_seed(number)
+        layer.reset_parameters()
+    parameters, buffers = torch.func.stack_module_state(layers)
+    x = torch.randn(2, 2, 7, 6, dtype=torch.float64)
+    with torch.set_grad_enabled(grad):
+        got = torch.func.vmap(lambda p, b: functional_call(layers[0], (p, b), (x,)))(parameters, buffers)
+    torch.testing.assert_close(got, torch.stack([plain(layer, x) for layer in layers]))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.func.jvp itself uses torch.jit
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+@pytest.mark.parametrize("geometry", ["3x3", "SAME", "dilation, multiplier", "7x7"])
+def test_forward_mode(geometry, trainable):
+    layer = make(geometry, 1, trainable)
+    f, values = as_function(layer), (torch.randn(2, 2, 9, 8, dtype=torch.float64), *layer.parameters())
+    tangents = tuple(torch.randn_like(value) for value in values)
+    _, got = torch.func.jvp(f, values, tangents)
+    step = 1e-6
+    ahead, behind = (f(*[v + s * t for v, t in zip(values, tangents, strict=True)]) for s in (step, -step))
+    torch.testing.assert_close(got, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("trainable", ["none", "shift", "affine"])

@@ -165,7 +165,7 @@ def do_half(model):
         with torch.no_grad():
             out = half(images().to(dtype))
         assert out.dtype == dtype and out.isfinite().all()
-        assert all(layer.key_index.dtype == torch.int64 for layer in layers(half))
+        assert all(layer.key_index.dtype == torch.float32 for layer in layers(half))
 
 
 def do_features_only(model):

@@ -4,12 +4,15 @@ import copy
 import pickle
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.layers import Conv2dSame
 from timm.optim import param_groups_weight_decay
 from torch import nn
+from torch.ao.quantization.quantize_fx import prepare_fx
 from torch.func import functional_call
+from torch.nn.utils import prune
 
 from timm_masterkeys import (
     BankError,
@@ -70,7 +73,7 @@ def dense(layer, conv):
 def formula(layer, scale, shift):
     """The kernels, written down independently of the layer."""
     scale = scale.view(layer.out_channels, layer.keys_per_kernel, 1, 1)
-    kernels = (scale * layer.keys[layer.key_index]).sum(1) + shift.view(-1, 1, 1)
+    kernels = (scale * layer.keys[layer.key_rows()]).sum(1) + shift.view(-1, 1, 1)
     return kernels.unsqueeze(1)
 
 
@@ -140,7 +143,7 @@ def test_from_conv_projects_in_the_dtype_of_the_conv(dtype, keys_per_kernel):
     conv = nn.Conv2d(16, 16, 7, padding=3, groups=16, dtype=dtype)
     layer = MasterKeyConv2d.from_conv(conv, BANK, keys_per_kernel)
     projection = project_kernels(conv.weight, BANK, keys_per_kernel)
-    assert torch.equal(layer.key_index, projection.key_index)
+    assert torch.equal(layer.key_rows(), projection.key_index)
     assert torch.equal(layer.scale, projection.scale.flatten())
     assert torch.equal(layer.shift, projection.shift)
     assert torch.equal(layer.r2, projection.r2)
@@ -265,7 +268,7 @@ def test_parameters_and_buffers(trainable, trained, bias):
         assert layer.trainable == trainable
         assert layer.keys.shape == (8, 5, 5)
         assert layer.key_index.shape == (12, 2)
-        assert layer.key_index.dtype == torch.long
+        assert layer.key_index.dtype == torch.float32
         assert layer.scale.shape == (24,)
         assert layer.shift.shape == layer.r2.shape == (12,)
         groups = param_groups_weight_decay(layer, weight_decay=0.05)
@@ -340,7 +343,7 @@ def test_dense_weight_is_projected(trainable, keys_per_kernel, assign):
     assert result.missing_keys == result.unexpected_keys == []
     assert list(state) == ["weight", "bias"]
     projection = project_kernels(conv.weight, BANK, keys_per_kernel)
-    assert torch.equal(layer.key_index, projection.key_index)
+    assert torch.equal(layer.key_rows(), projection.key_index)
     assert torch.equal(layer.scale, projection.scale.flatten())
     assert torch.equal(layer.shift, projection.shift)
     assert torch.equal(layer.r2, projection.r2)
@@ -359,7 +362,7 @@ def test_dense_weight_of_another_dtype(dtype):
     conv = nn.Conv2d(8, 8, 7, groups=8)
     conv.load_state_dict(state)
     expected = MasterKeyConv2d.from_conv(conv)
-    assert torch.equal(layer.key_index, expected.key_index)
+    assert torch.equal(layer.key_rows(), expected.key_index)
     torch.testing.assert_close(layer.weight, expected.weight, rtol=1e-6, atol=1e-8)
     assert layer.scale.dtype == layer.shift.dtype == layer.keys.dtype == torch.float32
 
@@ -393,11 +396,11 @@ def test_averaged_checkpoint(assign):
     """Averaging tools turn everything into float; weights that do not sum to 1 exactly leave 4.9999995 for a 5."""
     source = MasterKeyConv2d.from_conv(nn.Conv2d(64, 64, 7, groups=64))
     state = {name: sum(value.float() * 0.1 for _ in range(10)) for name, value in source.state_dict().items()}
-    assert not torch.equal(state["key_index"], source.key_index.float())
+    assert not torch.equal(state["key_index"], source.key_index)
     layer = MasterKeyConv2d(64, 64, 7)
     layer.load_state_dict(state, assign=assign)
     assert torch.equal(layer.key_index, source.key_index)
-    assert layer.key_index.dtype == torch.long
+    assert layer.key_index.dtype == torch.float32
     torch.testing.assert_close(layer.keys, source.keys, rtol=0, atol=1e-6)
     torch.testing.assert_close(layer.weight, source.weight)
 
@@ -530,8 +533,8 @@ def test_casts(dtype):
     layer = MasterKeyConv2d.from_conv(conv)
     method = {torch.float16: layer.half, torch.bfloat16: layer.bfloat16, torch.float64: layer.double}[dtype]
     assert method() is layer
-    assert {t.dtype for n, t in layer.state_dict().items() if n != "key_index"} == {dtype}
-    assert layer.key_index.dtype == torch.long
+    assert {t.dtype for n, t in layer.state_dict().items() if n not in ("key_index", "r2")} == {dtype}
+    assert layer.key_index.dtype == torch.float32
     x = torch.randn(2, 8, 9, 9, dtype=dtype)
     assert torch.equal(layer(x), dense(layer, conv.to(dtype))(x))
     layer(x).float().sum().backward()
@@ -598,7 +601,7 @@ def test_reset_parameters(keys_per_kernel):
     assert torch.equal(layer.shift, torch.zeros(512))
     assert torch.equal(layer.r2, -torch.ones(512))  # drawn, not fitted
     assert all(len(set(row)) == keys_per_kernel for row in layer.key_index.tolist())
-    counts = layer.key_index.flatten().bincount(minlength=8)
+    counts = layer.key_rows().flatten().bincount(minlength=8)
     expected = 512 * keys_per_kernel / 8
     assert (counts - expected).abs().max() < 5 * expected**0.5
     assert layer.bias.abs().max() <= 1 / 7
@@ -658,3 +661,137 @@ def test_fuse_leaves_the_layer_alone():
     assert same_state(layer.state_dict(), before)
     assert fused.weight.is_leaf
     assert b"timm_masterkeys" not in pickle.dumps(fused)
+
+
+@pytest.mark.parametrize("casts", [["half", "float"], ["bfloat16", "float"], ["bfloat16", "double", "half", "float"]])
+def test_keys_survive_casts(casts):
+    layer = MasterKeyConv2d(300, 300, 7, bank=torch.randn(300, 7, 7), keys_per_kernel=2)
+    keys, index = layer.keys.clone(), layer.key_index.clone()
+    for cast in casts:
+        getattr(layer, cast)()
+    assert torch.equal(layer.keys, keys) and torch.equal(layer.key_index, index)
+    assert not layer.check_state_dict(layer.state_dict())
+
+
+def test_keys_survive_to_empty():
+    layer = MasterKeyConv2d(8, 8, 7, device="meta").to_empty(device="cpu")
+    assert torch.equal(layer.keys, BANK.keys_for((7, 7)))
+
+
+def averages(decay):
+    """Ways to average a model's weights, buffers included."""
+    ema = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    by_hand = torch.optim.swa_utils.get_ema_avg_fn(decay)
+    return {
+        "swa": lambda m: torch.optim.swa_utils.AveragedModel(m, use_buffers=True),
+        "ema": lambda m: torch.optim.swa_utils.AveragedModel(m, multi_avg_fn=ema, use_buffers=True),
+        "ema by hand": lambda m: torch.optim.swa_utils.AveragedModel(m, avg_fn=by_hand, use_buffers=True),
+        "ModelEma": lambda m: timm.utils.ModelEma(m, decay=decay),
+        "ModelEmaV2": lambda m: timm.utils.ModelEmaV2(m, decay=decay),
+        "ModelEmaV3": lambda m: timm.utils.ModelEmaV3(m, decay=decay),
+    }
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.99, 0.9998, 0.3])
+@pytest.mark.parametrize("way", list(averages(0.5)))
+def test_averages_keep_the_keys(way, decay):
+    source = MasterKeyConv2d.from_conv(nn.Conv2d(64, 64, 7, groups=64), keys_per_kernel=2)
+    model = nn.Sequential(source)
+    averaged = averages(decay)[way](model)
+    for _ in range(60):
+        (averaged.update_parameters if hasattr(averaged, "update_parameters") else averaged.update)(model)
+    got = getattr(averaged, "ema", None) or averaged.module
+    (layer,) = (m for m in got.modules() if isinstance(m, MasterKeyConv2d))
+    assert torch.equal(layer.key_rows(), source.key_rows())
+    torch.testing.assert_close(layer.compose_weight(), source.compose_weight())
+    layer.eval()
+    assert torch.equal(layer.keys, source.keys)
+    twin = MasterKeyConv2d(64, 64, 7, keys_per_kernel=2)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin.key_index, source.key_index)
+
+
+def test_averages_of_different_keys_are_refused():
+    a, b = (MasterKeyConv2d(8, 8, 7) for _ in range(2))
+    averaged = torch.optim.swa_utils.AveragedModel(a, use_buffers=True)
+    averaged.update_parameters(a)
+    averaged.update_parameters(b)
+    with pytest.raises(ConversionError, match="holds fractions"):
+        averaged.eval()
+
+
+def writes(layer):
+    weight = layer.weight
+    kinds = {
+        "init": lambda: nn.init.zeros_(layer.weight),
+        "in place": lambda: weight.detach().add_(1),
+        "data": lambda: setattr(layer.weight, "data", torch.zeros_like(weight)),
+        "apply": lambda: layer.apply(lambda m: nn.init.normal_(m.weight)),
+    }
+    return kinds
+
+
+@pytest.mark.parametrize("kind", list(writes(MasterKeyConv2d(8, 8, 3))))
+def test_writing_into_the_weight_is_noticed(kind):
+    layer = MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 3, groups=8))
+    x, before = torch.randn(1, 8, 5, 5), snapshot(layer)
+    writes(layer)[kind]()
+    with pytest.warns(UserWarning, match="assign the whole tensor"):
+        layer(x)
+    layer(x)  # once
+    assert same_state(snapshot(layer), before)
+
+
+def test_reading_the_weight_warns_of_nothing():
+    layer = MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 3, groups=8))
+    layer.weight.square().sum().backward()
+    copy.deepcopy(layer)(torch.randn(1, 8, 5, 5))
+    layer(torch.randn(1, 8, 5, 5))
+    assert layer.shift.grad is not None
+
+
+@pytest.mark.parametrize("keys_per_kernel", [1, 2])
+def test_assigning_a_weight_projects_it(keys_per_kernel):
+    layer = MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 7, groups=8), keys_per_kernel=keys_per_kernel)
+    weight = torch.randn(8, 1, 7, 7)
+    layer.weight = weight
+    wanted = project_kernels(weight, keys_per_kernel=keys_per_kernel)
+    assert torch.equal(layer.key_rows(), wanted.key_index) and torch.equal(layer.r2, wanted.r2)
+    assert torch.equal(layer.shift, wanted.shift) and layer.shift.requires_grad
+    state = snapshot(layer)
+    for bad in (torch.randn(8, 1, 3, 3), torch.full((8, 1, 7, 7), torch.nan)):
+        with pytest.raises(ConversionError, match="weight"):
+            layer.weight = bad
+    assert same_state(snapshot(layer), state)
+
+
+UTILITIES = {
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "weight_norm": lambda layer: torch.nn.utils.weight_norm(layer),
+    "spectral_norm": lambda layer: torch.nn.utils.spectral_norm(layer),
+    "parametrized weight_norm": lambda layer: torch.nn.utils.parametrizations.weight_norm(layer),
+    "parametrized spectral_norm": lambda layer: torch.nn.utils.parametrizations.spectral_norm(layer),
+    "fuse_conv_bn_eval": lambda layer: torch.nn.utils.fuse_conv_bn_eval(layer.eval(), nn.BatchNorm2d(8).eval()),
+    "a parameter": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach())),
+    "quantisation": lambda layer: torch.ao.quantization.prepare(quantised(layer)),
+    "quantisation by FX": lambda layer: prepare_fx(
+        nn.Sequential(layer).eval(), torch.ao.quantization.get_default_qconfig_mapping(), (torch.randn(1, 8, 9, 9),)
+    ),
+}
+
+
+def quantised(layer):
+    model = nn.Sequential(layer).eval()
+    model.qconfig = torch.ao.quantization.default_qconfig
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("utility", list(UTILITIES))
+def test_utilities_that_want_a_parameter_name_the_way_out(utility):
+    layer = MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 3, groups=8))
+    before = snapshot(layer)
+    with pytest.raises(ConversionError, match="fuse_masterkeys"):
+        UTILITIES[utility](layer)
+    assert same_state(snapshot(layer), before) and not layer._forward_pre_hooks
+    layer(torch.randn(1, 8, 5, 5))

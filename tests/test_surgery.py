@@ -215,7 +215,7 @@ def test_timm_models_convert_and_fuse(name):
     assert not masterkeys(model)
     assert len(masterkeys(converted)) == TIMM_MODELS[name]
     for layer_name, layer in masterkeys(converted).items():
-        assert torch.equal(layer.key_index, project_kernels(model.get_submodule(layer_name).weight).key_index)
+        assert torch.equal(layer.key_rows(), project_kernels(model.get_submodule(layer_name).weight).key_index)
     others = {k: v for k, v in converted.state_dict().items() if k in before}
     assert all(torch.equal(value, before[key]) for key, value in others.items())
 
@@ -712,7 +712,7 @@ def test_whole_models_round_trip(tmp_path, wrapped):
     stock = Net().state_dict()
     target.load_state_dict({f"module.{name}": value for name, value in stock.items()} if wrapped else stock)
     projection = project_kernels(stock["down.weight"], keys_per_kernel=2)
-    assert torch.equal(model.down.key_index, projection.key_index)
+    assert torch.equal(model.down.key_rows(), projection.key_index)
     assert torch.equal(model.stem.weight, stock["stem.weight"])
 
 
@@ -745,7 +745,7 @@ def test_initialize_is_seeded_and_exact():
         conv = stock.get_submodule(name)
         projection = project_kernels(layer.weight)
         torch.testing.assert_close(projection.r2, torch.ones(layer.out_channels))
-        assert torch.equal(projection.key_index, layer.key_index)
+        assert torch.equal(projection.key_index, layer.key_rows())
         assert torch.equal(layer.shift, torch.zeros(layer.out_channels))
         norm = (conv.weight - conv.weight.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1).mean()
         torch.testing.assert_close(layer.weight.flatten(1).norm(dim=1), norm.expand(layer.out_channels))
@@ -753,7 +753,7 @@ def test_initialize_is_seeded_and_exact():
         if layer.bias is not None:
             assert torch.equal(layer.bias, conv.bias)
     assert torch.equal(models[0].stem.weight, stock.stem.weight)
-    counts = sum(layer.key_index.flatten().bincount(minlength=8) for layer in masterkeys(models[0]).values())
+    counts = sum(layer.key_rows().flatten().bincount(minlength=8) for layer in masterkeys(models[0]).values())
     assert counts.sum() == 64 + 64 + 128
     assert 10 < counts.min() <= counts.max() < 60  # 32 each, give or take five deviations
 

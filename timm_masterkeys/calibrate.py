@@ -533,7 +533,7 @@ class _Walk:
         covariance = gram[:, :-1, :-1] / gram[:, -1:, -1:] - mean.unsqueeze(2) * mean.unsqueeze(1)
         keys, scale, shift = choose_keys(covariance, layer.keys_per_kernel)
         alive = (covariance[:, -1, -1] > DEAD) & (covariance[:, :-1, :-1].diagonal(dim1=1, dim2=2).amax(1) > DEAD)
-        layer.key_index[alive] = keys[alive]
+        layer.key_index[alive] = keys[alive].to(layer.key_index)
         layer.scale.view(layer.out_channels, -1)[alive] = scale[alive].to(layer.scale.dtype)
         layer.shift[alive] = shift[alive].to(layer.shift.dtype)
         scales = scale.new_zeros(len(alive), count - 1).scatter_(1, keys, scale)

@@ -45,10 +45,8 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
     banks = {layer.bank.digest: layer.bank for layer in layers.values()}
     tensors = {f"banks.{digest}": torch.from_numpy(bank.keys.copy()) for digest, bank in banks.items()}
     for name, layer in layers.items():
-        tensors |= {
-            f"{name}.{entry}": getattr(layer, entry).detach().cpu().contiguous().clone()
-            for entry in layer.compact_entries
-        }
+        entries = {entry: getattr(layer, entry) for entry in layer.compact_entries} | {"key_index": layer.key_rows()}
+        tensors |= {f"{name}.{entry}": v.detach().cpu().contiguous().clone() for entry, v in entries.items()}
     about = {
         "format_version": FORMAT_VERSION,
         "banks": {

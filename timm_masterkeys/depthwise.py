@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.forward_ad import unpack_dual
 
 Pair = tuple[int, int]
 
@@ -33,8 +34,8 @@ def affine_depthwise_conv2d(
     sum of the input over the kernel's window, and dL/da[c, j] that of dL/dy times the input filtered with the key.
     So the full weight gradient, most of a depthwise backward pass, is not computed where it is not the cheapest way
     (it is for kernels of up to 3x3, and for scales of few taps or more than two keys); and where neither scale nor
-    shift needs a gradient, the input is not kept. Differentiable twice. Under autocast it runs in autocast's type, as
-    conv2d.
+    shift needs a gradient, the input is not kept. Differentiable twice, and in forward mode. Under autocast it runs in
+    autocast's type, as conv2d.
 
     Args:
         input: (N, groups, H, W).
@@ -58,6 +59,10 @@ def affine_depthwise_conv2d(
         dtype = torch.get_autocast_dtype(device)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
+    if not torch.compiler.is_compiling() and any(
+        t is not None and unpack_dual(t).tangent is not None for t in (input, weight, bias)
+    ):  # forward-mode differentiation: the composed kernels carry the tangents of scale and shift
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     output: torch.Tensor = _AffineDepthwise.apply(
         input, weight, bias, scale, shift, keys, key_index, stride, padding, dilation, groups
     )

@@ -1,7 +1,9 @@
 """The depthwise convolution whose kernels are affine images of frozen keys. Knows nothing of models."""
 
 import os
-from typing import Any, ClassVar, Literal, get_args
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NoReturn, get_args
 
 import numpy as np
 import torch
@@ -23,6 +25,25 @@ _is_scripting: Any = torch.jit.is_scripting  # type: ignore[attr-defined]
 _is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 COMPACT_ENTRIES = ("keys", "key_index", "scale", "shift", "r2")
+
+_COMPUTED = (
+    "The weight of a MasterKeyConv2d is computed from frozen keys: it cannot be a parameter, be pruned, normalised, "
+    "parametrized or quantised. fuse_masterkeys(model) gives ordinary convolutions for that; assign a plain tensor "
+    "(layer.weight = tensor) to project other kernels on the keys."
+)
+_WHOLE = 0.05  # an average of equal key indices is a whole number up to rounding, far nearer than this
+
+
+class _Parameters(dict[str, nn.Parameter | None]):
+    """Says what to do where ``torch.nn.utils`` reaches for the parameter "weight" that a stock convolution has."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise ConversionError(_COMPUTED) if name == "weight" else KeyError(name)
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            self.__missing__(name)
+        super().__delitem__(name)
 
 
 class MasterKeyConv2d(nn.Conv2d):
@@ -48,9 +69,12 @@ class MasterKeyConv2d(nn.Conv2d):
         dtype: As for ``nn.Conv2d``.
 
     Attributes:
-        weight: (out_channels, 1, kh, kw), computed at each access.
-        keys: Buffer (K, kh, kw), the bank at this kernel size.
-        key_index: Buffer (out_channels, r) int64, rows of ``keys``.
+        weight: (out_channels, 1, kh, kw), computed at each access. Assigning a tensor of this shape projects it;
+            writing into what is read here changes nothing, and the next forward pass warns of it.
+        keys: Buffer (K, kh, kw), the bank at this kernel size: its digits in every dtype, whatever casts and averages
+            came before.
+        key_index: Buffer (out_channels, r) float32, whole numbers: rows of ``keys``. Floats, as averages of weights cut
+            integers off, which would change keys; ``key_rows()`` gives int64.
         scale: (out_channels * r,), channel by channel; a parameter if trainable is "affine", else a buffer.
         shift: (out_channels,); a parameter unless trainable is "none", else a buffer.
         r2: Buffer (out_channels,) float32, how well each kernel was met when it was projected (1: exactly; -1: the
@@ -68,7 +92,8 @@ class MasterKeyConv2d(nn.Conv2d):
         torch.Size([1, 96, 14, 14])
     """
 
-    __jit_unused_properties__: ClassVar = ["weight"]
+    __jit_unused_properties__: ClassVar = ["weight", "parametrizations"]
+    __jit_ignored_attributes__: ClassVar = ["parametrizations"]
     compact_entries: ClassVar[tuple[str, ...]] = COMPACT_ENTRIES
 
     keys: torch.Tensor
@@ -160,18 +185,19 @@ class MasterKeyConv2d(nn.Conv2d):
         keys = bank.keys_for((weight.shape[2], weight.shape[3])).to(weight.device, weight.dtype)
         rows = min(keys_per_kernel, len(keys))
         self.__dict__.update(conv.__dict__)  # hooks stay the same objects, so handles to them keep working
-        self._parameters = {name: value for name, value in conv._parameters.items() if name != "weight"}
+        self._parameters = _Parameters({n: value for n, value in conv._parameters.items() if n != "weight"})
         self._buffers = dict(conv._buffers)
         self._non_persistent_buffers_set = set(conv._non_persistent_buffers_set)
         self.bank = bank
         self.keys_per_kernel = rows
         self.same_padding = isinstance(conv, Conv2dSame)
-        self._composed: tuple[list[Any], list[torch.Tensor], torch.Tensor] | None = None  # see _cached_weight
+        self._read: torch.Tensor | None = None  # the weight last read, see _notice_writes
         self.register_buffer("keys", keys)
-        self.register_buffer("key_index", torch.zeros(self.out_channels, rows, dtype=torch.long, device=weight.device))
+        index = torch.zeros(self.out_channels, rows, device=weight.device, dtype=torch.float32)
+        self.register_buffer("key_index", index)
         self.register_buffer("scale", weight.new_zeros(self.out_channels * rows))
         self.register_buffer("shift", weight.new_zeros(self.out_channels))
-        self.register_buffer("r2", torch.ones(self.out_channels, device=weight.device))
+        self.register_buffer("r2", torch.ones(self.out_channels, device=weight.device, dtype=torch.float32))
         self.set_trainable(trainable, requires_grad=weight.requires_grad)
 
     def set_trainable(self, trainable: Trainable, requires_grad: bool = True) -> None:
@@ -241,16 +267,63 @@ class MasterKeyConv2d(nn.Conv2d):
 
     def compose_weight(self) -> torch.Tensor:
         """The kernels (out_channels, 1, kh, kw); differentiable in scale and shift."""
+        return self._compose(self.key_rows())
+
+    def key_rows(self) -> torch.Tensor:
+        """``key_index`` (out_channels, r) as int64, to index ``keys`` with."""
+        return self.key_index.round().long()
+
+    def _compose(self, rows: torch.Tensor) -> torch.Tensor:
         taps = self.keys.flatten(1)
         weight = self.shift.unsqueeze(1)
         scale = self.scale.view(self.out_channels, self.keys_per_kernel)
         for j in range(self.keys_per_kernel):
-            weight = torch.addcmul(weight, scale[:, j : j + 1], taps.index_select(0, self.key_index[:, j]))
+            weight = torch.addcmul(weight, scale[:, j : j + 1], taps.index_select(0, rows[:, j]))
         return weight.view(self.out_channels, 1, self.kernel_size[0], self.kernel_size[1])
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]  # computed; nn.Conv2d has a parameter here
-        return self.compose_weight()
+    def weight(self) -> torch.Tensor:  # computed; nn.Conv2d has a parameter here
+        weight = self.compose_weight()
+        if not torch.compiler.is_compiling():
+            self._notice_writes()
+            self._read = weight
+            self._read_state = weight._version, weight.data_ptr() if type(weight) is torch.Tensor else 0
+        return weight
+
+    @weight.setter
+    @torch.no_grad()
+    def weight(self, weight: torch.Tensor) -> None:
+        problems = self.check_state_dict({"weight": weight})
+        if problems:
+            raise ConversionError(problems[0])
+        for name, value in self._fit(weight.to(self.keys.device)).items():
+            getattr(self, name).copy_(value)
+
+    def _notice_writes(self) -> None:
+        """Warns if the tensor that ``weight`` gave last was written to, which changes nothing."""
+        read, self._read = self._read, None
+        if read is not None and (read._version, read.data_ptr()) != self._read_state:
+            warnings.warn(
+                "The weight of a MasterKeyConv2d was written to in place. It is computed, so the layer is unchanged: "
+                "assign the whole tensor (layer.weight = tensor) to project it on the keys, or call "
+                "layer.reset_parameters() to draw keys anew.",
+                stacklevel=3,
+            )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As for any module, but a weight, or what ``torch.nn.utils`` makes of one, is refused (ConversionError)."""
+        if name.partition("_")[0] == "weight":
+            raise ConversionError(_COMPUTED)
+        super().register_parameter(name, param)
+
+    @property
+    def parametrizations(self) -> NoReturn:
+        """What ``torch.nn.utils.parametrize`` and ``torch.ao.quantization`` look for first; see ``_COMPUTED``."""
+        raise ConversionError(_COMPUTED)
+
+    def __dir__(self) -> list[str]:
+        names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
+        return [name for name in names if name != "parametrizations"]  # for those who read whatever is here
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.same_padding:
@@ -261,13 +334,19 @@ class MasterKeyConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _fast_forward(self, input: torch.Tensor) -> torch.Tensor:
-        if isinstance(input, torch.fx.Proxy):  # an FX tracer that does not know to keep the layer whole
-            return self._conv_forward(input, self.compose_weight(), self.bias)
-        if not torch.is_grad_enabled():
-            return self._conv_forward(input, self._cached_weight(), self.bias)
-        weight = self.compose_weight()
-        if input.ndim != 4:  # an image without a batch
+        given: Any = input
+        proxy = isinstance(given, torch.fx.Proxy)  # an FX tracer that does not know to keep the layer whole
+        if self._read is not None and not torch.compiler.is_compiling():
+            self._notice_writes()
+        if proxy and type(given.tracer).__module__.startswith("torch.ao.quantization"):
+            raise ConversionError(_COMPUTED)
+        rows = self.key_rows()
+        weight = self._compose(rows)
+        if proxy or not torch.is_grad_enabled() or input.ndim != 4:  # 3: an image without a batch
             return self._conv_forward(input, weight, self.bias)
+        return self._affine_forward(input, weight, rows)
+
+    def _affine_forward(self, input: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         input, padding = self._padded(input)
         return affine_depthwise_conv2d(
             input,
@@ -276,12 +355,29 @@ class MasterKeyConv2d(nn.Conv2d):
             self.scale,
             self.shift,
             self.keys,
-            self.key_index,
+            rows,
             self.stride,  # type: ignore[arg-type]  # pairs, though nn.Conv2d says tuple[int, ...]
             padding,
             self.dilation,  # type: ignore[arg-type]
             self.groups,
         )
+
+    def _check_key_index(self) -> None:
+        """Raises if key indices of different networks were averaged."""
+        if not self.key_index.is_meta and not torch.equal(self.key_index, self.key_index.round()):
+            problem = self._index_problem(self.key_index)
+            if problem:
+                raise ConversionError(f"key_index {problem}")
+
+    def _index_problem(self, key_index: torch.Tensor) -> str:
+        """What is wrong with key indices; empty if nothing is."""
+        index = key_index.cpu().double()
+        low, high = index.round().aminmax()
+        if not (index - index.round()).abs().max() < _WHOLE:  # NaN is refused too
+            return "holds fractions or NaN; average checkpoints of one conversion only."
+        if low < 0 or high >= len(self.keys):
+            return f"holds {low:.0f} to {high:.0f}, the bank has {len(self.keys)} keys."
+        return ""
 
     def _padded(self, input: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """The input and the symmetric zero padding left to do; what is not of that kind is done here."""
@@ -296,34 +392,36 @@ class MasterKeyConv2d(nn.Conv2d):
             input = F.pad(input, (0, width % 2, 0, height % 2))
         return input, (height // 2, width // 2)
 
-    def _cached_weight(self) -> torch.Tensor:
-        """The kernels, composed anew only if something they are made of was replaced or changed in place.
-
-        Off the CPU, where comparing values would wait for the device, a write through ``.data`` is seen after the
-        next ``train()`` or ``eval()``.
-        """
-        if torch.compiler.is_compiling() or self.scale.is_inference():
-            return self.compose_weight()
-        parts = self._parts()
-        state = [(part._version, part.data_ptr(), part.dtype) for part in parts]
-        if self._composed is not None and self._composed[0] == state:
-            # Writes through .data leave no trace in the state. On CPU the values themselves are compared as well.
-            if not self.keys.is_cpu or all(map(torch.equal, self._composed[1], parts)):
-                return self._composed[2]
-        self._composed = state, [part.detach().clone() for part in parts], self.compose_weight()
-        return self._composed[2]
-
-    def _parts(self) -> tuple[torch.Tensor, ...]:
-        """What the kernels are composed of."""
-        return self.scale, self.shift, self.keys, self.key_index
-
     def train(self, mode: bool = True) -> "MasterKeyConv2d":
-        """As for any module; also drops the composed kernels kept for inference."""
-        self._composed = None
+        """As for any module; also gives the keys back their digits after an average, and checks the key indices.
+
+        Raises:
+            ConversionError: Networks with different keys were averaged.
+        """
+        self._restore_keys()
+        self._check_key_index()
         return super().train(mode)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "MasterKeyConv2d":
+        """Casts and moves as for any module, but keys and key indices lose no digits."""
+        keys, key_index = self.keys, self.key_index
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.key_index.dtype != key_index.dtype:
+            self.key_index = key_index.to(self.key_index.device)
+        if self.keys is not keys:
+            self._restore_keys()
+        return self
+
+    @torch.no_grad()
+    def _restore_keys(self) -> None:
+        """The bank's own digits in the keys' dtype."""
+        if not self.keys.is_meta:
+            keys = self.bank.keys_for(self.kernel_size).to(self.keys)  # type: ignore[arg-type]
+            if not torch.equal(keys, self.keys):
+                self.keys.copy_(keys)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_composed": None}
+        return {**self.__dict__, "_read": None}
 
     def fuse(self) -> nn.Conv2d:
         """The ordinary convolution with these kernels: a new module that shares bias and hooks; this one is unchanged.
@@ -334,7 +432,7 @@ class MasterKeyConv2d(nn.Conv2d):
         cls = Conv2dSame if self.same_padding else nn.Conv2d
         conv = cls.__new__(cls)
         conv.__dict__.update(self.__dict__)
-        for name in ("bank", "keys_per_kernel", "trainable", "same_padding", "_composed", "operators"):
+        for name in ("bank", "keys_per_kernel", "trainable", "same_padding", "_read", "_read_state", "operators"):
             conv.__dict__.pop(name, None)
         frozen = any(
             not p.requires_grad
@@ -394,12 +492,9 @@ class MasterKeyConv2d(nn.Conv2d):
                 f"{here}keys: the checkpoint was made with another bank than '{self.bank.name}'. "
                 "Convert with its bank, or load its dense weights."
             )
-        index = state_dict[prefix + "key_index"].cpu().double()
-        low, high = index.round().aminmax()
-        if not (index - index.round()).abs().max() < 0.05:  # rounding when averaged is less; NaN is refused too
-            problems.append(f"{here}key_index: holds fractions or NaN; average checkpoints of one conversion only.")
-        elif low < 0 or high >= len(own_keys):
-            problems.append(f"{here}key_index: holds {low:.0f} to {high:.0f}, the bank has {len(own_keys)} keys.")
+        index_problem = self._index_problem(state_dict[prefix + "key_index"])
+        if index_problem:
+            problems.append(f"{here}key_index: {index_problem}")
         return problems
 
     def _load_from_state_dict(
@@ -423,12 +518,11 @@ class MasterKeyConv2d(nn.Conv2d):
             dtype = dense.dtype if assign else torch.promote_types(dense.dtype, self.keys.dtype)
             entries |= {prefix + name: value for name, value in self._fit(dense.to(dtype)).items()}
         if prefix + "scale" in entries:
-            # Keys rounded to half precision, or none at all in a dense file: the bank's own digits instead.
+            # Keys rounded to half precision or by an average, or none at all in a dense file: the bank's own digits.
             target = entries[prefix + "scale"] if assign else self.keys
-            if getattr(entries.get(prefix + "keys"), "dtype", None) != target.dtype:
-                own_keys = self.bank.keys_for(self.kernel_size)  # type: ignore[arg-type]
-                entries[prefix + "keys"] = own_keys.to(target.device, target.dtype)
-            entries[prefix + "key_index"] = entries[prefix + "key_index"].round().long()
+            own_keys = self.bank.keys_for(self.kernel_size)  # type: ignore[arg-type]
+            entries[prefix + "keys"] = own_keys.to(target.device, target.dtype)
+            entries[prefix + "key_index"] = entries[prefix + "key_index"].round().float()
         super()._load_from_state_dict(
             entries, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -492,7 +586,7 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         values = [float(sigma) for sigma in SIGMAS[self.bank.name.removeprefix("scale-space-")].split()]
         sigmas = torch.tensor(values, device=self.keys.device)
         nominal = sigmas.clamp_min(SMALLEST).log().view(8, 2)[self.operators]
-        self.log_sigma.copy_(nominal[self.key_index[:, 0]].flatten())
+        self.log_sigma.copy_(nominal[self.key_rows()[:, 0]].flatten())
 
     def check_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> list[str]:
         """As for a MasterKeyConv2d; entries of a layer with fixed scales, or sigmas that are not finite, do not fit."""
@@ -507,20 +601,14 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         projection, log_sigma = fit_scales(weight, tuple(self.operators))
         return {**_entries(projection), "log_sigma": log_sigma.flatten()}
 
-    def compose_weight(self) -> torch.Tensor:
-        """The kernels (out_channels, 1, kh, kw); differentiable in sigmas, scale and shift."""
-        operator = torch.tensor(self.operators, device=self.scale.device)[self.key_index[:, 0]]
+    def _compose(self, rows: torch.Tensor) -> torch.Tensor:
+        operator = torch.tensor(self.operators, device=self.scale.device)[rows[:, 0]]
         keys = scaled_kernels(operator, self.log_sigma.view(-1, 2), self.kernel_size[0], self.kernel_size[1])
         return (keys * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)).unsqueeze(1)
 
-    @torch.jit.unused
-    def _fast_forward(self, input: torch.Tensor) -> torch.Tensor:
+    def _affine_forward(self, input: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         # The sigmas' gradient needs the whole weight gradient, so autograd it is.
-        cached = not (torch.is_grad_enabled() or isinstance(input, torch.fx.Proxy))
-        return self._conv_forward(input, self._cached_weight() if cached else self.compose_weight(), self.bias)
-
-    def _parts(self) -> tuple[torch.Tensor, ...]:
-        return (*super()._parts(), self.log_sigma)
+        return self._conv_forward(input, weight, self.bias)
 
 
 def _entries(projection: Projection) -> dict[str, torch.Tensor]:

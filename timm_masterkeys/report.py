@@ -181,7 +181,7 @@ def conversion_report(model: nn.Module, reference: nn.Module | None = None) -> C
     rows = []
     by_stage: dict[str, list[tuple[torch.Tensor, ...]]] = {}
     for name, layer in layers:
-        index = layer.key_index[:, 0].cpu()
+        index = layer.key_rows()[:, 0].cpu()
         first = torch.tensor(layer.bank.kept(layer.kernel_size), device="cpu")[index]  # type: ignore[arg-type]
         constant = (layer.scale.view(layer.out_channels, -1).eq(0).all(1) & layer.r2.eq(1)).cpu()
         values = (layer.r2.float().cpu(), constant, first)

@@ -59,10 +59,10 @@ def _windows(sigma: torch.Tensor, taps: int) -> torch.Tensor:
     place = torch.arange(-1, taps + 1, device=sigma.device, dtype=sigma.dtype) - taps // 2
     half = taps + 32  # the spectrum is even: angles 0 to pi, all but these two stand for two
     angle = torch.arange(half + 1, device=sigma.device, dtype=sigma.dtype) * (math.pi / half)
-    waves = torch.cos(angle[:, None] * place) / half
-    waves[[0, half]] /= 2
+    waves = torch.cos(place[:, None] * angle) / half
+    waves[:, [0, half]] /= 2
     spectrum = torch.exp(sigma[:, None].square() * (torch.cos(angle) - 1))
-    values = (spectrum[:, :, None] * waves).sum(1)  # no matrix product: autocast would round it to half precision
+    values = (spectrum[:, None] * waves).sum(2)  # no matrix product: autocast would round it to half precision
     return torch.stack([values[:, :-2], values[:, 1:-1], values[:, 2:]], 2)
 
 
