@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import types
 
 import numpy as np
 import pytest
@@ -336,7 +337,9 @@ def test_a_network_run_part_by_part_gives_what_it_gives_in_one_go():
         assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_healing_lowers_what_is_left_and_trains_nothing_else_afterwards():
+def test_healing_lowers_what_is_left_and_trains_nothing_else_afterwards(monkeypatch):
+    clock = itertools.count(0, 0.05)  # seconds a step, however fast the machine
+    monkeypatch.setattr("timm_masterkeys.calibrate.time", types.SimpleNamespace(perf_counter=clock.__next__))
     model, dense = pair("test_efficientnet")
     model.requires_grad_(False)
     for layer in converted(model).values():
@@ -344,7 +347,8 @@ def test_healing_lowers_what_is_left_and_trains_nothing_else_afterwards():
     state, x = copy.deepcopy(model.state_dict()), torch.randn(40, 3, 64, 64)
     names = [name for name, _ in model.named_parameters()]
     report = mk.calibrate_masterkeys(model, dense, x, stages=["healing"], heal_minutes=0.1)
-    assert report.stages[0].after < 0.5 * report.stages[0].before and 4 < report.stages[0].seconds < 60
+    assert report.stages[0].after < 0.5 * report.stages[0].before
+    assert 6 <= report.stages[0].seconds < 7  # each block's share ends within a step
     assert [name for name, _ in model.named_parameters()] == names
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     for name in names:

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -16,6 +18,7 @@ from timm_masterkeys import (
     ConversionError,
     KeyBank,
     MasterKeyConv2d,
+    checkpoint,
     convert_to_masterkeys,
     fuse_masterkeys,
     get_bank,
@@ -211,6 +214,8 @@ def spoil(file, path, change):
         about = json.loads(opened.metadata()["timm_masterkeys"])
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     change(tensors, about)
+    about.pop("sha256")
+    about["sha256"] = checkpoint._digest(about, tensors)  # as if it had been written so
     save_file(tensors, path, {"timm_masterkeys": json.dumps(about)})
 
 
@@ -229,7 +234,18 @@ DAMAGE = {
     "keys altered": (lambda t, a: t[f"{LAYER}.keys"].mul_(1.01), "made with another bank than 'babaiee2025'"),
     "scale altered": (lambda t, a: t[f"{LAYER}.scale"][7].mul_(1.001), f"disagrees with the dense weights of {LAYER}"),
     "shift altered": (lambda t, a: t[f"{LAYER}.shift"][7].add_(1e-3), f"disagrees with the dense weights of {LAYER}"),
-    "scale is NaN": (lambda t, a: t[f"{LAYER}.scale"][7].fill_(torch.nan), "disagrees with the dense weights of"),
+    "scale is NaN": (lambda t, a: t[f"{LAYER}.scale"][7].fill_(torch.nan), "scale: holds NaN or Inf; repair"),
+    "shift is Inf": (lambda t, a: t[f"{LAYER}.shift"][7].fill_(torch.inf), "shift: holds NaN or Inf; repair"),
+    "scale is Boolean": (lambda t, a: t.update({f"{LAYER}.scale": torch.ones(64).bool()}), "is damaged"),
+    "no layers": (lambda t, a: a["layers"].clear(), "lists no layer"),
+    "layers a list": (lambda t, a: a.update(layers=[1]), "is damaged"),
+    "layers missing": (lambda t, a: a.pop("layers"), "is damaged"),
+    "banks a text": (lambda t, a: a.update(banks="none"), "is damaged"),
+    "bank of nothing": (lambda t, a: a["banks"][bank_of(a, "mine")].clear(), "is damaged"),
+    "odd keys per kernel": (lambda t, a: a["layers"][LAYER].update(keys_per_kernel="1"), "is damaged"),
+    "odd trainable": (lambda t, a: a["layers"][LAYER].update(trainable="all"), "are no settings"),
+    "odd bank": (lambda t, a: a["layers"][LAYER].update(bank="0"), "are no settings"),
+    "about a list": (lambda t, a: (a.clear(), a.update(sha256="")), "has format version None"),
     "another key": (lambda t, a: t[f"{LAYER}.key_index"].add_(1).remainder_(5), "disagrees with the dense weights of"),
     "no such key": (lambda t, a: t[f"{LAYER}.key_index"].fill_(8), "key_index: holds 8 to 8"),
     "entry missing": (lambda t, a: t.pop(f"{LAYER}.shift"), f"does not fit layer {LAYER}: shift is missing"),
@@ -255,6 +271,36 @@ def test_a_damaged_file_changes_nothing(converted, file, tmp_path, damage):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     load_compact(model, file)  # and the model is not spoilt for a good one
     same(model, converted)
+
+
+@pytest.mark.parametrize("metadata", ["", "{", "[]", "1", '"text"', "null", '{"format_version": 1}'])
+def test_odd_metadata(converted, file, tmp_path, metadata):
+    save_file({"x": torch.ones(1)}, tmp_path / "odd.safetensors", {"timm_masterkeys": metadata})
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors'"):
+        load_compact(fuse_masterkeys(converted), tmp_path / "odd.safetensors")
+
+
+def test_a_flipped_bit_is_noticed(converted, file, tmp_path):
+    """Wherever it is: also in values that no other check looks at, such as r2, or closer than rounding."""
+    data, path = file.read_bytes(), tmp_path / "flipped.safetensors"
+    start = 8 + int.from_bytes(data[:8], "little")
+    model = fuse_masterkeys(converted)
+    for place in [*torch.randint(start, len(data), (20,)).tolist(), *torch.randint(start, (20,)).tolist()]:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(CheckpointError, match="flipped"):
+            load_compact(model, path)
+        assert not layers(model)
+
+
+def test_one_layer_left_out(converted, file, tmp_path):
+    with safe_open(file, framework="pt") as opened:
+        about = json.loads(opened.metadata()["timm_masterkeys"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    del about["layers"][LAYER]
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(LAYER)}
+    save_file(tensors, tmp_path / "less.safetensors", {"timm_masterkeys": json.dumps(about)})
+    with pytest.raises(CheckpointError, match="does not match its checksum"):
+        load_compact(fuse_masterkeys(converted), tmp_path / "less.safetensors")
 
 
 def test_not_such_a_file(converted, file, tmp_path):
@@ -324,3 +370,31 @@ def test_saving_changes_nothing(converted, tmp_path):
     same(model, converted)
     entries = load_file(tmp_path / "c.safetensors")
     assert all(torch.equal(entries[f"{name}.scale"], layer.scale) for name, layer in layers(model).items())
+
+
+DISK = """
+import resource, sys
+import timm, torch, timm_masterkeys as mk
+torch.set_num_threads(1)
+model = timm.create_model("test_convnext3.mk8")
+bank = mk.KeyBank("large", torch.randn(40, 31, 31))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, resource.RLIM_INFINITY))
+for write in (
+    lambda: mk.save_compact(model, sys.argv[1] + "/c.safetensors"),
+    lambda: bank.save(sys.argv[1] + "/b.safetensors"),
+    lambda: mk.save_pretrained(model, sys.argv[1] + "/out"),
+):
+    try:
+        write()
+        print("no error")
+    except OSError as error:
+        print(error.errno, error.strerror)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
+def test_a_full_disk_is_an_oserror(tmp_path):
+    """A file that may not grow stands for it: safetensors says so in an exception of its own."""
+    done = subprocess.run([sys.executable, "-c", DISK, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["27 File too large"] * 3, done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())

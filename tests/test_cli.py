@@ -313,6 +313,49 @@ def test_errors_are_one_line(run, tmp_path, monkeypatch, args, says):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_of_ones_own_is_under_no_known_licence(run, weights, tmp_path):
+    code, out, err = run("convert", ARCH, *weights, "--output", tmp_path / "out")
+    assert (code, err) == (0, "")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "license" not in config["pretrained_cfg"] and config["masterkeys"]["source"] is None
+    assert "Licence: unknown." in (tmp_path / "out" / "README.md").read_text()
+    code, out, err = run("publish", tmp_path / "out", "me/model", "--dry-run")
+    assert (code, out) == (1, "") and "licence of the source weights is unknown" in err and "--license" in err
+
+
+def config_as(change):
+    def spoil(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "config.json").write_text("{"),
+        config_as(lambda config: []),
+        config_as(lambda config: {}),
+        config_as(lambda config: {**config, "architecture": 3}),
+        config_as(lambda config: {**config, "pretrained_cfg": []}),
+        config_as(lambda config: {**config, "masterkeys": "yes"}),
+        config_as(lambda config: {**config, "masterkeys": {}}),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "model.safetensors").write_bytes(b"cut"),
+        lambda folder: (folder / "masterkeys.safetensors").unlink(),
+        lambda folder: (folder / "masterkeys.safetensors").write_bytes(b"cut"),
+    ],
+)
+def test_a_damaged_folder_is_one_line(run, model, tmp_path, spoil):
+    folder = mk.save_pretrained(mk.convert_to_masterkeys(model), tmp_path / "out", license="mit")
+    spoil(folder)
+    code, out, err = run("publish", folder, "me/model")
+    assert (code, out) == (1, "")
+    assert err.startswith("timm-masterkeys: error: ") and str(folder) in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"\x80\x02}q\x00.", b"PK\x03\x04 cut off"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
 def test_an_unreadable_checkpoint(run, tmp_path, content, suffix):

@@ -17,6 +17,7 @@ import contextlib, io, json, logging, sys, traceback, warnings
 logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
 logging.getLogger("filelock").setLevel(logging.WARNING)
 import timm, torch
+torch.set_num_threads(1)  # outputs of two processes are compared bit for bit
 {plugin}
 names = dict(globals())
 answers = sys.stdout
@@ -31,9 +32,19 @@ for line in sys.stdin:
 """
 
 MODEL = """
+import os
+from safetensors.torch import save_file
+from timm_masterkeys import _timm
+
+stock = os.environ["HF_HOME"] + ".safetensors"
+if not os.path.exists(stock):
+    save_file(timm.create_model("test_convnext").state_dict(), stock)
+for cfg in _timm.cfgs("test_convnext").values():  # where timm looks for its own weights: here, not on the Hub
+    cfg.file = stock
+
 def converted(bank="babaiee2025", seed=0, **settings):
     torch.manual_seed(seed)
-    model = timm.create_model("test_convnext.r160_in1k")
+    model = timm.create_model("test_convnext.r160_in1k", pretrained=True)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     return mk.convert_to_masterkeys(model.eval(), bank, keys_per_kernel=2, **settings)
@@ -229,6 +240,43 @@ def test_published_again_makes_no_commit(hub, worker, published):
     assert out == f"False {published.head().sha} {{'unchanged'}}"
     assert len(published.branches["main"]) == before
     assert hub.count("POST", "/commit/") == hub.count("PUT") == 0
+
+
+def test_unknown_weights_have_no_licence(hub, worker):
+    """What timm did not load is nobody's until its owner says whose it is."""
+    worker.run("""
+        own = converted()
+        dense = mk.fuse_masterkeys(converted(seed=8)).state_dict()
+        own.load_state_dict(dense)
+    """)
+    assert "licence" in worker.run("mk.push_to_hub(own, 'alice/own')", raises="ConversionError")
+    assert not hub.select("POST|PUT")
+    worker.run("mk.push_to_hub(own, 'alice/own', license='mit')")
+    card = hub.repos["alice/own"].head().files["README.md"].decode()
+    assert "license: mit" in card and "base_model" not in card and "timm/test_convnext" not in card
+    assert "whose source is not recorded" in card and "inherited" not in card
+    worker.run("""
+        again = timm.create_model("hf-hub:alice/own", pretrained=True)
+        print(mk.push_to_hub(again, "alice/copy"))
+    """)
+    assert "license: mit" in hub.repos["alice/copy"].head().files["README.md"].decode()
+
+
+def test_dry_run_checks_the_account(hub, worker, published, home):
+    out = worker.run("print(mk.push_to_hub(model, 'alice/base', dry_run=True))")
+    assert "account alice" in out and hub.count("GET", "/api/whoami") == 1
+    nobody, wrong = Worker(hub.env(home / "nobody")), Worker(hub.env(home / "mistyped", "hf_wrong"))
+    out = nobody.run("print(mk.push_to_hub(converted(), 'alice/base', dry_run=True))")
+    assert "no account: publishing needs `hf auth login`" in out
+    message = nobody.run("mk.push_to_hub(converted(), 'alice/base')", raises="HubError")
+    assert message == (
+        "Nothing was published to alice/base: there is no token. Log in with `hf auth login`, or set HF_TOKEN."
+    )
+    for dry_run in (True, False):
+        message = wrong.run(f"mk.push_to_hub(converted(), 'alice/base', dry_run={dry_run})", raises="HubError")
+        assert "Nothing was published" in message and "hf_wrong" not in message
+    nobody.stop()
+    wrong.stop()
 
 
 def test_dry_run(hub, worker, published):
@@ -441,10 +489,11 @@ def test_files_that_do_not_fit_are_refused(hub, worker, published, tmp_path):
         "newer-config": ({"config.json": json.dumps(newer).encode()}, "99"),
         "newer-compact": ({"masterkeys.safetensors": tensors(compact, version)}, "99"),
         "other-bank": ({"config.json": json.dumps(other_bank).encode()}, "bank"),
-        "disagree": ({"masterkeys.safetensors": tensors(compact, scale)}, "disagrees"),
-        "altered-bank": ({"masterkeys.safetensors": tensors(compact, bank)}, "digest"),
+        "disagree": ({"masterkeys.safetensors": tensors(compact, scale)}, "checksum"),
+        "altered-bank": ({"masterkeys.safetensors": tensors(compact, bank)}, "checksum"),
         "lacks": ({"model.safetensors": tensors(dense, lambda v, m: v.pop("stem.0.weight"))}, "stem.0.weight"),
         "extra": ({"model.safetensors": tensors(dense, lambda v, m: v.update(odd=v["stem.0.bias"].clone()))}, "odd"),
+        "altered": ({"model.safetensors": tensors(dense, lambda v, m: v["head.fc.bias"].add_(1))}, "SHA-256"),
         "cut": ({"masterkeys.safetensors": compact[:-100]}, "masterkeys.safetensors"),
     }
     for name, (changed, text) in cases.items():

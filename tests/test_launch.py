@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 def launch(args, **kwargs):
     command = [sys.executable, "-m", "timm_masterkeys.launch", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
 
 
 def test_as_if_the_script_ran_alone(tmp_path):
@@ -60,5 +60,5 @@ def test_ctrl_c(tmp_path):
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode in (-signal.SIGINT, 130) and "KeyboardInterrupt" in errors

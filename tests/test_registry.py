@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -15,8 +17,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.data import resolve_data_config, resolve_model_data_config
-from timm.layers import get_notrace_modules
-from timm.models import resolve_model_input_args
+from timm.models import get_notrace_modules
 from timm.utils import ParseKwargs
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -102,6 +103,7 @@ def snapshot(own=False):
     }
 
 warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "Implicitly cleaning up", ResourceWarning)  # torch 2.5's own, when Python ends
 logging.basicConfig(level=logging.DEBUG)
 before, loaded = snapshot(), set(sys.modules)
 import timm_masterkeys as mk
@@ -391,6 +393,129 @@ def test_checkpoint_path(weights, tmp_path, kind):
     same(timm.create_model(MK8, checkpoint_path=str(path)), converted)
 
 
+def trained(weights, **settings):
+    """A converted model no value of which is what conversion would make of any weights."""
+    model = mk.convert_to_masterkeys(stock(weights), **settings)
+    with torch.no_grad():
+        for layer in layers(model).values():
+            layer.key_index.copy_((layer.key_index + 1) % 3)
+            layer.scale.add_(0.1 * torch.randn_like(layer.scale))
+            layer.shift.add_(0.1 * torch.randn_like(layer.shift))
+            layer.r2.fill_(0.5)
+    return model
+
+
+CHECKPOINTS = ["file.safetensors", "file.pth", "train.pth.tar", "url.pth", "state_dict"]
+
+
+def overlay_of(state_dict, tmp_path, kind):
+    """The same weights from any of the places timm takes some from."""
+    state_dict = {name: value.clone() for name, value in state_dict.items()}
+    if kind == "state_dict":
+        return {"state_dict": state_dict}
+    path = tmp_path / kind
+    if kind.endswith(".safetensors"):
+        save_file(state_dict, path)
+    else:
+        torch.save({"epoch": 3, "state_dict": state_dict} if kind.startswith("train") else state_dict, path)
+    return {"hf_hub_id": None, "url": path.as_uri()} if kind.startswith("url") else {"file": str(path)}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+@pytest.mark.parametrize("kwargs", [{}, {"num_classes": -1}, {"num_classes": 5}, {"in_chans": 1}])
+def test_a_converted_checkpoint_as_pretrained_weights(weights, tmp_path, caplog, kind, kwargs):
+    """It comes back as it is, not its pointwise layers with random kernels projected."""
+    model = trained(weights)
+    overlay = overlay_of(model.state_dict(), tmp_path, kind)
+    cache = {"cache_dir": str(tmp_path / "cache")} if kind.startswith("url") else {}
+    if kwargs.get("num_classes") == -1:  # what train.py's --pretrained-path amounts to: a new head
+        again = timm.create_model(MK8, True, pretrained_cfg_overlay={**overlay, "num_classes": -1}, **cache)
+    else:
+        again = timm.create_model(MK8, True, pretrained_cfg_overlay=overlay, **kwargs, **cache)
+    loaded, given = again.state_dict(), model.state_dict()
+    assert loaded.keys() == given.keys() and not caplog.records
+    assert all(torch.equal(loaded[n], given[n]) for n in given if not n.startswith(("head.fc", "stem.0")) or not kwargs)
+    assert all(type(p) is nn.Parameter and p.requires_grad for p in again.parameters())
+
+
+@pytest.mark.parametrize("feature_cls", FEATURE_CLASSES)
+def test_features_of_a_converted_checkpoint(weights, feature_cls):
+    model = trained(weights)
+    kwargs = {"features_only": True, "feature_cls": feature_cls, "out_indices": (0, 2)}
+    overlay = {"state_dict": dict(model.state_dict())}
+    features = timm.create_model(MK8, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+    assert len(layers(features)) >= 7
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        out = features(x)
+        expected = model.forward_intermediates(x, indices=(0, 2), intermediates_only=True)
+    out = list(out.values()) if isinstance(out, dict) else out
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+@pytest.mark.parametrize("arch", ["test_efficientnet", "test_mambaout", "ghostnet_050", "fastvit_t8", "starnet_s1"])
+def test_converted_checkpoints_of_other_families(arch):
+    given = mk.initialize_masterkeys(timm.create_model(arch), keys_per_kernel=2).state_dict()
+    overlay = {"state_dict": dict(given), "num_classes": -1}
+    model = timm.create_model(f"{arch}.mk8", pretrained=True, pretrained_cfg_overlay=overlay)
+    loaded, head = model.state_dict(), model.pretrained_cfg["classifier"]
+    assert loaded.keys() == given.keys()
+    assert all(torch.equal(loaded[name], given[name]) for name in given if not name.startswith(head))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bank": "random8:3"},
+        {"keys_per_kernel": 3, "trainable": "affine"},
+        {"exclude": "stages.0.*"},
+        {"bank": "scale-space-b", "trainable": "scales"},
+    ],
+)
+@pytest.mark.parametrize("num_classes", [1000, 5])
+def test_a_converted_checkpoint_with_settings(weights, settings, num_classes):
+    model = trained(weights, **settings)
+    overlay = {"state_dict": dict(model.state_dict())}
+    create = functools.partial(timm.create_model, MK8, True, num_classes=num_classes)
+    again = create(pretrained_cfg_overlay=overlay, **{f"mk_{name}": value for name, value in settings.items()})
+    assert layers(again).keys() == layers(model).keys()
+    for name, layer in layers(again).items():
+        same(layer, model.get_submodule(name))
+        assert layer.trainable == settings.get("trainable", "shift")
+    if "bank" in settings:
+        with pytest.raises((mk.CheckpointError, mk.ConversionError), match=r"bank"):
+            create(pretrained_cfg_overlay=overlay)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mk_bank": "random8:1"}, "made with another bank than 'random8:1'"),
+        ({"mk_keys_per_kernel": 2}, "key_index: got shape"),
+        ({"mk_include": "stages.0.*"}, "converted in other layers than this one would be: stages.1"),
+        ({"mk_trainable": "scales", "mk_bank": "scale-space-b"}, "log_sigma"),
+    ],
+)
+def test_settings_that_contradict_a_converted_checkpoint(weights, settings, message):
+    overlay = {"state_dict": dict(trained(weights).state_dict())}
+    with pytest.raises(mk.CheckpointError, match=message):
+        timm.create_model(MK8, pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay, **settings)
+
+
+def test_a_converted_checkpoint_of_another_architecture(weights):
+    overlay = {"state_dict": dict(trained(weights).state_dict())}
+    with pytest.raises(mk.CheckpointError, match="converted in other layers"):
+        timm.create_model("test_efficientnet.mk8", pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay)
+
+
+def test_what_stock_timm_saves_of_a_converted_model(weights, tmp_path):
+    """Its own ``save_for_hf``: no compact file, the compact entries among the weights."""
+    model = timm.create_model(MK8)
+    model.load_state_dict(trained(weights).state_dict())
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    same(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), model)
+
+
 def test_cache_dir_reaches_timms_loader(weights, tmp_path):
     torch.save(dict(weights), tmp_path / "dense.pth")
     overlay = {"hf_hub_id": None, "url": (tmp_path / "dense.pth").as_uri()}
@@ -406,7 +531,9 @@ def test_cfg_as_an_argument(weights, kind):
     if kind == "tag":  # as train.py's --pretrained-cfg would
         kwargs = {"model_name": ARCH, "pretrained_cfg": "mk8", "pretrained_cfg_overlay": {"state_dict": dict(weights)}}
     elif kind == "resolved":  # as validate.py does
-        kwargs = {**resolve_model_input_args(MK8), "pretrained_cfg_overlay": {"state_dict": dict(weights)}}
+        if not hasattr(timm.models, "resolve_model_input_args"):
+            pytest.skip("timm 1.0.31 brought it")
+        kwargs = {**timm.models.resolve_model_input_args(MK8), "pretrained_cfg_overlay": {"state_dict": dict(weights)}}
     else:
         kwargs = {"model_name": ARCH, "pretrained_cfg": cfg if kind == "object" else cfg.to_dict()}
     model = timm.create_model(**kwargs, pretrained=True)
@@ -488,6 +615,56 @@ def test_bank_as_an_object(weights):
 def test_bad_settings(kwargs, error, message):
     with pytest.raises(error, match=re.escape(message)):
         timm.create_model(MK8, **kwargs)
+
+
+# --- Names pointed at published weights
+
+
+ENVIRONMENT = """
+import timm, timm_masterkeys as mk
+for name in ("convnext_atto.mk8", "convnext_atto.mk8_ours", "convnext_femto.mk8", "convnext_pico.mk8"):
+    try:
+        timm.create_model(name, pretrained=True, device="meta", cache_dir="/nonexistent/cache")
+        print(name, "no error")
+    except mk.ConversionError as error:
+        print(name, error)
+    except Exception as error:
+        print(name, "tried")
+timm.create_model("convnext_atto.mk8")
+mk.use_weights("convnext_atto.mk8", "org/name")
+assert not mk.registry._malformed.keys() & {"convnext_atto.mk8"}
+"""
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        ("convnext_atto.mk8=orgname", ["convnext_atto.mk8"]),
+        ("convnext_atto.mk8", ["convnext_atto.mk8"]),
+        ("convnext_atto.mk8 = org/name", ["convnext_atto.mk8"]),
+        ("convnext_atto.mk8_ours=org/name@", ["convnext_atto.mk8_ours"]),
+        ("convnext_atto.mk8=org/a,convnext_femto.mk8=org/b", ["convnext_atto.mk8", "convnext_femto.mk8"]),
+        ("convnext_atto.mk8_ours=a/b/convnext_femto.mk8", ["convnext_atto.mk8_ours"]),
+    ],
+)
+def test_a_malformed_variable_is_an_error_where_it_matters(value, names):
+    env = {**os.environ, "TIMM_MASTERKEYS_WEIGHTS": value, "HF_HUB_OFFLINE": "1"}
+    done = run(ENVIRONMENT, env=env)
+    told = [line.split()[0] for line in done.stdout.splitlines() if "TIMM_MASTERKEYS_WEIGHTS holds" in line]
+    assert told == names and "is left out" in done.stderr
+
+
+ONE_NAME = """
+import timm
+from timm.models import _registry
+import timm_masterkeys as mk
+mk.registry._timm.wrap_entrypoint = lambda arch, wrap: print(arch)
+mk.register_names("test_convnext")
+"""
+
+
+def test_one_name_to_register():
+    assert run(ONE_NAME).stdout.split() == [ARCH]
 
 
 # --- FX

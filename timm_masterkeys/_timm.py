@@ -4,12 +4,12 @@ Tested with the timm versions in ``TESTED``. ``register_model`` cannot do this: 
 deletes its stock tags and default.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import timm
-from timm.layers import register_notrace_module
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, register_notrace_module
 from torch import nn
 
 TESTED = ("1.0.31",)
@@ -22,6 +22,7 @@ _MARK = "_timm_masterkeys_stock"
 def unsupported() -> str:
     """Why tags cannot be added to this timm; empty if they can."""
     try:
+        from timm.models._builder import load_pretrained  # noqa: F401
         from timm.models._registry import (  # noqa: F401
             _model_entrypoints,
             _model_has_pretrained,
@@ -74,6 +75,29 @@ def wrap_entrypoint(arch: str, wrap: Callable[[Entrypoint], Entrypoint]) -> None
         wrapped = wrap(stock)
         setattr(wrapped, _MARK, stock)
         _model_entrypoints[arch] = wrapped
+
+
+def before_loading(change: Callable[[dict[str, Any], nn.Module], None]) -> None:
+    """Calls ``change(state_dict, model)`` whenever timm is about to load pretrained weights into a model, once."""
+    from timm.models import _builder
+
+    stock = _builder.load_pretrained
+    if hasattr(stock, _MARK):
+        return
+
+    @functools.wraps(stock)
+    def load_pretrained(
+        model: nn.Module, *args: Any, filter_fn: Callable[..., Any] | None = None, **kwargs: Any
+    ) -> None:
+        def both(state_dict: dict[str, Any], *target: nn.Module) -> Any:
+            if target:  # timm calls again without it if the architecture's filter takes one argument
+                change(state_dict, *target)
+            return filter_fn(state_dict, *target) if filter_fn else state_dict
+
+        stock(model, *args, filter_fn=both, **kwargs)
+
+    setattr(load_pretrained, _MARK, stock)
+    _builder.load_pretrained = load_pretrained
 
 
 def keep_whole_in_fx(module: type[nn.Module]) -> None:

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from .blocks import Calls, Hook, Part, PartwiseNetwork, Reached, copied, find_parts
 from .errors import CalibrationError
 from .layers import MasterKeyConv2d, ScaledKeyConv2d
+from .provenance import keeping
 from .report import CALIBRATION_NOTE, conversion_report
 from .surgery import is_sharded, unwrapped
 
@@ -191,7 +192,8 @@ def calibrate_masterkeys(
             before = torch.cat([_finite(model, model(batches[i])) for i in walk.held_out])
             after, expected = walk.run()
         except BaseException:
-            model.load_state_dict(state)
+            with keeping(model):
+                model.load_state_dict(state)
             raise
     report = CalibrationReport(
         len(tensor),

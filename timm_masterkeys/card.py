@@ -1,6 +1,8 @@
 """The model card of a published model: what it is, what it cost, how to load it, whose licence it inherits."""
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -48,7 +50,9 @@ def inherited_license(pretrained_cfg: Mapping[str, Any], license: str | None) ->
     inherited = (pretrained_cfg.get("license") or "").lower()
     given = (license or "").lower()
     if not inherited and not given:
-        raise ConversionError("The licence of the source weights is unknown. Find it out and pass it: license='...'.")
+        raise ConversionError(
+            "The licence of the source weights is unknown. Find it out and pass it: license='...' (--license)."
+        )
     if inherited and given and given != inherited:
         raise ConversionError(
             f"license='{license}' was given, but the source weights are under '{inherited}', which converted weights "
@@ -64,8 +68,8 @@ def make_card(
     *,
     license: str | None,
     base_model: str | None = None,
-    datasets: Sequence[str] = (),
-    tags: Sequence[str] = (),
+    datasets: str | Sequence[str] = (),
+    tags: str | Sequence[str] = (),
     metrics: Sequence[EvalResult] = (),
     existing: str = "",
 ) -> ModelCard:
@@ -81,6 +85,9 @@ def make_card(
         tags: More tags.
         metrics: Measured results, for the model-index; none are made up.
         existing: The README there is: its text outside this package's marks and its own metadata stay.
+
+    Raises:
+        ConversionError: A README of which those cannot be told.
 
     Example:
         >>> make_card(config, report, "me/convnext_tiny.mk8", license="apache-2.0").save("README.md")
@@ -98,8 +105,8 @@ def make_card(
     }
     merged = {**fields, **{key: value for key, value in own.items() if value is not None}}
     for key, values in (
-        ("tags", ("image-classification", "timm", "master-key-filters", *tags)),
-        ("datasets", datasets),
+        ("tags", ("image-classification", "timm", "master-key-filters", *_listed(tags))),
+        ("datasets", _listed(datasets)),
     ):
         kept = [value for value in _listed(fields.get(key)) if value not in values]
         merged[key] = [*values, *kept] or None
@@ -113,21 +120,55 @@ def make_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{before}{title}{_BEGIN}\n{body}\n{_END}\n{after}")
 
 
+def read_readme(path: str | os.PathLike[str]) -> str:
+    """The text of a README whose hand-written part is to be kept; empty if there is none.
+
+    Raises:
+        ConversionError: It is not UTF-8.
+        OSError: It cannot be read.
+    """
+    if not os.path.isfile(path):
+        return ""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"'{path}' is not UTF-8 ({error}). Save it as UTF-8, or move it away.") from None
+    if "\0" in text:
+        raise ConversionError(f"'{path}' holds NUL: it is not UTF-8. Save it as UTF-8, or move it away.")
+    return text
+
+
 def _hand_written(existing: str) -> tuple[str, str, dict[str, Any]]:
     """The text before and after this package's marks, and the metadata, of an existing README."""
+    existing = existing.removeprefix("\ufeff")
     if not existing.strip():
         return "", "", {}
-    card = ModelCard(existing, ignore_metadata_errors=True)
+    try:
+        card = ModelCard(existing)
+    except Exception as error:  # YAML's, or of a model-index that is none
+        told = " ".join(str(error).split())
+        raise ConversionError(f"The README has metadata that cannot be read: {told}. Mend it by hand.") from None
     fields = card.data.to_dict()
     text = card.text
-    if _BEGIN in text and _END in text:
-        before, _, rest = text.partition(_BEGIN)
-        return before, rest.partition(_END)[2].lstrip("\n"), fields
-    return text.rstrip() + "\n\n", "", fields
+    before, begin, rest = text.partition(_BEGIN)
+    own, end, after = rest.partition(_END)
+    if not begin and _END not in text:
+        return text.rstrip() + "\n\n", "", fields
+    if not end or _END in before + after or _BEGIN in own + after:
+        raise ConversionError(
+            f"The README should hold '{_BEGIN}' once, and after it '{_END}': what is between them is rewritten, the "
+            "rest is yours. Mend it by hand."
+        )
+    return before, after.lstrip("\n"), fields
 
 
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
+
+
+def _source(cfg: Mapping[str, Any]) -> str:
+    scratch = any(note.endswith("converted from scratch") for note in cfg.get("notes") or ())
+    return "weights of its own" if scratch else "weights whose source is not recorded"
 
 
 def _measured(report: ConversionReport) -> str:
@@ -144,7 +185,8 @@ def _body(
     about = config["masterkeys"]
     cfg = config["pretrained_cfg"]
     size = "x".join(map(str, cfg["input_size"]))
-    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "weights of its own"
+    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else _source(cfg)
+    inherited = ", inherited from them" if base_model else ""
     total = report.total
     rows = [
         f"| {layer.name} | {layer.kernel_size[0]}x{layer.kernel_size[1]} | {layer.channels:,} | {layer.mean_r2:.3f} "
@@ -162,7 +204,7 @@ def _body(
 A timm `{config["architecture"]}` whose {total.channels:,} depthwise kernels are affine images `a*x + b` of the
 {len(total.key_histogram)} frozen *master keys* of the bank `{report.bank}`, converted with
 `timm_masterkeys` from {source}.
-Licence: {license or "unknown"}, inherited from them.
+Licence: {license or "unknown"}{inherited}.
 
 Conversion costs accuracy unless the model was repaired or trained afterwards. {_measured(report)}
 

@@ -1,9 +1,12 @@
 """Dense and compact files of a converted model, and the checks between them."""
 
+import contextlib
+import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -14,7 +17,7 @@ from torch import nn
 
 from .banks import KeyBank
 from .errors import CheckpointError, ConversionError
-from .files import atomic_path
+from .files import atomic_path, file_sha256
 from .layers import MasterKeyConv2d, ScaledKeyConv2d, Trainable
 from .surgery import check_unwrapped, flat_name, is_feature_extractor, replace_layers, unwrapped
 
@@ -47,7 +50,7 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, layer in layers.items():
         entries = {entry: getattr(layer, entry) for entry in layer.compact_entries} | {"key_index": layer.key_rows()}
         tensors |= {f"{name}.{entry}": v.detach().cpu().contiguous().clone() for entry, v in entries.items()}
-    about = {
+    about: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "banks": {
             d: {"name": b.name, "source": b.source, "licence": b.licence, "resize": b.resize} for d, b in banks.items()
@@ -57,6 +60,7 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
             for name, layer in layers.items()
         },
     }
+    about["sha256"] = _digest(about, tensors)
     with atomic_path(path) as tmp:  # one metadata entry: safetensors writes several in random order
         save_file(tensors, tmp, {_METADATA: json.dumps(about)})
 
@@ -75,10 +79,11 @@ def load_compact(
     Raises:
         CheckpointError: Not such a file, a newer format, altered values, layers the model lacks, or kernels that
             disagree with the model's dense ones. The model is then as it was.
-        ConversionError: A wrapped or sharded model.
+        ConversionError: A ``trainable`` that the file's layers do not have, or a wrapped or sharded model.
     """
     check_unwrapped(model)
-    _apply(model, path, _read(path), trainable, values)
+    with _damage(path):
+        _apply(model, path, _read(path), trainable, values)
 
 
 def _apply(
@@ -162,7 +167,8 @@ def restore_masterkeys(
             ) from error
         except EntryNotFoundError:
             pass
-    about = json.loads(config.read_text()).get("masterkeys") if config.is_file() else None
+    with _damage(config):
+        about = _about(config) if config.is_file() else None
     if not path.is_file():
         if about is None:
             return False
@@ -170,22 +176,40 @@ def restore_masterkeys(
             f"{COMPACT_NAME} is missing beside '{config}', which speaks of it: the exact conversion is lost. Publish "
             "again; to project the dense weights anew, remove the 'masterkeys' section."
         )
-    contents = _read(path)
+    with _damage(path):
+        contents = _read(path)
     if about is not None:
-        _check_config(config, about, path, contents[1])
+        with _damage(config):
+            _check_config(config, about, path, contents)
     if values and dense.is_file():
         _check_names(model, dense, pretrained_cfg)
+        if about is not None and pretrained_cfg["source"] == "hf-hub":  # of a folder, check_dense has
+            _check_sha256(config, about, dense)
     fixed = sorted(f"mk_{name}" for name in settings if name != "trainable")
     if fixed:
         raise ConversionError(
             f"{', '.join(fixed)} cannot change a published conversion. Drop them, or convert the source weights anew."
         )
-    _apply(model, path, contents, settings.get("trainable"), values)
+    with _damage(path):
+        _apply(model, path, contents, settings.get("trainable"), values)
     return True
 
 
+def check_dense(folder: str | os.PathLike[str]) -> None:
+    """Refuses a saved folder whose dense weights are not the file config.json speaks of; timm would read any other.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, altered or of another conversion.
+    """
+    config = Path(folder) / "config.json"
+    with _damage(config):
+        about = _about(config)
+        if about is not None:
+            _check_sha256(config, about, config.with_name(DENSE_NAME))
+
+
 def _read(path: str | os.PathLike[str]) -> _Contents:
-    """A compact file's tensors, its banks by digest and each layer's settings, checked for version and digests."""
+    """A compact file's tensors, its banks by digest and each layer's settings, checked for version and checksum."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -196,6 +220,10 @@ def _read(path: str | os.PathLike[str]) -> _Contents:
         raise CheckpointError(f"'{path}' is no compact masterkeys file. Expected one written by save_compact.")
     about = json.loads(metadata[_METADATA])
     _check_version(path, about)
+    if about.pop("sha256", None) != _digest(about, tensors):
+        raise CheckpointError(f"'{path}' does not match its checksum: it is damaged or altered. Get the file again.")
+    if not about["layers"]:
+        raise CheckpointError(f"'{path}' lists no layer. Expected a file written by save_compact.")
     banks = {}
     for digest, bank in about["banks"].items():
         keys = tensors.pop(f"banks.{digest}", None)
@@ -204,7 +232,36 @@ def _read(path: str | os.PathLike[str]) -> _Contents:
         banks[digest] = KeyBank(bank["name"], keys.numpy(), bank["source"], bank["licence"], bank["resize"])
         if banks[digest].digest != digest:
             raise CheckpointError(f"'{path}': bank '{bank['name']}' does not match its digest. Get the file again.")
+    for name, settings in about["layers"].items():
+        if settings["bank"] not in banks or settings["trainable"] not in get_args(Trainable):
+            raise CheckpointError(f"'{path}': {settings} of layer {name} are no settings this version knows.")
     return tensors, banks, about["layers"]
+
+
+def _digest(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over all a compact file says, in hex."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _about(config: Path) -> dict[str, Any] | None:
+    """The ``masterkeys`` section of a config.json."""
+    about: dict[str, Any] | None = json.loads(config.read_text(encoding="utf-8")).get("masterkeys")
+    return about
+
+
+@contextlib.contextmanager
+def _damage(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names the file of which something is not as ``save_pretrained`` and ``save_compact`` write it."""
+    try:
+        yield
+    except (CheckpointError, ConversionError, OSError):
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"'{path}' is damaged ({type(error).__name__}: {error}). Get the file again.") from error
 
 
 def _agree(layer: MasterKeyConv2d, entries: dict[str, torch.Tensor], weight: torch.Tensor) -> bool:
@@ -233,14 +290,26 @@ def _check_version(path: str | os.PathLike[str], about: dict[str, Any]) -> None:
         )
 
 
-def _check_config(config: Path, about: dict[str, Any], path: Path, banks: dict[str, KeyBank]) -> None:
-    """Refuses a compact file with other banks than config.json names."""
+def _check_config(config: Path, about: dict[str, Any], path: Path, contents: _Contents) -> None:
+    """Refuses a compact file with other banks or layers than config.json names, or any other file."""
     _check_version(config, about)
-    digests = set(banks)
-    if digests != set(about["banks"].values()):
+    _, banks, layers = contents
+    if set(banks) != set(about["banks"].values()) or len(layers) != about["layers"]:
         raise CheckpointError(
-            f"'{path}' holds the bank {', '.join(sorted(digests))}, config.json names {about['banks']}: the files "
-            "are not of one conversion. Publish both again."
+            f"'{path}' holds {len(layers)} layers of bank {', '.join(sorted(banks))}, config.json names "
+            f"{about['layers']} of {about['banks']}: the files are not of one conversion. Publish both again."
+        )
+    _check_sha256(config, about, path)
+
+
+def _check_sha256(config: Path, about: dict[str, Any], path: Path) -> None:
+    """Refuses a file whose SHA-256 is not the one in config.json."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.name} is missing beside '{config}'. Get it again, or save the model again.")
+    if file_sha256(path) != about["sha256"][path.name]:
+        raise CheckpointError(
+            f"'{path}' is not the file that config.json speaks of (its SHA-256 differs): damaged, altered, or the "
+            "files are not of one conversion. Get all of them again, or save the model again."
         )
 
 

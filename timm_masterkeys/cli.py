@@ -19,10 +19,11 @@ from . import __version__
 from .analysis import compare_networks
 from .banks import DEFAULT_BANK, KeyBank, get_bank
 from .calibrate import STAGES, WITHOUT_GRADIENTS, calibrate_masterkeys
+from .card import read_readme
 from .discovery import collect_kernels, discover_bank, match_banks
 from .errors import CheckpointError, MasterKeysError
 from .files import atomic_path
-from .hub import push_to_hub, save_pretrained
+from .hub import OWN_ENTRIES, push_to_hub, save_pretrained
 from .kernels import name_sources
 from .layers import MasterKeyConv2d, Trainable
 from .registry import list_architectures, stock_name
@@ -31,17 +32,6 @@ from .surgery import convert_to_masterkeys, plan_conversion
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# What a saved config.json says anyway; the rest (label names, entries of one's own) is published along.
-_OWN_ENTRIES = (
-    "architecture",
-    "num_classes",
-    "num_features",
-    "global_pool",
-    "model_args",
-    "pretrained_cfg",
-    "masterkeys",
-)
 
 _EXAMPLES = """examples:
   timm-masterkeys list 'convnext*'
@@ -375,12 +365,16 @@ def _print_match(bank: KeyBank | str, other: KeyBank | str, kernel_size: int = 7
 
 def _publish(args: argparse.Namespace) -> None:
     folder, config, readme = Path(args.model), {}, ""
+    try:
+        model = timm.create_model(f"local-dir:{folder}" if folder.is_dir() else args.model, pretrained=True)
+    except (MasterKeysError, OSError, RuntimeError):
+        raise
+    except Exception as error:  # timm's, of an odd config.json
+        raise CheckpointError(f"'{args.model}' cannot be loaded: {error!r}") from error
     if folder.is_dir():
-        saved = json.loads((folder / "config.json").read_text())
-        config = {key: value for key, value in saved.items() if key not in _OWN_ENTRIES}
-        if (folder / "README.md").is_file():
-            readme = (folder / "README.md").read_text(encoding="utf-8")
-    model = timm.create_model(f"local-dir:{folder}" if folder.is_dir() else args.model, pretrained=True)
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = {key: value for key, value in saved.items() if key not in OWN_ENTRIES}
+        readme = read_readme(folder / "README.md")
     done = push_to_hub(
         model,
         args.repo_id,

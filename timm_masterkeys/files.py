@@ -1,10 +1,14 @@
-"""Atomic writes: a file appears whole under its name, or not at all."""
+"""Atomic writes: a file appears whole under its name, or not at all. And what is in a file, as a number."""
 
+import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 @contextmanager
@@ -26,7 +30,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(fd)
     tmp = Path(name)
     try:
-        yield tmp
+        with os_errors():
+            yield tmp
         with tmp.open("rb+") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)
@@ -35,3 +40,33 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         tmp.replace(path)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def os_errors() -> Iterator[None]:
+    """Raises what safetensors says of a full disk or a lost folder as the OSError it is.
+
+    Example:
+        >>> with os_errors():
+        ...     save_file(tensors, "model.safetensors")
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if not number:
+            raise OSError(f"Cannot write: {error}") from error
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file in hex, as ``sha256sum`` and the Hub have it.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,23 +16,46 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelInfo
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelInfo, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from timm.models import save_for_hf
 from torch import nn
 
 from . import __version__, _timm
-from .card import inherited_license, make_card
+from .card import inherited_license, make_card, read_readme
 from .checkpoint import COMPACT_NAME, DENSE_NAME, FORMAT_VERSION, save_compact
 from .errors import ConversionError, HubError, MasterKeysError
-from .files import atomic_path
+from .files import atomic_path, file_sha256, os_errors
 from .layers import MasterKeyConv2d
+from .provenance import is_known
 from .registry import SOURCE_NOTE, TAG, is_masterkeys_tag
 from .report import conversion_report
 from .surgery import fuse_masterkeys, unwrapped
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _logger = logging.getLogger(__name__)
 
+# What config.json says by itself; the rest (label names, entries of one's own) can be added.
+OWN_ENTRIES = (
+    "architecture",
+    "num_classes",
+    "num_features",
+    "global_pool",
+    "model_args",
+    "pretrained_cfg",
+    "masterkeys",
+)
+
+_SCRATCH, _UNKNOWN = "scratch", "weights of unknown origin"  # as sources: nobody else's weights, and anybody's
 _FILES = (DENSE_NAME, COMPACT_NAME, "README.md", "config.json")  # config.json last: without it nothing loads
 _TRIES = 4
 
@@ -47,6 +71,7 @@ class Publication:
         files: File name to "new", "changed" or "unchanged".
         committed: Whether a commit was made.
         url: Of the commit or pull request.
+        account: Whose token it is; empty in a dry run without one.
     """
 
     repo_id: str
@@ -55,12 +80,14 @@ class Publication:
     files: dict[str, str]
     committed: bool
     url: str = ""
+    account: str = ""
 
     def __str__(self) -> str:
         lines = [f"{name:<{max(map(len, self.files))}}  {state}" for name, state in self.files.items()]
         at = f"hf-hub:{self.repo_id}@{self.sha}" if self.sha else f"hf-hub:{self.repo_id} (new)"
         done = "committed" if self.committed else "no commit made"
-        return "\n".join([*lines, f"{at}: {done}", *([self.url] if self.url else [])])
+        who = f"account {self.account}" if self.account else "no account: publishing needs `hf auth login`"
+        return "\n".join([*lines, f"{at}: {done}", who, *([self.url] if self.url else [])])
 
 
 def save_pretrained(
@@ -70,22 +97,24 @@ def save_pretrained(
     repo_id: str | None = None,
     license: str | None = None,
     base_model: str | None = None,
-    datasets: Sequence[str] = (),
-    tags: Sequence[str] = (),
+    datasets: str | Sequence[str] = (),
+    tags: str | Sequence[str] = (),
     metrics: Sequence[EvalResult] = (),
     config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Saves a converted timm model: dense and compact safetensors, config.json and a model card.
 
     The dense weights load in stock timm under the stock architecture; with this package imported,
-    ``timm.create_model("local-dir:DIR", pretrained=True)`` gives the converted model back bit for bit. Nothing is
-    pickled. DataParallel, DistributedDataParallel, torch.compile and EMA wrappers are taken off.
+    ``timm.create_model("local-dir:DIR", pretrained=True)`` gives the converted model back bit for bit: this is tried
+    before a file there is touched. Nothing is pickled. DataParallel, DistributedDataParallel, torch.compile and EMA
+    wrappers are taken off.
 
     Args:
         model: A converted model made by ``timm.create_model``. Not changed.
         directory: Made if missing. Files of other names in it stay, and so does what a README there says elsewhere.
         repo_id: ``org/name`` for the card's examples; the directory's name if None.
-        license: For the card, if the source weights' licence is unknown.
+        license: For the card, if the source weights' licence is unknown: it is inherited where timm loaded the weights
+            of the model's cfg, also if the model was trained since; with a checkpoint of your own you say it.
         base_model: Hub id of the source weights; that of the model's cfg if None.
         datasets: Hub ids of training data, for the card.
         tags: More tags for the card.
@@ -96,7 +125,8 @@ def save_pretrained(
         The directory.
 
     Raises:
-        ConversionError: Not converted, not a whole timm model, or a licence other than the inherited one.
+        ConversionError: Not converted, not a model that timm could load again (a head replaced by hand, NaN), a licence
+            other than the inherited one, or a README there that cannot be read. Nothing was written.
         OSError: The directory cannot be written, or the disk is full. Each file there is then whole, old or new.
 
     Example:
@@ -105,9 +135,10 @@ def save_pretrained(
     """
     model = unwrapped(model)
     cfg = _timm_cfg(model)
+    _check_config_entries(config or {})
     report = conversion_report(model)
     license = inherited_license(cfg, license) if cfg.get("license") or license else None
-    cfg = {**cfg, "tag": _masterkeys_tag(cfg.get("tag")), "license": license, "notes": _noted(cfg)}
+    cfg = {**cfg, "tag": _masterkeys_tag(cfg.get("tag")), "license": license, "notes": _noted(cfg, base_model)}
     base_model = base_model or _base_model(cfg)
     dense: Any = fuse_masterkeys(model).to(memory_format=torch.contiguous_format)
     dense.pretrained_cfg = cfg
@@ -115,16 +146,17 @@ def save_pretrained(
     for name in [name for name in args if name.startswith("mk_")]:
         del args[name]
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    readme = directory / "README.md"
-    existing = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as folder:
-        tmp = Path(folder)
+    existing = read_readme(directory / "README.md")
+    with _saving(directory) as tmp:
         # The file name is pinned: without it timm takes a pickle if the Hub does not answer for the safetensors.
         extra = {"pretrained_cfg": {"hf_hub_filename": DENSE_NAME}, "masterkeys": _about(model, cfg, base_model)}
-        save_for_hf(dense, folder, model_config={**(config or {}), **extra}, safe_serialization=True)
+        with os_errors():
+            save_for_hf(dense, str(tmp), model_config={**(config or {}), **extra}, safe_serialization=True)
         save_compact(model, tmp / COMPACT_NAME)
         saved = json.loads((tmp / "config.json").read_text())
+        saved["masterkeys"]["sha256"] = {name: file_sha256(tmp / name) for name in (DENSE_NAME, COMPACT_NAME)}
+        (tmp / "config.json").write_text(json.dumps(saved, indent=2))
+        _check_reload(model, tmp)
         card = make_card(
             saved,
             report,
@@ -155,8 +187,8 @@ def push_to_hub(
     dry_run: bool = False,
     license: str | None = None,
     base_model: str | None = None,
-    datasets: Sequence[str] = (),
-    tags: Sequence[str] = (),
+    datasets: str | Sequence[str] = (),
+    tags: str | Sequence[str] = (),
     metrics: Sequence[EvalResult] = (),
     config: Mapping[str, Any] | None = None,
     readme: str = "",
@@ -176,7 +208,7 @@ def push_to_hub(
         token: Hub token; the one of ``hf auth login`` or HF_TOKEN if None.
         commit_message: Title of the commit or pull request.
         dry_run: Check and compare, but change nothing on the Hub.
-        license: Needed if the source weights' licence is unknown.
+        license: Needed if the source weights' licence is unknown (see ``save_pretrained``).
         base_model: Hub id of the source weights; that of the model's cfg if None.
         datasets: Hub ids of training data, for the card.
         tags: More tags for the card.
@@ -203,14 +235,12 @@ def push_to_hub(
     with tempfile.TemporaryDirectory(prefix="timm_masterkeys-") as folder:
         directory = Path(folder)
         with _telling(f"Nothing was published to {repo_id}"):
-            if not dry_run:
-                api.whoami()
+            account = api.whoami()["name"] if not dry_run or token or get_token() else ""
             info = _remote(api, repo_id, branch)
             default = info or (_remote(api, repo_id, "main") if revision else None)
-            (directory / "README.md").write_text(readme, encoding="utf-8")
             if default and any(sibling.rfilename == "README.md" for sibling in default.siblings or ()):
-                readme = api.hf_hub_download(repo_id, "README.md", revision=default.sha)
-                (directory / "README.md").write_bytes(Path(readme).read_bytes())
+                readme = read_readme(api.hf_hub_download(repo_id, "README.md", revision=default.sha))
+            (directory / "README.md").write_text(readme, encoding="utf-8")
             save_pretrained(
                 model,
                 directory,
@@ -222,12 +252,12 @@ def push_to_hub(
                 metrics=metrics,
                 config=config,
             )
-            _check_reload(model, directory)
             ModelCard.load(directory / "README.md").validate()
             files = _compare(directory, info or default)
             changed = [name for name, state in files.items() if state != "unchanged"]
             if dry_run or (info and not changed):
-                return Publication(repo_id, branch, info.sha if info else None, files, committed=False)
+                sha = info.sha if info else None
+                return Publication(repo_id, branch, sha, files, committed=False, account=account)
             if default is None:
                 repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if info is None and revision:
@@ -236,7 +266,7 @@ def push_to_hub(
             if info is None:
                 raise HubError(f"{repo_id} was made, but branch {branch} cannot be read. Run again.")
             if not changed:  # a new branch of a repository that has these very files
-                return Publication(repo_id, branch, info.sha, files, committed=False)
+                return Publication(repo_id, branch, info.sha, files, committed=False, account=account)
             files = _compare(directory, info)
             operations = [
                 CommitOperationAdd(name, str(directory / name)) for name, s in files.items() if s != "unchanged"
@@ -250,7 +280,7 @@ def push_to_hub(
                     f"{repo_id}@{sha} holds other bytes than were sent: {', '.join(differing)}. Publish again."
                 )
     _logger.info("Published hf-hub:%s@%s", repo_id, sha)
-    return Publication(repo_id, ref, sha, files, committed=True, url=url)
+    return Publication(repo_id, ref, sha, files, committed=True, url=url, account=account)
 
 
 def _commit(
@@ -329,11 +359,7 @@ def _compare(directory: Path, info: ModelInfo | None) -> dict[str, str]:
         if sibling is None:
             states[name] = "new"
         elif sibling.lfs is not None:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-            states[name] = "unchanged" if digest.hexdigest() == sibling.lfs.sha256 else "changed"
+            states[name] = "unchanged" if file_sha256(path) == sibling.lfs.sha256 else "changed"
         else:
             data = path.read_bytes()
             blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
@@ -341,18 +367,78 @@ def _compare(directory: Path, info: ModelInfo | None) -> dict[str, str]:
     return states
 
 
+@contextlib.contextmanager
+def _saving(directory: Path) -> Iterator[Path]:
+    """A temporary folder in the directory, which is made if missing and taken away again if nothing comes of it.
+
+    Those that killed saves have left are removed. Who is saving holds a shared lock on the directory, so that nobody
+    else gets the exclusive one and takes the folder of a living save for a left one.
+    """
+    made = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with contextlib.ExitStack() as stack:
+            if fcntl:
+                lock = os.open(directory, os.O_RDONLY)
+                stack.callback(os.close, lock)
+                with contextlib.suppress(OSError):  # somebody else is saving, or a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    for left in directory.glob(".saving-*"):
+                        shutil.rmtree(left, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_SH)
+            yield Path(stack.enter_context(tempfile.TemporaryDirectory(dir=directory, prefix=".saving-")))
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):  # not empty: somebody else's by now
+                directory.rmdir()
+        raise
+
+
+def _check_config_entries(config: Mapping[str, Any]) -> None:
+    own = [name for name in config if name in OWN_ENTRIES]
+    if own:
+        raise ConversionError(f"config holds {', '.join(own)}, which the model says by itself. Leave it out.")
+    try:
+        json.dumps(dict(config))
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"config cannot be written as JSON: {error}.") from None
+
+
 def _check_reload(model: nn.Module, directory: Path) -> None:
     """Raises unless timm loads the saved files as the very same model."""
-    again = timm.create_model(f"local-dir:{directory}", pretrained=True)
-    saved, given = again.state_dict(), model.state_dict()
+    given = model.state_dict()
+    for name, value in given.items():
+        if not value.isfinite().all():
+            raise ConversionError(f"{name} holds NaN or Inf; repair the model first.")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            again = timm.create_model(f"local-dir:{directory}", pretrained=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever timm makes of files of another structure
+        raise ConversionError(
+            f"What would be saved does not load again: {_told(error)} {_STRUCTURE} (Of an architecture of your own, "
+            "call register_names with its name.)"
+        ) from error
+    saved = {name: value.cpu() for name, value in again.state_dict().items()}
     differing = sorted(saved.keys() ^ given.keys()) or [
-        name for name in given if not torch.equal(saved[name].to(given[name].dtype), given[name].cpu())
+        name for name, value in given.items() if not _same(saved[name], value.cpu())
     ]
     if differing:
         raise ConversionError(
-            f"The saved files do not load as the same model: {', '.join(differing[:3])} differ. Is the model's "
-            "structure as timm.create_model made it?"
+            f"What would be saved does not load as the same model: {', '.join(differing[:3])} differ. {_STRUCTURE}"
         )
+
+
+_STRUCTURE = "Is the model's structure as timm.create_model made it?"
+
+
+def _same(saved: torch.Tensor, given: torch.Tensor) -> bool:
+    """Equal, up to the rounding to the dtype of either."""
+    return saved.shape == given.shape and (
+        torch.equal(saved.to(given.dtype), given) or torch.equal(saved, given.to(saved.dtype))
+    )
 
 
 @contextlib.contextmanager
@@ -367,6 +453,8 @@ def _telling(outcome: str) -> Iterator[None]:
 
 
 def _told(error: Exception | None) -> str:
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no token. Log in with `hf auth login`, or set HF_TOKEN."
     text = getattr(error, "server_message", None) or str(error)
     lines = [
         line.strip() for line in text.splitlines() if line.strip() and "http" not in line and "Request ID" not in line
@@ -382,21 +470,23 @@ def _timm_cfg(model: nn.Module) -> dict[str, Any]:
             "Save its state_dict instead."
         )
     layers = [module for module in model.modules() if isinstance(module, MasterKeyConv2d)]
+    if not layers or is_known(model):
+        return dict(cfg)
     drawn = all(not layer.r2.is_meta and bool((layer.r2 < 0).all()) for layer in layers)
-    if layers and drawn:  # trained from scratch: nobody else's weights
-        notes = tuple(note for note in cfg.get("notes") or () if not note.startswith(SOURCE_NOTE))
-        cfg = {key: value for key, value in cfg.items() if key not in ("license", "hf_hub_id", "url")}
-        return {**cfg, "notes": (*notes, f"{SOURCE_NOTE}scratch")}
-    return dict(cfg)
+    notes = tuple(note for note in cfg.get("notes") or () if not note.startswith(SOURCE_NOTE))
+    cfg = {key: value for key, value in cfg.items() if key not in ("license", "hf_hub_id", "url", "origin_url", "tag")}
+    return {**cfg, "notes": (*notes, f"{SOURCE_NOTE}{_SCRATCH if drawn else _UNKNOWN}")}
 
 
 def _masterkeys_tag(tag: str | None) -> str:
     return (f"{TAG}_{tag}" if tag else TAG) if not is_masterkeys_tag(tag) else str(tag)
 
 
-def _noted(cfg: Mapping[str, Any]) -> tuple[str, ...]:
+def _noted(cfg: Mapping[str, Any], base_model: str | None) -> tuple[str, ...]:
     """The cfg's notes, with where the converted weights came from; kept when a published model is published again."""
     notes = tuple(cfg.get("notes") or ())
+    if base_model:
+        notes = tuple(f"{SOURCE_NOTE}{base_model}" if n == f"{SOURCE_NOTE}{_UNKNOWN}" else n for n in notes)
     if any(note.startswith(SOURCE_NOTE) for note in notes):
         return notes
     name = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg["architecture"]

@@ -485,6 +485,9 @@ class MasterKeyConv2d(nn.Conv2d):
                 problems.append(f"{here}{name}: got shape {got}, expected {own} (another bank, size or channel count).")
         if problems or not given or state_dict[prefix + "keys"].is_meta:
             return problems
+        for name in ("scale", "shift"):
+            if not state_dict[prefix + name].isfinite().all():
+                problems.append(f"{here}{name}: holds NaN or Inf; repair the checkpoint first.")
         keys = state_dict[prefix + "keys"]
         own_keys = self.bank.keys_for(self.kernel_size)  # type: ignore[arg-type]  # nn.Conv2d's is (int, int)
         if not torch.allclose(keys.double().cpu(), own_keys.double(), rtol=0, atol=2 * torch.finfo(keys.dtype).eps):

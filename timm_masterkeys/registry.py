@@ -3,22 +3,26 @@
 import functools
 import logging
 import os
+import re
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from importlib import resources
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import nn
 
 from . import _timm
-from .banks import DEFAULT_BANK
-from .checkpoint import DENSE_NAME, restore_masterkeys
+from .banks import DEFAULT_BANK, get_bank
+from .checkpoint import DENSE_NAME, check_dense, restore_masterkeys
 from .errors import CheckpointError, ConversionError
-from .layers import MasterKeyConv2d
+from .layers import MasterKeyConv2d, Trainable
+from .provenance import set_known
 from .report import conversion_report
-from .surgery import convert_to_masterkeys, initialize_masterkeys
+from .surgery import convert_to_masterkeys, initialize_masterkeys, plan_conversion, replace_layers
 
 _logger = logging.getLogger(__name__)
 
@@ -27,6 +31,10 @@ SOURCE_NOTE = "masterkeys: converted from "
 WEIGHTS_VARIABLE = "TIMM_MASTERKEYS_WEIGHTS"
 
 _published: dict[str, str] = {}  # names pointed at published weights
+_malformed: dict[str, str] = {}  # names that WEIGHTS_VARIABLE means to point at some, and what is wrong
+_creating: ContextVar[dict[str, Any] | None] = ContextVar(
+    "the settings of the .mk8 model timm is building", default=None
+)
 
 _SETTINGS = ("bank", "keys_per_kernel", "trainable", "include", "exclude")
 
@@ -36,22 +44,29 @@ def list_architectures() -> list[str]:
     return resources.files(__package__).joinpath("data/architectures.txt").read_text().split()
 
 
-def register_names(architectures: Sequence[str] | None = None) -> None:
+def register_names(architectures: str | Sequence[str] | None = None) -> None:
     """Registers ``<arch>.mk8`` and ``<arch>.mk8_<stock tag>`` with timm. Done on import; again, it changes nothing.
 
     Stock names, tags, defaults and weights stay as they are. ``<arch>.mk8`` takes the stock default weights and
     ``<arch>.mk8_<tag>`` those of that tag, through timm's own loader, and converts them.
 
     Args:
-        architectures: Names to register; ``list_architectures()`` if None. Names timm does not know are passed over.
+        architectures: Name or names; ``list_architectures()`` if None. Names timm does not know are passed over.
     """
     problem = _timm.unsupported()
     if problem:
         _logger.warning("%s. No .mk8 names; convert_to_masterkeys(model) works all the same.", problem)
         return
     _timm.keep_whole_in_fx(MasterKeyConv2d)
+    _timm.before_loading(_take_compact)
     known = _timm.architectures()
-    registered = list_architectures() if architectures is None else architectures
+    registered = (
+        list_architectures()
+        if architectures is None
+        else [architectures]
+        if isinstance(architectures, str)
+        else architectures
+    )
     for arch in registered:
         if arch in known:
             stock = {tag: cfg for tag, cfg in _timm.cfgs(arch).items() if not is_masterkeys_tag(tag)}
@@ -70,13 +85,16 @@ def register_names(architectures: Sequence[str] | None = None) -> None:
             use_weights(*pair.split("=", 1))
         except ConversionError as error:
             _logger.warning("%s: '%s' is left out. %s", WEIGHTS_VARIABLE, pair, error)
+            for name in re.findall(r"(?<![\w./-])\w+\.mk8\w*", pair):
+                _malformed.setdefault(name, f"{WEIGHTS_VARIABLE} holds '{pair}': {error}")
 
 
 def use_weights(name: str, source: str = "") -> None:
     """Points a ``.mk8`` name at published weights: a team's own, repaired or fine-tuned.
 
     ``pretrained=True`` then loads them, with the classes, preprocessing and arguments they were published with. The
-    environment variable ``TIMM_MASTERKEYS_WEIGHTS`` does the same on import: ``name=source`` pairs parted by blanks.
+    environment variable ``TIMM_MASTERKEYS_WEIGHTS`` does the same on import: ``name=source`` pairs parted by blanks. A
+    pair that is none is told on import, and an error when weights of the name it meant are asked for.
 
     Args:
         name: ``<arch>.mk8``, or ``<arch>.mk8_<anything>`` for a new name.
@@ -102,6 +120,7 @@ def use_weights(name: str, source: str = "") -> None:
     cfg = replace(stock, url=None, hf_hub_id=source, hf_hub_filename=DENSE_NAME, tag=tag, license=None)
     _timm.add_tag(arch, tag, cfg)
     _published[name] = source
+    _malformed.pop(name, None)
 
 
 def is_masterkeys_tag(tag: str | None) -> bool:
@@ -124,9 +143,15 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
     @functools.wraps(stock)
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         cfg = kwargs.get("pretrained_cfg")
-        tag = cfg if isinstance(cfg, str) else cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", None)
+        given = cfg if isinstance(cfg, dict) else {"tag": cfg} if isinstance(cfg, str) else vars(cfg) if cfg else {}
+        tag = given.get("tag")
         if not is_masterkeys_tag(tag):
-            return stock(pretrained=pretrained, **kwargs)
+            dense = stock(pretrained=pretrained, **kwargs)
+            if pretrained and _loaded_its_cfg(dense):
+                set_known(dense)
+            return dense
+        if pretrained and f"{arch}.{tag}" in _malformed:
+            raise ConversionError(_malformed[f"{arch}.{tag}"])
         if pretrained and isinstance(cfg, str) and f"{arch}.{cfg}" in _published:
             _take_published(arch, _published[f"{arch}.{cfg}"], kwargs)
         elif isinstance(cfg, str):
@@ -136,10 +161,22 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
             kwargs["pretrained_model_args"] = {
                 name: value for name, value in kwargs["pretrained_model_args"].items() if not name.startswith("mk_")
             }
-        model: Any = stock(pretrained=pretrained, **kwargs)
+        if pretrained and given.get("source") == "local-dir":
+            check_dense(given["file"])
+        creating = _creating.set(settings)
+        try:
+            model: Any = stock(pretrained=pretrained, **kwargs)
+        except SafetensorError as error:
+            raise CheckpointError(f"Cannot read the weights of {arch}.{tag}: {error}. Get the file again.") from error
+        finally:
+            _creating.reset(creating)
+        if pretrained and _loaded_its_cfg(model):
+            set_known(model)
         for module in model.modules():  # a features_only wrapper and the model in it have a cfg each
             if isinstance(getattr(module, "pretrained_cfg", None), dict):
                 module.pretrained_cfg.pop("state_dict", None)
+        if any(isinstance(module, MasterKeyConv2d) for module in model.modules()):
+            return model  # from a checkpoint of a converted model
         if model.pretrained_cfg.get("source") in ("hf-hub", "local-dir") and restore_masterkeys(
             model, model.pretrained_cfg, settings, kwargs.get("cache_dir"), values=pretrained
         ):
@@ -152,6 +189,44 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
         return model
 
     return create
+
+
+def _loaded_its_cfg(model: nn.Module) -> bool:
+    """Whether the weights timm has loaded are those of the registry or of a config.json, not some of the caller's."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    if cfg.get("source") in ("hf-hub", "local-dir"):
+        return True
+    registered = _timm.cfgs(cfg.get("architecture") or "").get(cfg.get("tag") or "")
+    sources = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename")
+    return registered is not None and all(cfg.get(name) == getattr(registered, name) for name in sources)
+
+
+def _take_compact(state_dict: dict[str, Any], model: nn.Module) -> None:
+    """Converts the layers that a checkpoint of a converted model has in compact form; timm then loads it as it is."""
+    settings = _creating.get()
+    indices = {n.removesuffix(".key_index"): value for n, value in state_dict.items() if n.endswith(".key_index")}
+    if settings is None or not indices:
+        return
+    bank = get_bank(settings.get("bank", DEFAULT_BANK))
+    patterns = {name: settings[name] for name in ("include", "exclude") if name in settings}
+    planned = [layer.name for layer in plan_conversion(model, bank, **patterns).converted]
+    differing = indices.keys() - planned or (set(planned) - indices.keys() if patterns else ())
+    if differing:
+        raise CheckpointError(
+            f"The weights are of a model converted in other layers than this one would be: {sorted(differing)[0]}, for "
+            "one. Create it with the settings the checkpoint was made with (mk_include, mk_exclude)."
+        )
+    layers: dict[str, nn.Module] = {}
+    for name, index in indices.items():
+        trainable: Trainable = settings.get("trainable", "shift")
+        made_with: Trainable = "scales" if f"{name}.log_sigma" in state_dict else trainable
+        conv: Any = model.get_submodule(name)
+        layer = MasterKeyConv2d.from_conv(
+            conv, bank, settings.get("keys_per_kernel", index.shape[-1]), made_with, fit=False
+        )
+        layer.set_trainable(trainable, requires_grad=conv.weight.requires_grad)
+        layers[name] = layer
+    replace_layers(model, layers)
 
 
 def _take_published(arch: str, source: str, kwargs: dict[str, Any]) -> None:
