@@ -10,6 +10,7 @@ import pytest
 import skimage.data
 import timm
 import torch
+import torchvision
 from lite0 import lite0
 from PIL import Image
 from torch import nn
@@ -133,6 +134,56 @@ def test_statistics_find_the_norms_again_and_change_nothing_else():
         layer.bias.data += 1
     mk.calibrate_masterkeys(model, dense, x, stages=["statistics"])
     assert error(model, dense, x) < 1e-8
+
+
+class Normed(nn.Module):
+    """A depthwise layer and a linear one at every position, each with a norm; ReLU before the first one if ``act``."""
+
+    def __init__(self, norm, act=False):
+        super().__init__()
+        self.stem, self.dw = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.act, self.norm = nn.ReLU(inplace=True) if act else nn.Identity(), norm(8)
+        self.fc, self.bn, self.head = nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16), nn.Linear(16, 5)
+        for module in (self.norm, self.bn):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        x = self.norm(self.act(self.dw(self.stem(x)))).relu()
+        x = self.fc(x.flatten(2).transpose(1, 2))
+        return self.head(self.bn(x.flatten(0, 1)).view_as(x).relu().mean(1))
+
+
+NORMS = [
+    nn.BatchNorm2d,
+    torchvision.ops.FrozenBatchNorm2d,
+    timm.layers.BatchNormAct2d,
+    timm.layers.FrozenBatchNormAct2d,
+]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_of_every_kind(norm):
+    stock = Normed(norm).eval()
+    model = mk.convert_to_masterkeys(stock)
+    dense = mk.fuse_masterkeys(model)
+    x, unseen = torch.randn(40, 3, 16, 16), torch.randn(20, 3, 16, 16)
+    assert find_parts(model, x[:2])[1] == {"dw": "norm", "fc": "bn"}
+    model.norm.running_mean += 1
+    model.norm.running_var *= 3
+    report = mk.calibrate_masterkeys(model, dense, x, stages="statistics")
+    assert error(model, dense, unseen) < 1e-6 and report.stages[0].changed == ("dw",)
+    nn.init.normal_(model.fc.weight)
+    model.bn.running_mean += 1
+    start = error(model, dense, unseen)
+    report = mk.calibrate_masterkeys(model, dense, x, stages="absorption")
+    assert error(model, dense, unseen) < 0.01 * start and "fc" in report.stages[0].changed
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_norm_after_something_in_place_is_not_that_of_the_layer(norm):
+    model = mk.convert_to_masterkeys(Normed(norm, act=True).eval())
+    assert find_parts(model, torch.randn(2, 3, 16, 16))[1] == {"fc": "bn"}
 
 
 def test_a_trained_network_on_photographs(photographs):
@@ -341,6 +392,72 @@ def test_images_as_batches_and_as_a_folder(tmp_path):
         mk.calibrate_masterkeys(model, dense, tmp_path / "empty")
 
 
+def photograph(path, seed, size=(80, 80, 3)):
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, size).astype(np.uint8)).save(path)
+
+
+def test_files_that_are_no_images(tmp_path, caplog, monkeypatch):
+    model, dense = pair("test_efficientnet")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
+    for i in range(11):
+        photograph(tmp_path / f"{i:02}.png", i)
+    good = tmp_path / "00.png"
+    for name in (".hidden.png", "._01.png", ".trash/02.png"):  # not looked at, whatever they hold
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"no image")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "corrupt.jpg").write_bytes(b"\xff\xd8 no image")
+    (tmp_path / "truncated.png").write_bytes(good.read_bytes()[:500])
+    photograph(tmp_path / "large.png", 0, (200, 200, 3))  # PIL warns of it
+    photograph(tmp_path / "bomb.png", 0, (300, 300, 3))  # and refuses this
+    expected, bad = copy.deepcopy(model), {"empty.png", "corrupt.jpg", "truncated.png", "large.png", "bomb.png"}
+    report = mk.calibrate_masterkeys(model, dense, tmp_path, stages=["statistics"])
+    warned = [record.getMessage() for record in caplog.records if "is left out" in record.getMessage()]
+    assert report.images == 11 and len(warned) == 5
+    assert all(any(str(tmp_path / name) in message for message in warned) for name in bad)
+    for name in bad:
+        (tmp_path / name).unlink()
+    mk.calibrate_masterkeys(expected, dense, tmp_path, stages=["statistics"])
+    assert same(model.state_dict(), expected.state_dict())
+
+
+def test_others_take_the_places_of_broken_files_and_too_few_are_refused(tmp_path):
+    model, dense = pair("test_efficientnet")
+    for i in range(13):
+        photograph(tmp_path / f"{i:02}.png", i)
+    for i in (0, 5):
+        (tmp_path / f"{i:02}.png").write_bytes(b"no image")
+    assert mk.calibrate_masterkeys(model, dense, tmp_path, stages=["statistics"], max_images=11).images == 11
+    for i in (1, 7):
+        (tmp_path / f"{i:02}.png").write_bytes(b"no image")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(mk.CalibrationError, match=r"9 of 13 images in '.*' can be read, expected at least 10"):
+        mk.calibrate_masterkeys(model, dense, tmp_path, stages=["statistics"])
+    assert same(model.state_dict(), before)
+
+
+def test_a_folder_for_models_of_one_channel_and_of_four(tmp_path):
+    for i in range(10):
+        photograph(tmp_path / f"{i}.png", i)
+    grey, colour = (
+        timm.create_model("test_efficientnet", num_classes=20, in_chans=channels).eval() for channels in (1, 3)
+    )
+    model = mk.convert_to_masterkeys(grey)
+    expected, config = copy.deepcopy(model), timm.data.resolve_model_data_config(colour)
+    assert mk.calibrate_masterkeys(model, grey, tmp_path, stages=["statistics"]).images == 10
+    config |= {"input_size": (1, *config["input_size"][1:]), "mean": (np.mean(config["mean"]),)}
+    config |= {"std": (np.mean(config["std"]),)}
+    transform = timm.data.create_transform(**config)
+    images = torch.stack([transform(Image.open(tmp_path / f"{i}.png").convert("L")) for i in range(10)])
+    mk.calibrate_masterkeys(expected, grey, images, stages=["statistics"])
+    assert same(model.state_dict(), expected.state_dict())
+    four = timm.create_model("test_efficientnet", in_chans=4)
+    with pytest.raises(mk.CalibrationError, match=r"takes images of 4 channels, a folder gives 3 or 1: give a tensor"):
+        mk.calibrate_masterkeys(mk.convert_to_masterkeys(four), four, tmp_path)
+
+
 def test_over_the_time_budget_only_statistics():
     model, dense = pair("test_efficientnet")
     expected, x = copy.deepcopy(model), torch.randn(20, 3, 64, 64)
@@ -383,8 +500,9 @@ def test_bad_models():
         mk.calibrate_masterkeys(model, model, x)
     with pytest.raises(mk.CalibrationError, match="at classifier"):
         mk.calibrate_masterkeys(model, timm.create_model("test_efficientnet", num_classes=3), x)
-    with pytest.raises(mk.CalibrationError, match="stages"):
-        mk.calibrate_masterkeys(model, dense, x, stages=["heal"])
+    for stages in (["heal"], "heal"):
+        with pytest.raises(mk.CalibrationError, match=r"stages is .*heal.*, expected some of projection, statistics"):
+            mk.calibrate_masterkeys(model, dense, x, stages=stages)
     with pytest.raises(mk.CalibrationError, match="calibrate in float32"):
         mk.calibrate_masterkeys(copy.deepcopy(model).half(), copy.deepcopy(dense).half(), x)
     for minutes in (0, -1, float("nan")):

@@ -1,6 +1,7 @@
 """The command ``timm-masterkeys``: what it prints, what it writes, and how it fails."""
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -178,6 +179,79 @@ def test_convert_from_a_training_checkpoint(run, model, tmp_path):
     assert torch.equal(again.head.fc.weight, model.head.fc.weight)
 
 
+@pytest.fixture
+def folder(run, weights, tmp_path):
+    """A converted folder, from other settings than the default ones."""
+    options = ["--bank", "scale-space-b", "--keys-per-kernel", "2", "--exclude", "stages.0.*"]
+    assert run("convert", ARCH, *weights, *options, "--output", tmp_path / "folder")[0] == 0
+    return tmp_path / "folder"
+
+
+def test_mk8_names_stand_for_their_stock_weights(run, weights, model, tmp_path):
+    options = ["--bank", "random8:3", "--keys-per-kernel", "2", "--include", "stages.1.*"]
+    tag = timm.get_pretrained_cfg(ARCH).tag
+    for name in (f"{ARCH}.mk8", f"{ARCH}.mk8_{tag}"):
+        assert run("inspect", name) == run("inspect", ARCH)
+        assert run("inspect", name, *weights, *options) == run("inspect", ARCH, *weights, *options)
+        assert run("convert", name, *weights, *options, "--output", tmp_path / name)[0] == 0
+        again = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).state_dict()
+        expected = mk.convert_to_masterkeys(model, "random8:3", keys_per_kernel=2, include="stages.1.*").state_dict()
+        assert again.keys() == expected.keys() and all(torch.equal(again[key], expected[key]) for key in again)
+    assert run("plot", f"{ARCH}.mk8", *weights, "--output", tmp_path / "pictures")[0] == 0
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 5
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda name, **kwargs: asked.append((name, kwargs["pretrained"])) or model)
+        for name in (f"{ARCH}.mk8", f"{ARCH}.mk8_{tag}"):
+            assert run("inspect", name, "--pretrained")[0] == 0
+    assert asked == [(ARCH, True), (f"{ARCH}.{tag}", True)]
+
+
+def test_a_name_pointed_at_published_weights_is_converted(run, weights, folder, monkeypatch):
+    name, converted = f"{ARCH}.mk8_ours", timm.create_model(f"local-dir:{folder}", pretrained=True)
+    monkeypatch.setattr("timm_masterkeys.registry._published", {})
+    mk.use_weights(name, "me/ours@main")
+    assert run("inspect", name) == run("inspect", ARCH)  # random weights
+    asked = []
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: asked.append(name) or converted)
+    assert run("inspect", name, "--pretrained") == (0, f"{mk.conversion_report(converted)}\n", "")
+    assert asked == [name]
+
+
+def test_a_converted_folder(run, folder, tmp_path, monkeypatch):
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    report = mk.conversion_report(model)
+    assert run("inspect", folder) == run("inspect", folder, "--pretrained") == (0, f"{report}\n", "")
+    assert json.loads(run("inspect", folder, "--json")[1]) == json.loads(report.to_json())
+    code, out, err = run("plot", folder, "--output", tmp_path / "pictures")
+    assert code == 0 and err == "" and "no kernels.png: it shows the dense kernels" in out
+    assert {path.stem for path in (tmp_path / "pictures").iterdir()} == {"bank", "coverage", "r2", "keys"}
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for args, says in (
+        (["convert", folder, "--output", tmp_path / "out"], f"'{folder}' is converted already: inspect or publish it"),
+        (["inspect", folder, "--html", tmp_path / "page.html"], "--html shows the dense kernels"),
+        (["inspect", folder, "--bank", "random8:0"], "is converted already, settings cannot change that. Drop them"),
+        (["plot", folder, "--min-r2", ".5", "--output", tmp_path / "out"], "settings cannot change that"),
+    ):
+        code, out, err = run(*args)
+        assert (code, out) == (1, "") and says in err and err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pictures"]
+    folder.rename(tmp_path / ARCH)
+    monkeypatch.chdir(tmp_path)
+    assert "random weights have no fit" in run("inspect", ARCH)[1]  # timm's name, not the folder
+    assert run("inspect", f"./{ARCH}")[1] == f"{report}\n"
+
+
+def test_a_dense_folder_of_timms(run, model, tmp_path):
+    timm.models.save_for_hf(model, tmp_path / "dense", safe_serialization=True)
+    plan, report = mk.plan_conversion(model), mk.conversion_report(mk.convert_to_masterkeys(model), model)
+    assert run("inspect", tmp_path / "dense")[1] == f"{plan}\n\n{report}\n"
+    assert run("convert", tmp_path / "dense", "--output", tmp_path / "out")[0] == 0
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert str(mk.conversion_report(again)) == str(mk.conversion_report(mk.convert_to_masterkeys(model)))
+
+
 def test_discover(run, checkpoint, tmp_path):
     np.savez(tmp_path / "other.npz", np.random.default_rng(0).standard_normal((60, 5, 5)))
     name = Path(checkpoint).name
@@ -335,10 +409,21 @@ def test_nothing_to_convert(run, tmp_path):
     assert (code, out) == (1, "") and "ResNet has nothing to convert" in err and err.count("\n") == 1
 
 
-def test_an_output_that_cannot_be_written(run, weights, tmp_path):
+@pytest.mark.parametrize("command", ["convert", "plot"])
+def test_an_output_that_cannot_be_written_is_found_out_before_the_work(run, weights, tmp_path, monkeypatch, command):
     (tmp_path / "file").write_text("")
-    code, out, err = run("convert", ARCH, *weights, "--output", tmp_path / "file" / "out")
-    assert (code, out) == (1, "") and "Not a directory" in err and str(tmp_path / "file") in err
+    (tmp_path / "locked").mkdir(mode=0o500)
+    monkeypatch.setattr("timm_masterkeys.cli._create", lambda args: pytest.fail("work was begun"))
+    locked = "/proc" if os.geteuid() == 0 else tmp_path / "locked"  # root may write anywhere
+    for output in (tmp_path / "file", tmp_path / "file" / "out" / "deep", f"{locked}/none/deep"):
+        code, out, err = run(command, ARCH, *weights, "--output", output)
+        assert (code, out) == (1, "") and f"Cannot write into '{output}': " in err and err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "locked"]
+
+
+def test_missing_parents_of_an_output_are_made(run, weights, tmp_path):
+    assert run("convert", ARCH, *weights, "--output", tmp_path / "a" / "b")[0] == 0
+    assert (tmp_path / "a" / "b" / "config.json").is_file()
 
 
 def test_verbose_shows_the_traceback(run):

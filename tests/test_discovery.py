@@ -41,6 +41,7 @@ def found_again(keys, lines):
     [
         (lambda: discover_bank(collect_kernels([torch.zeros(40, 7, 7)])), "0 kernels with a shape are left"),
         (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), held_out=["x"]), "no network 'x'"),
+        (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), held_out="mine"), "no network 'mine'"),
         (
             lambda: discover_bank(collect_kernels({"a": torch.randn(40, 7, 7)}), held_out=["a"]),
             "0 kernels with a shape are left",
@@ -59,6 +60,14 @@ def found_again(keys, lines):
 def test_errors(call, message):
     with pytest.raises(mk.BankError, match=message):
         call()
+
+
+def test_one_network_held_out_by_its_name():
+    kernels = collect_kernels({"ab": torch.randn(40, 7, 7), "a": torch.randn(30, 7, 7), "b": torch.randn(20, 7, 7)})
+    rest, apart = kernels.split("ab")
+    assert (len(rest), len(apart)) == (50, 40)
+    found = discover_bank(kernels, held_out="ab", method="lines", keys=2)
+    assert (found.searched, found.held_out) == (50, 40) and "held out: ab" in found.bank.source
 
 
 def test_lines_are_found_again():

@@ -24,6 +24,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm_masterkeys as mk
 from timm_masterkeys import MasterKeyConv2d, _timm
+from timm_masterkeys.surgery import flat_name
 
 ARCH = "test_convnext"  # timm's own miniature: 9 7x7 depthwise layers, 0.27 million parameters, stock tag r160_in1k
 MK8 = f"{ARCH}.mk8"
@@ -339,6 +340,43 @@ def test_features_only(weights, feature_cls, pretrained):
     out, wanted = (list(o.values()) if isinstance(o, dict) else o for o in (out, wanted))
     assert [o.shape for o in out] == [(1, 24, 16, 16), (1, 48, 4, 4)]
     assert all(torch.equal(a, b) for a, b in zip(out, wanted, strict=True))
+
+
+@pytest.mark.parametrize("feature_cls", FEATURE_CLASSES)
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize("setting", ["mk_include", "mk_exclude"])
+def test_patterns_for_the_whole_model_hold_for_its_features(weights, feature_cls, pretrained, setting):
+    overlay = {"state_dict": dict(weights)} if pretrained else None
+    for pattern in ("stages.1.*", ["*.blocks.0.conv_dw", "stages.2.blocks.1.*"]):
+        whole = timm.create_model(MK8, **{setting: pattern})
+        settings = {"features_only": True, "feature_cls": feature_cls, setting: pattern}
+        model = timm.create_model(MK8, pretrained=pretrained, pretrained_cfg_overlay=overlay, **settings)
+        assert [flat_name(name) for name in layers(model)] == [flat_name(name) for name in layers(whole)] != []
+
+
+def test_patterns_of_stages_that_features_lack(caplog):
+    kwargs = {"features_only": True, "out_indices": (0, 1)}
+    model = timm.create_model(MK8, mk_exclude=["stages.1.*", "stages.3.*"], **kwargs)
+    assert {name.split(".")[0] for name in layers(model)} == {"stages_0"}
+    (warning,) = (r.getMessage() for r in caplog.records if "matches none" in r.getMessage())
+    assert warning.startswith("Pattern 'stages.3.*' matches none of the") and "'stages.1.*'" not in warning
+    with pytest.raises(mk.ConversionError, match="nothing to convert"):
+        timm.create_model(MK8, mk_include="stages.3.*", **kwargs)
+
+
+@pytest.mark.parametrize("arch", ["test_convnext", "test_efficientnet", "mobilenetv4_conv_small_035", "starnet_s1"])
+@pytest.mark.parametrize("features", [False, True])
+def test_the_pattern_that_the_error_recommends_works(arch, features, caplog):
+    model = timm.create_model(arch, features_only=features)
+    try:
+        mk.plan_conversion(model, include="nothing")
+    except mk.ConversionError as error:
+        message = str(error)
+    else:
+        message = caplog.text
+    pattern = re.search(r"a whole stage is '(.*?)'", message)[1]
+    found = [layer.name for layer in mk.plan_conversion(model, include=pattern).converted]
+    assert 0 < len(found) < len(mk.plan_conversion(model).converted) and found[0] in message
 
 
 @pytest.mark.parametrize(

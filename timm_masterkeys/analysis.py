@@ -58,7 +58,7 @@ class Comparison:
         for name in (first, second):
             if name not in histograms:
                 raise BankError(f"'{name}' has no kernels of {kernel_size} compared with bank '{bank}'.")
-        counts = torch.tensor([histograms[first], histograms[second]], dtype=torch.float64)
+        counts = torch.tensor([histograms[first], histograms[second]], dtype=torch.float64, device="cpu")
         return float((counts / counts.sum(1, keepdim=True).clamp_min(1)).amin(0).sum())
 
     def __str__(self) -> str:

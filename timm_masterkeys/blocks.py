@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .layers import MasterKeyConv2d
 
@@ -39,7 +38,7 @@ class Reached(Exception):
 
 @torch.no_grad()
 def find_parts(model: nn.Module, images: torch.Tensor) -> tuple[list[Part], dict[str, str]]:
-    """The parts in the order of execution, and by a layer's name that of the BatchNorm that takes its output.
+    """The parts in the order of execution, and by a layer's name that of the BatchNorm, frozen or not, after it.
 
     A block is the smallest module with a converted layer and, run after it and at more than one position, a pointwise
     layer, unless it holds several blocks of other layers. Layers that run more than once are left out.
@@ -49,7 +48,7 @@ def find_parts(model: nn.Module, images: torch.Tensor) -> tuple[list[Part], dict
     positions: dict[str, int] = {}
     clock: list[str] = []  # a name when a module begins, and again when it ends
     shapes: dict[str, tuple[int, ...]] = {}
-    made: dict[int, tuple[str, torch.Tensor]] = {}
+    made: dict[int, tuple[str, torch.Tensor, int]] = {}  # by storage, as a norm may take a view
     norms: dict[str, str] = {}
 
     def layer_hook(name: str) -> Hook:
@@ -57,14 +56,15 @@ def find_parts(model: nn.Module, images: torch.Tensor) -> tuple[list[Part], dict
             channels = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
             ran.append(name)
             positions[name] = output.numel() // channels // len(output)
-            made[id(output)] = name, output  # kept, so that no other tensor gets its id
+            made[output.untyped_storage().data_ptr()] = name, output, output._version  # kept, so that no other gets it
 
         return hook
 
-    def norm_hook(name: str) -> Hook:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if id(args[0]) in made:
-                norms[made[id(args[0])][0]] = name
+    def norm_hook(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            layer, output, version = made.get(args[0].untyped_storage().data_ptr(), ("", args[0], -1))
+            if args[0]._version == version and args[0].numel() == output.numel():  # nothing has written to it meanwhile
+                norms[layer] = name
 
         return hook
 
@@ -81,8 +81,8 @@ def find_parts(model: nn.Module, images: torch.Tensor) -> tuple[list[Part], dict
     for name, module in modules.items():
         if is_pointwise(module) or isinstance(module, MasterKeyConv2d):
             hooks.append((module, layer_hook(name)))
-        elif isinstance(module, _BatchNorm) and module.running_mean is not None:
-            hooks.append((module, norm_hook(name)))
+        elif isinstance(getattr(module, "running_mean", None), torch.Tensor):
+            begins.append(module.register_forward_pre_hook(norm_hook(name)))
         hooks.append((module, end_hook(name)))
     try:
         with hooked(hooks):

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from .images import BUILTIN, COUNT, builtin_images
 from .layers import MasterKeyConv2d, ScaledKeyConv2d
 from .provenance import keeping
 from .report import CALIBRATION_NOTE, conversion_report
+from .surgery import is_sharded, unwrapped
 
 _logger = logging.getLogger(__name__)
 
@@ -117,7 +119,7 @@ def calibrate_masterkeys(
     reference: nn.Module,
     images: Images,
     *,
-    stages: Sequence[Stage] = WITHOUT_GRADIENTS,
+    stages: Stage | Sequence[Stage] = WITHOUT_GRADIENTS,
     heal_minutes: float = 5.0,
     batch_size: int = 8,
     max_images: int = 400,
@@ -144,11 +146,14 @@ def calibrate_masterkeys(
     all fitting: it chooses the ridges and gives the report's figures. Deterministic, but for healing and a time budget.
 
     Args:
-        model: A converted model in float32 or float64.
+        model: A converted model in float32 or float64. What is compiled or wrapped, this or the reference, runs as the
+            plain model in it.
         reference: The dense model it was converted from, on the same device and of the same type; unchanged.
         images: (N, channels, H, W), normalised as for the model; or an iterable of such batches, alone or first in a
-            tuple (a DataLoader); or a folder of images, searched at all depths and prepared as the model's
-            ``pretrained_cfg`` says; or ``"builtin"``: ``builtin_images(model)``. At least 10; some hundred are better.
+            tuple (a DataLoader); or a folder of images, searched at all depths (but for hidden files) and prepared as
+            the model's ``pretrained_cfg`` says, in grey for a model of one channel; files that cannot be read, or of
+            more than PIL's 90 megapixels, are named in a warning and left out; or ``"builtin"``:
+            ``builtin_images(model)``. At least 10; some hundred are better.
         stages: What to do in each block; the order is always the one above.
         heal_minutes: For healing alone, shared equally among the blocks.
         batch_size: Images at a time.
@@ -169,11 +174,13 @@ def calibrate_masterkeys(
         >>> model = convert_to_masterkeys(dense)
         >>> print(calibrate_masterkeys(model, dense, "folder/of/images"))
     """
+    stages = (stages,) if isinstance(stages, str) else tuple(stages)
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or not stages:
         raise CalibrationError(f"stages is {stages!r}, expected some of {', '.join(STAGES)}.")
     if "healing" in stages and not 0 < heal_minutes < math.inf:
         raise CalibrationError(f"heal_minutes is {heal_minutes}, expected more than 0.")
+    model, reference = unwrapped(model), unwrapped(reference)
     _check_models(model, reference)
     tensor = _load(images, model, max_images)
     start = time.perf_counter()
@@ -183,7 +190,7 @@ def calibrate_masterkeys(
         for network in (reference, model):
             _probe(network, batches[0][:2])
         try:
-            walk = _Walk(model, reference, batches, tuple(stages), heal_minutes, time_budget)
+            walk = _Walk(model, reference, batches, stages, heal_minutes, time_budget)
             before = torch.cat([_finite(model, model(batches[i])) for i in walk.held_out])
             after, expected = walk.run()
         except BaseException:
@@ -210,6 +217,8 @@ def _check_models(model: nn.Module, reference: nn.Module) -> None:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MasterKeyConv2d)}
     if not layers:
         raise CalibrationError(f"{type(model).__name__} holds no converted layer; convert_to_masterkeys comes first.")
+    if is_sharded(model) or is_sharded(reference):
+        raise CalibrationError("The parameters are sharded, expected whole ones. Calibrate first, then shard.")
     dense = dict(reference.named_modules())
     for name, layer in layers.items():
         other = dense.get(name)
@@ -282,33 +291,70 @@ def _load(images: Images, model: nn.Module, max_images: int) -> torch.Tensor:
 def _load_folder(folder: str, model: nn.Module, max_images: int) -> torch.Tensor:
     if not os.path.isdir(folder):
         raise CalibrationError(f"There is no folder '{folder}'.")
-    files = sorted(path for path in Path(folder).rglob("*") if is_img_extension(path.suffix.lower()))
+    found = sorted(path for path in Path(folder).rglob("*") if is_img_extension(path.suffix.lower()))
+    files = [p for p in found if p.is_file() and not any(n.startswith(".") for n in p.relative_to(folder).parts)]
     if not files:
         raise CalibrationError(f"There are no images in '{folder}'.")
-    transform: Any = create_transform(**resolve_model_data_config(model))
-    tensors = []
-    for i in tqdm(_spread(len(files), max_images).tolist(), desc="images", leave=False, disable=None):
-        with Image.open(files[i]) as image:
-            tensors.append(transform(image.convert("RGB")))
+    first = _spread(len(files), max_images).tolist()
+    others = sorted(set(range(len(files))).difference(first))  # in place of those that cannot be read
+    tensors: list[torch.Tensor] = []
+    bar = tqdm(total=len(first), desc="images", leave=False, disable=None)
+    with bar, warnings.catch_warnings(), torch.device("cpu"):
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        mode, transform = _preparation(model)
+        for i in [*first, *others]:
+            if len(tensors) == len(first):
+                break
+            try:
+                with Image.open(files[i]) as image:
+                    tensors.append(transform(image.convert(mode)))
+            except Exception as error:  # a damaged file: decoders may raise anything
+                _logger.warning("'%s' is left out: %s", files[i], " ".join(str(error).split()) or repr(error))
+            else:
+                bar.update()
+    if len(tensors) < FEWEST:
+        raise CalibrationError(
+            f"{len(tensors)} of {len(files)} images in '{folder}' can be read, expected at least {FEWEST}."
+        )
     return torch.stack(tensors)
+
+
+def _preparation(model: nn.Module) -> tuple[str, Any]:
+    """The mode of images (PIL's) and what makes tensors of them, by a model's cfg and its first convolution."""
+    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    if channels not in (1, 3):
+        raise CalibrationError(
+            f"{type(model).__name__} takes images of {channels} channels, a folder gives 3 or 1: give a tensor of "
+            "images or a DataLoader."
+        )
+    config = resolve_model_data_config(model)
+    if channels == 1:  # the cfg may be of the weights in colour
+        config["input_size"] = (1, *config["input_size"][1:])
+        for name in ("mean", "std"):
+            config[name] = (sum(config[name]) / len(config[name]),)
+    return "L" if channels == 1 else "RGB", create_transform(**config)
 
 
 def _spread(count: int, most: int) -> torch.Tensor:
     """Indices, evenly spread, at most so many."""
-    return torch.arange(min(count, most)) * count // min(count, most)
+    return torch.arange(min(count, most), device="cpu") * count // min(count, most)
 
 
 @contextmanager
 def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode; every module gets its own mode back."""
-    training = [(module, module.training) for model in models for module in model.modules()]
+    """Eval mode, and nothing compiled, as that passes by hooks; every module gets its own mode back."""
+    before = [(m, m.training, m._compiled_call_impl) for model in models for m in model.modules()]
     for model in models:
         model.eval()
     try:
+        for module, _, compiled in before:
+            if compiled is not None:
+                module._compiled_call_impl = None
         yield
     finally:
-        for module, mode in training:
-            module.training = mode
+        for module, module.training, compiled in before:
+            if compiled is not None:
+                module._compiled_call_impl = compiled
 
 
 def _finite(model: nn.Module, out: Any) -> torch.Tensor:
@@ -404,7 +450,9 @@ class _Walk:
     def report(self, stage: str) -> StageReport:
         """What a stage has done."""
         ledger = self.ledgers[stage]
-        errors = torch.tensor(ledger.errors or [(math.nan, math.nan)], dtype=torch.float64).nanmean(0).tolist()
+        errors = (
+            torch.tensor(ledger.errors or [(math.nan, math.nan)], dtype=torch.float64, device="cpu").nanmean(0).tolist()
+        )
         return StageReport(stage, errors[0], errors[1], tuple(ledger.changed), ledger.left, ledger.seconds)
 
     def _repair(self, index: int, part: Part, stages: set[str]) -> None:
@@ -592,7 +640,7 @@ class _Walk:
             groups = [{"params": p, "lr": rate} for p, rate in zip((small, large), HEALING_RATE, strict=True)]
             optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
             while share < 1:
-                for i in torch.randperm(len(self.fitted), generator=generator).tolist():
+                for i in torch.randperm(len(self.fitted), generator=generator, device="cpu").tolist():
                     args, kwargs = calls[self.fitted[i]]
                     with torch.enable_grad():
                         error = block(*copied(args), **kwargs) - wanted[self.fitted[i]]
@@ -619,7 +667,7 @@ class _Walk:
         nudges: list[torch.Tensor] = []
 
         def nudge(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+            noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(output)
             nudges.append(noise * output.std() / 8)
             return output + nudges[-1]
 
@@ -685,7 +733,7 @@ class _Rows:
         positions = rows.shape[1] if self.rows is None else max(1, self.rows // len(rows))
         if rows.shape[1] <= positions:
             return rows.clone()
-        chosen = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0))[:positions]
+        chosen = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")[:positions]
         return rows[:, chosen.to(rows.device)]
 
 
@@ -730,22 +778,24 @@ def choose_keys(covariance: torch.Tensor, keys_per_kernel: int) -> tuple[torch.T
     count, size = covariance.shape[0], covariance.shape[1] - 1
     matrix, right = covariance[:, :size, :size], covariance[:, :size, size]
     loading = 1e-6 * matrix.diagonal(dim1=1, dim2=2).mean(1) + 1e-30
-    matrix = matrix + loading[:, None, None] * torch.eye(size).to(matrix)
+    matrix = matrix + loading[:, None, None] * torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     chosen = torch.zeros(count, 1, dtype=torch.long, device=matrix.device)
     every = torch.arange(1, size, device=matrix.device).expand(count, -1)
     for _ in range(keys_per_kernel):
         sets = torch.cat(
             [chosen.unsqueeze(1).expand(-1, size - 1, -1), every.unsqueeze(2)], 2
         )  # with each key, (C, K, .)
-        among = matrix[torch.arange(count)[:, None, None, None], sets.unsqueeze(3), sets.unsqueeze(2)]
-        towards = right[torch.arange(count)[:, None, None], sets]
+        among = matrix[
+            torch.arange(count, device=matrix.device)[:, None, None, None], sets.unsqueeze(3), sets.unsqueeze(2)
+        ]
+        towards = right[torch.arange(count, device=matrix.device)[:, None, None], sets]
         taken = (chosen.unsqueeze(1) == every.unsqueeze(2)).any(2)
         among = among + torch.diag_embed(taken.unsqueeze(2).expand(sets.shape).to(matrix))  # only to be solvable
         solutions = torch.linalg.solve(among, towards)
         gain = (solutions * towards).sum(2).masked_fill(taken, -math.inf)
         best = gain.argmax(1)
-        chosen = sets[torch.arange(count), best]
-        solution = solutions[torch.arange(count), best]
+        chosen = sets[torch.arange(count, device=matrix.device), best]
+        solution = solutions[torch.arange(count, device=matrix.device), best]
     return chosen[:, 1:] - 1, solution[:, 1:], solution[:, 0]
 
 
@@ -772,7 +822,7 @@ def fit_ridge(
     if not intercept:
         f, r = torch.zeros_like(f), torch.zeros_like(r)
     matrix, right = gram[1:, 1:size] / n - torch.outer(f, f), gram[1:, size:] / n - torch.outer(f, r)
-    identity = matrix.diagonal().mean().clamp_min(1e-30) * torch.eye(size - 1).to(matrix)
+    identity = matrix.diagonal().mean().clamp_min(1e-30) * torch.eye(size - 1, dtype=matrix.dtype, device=matrix.device)
     test = _gram(held_out)
     power = torch.stack([r.square().sum(0, dtype=torch.float64) for _, r in held_out]).sum(0)
 

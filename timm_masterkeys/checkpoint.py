@@ -19,7 +19,7 @@ from .banks import KeyBank
 from .errors import CheckpointError, ConversionError
 from .files import atomic_path, file_sha256
 from .layers import MasterKeyConv2d, ScaledKeyConv2d, Trainable
-from .surgery import replace_layers
+from .surgery import check_unwrapped, flat_name, is_feature_extractor, replace_layers, unwrapped
 
 DENSE_NAME = "model.safetensors"
 COMPACT_NAME = "masterkeys.safetensors"
@@ -41,6 +41,7 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ConversionError: The model holds no MasterKeyConv2d.
         OSError: The file cannot be written.
     """
+    model = unwrapped(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
     if not layers:
         raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
@@ -78,8 +79,9 @@ def load_compact(
     Raises:
         CheckpointError: Not such a file, a newer format, altered values, layers the model lacks, or kernels that
             disagree with the model's dense ones. The model is then as it was.
-        ConversionError: A ``trainable`` that the file's layers do not have.
+        ConversionError: A ``trainable`` that the file's layers do not have, or a wrapped or sharded model.
     """
+    check_unwrapped(model)
     with _damage(path):
         _apply(model, path, _read(path), trainable, values)
 
@@ -89,12 +91,12 @@ def _apply(
 ) -> None:
     """``load_compact`` with a file that was read."""
     tensors, banks, layers = contents
-    convs = {_flat(name): (name, conv) for name, conv in model.named_modules() if isinstance(conv, nn.Conv2d)}
+    convs = {flat_name(name): (name, conv) for name, conv in model.named_modules() if isinstance(conv, nn.Conv2d)}
     new: dict[str, nn.Module] = {}
     for name, settings in layers.items():
-        here, conv = convs.get(_flat(name), ("", None))
+        here, conv = convs.get(flat_name(name), ("", None))
         if conv is None:
-            if _is_feature_extractor(model):
+            if is_feature_extractor(model):
                 continue  # which keeps just the stages asked for
             raise CheckpointError(
                 f"'{path}' lists layer {name}, which the model does not have. Use the model it came with."
@@ -317,23 +319,12 @@ def _check_names(model: nn.Module, path: Path, pretrained_cfg: dict[str, Any]) -
         stored = set(file.keys())
     classifier = pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
-    features = _is_feature_extractor(model)
-    names = {_flat(name): name for name in stored} if features else {name: name for name in stored}
-    wanted = {_flat(name) if features else name for name in model.state_dict()}
+    features = is_feature_extractor(model)
+    names = {flat_name(name): name for name in stored} if features else {name: name for name in stored}
+    wanted = {flat_name(name) if features else name for name in model.state_dict()}
     lacking = sorted(name for name in wanted - names.keys() if not name.startswith(heads or " "))
     extra = [] if features else sorted(name for name in names.keys() - wanted if not name.startswith(heads or " "))
     for what, found in (("lacks", lacking), ("has, unlike the model,", extra)):
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise CheckpointError(f"'{path}' {what} {', '.join(found[:3])}{more}. Publish the whole model again.")
-
-
-def _is_feature_extractor(model: nn.Module) -> bool:
-    return hasattr(model, "feature_info") and not hasattr(model, "get_classifier")
-
-
-def _flat(name: str) -> str:
-    """A module name free of what ``features_only`` changes: ``model.stages.0.x``, ``stages_0.x`` -> ``stages_0_x``."""
-    for prefix in ("model.", "graph_module.", "body."):  # the getter, fx and hook extractors
-        name = name.removeprefix(prefix)
-    return name.replace(".", "_")

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -24,8 +25,8 @@ from .errors import CheckpointError, MasterKeysError
 from .files import atomic_path
 from .hub import OWN_ENTRIES, push_to_hub, save_pretrained
 from .kernels import name_sources
-from .layers import Trainable
-from .registry import list_architectures
+from .layers import MasterKeyConv2d, Trainable
+from .registry import list_architectures, stock_name
 from .report import conversion_report
 from .surgery import convert_to_masterkeys, plan_conversion
 
@@ -190,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help="timm model name, as convnext_tiny or convnext_tiny.fb_in1k")
+    command.add_argument("model", help="timm name, as convnext_tiny.fb_in1k; its .mk8 name means the same; or a folder")
     weights = command.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="take timm's pretrained weights")
     weights.add_argument("--checkpoint", metavar="FILE", help="take the weights of a checkpoint")
@@ -208,15 +209,21 @@ def _list(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     if args.html:
-        if not (args.pretrained or args.checkpoint):
+        if not _has_weights(args):
             raise MasterKeysError("Random weights have no fit to draw: add --pretrained or --checkpoint FILE.")
         _check_folder(args.html)
         from .page import html_page  # needs matplotlib: before the work, not after it
     model = _create(args)
+    if _is_converted(model, args):
+        if args.html:
+            raise MasterKeysError(f"--html shows the dense kernels, which '{args.model}' does not have. Drop it.")
+        report = conversion_report(model)
+        print(report.to_json() if args.json else report)
+        return
     plan = plan_conversion(model, args.bank, include=args.include, exclude=args.exclude)
     if not args.json:
         print(plan)
-    if args.pretrained or args.checkpoint:
+    if _has_weights(args):
         converted = _converted(model, args)
         report = conversion_report(converted, reference=model)
         print(report.to_json() if args.json else f"\n{report}")
@@ -232,11 +239,17 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    if not (args.pretrained or args.checkpoint):
+    if not _has_weights(args):
         raise MasterKeysError("Nothing to convert: add --pretrained or --checkpoint FILE.")
     if args.heal is not None and not args.calibrate:
         raise MasterKeysError("--heal needs images: add --calibrate DIR.")
+    _check_output(args.output)
     dense = _create(args)
+    if _is_converted(dense, args):
+        raise MasterKeysError(
+            f"'{args.model}' is converted already: inspect or publish it as it is, or convert the dense weights it was "
+            "made from."
+        )
     model = _converted(dense, args)
     if args.calibrate:
         stages = WITHOUT_GRADIENTS if args.heal is None else STAGES
@@ -281,23 +294,29 @@ def _discover(args: argparse.Namespace) -> None:
 def _plot(args: argparse.Namespace) -> None:
     from . import plotting  # needs matplotlib
 
-    if not (args.pretrained or args.checkpoint):
+    if not _has_weights(args):
         raise MasterKeysError("Random weights have no fit to draw: add --pretrained or --checkpoint FILE.")
+    _check_output(args.output)
     model = _create(args)
-    converted = _converted(model, args)
+    dense = not _is_converted(model, args)
+    converted = _converted(model, args) if dense else model
     report = conversion_report(converted)
+    bank = next(layer.bank for layer in converted.modules() if isinstance(layer, MasterKeyConv2d))
     figures = {
-        "bank": plotting.plot_bank(args.bank),
+        "bank": plotting.plot_bank(bank),
         "coverage": plotting.plot_coverage(report),
         "r2": plotting.plot_r2(report),
         "keys": plotting.plot_keys(report),
-        "kernels": plotting.plot_kernels(converted, model),
     }
+    if dense:
+        figures["kernels"] = plotting.plot_kernels(converted, model)
     directory = Path(args.output)
     directory.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         _save_figure(figure, directory / f"{name}.png")
         print(directory / f"{name}.png")
+    if not dense:
+        print(f"no kernels.png: it shows the dense kernels, which '{args.model}' does not have")
 
 
 def _check_folder(path: str) -> None:
@@ -305,6 +324,18 @@ def _check_folder(path: str) -> None:
     folder = Path(path).absolute().parent
     if not folder.is_dir():
         raise MasterKeysError(f"Cannot write '{path}': there is no folder '{folder}'.")
+
+
+def _check_output(path: str) -> None:
+    """Raises unless there is, or can be made, a folder to write into: before the work, not after it."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-"):
+            pass
+    except OSError as error:
+        raise MasterKeysError(f"Cannot write into '{path}': {error.strerror}: '{folder}'.") from error
 
 
 def _figure_kind(path: str | Path) -> str:
@@ -361,9 +392,21 @@ def _publish(args: argparse.Namespace) -> None:
     print(done)
 
 
+def _is_folder(args: argparse.Namespace) -> bool:
+    """Whether the model is a folder written by ``convert`` or timm; a timm name is one, whatever the folder has."""
+    return os.path.isdir(args.model) and not timm.is_model(args.model)
+
+
+def _has_weights(args: argparse.Namespace) -> bool:
+    return bool(args.pretrained or args.checkpoint or _is_folder(args))
+
+
 def _create(args: argparse.Namespace) -> nn.Module:
+    """The model a command is about: dense, but of a folder or name that has converted weights."""
     classes = {} if args.num_classes is None else {"num_classes": args.num_classes}
-    model = timm.create_model(args.model, pretrained=args.pretrained, **classes)
+    folder = _is_folder(args)
+    name = f"local-dir:{args.model}" if folder else stock_name(args.model, args.pretrained)
+    model = timm.create_model(name, pretrained=args.pretrained or folder, **classes)
     if args.checkpoint:
         if not os.path.isfile(args.checkpoint):
             raise CheckpointError(f"There is no file '{args.checkpoint}'.")
@@ -374,6 +417,21 @@ def _create(args: argparse.Namespace) -> nn.Module:
         except Exception as error:  # a damaged file: unpickling may raise anything
             raise CheckpointError(f"'{args.checkpoint}' is no readable checkpoint: {error!r}") from error
     return model
+
+
+def _is_converted(model: nn.Module, args: argparse.Namespace) -> bool:
+    """Whether a model is converted as it comes; settings for a conversion are then refused."""
+    if not any(isinstance(module, MasterKeyConv2d) for module in model.modules()):
+        return False
+    if (args.bank, args.keys_per_kernel, args.min_r2, args.include, args.exclude) != (
+        DEFAULT_BANK,
+        1,
+        None,
+        None,
+        None,
+    ):
+        raise MasterKeysError(f"'{args.model}' is converted already, settings cannot change that. Drop them.")
+    return True
 
 
 def _converted(model: nn.Module, args: argparse.Namespace) -> nn.Module:

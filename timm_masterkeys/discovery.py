@@ -89,7 +89,7 @@ def discover_bank(
     kernels: Kernels,
     *,
     keys: int | None = None,
-    held_out: Sequence[str] = (),
+    held_out: str | Sequence[str] = (),
     equal_networks: bool = True,
     method: Literal["autoencoder", "lines"] = "autoencoder",
     score: Score | None = None,
@@ -111,7 +111,7 @@ def discover_bank(
     Args:
         kernels: From ``collect_kernels``.
         keys: How many, 1 to 25; the elbow decides if None.
-        held_out: Networks to measure on instead of searching them.
+        held_out: Network(s) to measure on instead of searching them.
         equal_networks: Every network counts the same, else every kernel.
         method: See above.
         score: Of a set of keys (K, kh, kw), the larger the better; weighted mean R^2 on the kernels searched if None.
@@ -130,6 +130,7 @@ def discover_bank(
         >>> found.bank.save("mine.safetensors")
         >>> convert_to_masterkeys(model, bank="mine.safetensors")
     """
+    held_out = (held_out,) if isinstance(held_out, str) else held_out
     searched, apart = kernels.split(held_out)
     if held_out and not len(apart):
         raise BankError(f"No kernel of {', '.join(held_out)} has a shape: nothing is held out.")

@@ -24,7 +24,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from timm.models import save_for_hf
-from timm.utils import unwrap_model
 from torch import nn
 
 from . import __version__, _timm
@@ -35,7 +34,7 @@ from .files import atomic_path, file_sha256, os_errors
 from .layers import MasterKeyConv2d
 from .provenance import SOURCE_NOTE, TAG, is_known, is_masterkeys_tag
 from .report import conversion_report
-from .surgery import fuse_masterkeys
+from .surgery import fuse_masterkeys, unwrapped
 
 try:
     import fcntl
@@ -133,7 +132,7 @@ def save_pretrained(
         >>> save_pretrained(model, "out")
         >>> model = timm.create_model("local-dir:out", pretrained=True)
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     cfg = _timm_cfg(model)
     _check_config_entries(config or {})
     report = conversion_report(model)
@@ -226,7 +225,7 @@ def push_to_hub(
     Example:
         >>> print(push_to_hub(model, "me/convnext_tiny.mk8"))
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     inherited_license(_timm_cfg(model), license)
     if create_pr and revision:
         raise HubError("create_pr opens a pull request to the default branch; leave revision out.")
@@ -460,12 +459,6 @@ def _told(error: Exception | None) -> str:
         line.strip() for line in text.splitlines() if line.strip() and "http" not in line and "Request ID" not in line
     ]
     return " ".join(lines[:3])[:300] or type(error).__name__
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else unwrap_model(model)  # type: ignore[assignment]
-    return model
 
 
 def _timm_cfg(model: nn.Module) -> dict[str, Any]:

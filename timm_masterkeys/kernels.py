@@ -47,19 +47,20 @@ class Kernels:
     def weights(self, equal_networks: bool = True) -> torch.Tensor:
         """(N,) of sum 1: every network, or else every kernel, counts the same."""
         counts = torch.bincount(self.network, minlength=len(self.names)).double()
-        each = 1 / counts[self.network] if equal_networks else torch.ones(len(self), dtype=torch.float64)
+        each = 1 / counts[self.network] if equal_networks else torch.ones_like(counts[self.network])
         return each / each.sum()
 
-    def split(self, held_out: Sequence[str]) -> tuple["Kernels", "Kernels"]:
+    def split(self, held_out: str | Sequence[str]) -> tuple["Kernels", "Kernels"]:
         """All but some networks, and these alone.
 
         Raises:
             BankError: There is no such network.
         """
+        held_out = (held_out,) if isinstance(held_out, str) else held_out
         unknown = [name for name in held_out if name not in self.names]
         if unknown:
             raise BankError(f"There is no network '{unknown[0]}' to hold out; there are {', '.join(self.names)}.")
-        out = torch.tensor([name in held_out for name in self.names])[self.network]
+        out = torch.tensor([name in held_out for name in self.names], device="cpu")[self.network]
         rest, apart = (replace(self, values=self.values[own], network=self.network[own]) for own in (~out, out))
         return rest, apart
 
@@ -67,7 +68,7 @@ class Kernels:
         """R^2 (N,) of the least-squares fit ``a*x + b`` by the nearest key, and that key's index in the bank (N,)."""
         bank = get_bank(bank)
         r2, index = self.fit_keys(bank.keys_for(self.kernel_size).flatten(1).double())
-        return r2, torch.tensor(bank.kept(self.kernel_size))[index]
+        return r2, torch.tensor(bank.kept(self.kernel_size), device="cpu")[index]
 
     def fit_keys(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``fit``, by keys (K, kh * kw) of mean 0 and norm 1."""
@@ -113,7 +114,7 @@ def collect_kernels(
         non_finite += int((~finite).sum())
         constant += int((~shaped).sum())
         values.append(centred[shaped] / norm[shaped, None])
-        network.append(torch.full((len(values[-1]),), index))
+        network.append(torch.full((len(values[-1]),), index, device="cpu"))
     return Kernels(torch.cat(values), torch.cat(network), tuple(named), (height, width), constant, non_finite)
 
 
@@ -177,7 +178,7 @@ def read_kernels(source: Source) -> list[torch.Tensor]:
 def _stacks(arrays: Sequence[Array]) -> list[torch.Tensor]:
     """Those of shape (C, kh, kw) or (C, 1, kh, kw), as (C, kh, kw)."""
     try:
-        tensors = [torch.as_tensor(array).detach().cpu().double() for array in arrays]
+        tensors = [torch.as_tensor(array, device="cpu").detach().double() for array in arrays]
     except (TypeError, ValueError, RuntimeError) as error:
         raise BankError(f"Expected arrays of kernels (C, kh, kw): {error}.") from error
     return [t.flatten(0, -3) for t in tensors if t.ndim == 3 or (t.ndim == 4 and t.shape[1] == 1)]

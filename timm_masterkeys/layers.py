@@ -586,9 +586,10 @@ class ScaledKeyConv2d(MasterKeyConv2d):
     def reset_parameters(self, weight: torch.Tensor | None = None) -> None:
         """As for a MasterKeyConv2d; sigmas as in the bank. In place."""
         super().reset_parameters(weight)
-        sigmas = torch.tensor([float(sigma) for sigma in SIGMAS[self.bank.name.removeprefix("scale-space-")].split()])
+        values = [float(sigma) for sigma in SIGMAS[self.bank.name.removeprefix("scale-space-")].split()]
+        sigmas = torch.tensor(values, device=self.keys.device)
         nominal = sigmas.clamp_min(SMALLEST).log().view(8, 2)[self.operators]
-        self.log_sigma.copy_(nominal.to(self.keys.device)[self.key_rows()[:, 0]].flatten())
+        self.log_sigma.copy_(nominal[self.key_rows()[:, 0]].flatten())
 
     def check_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> list[str]:
         """As for a MasterKeyConv2d; entries of a layer with fixed scales, or sigmas that are not finite, do not fit."""

@@ -73,7 +73,7 @@ def fit_operators(kernels: torch.Tensor) -> OperatorFit:
     parts = [_best(part, tables) for part in flat.split(_CHUNK)]
     r2, sigma, orientation, half_pixel = (torch.cat(columns) for columns in zip(*parts, strict=True))
     operator = r2.argmax(1)
-    own = torch.arange(len(flat)), operator
+    own = torch.arange(len(flat), device=flat.device), operator
     operator[constant], r2[constant] = -1, float("nan")
     return OperatorFit(operator, r2, sigma[own], orientation[own], half_pixel[own])
 
@@ -103,7 +103,7 @@ def _best(kernels: torch.Tensor, tables: list[_Table]) -> tuple[torch.Tensor, ..
         r2, index = coefficients.square().sum(2).max(1)
         orientation = table.orientation[index]
         if table.steering is not None:
-            own = coefficients[torch.arange(len(kernels)), index]
+            own = coefficients[torch.arange(len(kernels), device=kernels.device), index]
             x, y = torch.einsum("nr,nir->in", own, table.steering[index])
             orientation = torch.atan2(y, x).rad2deg() % 180
         columns.append((r2, table.sigma[index], orientation, table.half_pixel[index]))
@@ -163,9 +163,9 @@ def _table(
     return _Table(
         basis=left * there[:, None],
         steering=steering if steer else None,
-        sigma=torch.tensor(np.array(sigmas, float)),
-        orientation=torch.tensor(np.full(count, np.nan) if orientation is None else np.array(orientation, float)),
-        half_pixel=torch.tensor(np.zeros(count, bool) if half_pixel is None else np.array(half_pixel)),
+        sigma=torch.from_numpy(np.array(sigmas, float)),
+        orientation=torch.from_numpy(np.full(count, np.nan) if orientation is None else np.array(orientation, float)),
+        half_pixel=torch.from_numpy(np.zeros(count, bool) if half_pixel is None else np.array(half_pixel)),
     )
 
 

@@ -17,7 +17,7 @@ from .banks import get_bank
 from .layers import MasterKeyConv2d
 from .plotting import plot_bank, plot_coverage, plot_kernels, plot_keys, plot_r2
 from .report import ConversionReport, LayerReport, conversion_report
-from .surgery import convert_to_masterkeys
+from .surgery import convert_to_masterkeys, unwrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,6 +60,7 @@ def html_page(model: nn.Module, reference: nn.Module, report: ConversionReport, 
         >>> page = html_page(model, dense, conversion_report(model, dense), "convnext_tiny")
         >>> Path("report.html").write_text(page, encoding="utf-8")
     """
+    model, reference = unwrapped(model), unwrapped(reference)
     bank = next(layer.bank for layer in model.modules() if isinstance(layer, MasterKeyConv2d))
     control = conversion_report(_control(reference, report))
     total = report.total

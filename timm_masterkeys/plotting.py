@@ -16,7 +16,7 @@ from .discovery import Discovery
 from .errors import ConversionError
 from .layers import MasterKeyConv2d
 from .report import COVERAGE, ConversionReport
-from .surgery import Bank
+from .surgery import Bank, unwrapped
 
 try:
     from matplotlib.axes import Axes
@@ -74,6 +74,7 @@ def plot_kernels(model: nn.Module, reference: nn.Module, count: int = 8) -> Figu
     Raises:
         ConversionError: No converted layer with fitted kernels, or the reference has other layers.
     """
+    model, reference = unwrapped(model), unwrapped(reference)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MasterKeyConv2d)}
     found = []
     for name, layer in layers.items():

@@ -125,6 +125,15 @@ def use_weights(name: str, source: str = "") -> None:
     _malformed.pop(name, None)
 
 
+def stock_name(name: str, pretrained: bool) -> str:
+    """The dense timm name that a ``.mk8`` name stands for; others, and those of published weights, as they are."""
+    arch, _, tag = name.partition(".")
+    if not is_masterkeys_tag(tag) or tag not in _timm.cfgs(arch) or (pretrained and name in _published):
+        return name
+    stock = "" if name in _published else tag.removeprefix(TAG).removeprefix("_")
+    return f"{arch}.{stock}" if stock else arch
+
+
 def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoint:
     """The function that builds ``arch``: the stock one, and a conversion if the tag asks for it."""
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -14,7 +13,7 @@ from torch import nn
 from .errors import ConversionError
 from .layers import MasterKeyConv2d
 from .operators import OPERATORS, fit_operators
-from .surgery import plan_conversion
+from .surgery import plan_conversion, stage_of, unwrapped
 
 COVERAGE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # R^2 of the coverage curve
 _NONE = (math.nan,) * 3
@@ -160,7 +159,7 @@ def conversion_report(model: nn.Module, reference: nn.Module | None = None) -> C
     R^2 is that of the projection; it does not follow later training. Kernels drawn from the bank have none.
 
     Args:
-        model: A converted model. Not changed.
+        model: A converted model, wrapped or not. Not changed.
         reference: The dense model it was made from, if the report is to tell the operators its kernels resemble.
 
     Raises:
@@ -172,6 +171,7 @@ def conversion_report(model: nn.Module, reference: nn.Module | None = None) -> C
         >>> print(report)
         >>> report.total.mean_r2
     """
+    model = unwrapped(model)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)]
     if not layers:
         raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
@@ -182,11 +182,11 @@ def conversion_report(model: nn.Module, reference: nn.Module | None = None) -> C
     by_stage: dict[str, list[tuple[torch.Tensor, ...]]] = {}
     for name, layer in layers:
         index = layer.key_rows()[:, 0].cpu()
-        first = torch.tensor(layer.bank.kept(layer.kernel_size))[index]  # type: ignore[arg-type]
+        first = torch.tensor(layer.bank.kept(layer.kernel_size), device="cpu")[index]  # type: ignore[arg-type]
         constant = (layer.scale.view(layer.out_channels, -1).eq(0).all(1) & layer.r2.eq(1)).cpu()
         values = (layer.r2.float().cpu(), constant, first)
         rows.append(_row(name, layer.kernel_size, layer.keys_per_kernel, bins, *values))  # type: ignore[arg-type]
-        by_stage.setdefault(_stage(name), []).append(values)
+        by_stage.setdefault(stage_of(name), []).append(values)
     everything = [values for stage in by_stage.values() for values in stage]
 
     stored = sum(p.numel() for p in model.parameters())
@@ -207,14 +207,8 @@ def conversion_report(model: nn.Module, reference: nn.Module | None = None) -> C
         stored_after=stored - own + compact,
         dense=len(plan_conversion(model, layers[0][1].bank).converted),
         calibration=_calibration(model),
-        operators=() if reference is None else _operators(reference, [name for name, _ in layers]),
+        operators=() if reference is None else _operators(unwrapped(reference), [name for name, _ in layers]),
     )
-
-
-def _stage(layer: str) -> str:
-    """A layer's name up to its first number."""
-    found = re.match(r"(?:.*?\.)?\d+(?=\.)", layer)
-    return found[0] if found else layer
 
 
 def _together(name: str, bins: int, values: Iterable[tuple[torch.Tensor, ...]]) -> LayerReport:
@@ -262,7 +256,9 @@ def _fitted(weights: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 @lru_cache(maxsize=16)
 def _chance(height: int, width: int) -> torch.Tensor:
     """The share of random kernels that resemble each operator, and none, (5,)."""
-    _, operator, *_ = _fitted([torch.randn(1000, height, width, generator=torch.Generator().manual_seed(0))])
+    _, operator, *_ = _fitted(
+        [torch.randn(1000, height, width, generator=torch.Generator().manual_seed(0), device="cpu")]
+    )
     return torch.bincount(operator, minlength=len(OPERATORS) + 1) / len(operator)
 
 

@@ -105,16 +105,17 @@ def fit_scales(weight: torch.Tensor, operators: tuple[int, ...]) -> tuple[Projec
         starts.append(grid[index])
     candidates = torch.stack(fits, 1).topk(min(2, len(operators)), 1).indices  # rows of operators, the best two
     known = torch.tensor(operators, device=weight.device)
+    channels = torch.arange(len(flat), device=weight.device)
     refined = []
     for row in candidates.unbind(1):
-        start = torch.stack(starts, 1)[torch.arange(len(flat)), row]
+        start = torch.stack(starts, 1)[channels, row]
         parts = zip(unit.split(_CHUNK), known[row].split(_CHUNK), start.split(_CHUNK), strict=True)
         found = [_refine(*part, float(line[1] - line[0]), height, width) for part in parts]
         refined.append([torch.cat(column) for column in zip(*found, strict=True)])
     best = torch.stack([fit for _, fit in refined], 1).argmax(1)
     row = candidates.gather(1, best[:, None])[:, 0]
     chosen = known[row]
-    log_sigma = torch.stack([found for found, _ in refined], 1)[torch.arange(len(flat)), best]
+    log_sigma = torch.stack([found for found, _ in refined], 1)[channels, best]
     keys = scaled_kernels(chosen, log_sigma, height, width).flatten(1)
     scale = (centred * keys).sum(1)
     constant = norm <= 1e-6 * flat.norm(dim=1)
@@ -139,5 +140,5 @@ def _refine(
         keys = scaled_kernels(operator.repeat_interleave(len(around)), tried.flatten(0, 1), height, width)
         fits = torch.einsum("np,njp->nj", unit, keys.flatten(1).unflatten(0, (len(unit), -1))).abs()
         fit, index = fits.max(1)
-        log_sigma = tried[torch.arange(len(unit)), index]
+        log_sigma = tried[torch.arange(len(unit), device=unit.device), index]
     return log_sigma, fit

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,19 +13,23 @@ from typing import Any
 import numpy as np
 import torch
 from timm.layers import Conv2dSame
+from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from .banks import DEFAULT_BANK, KeyBank, get_bank
 from .errors import BankError, CheckpointError, ConversionError, ProjectionError
 from .layers import MasterKeyConv2d, Trainable, check_trainable
-from .projection import check_keys_per_kernel
+from .projection import check_keys_per_kernel, keys_needed
 
 _logger = logging.getLogger(__name__)
 
 Bank = str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray
 Patterns = str | Sequence[str] | None
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel, ModelEmaV2, ModelEmaV3)
 
 
 @dataclass(frozen=True)
@@ -74,19 +79,21 @@ def plan_conversion(
     """Lists every convolution of a model: converted, or skipped and why. A dry run: nothing is changed.
 
     Args:
-        model: Any module.
+        model: Any module, wrapped or not.
         bank: Anything ``get_bank`` takes.
-        include: fnmatch pattern(s) on module names; only layers that match one are converted.
+        include: fnmatch pattern(s) on module names; only layers that match one are converted. In a ``features_only``
+            model, names as in the whole model match too.
         exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
 
     Raises:
         BankError: No such bank.
-        ConversionError: A pattern that matches no convolution.
+        ConversionError: A pattern that matches no convolution (in a ``features_only`` model, which may lack its stage,
+            that is a warning).
 
     Example:
         >>> print(plan_conversion(timm.create_model("convnext_atto"), exclude="stages.0.*"))
     """
-    bank = get_bank(bank)
+    model, bank = unwrapped(model), get_bank(bank)
     include, exclude = _patterns(include), _patterns(exclude)
     convs = [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvNd)]
     owners: dict[int, list[str]] = {}
@@ -97,16 +104,20 @@ def plan_conversion(
 
     reasons = {name: _obstacle(name, conv, bank, owners) for name, conv in convs}
     candidates = [name for name, reason in reasons.items() if not reason]
+    features = is_feature_extractor(model)
+
+    def matches(name: str, pattern: str) -> bool:
+        return fnmatchcase(name, pattern) or (features and fnmatchcase(flat_name(name), flat_name(pattern)))
+
     for pattern in (*include, *exclude):
-        if not any(fnmatchcase(name, pattern) for name in reasons):
-            shown = ", ".join(candidates[:3]) + (", ..." if len(candidates) > 3 else "")
-            raise ConversionError(
-                f"Pattern '{pattern}' matches none of the {len(reasons)} convolutions. Depthwise are "
-                f"{shown or 'none'}; a whole stage is 'stages.0.*'."
-            )
+        if not any(matches(name, pattern) for name in reasons):
+            message = f"Pattern '{pattern}' matches none of the {len(reasons)} convolutions. {_named(candidates)}"
+            if not features:
+                raise ConversionError(message)
+            _logger.warning("%s Features come without the stages after them.", message)
     for name in candidates:
-        hit = next((pattern for pattern in exclude if fnmatchcase(name, pattern)), None)
-        if include and not any(fnmatchcase(name, pattern) for pattern in include):
+        hit = next((pattern for pattern in exclude if matches(name, pattern)), None)
+        if include and not any(matches(name, pattern) for pattern in include):
             reasons[name] = "not included"
         elif hit:
             reasons[name] = f"excluded by '{hit}'"
@@ -143,7 +154,8 @@ def convert_to_masterkeys(
         bank: Anything ``get_bank`` takes.
         include: fnmatch pattern(s) on module names; only layers that match one are converted.
         exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
-        keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where fewer have a shape.
+        keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where fewer have a shape. All eight at
+            3x3 cancel each other with large scales: fuse such a model before it is cast to half precision.
         min_r2: In [0, 1]. Each layer gets as many keys per kernel, from ``keys_per_kernel`` up, as its mean R^2 needs
             to reach this; a layer that does not reach it with all keys stays dense. How many do is logged.
         trainable: What of each kernel trains afterwards: "none", "shift" (as in the paper) or "affine"; "scales", for
@@ -157,7 +169,8 @@ def convert_to_masterkeys(
         BankError: No such bank.
         ProjectionError: NaN or Inf in a kernel (named by layer and channel), or keys_per_kernel out of range.
         ConversionError: Nothing to convert, a pattern that matches nothing, an unknown ``trainable``, scales to learn
-            with another bank or several keys, or no layer that reaches ``min_r2``.
+            with another bank or several keys, no layer that reaches ``min_r2``, or a model that is wrapped or sharded
+            already.
         In every case ``model`` is left as it was.
 
     Example:
@@ -195,16 +208,19 @@ def fuse_masterkeys(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Replaces every MasterKeyConv2d by the ordinary convolution with its kernels; outputs are equal bit for bit.
 
     Args:
-        model: A converted model.
+        model: A converted model; out of a wrapper it is taken, unless in place.
         inplace: Change ``model`` itself; else a deep copy is fused and ``model`` stays as it is.
 
     Raises:
-        ConversionError: The model holds no MasterKeyConv2d.
+        ConversionError: The model holds no MasterKeyConv2d, is sharded, or wrapped and to be changed in place.
 
     Example:
         >>> dense = fuse_masterkeys(model)
         >>> torch.onnx.export(dense, (x,), "model.onnx")
     """
+    if not inplace:
+        model = unwrapped(model)
+    check_unwrapped(model)
     if not any(isinstance(module, MasterKeyConv2d) for module in model.modules()):
         raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: there is nothing to fuse.")
     if not inplace:
@@ -228,6 +244,7 @@ def _convert(
     fit: bool,
     min_r2: float | None = None,
 ) -> nn.Module:
+    check_unwrapped(model)
     bank = get_bank(bank)
     check_trainable(trainable)
     check_keys_per_kernel(keys_per_kernel, bank)
@@ -241,10 +258,10 @@ def _convert(
     for planned in tqdm(plan.converted, desc="masterkeys", unit="layer", delay=2, leave=False, disable=None):
         conv: Any = model.get_submodule(planned.name)
         try:
-            layer = MasterKeyConv2d.from_conv(conv, bank, keys_per_kernel, trainable, fit=fit)
-            most = 1 if trainable == "scales" else len(layer.keys)
-            while min_r2 is not None and _mean_r2(layer) < min_r2 and layer.keys_per_kernel < most:
-                layer = MasterKeyConv2d.from_conv(conv, bank, layer.keys_per_kernel + 1, trainable)
+            count = keys_per_kernel
+            if min_r2 is not None and trainable != "scales":
+                count = keys_needed(conv.weight, bank, keys_per_kernel, min_r2)
+            layer = MasterKeyConv2d.from_conv(conv, bank, count, trainable, fit=fit)
         except ProjectionError as error:
             raise ProjectionError(f"{planned.name or type(conv).__name__}: {error}") from None
         if min_r2 is None or _mean_r2(layer) >= min_r2:
@@ -267,7 +284,7 @@ def _convert(
 
 def _mean_r2(layer: MasterKeyConv2d) -> float:
     """Over the kernels that have a shape; 1 if none has."""
-    shaped = layer.r2[layer.scale.view(layer.out_channels, -1).ne(0).any(1)]
+    shaped = layer.r2[layer.scale.view(layer.out_channels, -1).ne(0).any(1) | layer.r2.ne(1)]
     return float(shaped.double().mean()) if len(shaped) else 1.0
 
 
@@ -294,6 +311,42 @@ def replace_layers(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
     if not hooked and any(isinstance(layer, MasterKeyConv2d) for layer in layers.values()):
         model.register_load_state_dict_pre_hook(_check_before_loading)
     return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of ``torch.compile``, (Distributed)DataParallel and averages of weights."""
+    inner: Any = model
+    while True:
+        if isinstance(inner, _WRAPPERS):
+            inner = inner.module
+        elif isinstance(inner, ModelEma):
+            inner = inner.ema
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        else:
+            return inner
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raises ConversionError if layers replaced now would escape a wrapper that has the old ones."""
+    kind = type(model).__name__
+    if unwrapped(model) is not model:
+        raise ConversionError(
+            f"Got a {kind}, which has taken hold of the layers as they are, expected the model in it. Convert or fuse "
+            "that, then wrap, compile or average it anew."
+        )
+    if is_sharded(model):
+        raise ConversionError(
+            f"The parameters of this {kind} are sharded, expected whole ones. Convert or fuse a model first, then "
+            "shard it; a sharded one's full state dict can be loaded into one that is not."
+        )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP has taken the model's parameters apart."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters()) or any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
+    )
 
 
 def _check_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -334,6 +387,34 @@ def _obstacle(name: str, conv: nn.Module, bank: KeyBank, owners: dict[int, list[
     except BankError as error:
         return str(error)
     return ""
+
+
+def _named(candidates: list[str]) -> str:
+    """Names and a pattern to take instead of one that does not match."""
+    if not candidates:
+        return "None of them can be converted."
+    more = ", ..." if len(candidates) > 3 else ""
+    stage = stage_of(candidates[0])
+    whole = f"; a whole stage is '{stage}.*'" if stage != candidates[0] else ""
+    return f"Depthwise are {', '.join(candidates[:3])}{more}{whole}."
+
+
+def stage_of(layer: str) -> str:
+    """A layer's name up to its first number."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.)", layer)
+    return found[0] if found else layer
+
+
+def is_feature_extractor(model: nn.Module) -> bool:
+    """Whether a model is one of timm's ``features_only`` kinds."""
+    return hasattr(model, "feature_info") and not hasattr(model, "get_classifier")
+
+
+def flat_name(name: str) -> str:
+    """A module name free of what ``features_only`` changes: ``model.stages.0.x``, ``stages_0.x`` -> ``stages_0_x``."""
+    for prefix in ("model.", "graph_module.", "body."):  # the getter, fx and hook extractors
+        name = name.removeprefix(prefix)
+    return name.replace(".", "_")
 
 
 def _nothing_to_convert(model: nn.Module, plan: ConversionPlan) -> str:
