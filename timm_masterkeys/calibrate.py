@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from .blocks import Calls, Hook, Part, PartwiseNetwork, Reached, copied, find_parts
 from .errors import CalibrationError
 from .layers import MasterKeyConv2d, ScaledKeyConv2d
+from .memory import freed_memory_kept
 from .report import CALIBRATION_NOTE, conversion_report
 
 _logger = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ def calibrate_masterkeys(
     start = time.perf_counter()
     batches = list(tensor.split(max(1, min(batch_size, len(tensor) // HELD_OUT))))
     state = copy.deepcopy(model.state_dict())
-    with _evaluating(model, reference):
+    with _evaluating(model, reference), freed_memory_kept():
         for network in (reference, model):
             _probe(network, batches[0][:2])
         try:
