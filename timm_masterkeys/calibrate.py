@@ -40,8 +40,7 @@ class CalibrationReport:
 
     Attributes:
         images: Images given.
-        held_out: Those of them that nothing was fitted to: they only chose the ridges (and when to stop healing), and
-            gave the figures.
+        held_out: Those of them that gave the figures. Nothing was fitted to them or chosen by them.
         stages: One StageReport a stage, in their order.
         agreement: Share of the held-out images on which both networks have the same highest output, before and after.
         divergence: Kullback-Leibler divergence of the softmaxed outputs from the reference's in nats, the same way.
@@ -98,14 +97,16 @@ def calibrate_masterkeys(
       the mean and variance it has in the reference; without a BatchNorm, the layer's bias gets the mean.
     - ``"absorption"``: the block's last pointwise layer (and every pointwise layer outside of blocks, such as the
       classifier) is refitted by ridge least squares, so that the block's output, with all the drift that came in by
-      its skip path, is that of the reference. A layer for which no ridge helps on held-out images is left as it is.
+      its skip path, is that of the reference. A layer for which no ridge helps on images it was not fitted to is left
+      as it is.
     - ``"healing"`` (not by default): gradient steps on all parameters of the block, scales included, towards the
-      reference's output of the block; the best state on held-out images stays.
+      reference's output of the block; the state that is best on images it was not trained on stays.
 
     Keys never change; leave out ``"absorption"`` and ``"healing"`` to keep every layer but the converted ones and
     their norms. How a block's output depends on its last pointwise layer is measured, not known by family: where it is
-    not one factor a channel, the layer is fitted to its own output in the reference. Every fifth batch is kept out of
-    all fitting: it chooses the ridges and gives the report's figures. Deterministic, but for healing and a time budget.
+    not one factor a channel, the layer is fitted to its own output in the reference. Each ridge is chosen by four folds
+    of the images; every fifth batch is kept out of all that and gives the report's figures. Deterministic, but for
+    healing and a time budget. While it works, freed memory stays with the process (``memory.freed_memory_kept``).
 
     Args:
         model: A converted model in float32 or float64.
