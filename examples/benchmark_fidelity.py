@@ -79,8 +79,8 @@ class Images:
 class Benchmark:
     """One network on one set of images."""
 
-    def __init__(self, name: str, folder: str) -> None:
-        self.name, self.dense = Path(name).stem, network(name)
+    def __init__(self, name: str, folder: str, results: Path | None = None) -> None:
+        self.name, self.dense, self.results = Path(name).stem, network(name), results
         self.images = Images(folder, self.dense)
         self.wanted = self.outputs(self.dense, torch.arange(len(self.images.x)))
 
@@ -132,7 +132,14 @@ class Benchmark:
                         self.row(bank, r, name, [self.run(bank, r, stages, draw) for draw in range(draws)])
 
     def row(self, bank: str, keys: int | str, repair: str, results: list[tuple[float, ...]]) -> None:
-        """The mean over draws, and the spread of accuracy and agreement."""
+        """The mean over draws, and the spread of accuracy and agreement; each draw goes into the file of results."""
+        if self.results is not None:
+            columns = ["network", "bank", "keys", "repair", "draw", "top1", "agreement", "kl", "r2", "seconds"]
+            with self.results.open("a", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerows([] if file.tell() else [columns])
+                for draw, values in enumerate(results):
+                    writer.writerow([self.name, bank, keys, repair, draw, *(f"{value:.4f}" for value in values)])
         top1, agreement, kl, r2, seconds = zip(*results, strict=True)
         cells = [
             self.name,
@@ -166,10 +173,11 @@ def main() -> None:
     parser.add_argument("--keys-per-kernel", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--draws", type=int, default=1, help="splits of the images")
     parser.add_argument("--heal", type=float, default=7.0, metavar="MINUTES")
+    parser.add_argument("--results", type=Path, metavar="CSV", help="a row a draw is added to it")
     parser.add_argument("--only", choices=["table", "healing", "images"])
     args = parser.parse_args()
     for name in args.network:
-        benchmark = Benchmark(name, args.folder)
+        benchmark = Benchmark(name, args.folder, args.results)
         if args.only in (None, "table"):
             benchmark.table(args.bank, args.keys_per_kernel, args.draws)
         if args.only in (None, "healing"):

@@ -17,7 +17,7 @@ from torch import nn
 
 import timm_masterkeys as mk
 from timm_masterkeys.blocks import PartwiseNetwork, find_parts
-from timm_masterkeys.calibrate import RIDGES, choose_keys, fit_ridge
+from timm_masterkeys.least_squares import RIDGES, Gram, choose_keys, fit_ridge
 
 FAMILIES = {  # with the pointwise layer that ends a block
     "test_efficientnet": ("conv_pw", "conv_pwl"),
@@ -219,53 +219,82 @@ def test_the_same_twice_and_from_its_own_repair():
     assert error(again, dense, x) < 0.01 * start
 
 
-@pytest.mark.parametrize("keys_per_kernel", [1, 2, 3])
-def test_choose_keys_against_brute_force(keys_per_kernel):
+@pytest.mark.parametrize(("count", "keys_per_kernel"), [(5, 1), (5, 2), (5, 3), (5, 5), (16, 3)])
+def test_choose_keys_against_brute_force(count, keys_per_kernel):
+    """The best of all sets; of sixteen keys, which have too many, one after the other."""
     generator = np.random.default_rng(0)
-    rows = generator.normal(size=(4, 500, 7)) @ generator.normal(size=(4, 7, 7))  # ones, five keys, the wanted output
+    size = count + 2  # ones, the keys, the wanted output
+    rows = generator.normal(size=(4, 500, size)) @ generator.normal(size=(4, size, size))
     covariance = torch.from_numpy(np.stack([np.cov(channel.T, bias=True) for channel in rows]))
     keys, scale, shift = choose_keys(covariance, keys_per_kernel)
     for c, channel in enumerate(rows - rows.mean(1, keepdims=True)):
-        chosen = []
-        for _ in range(keys_per_kernel):
-            fits = {
-                k: np.linalg.lstsq(channel[:, [0, *[j + 1 for j in chosen], k + 1]], channel[:, 6], rcond=None)
-                for k in range(5)
-                if k not in chosen
-            }
-            chosen.append(min(fits, key=lambda k: fits[k][1][0]))
-        assert keys[c].tolist() == chosen
-        solution = fits[chosen[-1]][0]
-        np.testing.assert_allclose([shift[c], *scale[c]], solution, rtol=1e-3, atol=1e-4)
+
+        def fit(chosen, channel=channel):
+            solution, (missed,), *_ = np.linalg.lstsq(channel[:, [0, *(k + 1 for k in chosen)]], channel[:, -1])
+            return missed, solution
+
+        if count == 5:
+            best = min(itertools.combinations(range(count), keys_per_kernel), key=lambda chosen: fit(chosen)[0])
+        else:
+            best = ()
+            for _ in range(keys_per_kernel):
+                best = min(((*best, k) for k in range(count) if k not in best), key=lambda chosen: fit(chosen)[0])
+        assert keys[c].tolist() == list(best)
+        np.testing.assert_allclose([shift[c], *scale[c]], fit(best)[1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("intercept", [True, False])
-def test_ridge_against_numpy(intercept):
+def test_ridge_by_folds_against_numpy(intercept):
+    """The ridge whose refits to all folds but one do best on that one; then all rows."""
     torch.manual_seed(0)
-    features, exact = torch.randn(200, 6) + 1, torch.randn(6, 3)
-    residual = features @ exact + 0.3 * torch.randn(200, 3) + (2.0 if intercept else 0.0)
-    pairs = list(zip(features.split(40), residual.split(40), strict=True))
-    weight = torch.tensor([1.0, 2.0, 0.5])
-    got, bias = fit_ridge(pairs[:4], pairs[4:], weight, intercept)
-    f, r, test_f, test_r = (
-        t.double().numpy() for t in (features[:160], residual[:160], features[160:], residual[160:])
-    )
-    f0, r0 = (f.mean(0), r.mean(0)) if intercept else (0 * f.mean(0), 0 * r.mean(0))
-    gram = (f - f0).T @ (f - f0) / len(f)
-    errors = {}
+    features = torch.randn(60, 20, dtype=torch.float64) @ torch.randn(20, 20, dtype=torch.float64) + 1
+    residual = features @ torch.randn(20, 3, dtype=torch.float64) / 9 + torch.randn(60, 3) + (2.0 if intercept else 0.0)
+    weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    folds = [Gram.of(f, r) for f, r in zip(features.split(15), residual.split(15), strict=True)]
+    got, bias = fit_ridge(folds, weight, intercept)
+    f, r, w = features.numpy(), residual.numpy(), weight.numpy()
+
+    def refit(rows, ridge):
+        f0, r0 = (f[rows].mean(0), r[rows].mean(0)) if intercept else (np.zeros(20), np.zeros(3))
+        gram = (f[rows] - f0).T @ (f[rows] - f0)
+        d = np.linalg.solve(gram + ridge * np.trace(gram) / 20 * np.eye(20), (f[rows] - f0).T @ (r[rows] - r0))
+        return d, r0 - f0 @ d
+
+    errors = []
     for ridge in RIDGES:
-        d = np.linalg.solve(gram + ridge * np.trace(gram) / 6 * np.eye(6), (f - f0).T @ (r - r0) / len(f))
-        b = r0 - f0 @ d
-        errors[float((weight.numpy() * (test_r - test_f @ d - b) ** 2).sum())] = d, b
-    expected, offset = errors[min(errors)]
-    np.testing.assert_allclose(got.numpy(), expected, atol=1e-5)
-    np.testing.assert_allclose(bias.numpy(), offset, atol=1e-5)
+        errors.append(0.0)
+        for fold in np.arange(60).reshape(4, 15):
+            d, b = refit(np.setdiff1d(np.arange(60), fold), ridge)
+            errors[-1] += float((w * (r[fold] - f[fold] @ d - b) ** 2).sum())
+    best = int(np.argmin(errors))
+    assert 0 < best < len(RIDGES) - 1
+    d, b = refit(np.arange(60), RIDGES[best])
+    np.testing.assert_allclose(got.numpy(), d, atol=1e-8)
+    np.testing.assert_allclose(bias.numpy(), b, atol=1e-8)
 
 
 def test_ridge_leaves_what_does_not_generalise():
     torch.manual_seed(0)
     features, residual = torch.randn(12, 30), torch.randn(12, 3).abs()
-    assert fit_ridge([(features[:9], residual[:9])], [(features[9:], -10 * residual[9:])], torch.ones(3), True) is None
+    folds = [Gram.of(features[:6], residual[:6]), Gram.of(features[6:], -10 * residual[6:])]
+    assert fit_ridge(folds, torch.ones(3, dtype=torch.float64), True) is None
+
+
+@pytest.mark.parametrize("stages", [["projection", "statistics", "absorption"], ["healing"]])
+def test_the_images_of_the_report_choose_nothing(stages, monkeypatch):
+    """Whatever they show, the model comes out the same; only the figures are others."""
+    model, dense = pair("test_efficientnet")
+    for layer in converted(model).values():
+        layer.scale.mul_(1.5)
+    again, x = copy.deepcopy(model), torch.randn(40, 3, 64, 64)
+    clock = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock) / 10)  # healing ends after so many steps
+    report = mk.calibrate_masterkeys(model, dense, x, stages=stages, batch_size=8, heal_minutes=0.05)
+    clock, other = itertools.count(), x.clone()
+    other[32:] = torch.rand(8, 3, 64, 64) * 3  # the fifth batch
+    figures = mk.calibrate_masterkeys(again, dense, other, stages=stages, batch_size=8, heal_minutes=0.05)
+    assert same(model.state_dict(), again.state_dict()) and report.held_out == figures.held_out == 8
+    assert report.divergence != figures.divergence and report.stages[0].before != figures.stages[0].before
 
 
 def test_blocks_that_fold_positions_into_the_batch():
@@ -550,7 +579,7 @@ def test_interrupted_it_leaves_the_model_as_it_was(monkeypatch):
     for layer in converted(model).values():
         layer.scale.mul_(2)
     before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr("timm_masterkeys.calibrate.fit_ridge", interrupt)
+    monkeypatch.setattr("timm_masterkeys.stages.fit_ridge", interrupt)
     with pytest.raises(KeyboardInterrupt):
         mk.calibrate_masterkeys(model, dense, torch.randn(20, 3, 64, 64))
     assert count == 3 and same(model.state_dict(), before) and model.training

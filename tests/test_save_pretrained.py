@@ -583,7 +583,7 @@ def a_failed_calibration(path):
             next(iter(layers(model).values())).key_index.add_(1).remainder_(8)
             raise KeyboardInterrupt
 
-        patch.setattr("timm_masterkeys.calibrate._Walk.run", interrupted)
+        patch.setattr("timm_masterkeys.walk.Walk.run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             mk.calibrate_masterkeys(model, dense, torch.rand(100, 3, 32, 32))
     return model

@@ -5,7 +5,7 @@ from importlib.metadata import version
 __version__ = version("timm_masterkeys")
 
 from .banks import KeyBank, get_bank, list_banks
-from .calibrate import CalibrationReport, StageReport, calibrate_masterkeys
+from .calibrate import CalibrationReport, calibrate_masterkeys
 from .checkpoint import load_compact, save_compact
 from .errors import (
     BankError,
@@ -30,6 +30,7 @@ from .surgery import (
     initialize_masterkeys,
     plan_conversion,
 )
+from .walk import StageReport
 
 __all__ = [
     "BankError",

@@ -22,6 +22,7 @@ class Part:
         name: Module name.
         converted: Names of the converted layers in it, in their order.
         pointwise: Name of the last pointwise layer in it; empty if it has none.
+        positions: Of each of these layers, how many of its outputs an image has at different places.
         done: Modules, the outermost only, that are through before the part begins, and the shape of what one image
             gives there.
     """
@@ -29,6 +30,7 @@ class Part:
     name: str
     converted: list[str] = field(default_factory=list)
     pointwise: str = ""
+    positions: dict[str, int] = field(default_factory=dict)
     done: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -118,6 +120,7 @@ def find_parts(model: nn.Module, images: torch.Tensor) -> tuple[list[Part], dict
     for name in once:
         owner = next((b for b in blocks if name == b or name.startswith(f"{b}.")), name)
         part = parts.setdefault(owner, Part(owner))
+        part.positions[name] = positions[name]
         if name in converted:
             part.converted.append(name)
         elif owner == name or positions[name] > 1:

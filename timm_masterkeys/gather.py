@@ -1,0 +1,55 @@
+"""Hooks that gather what a layer puts out."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Rows:
+    """A hook that gathers a layer's output (and input), a call each, (images, positions, channels).
+
+    Args:
+        layer: Whether channels come last is its kind's matter.
+        rows: So many of a call at most, all images together.
+        inputs: Gather inputs as well.
+    """
+
+    def __init__(self, layer: nn.Module | None, rows: int, inputs: bool = False) -> None:
+        self.channels_last = isinstance(layer, nn.Linear)
+        self.rows, self.with_inputs = rows, inputs
+        self.inputs: list[torch.Tensor] = []
+        self.outputs: list[torch.Tensor] = []
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        self.outputs.append(self.pick(output))
+        if self.with_inputs:
+            self.inputs.append(self.pick(args[0]))
+
+    def pick(self, tensor: torch.Tensor, channels_last: bool | None = None) -> torch.Tensor:
+        """The same random positions of every tensor of a size."""
+        last = self.channels_last if channels_last is None else channels_last
+        rows = tensor.unsqueeze(1).flatten(1, -2) if last else tensor.flatten(2).transpose(1, 2)
+        positions = max(1, self.rows // len(rows))
+        if rows.shape[1] <= positions:
+            return rows.clone()
+        chosen = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")[:positions]
+        return rows[:, chosen.to(rows.device)]
+
+
+class Moments:
+    """A hook that measures mean and variance of each channel of a convolution's output."""
+
+    def __init__(self) -> None:
+        self.sums: list[torch.Tensor] = []
+
+    def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        variance, mean = (value.double() for value in torch.var_mean(output, (0, 2, 3), correction=0))
+        count = mean.new_full(mean.shape, output[:, 0].numel())
+        self.sums.append(torch.stack([count, count * mean, count * (variance + mean.square())]))
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance over all calls."""
+        count, total, squares = torch.stack(self.sums).sum(0)
+        mean = total / count
+        return mean, (squares / count - mean.square()).clamp_min(0)

@@ -1,0 +1,136 @@
+"""Least squares from sums of products: the keys of a layer, and ridge regression judged by folds."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+
+MOST_SETS = 100  # of keys that are all tried; eight keys have 70 at most
+RIDGES = tuple(10 ** (power / 2) for power in range(-10, 3))  # times the mean energy of a feature
+
+
+def choose_keys(covariance: torch.Tensor, keys_per_kernel: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The keys whose responses, with that of a constant kernel, come nearest to a layer's wanted output.
+
+    Least squares over all sets of so many keys; where those are too many, by orthogonal matching pursuit: the key that
+    leaves the smallest error joins, and all are refitted.
+
+    Args:
+        covariance: (C, K + 2, K + 2) float64, for each channel of the responses to a kernel of ones and to the K keys,
+            and of the wanted output.
+        keys_per_kernel: r.
+
+    Returns:
+        Keys (C, r), scale (C, r), shift (C,).
+    """
+    count, size = covariance.shape[0], covariance.shape[1] - 1
+    matrix, right = covariance[:, :size, :size], covariance[:, :size, size]
+    loading = 1e-6 * matrix.diagonal(dim1=1, dim2=2).mean(1) + 1e-30
+    matrix = matrix + loading[:, None, None] * torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    if math.comb(size - 1, keys_per_kernel) <= MOST_SETS:
+        every = [(0, *keys) for keys in itertools.combinations(range(1, size), keys_per_kernel)]
+        chosen, solution = _best(matrix, right, torch.tensor(every, device=matrix.device).expand(count, -1, -1))
+    else:
+        chosen = torch.zeros(count, 1, dtype=torch.long, device=matrix.device)
+        others = torch.arange(1, size, device=matrix.device).expand(count, -1)
+        for _ in range(keys_per_kernel):
+            grown = chosen.unsqueeze(1).expand(-1, others.shape[1], -1)
+            chosen, solution = _best(matrix, right, torch.cat([grown, others.unsqueeze(2)], 2))
+            others = others[others != chosen[:, -1:]].view(count, -1)
+    return chosen[:, 1:] - 1, solution[:, 1:], solution[:, 0]
+
+
+def _best(matrix: torch.Tensor, right: torch.Tensor, sets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of sets (C, sets, features) that with a channel's smallest error; with its solution, both (C, features)."""
+    channels = torch.arange(len(sets), device=sets.device)
+    among = matrix[channels[:, None, None, None], sets.unsqueeze(3), sets.unsqueeze(2)]
+    towards = right[channels[:, None, None], sets]
+    solutions = torch.linalg.solve(among, towards)
+    best = (solutions * towards).sum(2).argmax(1)
+    return sets[channels, best], solutions[channels, best]
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Sums over rows of features and residuals, in float64.
+
+    Attributes:
+        products: (1 + inputs, 1 + inputs + outputs), of (1, features) with (1, features, residual).
+        power: (outputs,), of the squared residuals.
+    """
+
+    products: torch.Tensor
+    power: torch.Tensor
+
+    @classmethod
+    def of(cls, features: torch.Tensor, residual: torch.Tensor) -> "Gram":
+        """Of features (rows, inputs) and residuals (rows, outputs), multiplied in their own type."""
+        x = torch.cat([features.new_ones(len(features), 1), features], 1)
+        products = torch.cat([x.T @ x, x.T @ residual], 1).double()
+        return cls(products, residual.square().sum(0, dtype=torch.float64))
+
+    def __add__(self, other: "Gram") -> "Gram":
+        return Gram(self.products + other.products, self.power + other.power)
+
+    def __sub__(self, other: "Gram") -> "Gram":
+        return Gram(self.products - other.products, self.power - other.power)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(inputs + outputs,), of features and residuals."""
+        return self.products[0, 1:] / self.products[0, 0]
+
+    def around(self, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sums of products (inputs, inputs), (inputs, outputs) and squares (outputs,) of what is left of a mean."""
+        size = len(self.products) - 1
+        n, total = self.products[0, 0], self.products[0, 1:]
+        left = self.products[1:, 1:] - torch.outer(mean[:size], total - n * mean)
+        left = left - torch.outer(total[:size], mean)
+        power = self.power - mean[size:] * (2 * total[size:] - n * mean[size:])
+        return left[:, :size], left[:, size:], power
+
+
+def fit_ridge(folds: list[Gram], weight: torch.Tensor, intercept: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """D (inputs, outputs) and b (outputs,) for which features @ D + b comes near the residual, by ridge regression.
+
+    Args:
+        folds: Parts of the rows. The ridge is taken whose fits to all but one come nearest to that one.
+        weight: (outputs,), how much an output counts in that error.
+        intercept: Fit b; else it is 0.
+
+    Returns:
+        D and b, fitted to all rows, or None if with every ridge the folds come no nearer than with nothing.
+    """
+    whole = sum(folds[1:], folds[0])
+    errors = sum(_ridge_errors(whole - fold, fold, weight, intercept) for fold in folds)
+    assert isinstance(errors, torch.Tensor)
+    best = int(errors.argmin())
+    if not errors[best] < (weight * whole.power).sum():
+        return None
+    mean = whole.mean if intercept else torch.zeros_like(whole.mean)
+    matrix, right, _ = whole.around(mean)
+    d = torch.linalg.solve(
+        matrix + RIDGES[best] * _energy(matrix) * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device),
+        right,
+    )
+    return d, mean[len(d) :] - mean[: len(d)] @ d
+
+
+def _ridge_errors(fitted: Gram, test: Gram, weight: torch.Tensor, intercept: bool) -> torch.Tensor:
+    """(ridges,), squared errors on other rows than those fitted to; in the eigenbasis of the latter all at once."""
+    mean = fitted.mean if intercept else torch.zeros_like(fitted.mean)
+    matrix, right, _ = fitted.around(mean)
+    test_matrix, test_right, power = test.around(mean)
+    values, basis = torch.linalg.eigh(matrix)
+    right = basis.T @ right
+    linear = (right * (basis.T @ test_right)) @ weight
+    square = (basis.T @ test_matrix @ basis) * ((right * weight) @ right.T)
+    ridges = values.new_tensor(RIDGES) * _energy(matrix)
+    inverse = 1 / (values.clamp_min(0) + ridges.unsqueeze(1))  # (ridges, inputs)
+    return (weight * power).sum() - 2 * inverse @ linear + ((inverse @ square) * inverse).sum(1)
+
+
+def _energy(matrix: torch.Tensor) -> torch.Tensor:
+    """What ridges are multiples of; zero of no matrix."""
+    return matrix.diagonal().mean().clamp_min(1e-30)
