@@ -11,8 +11,8 @@ import time
 
 import torch
 
-from timm_masterkeys.banks import get_bank
-from timm_masterkeys.discovery import Kernels, collect_kernels, discover_bank
+from timm_masterkeys.keys.banks import get_bank
+from timm_masterkeys.study.discovery import Kernels, collect_kernels, discover_bank
 
 
 def kernels_like(count: int, size: int) -> Kernels:

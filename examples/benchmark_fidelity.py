@@ -28,7 +28,7 @@ from timm.models.efficientnet import EfficientNet, decode_arch_def
 from torch import nn
 
 import timm_masterkeys as mk
-from timm_masterkeys.calibrate import STAGES, WITHOUT_GRADIENTS
+from timm_masterkeys.repair.calibrate import STAGES, WITHOUT_GRADIENTS
 
 HEAD = (
     "| network | bank | keys | repair | top-1 | agreement | KL | R2 | seconds |\n|---|---|---|---|---|---|---|---|---|"

@@ -22,7 +22,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import nn
 
 from timm_masterkeys import MasterKeyConv2d, convert_to_masterkeys, fuse_masterkeys
-from timm_masterkeys.surgery import replace_layers
+from timm_masterkeys.models.surgery import replace_layers
 
 GRID = [  # batch, channels, side, kernel, stride: stages of ConvNeXt, StarNet, EfficientNet and MobileNetV3
     (4, 96, 56, 7, 1),

@@ -22,7 +22,7 @@ from timm.data import resolve_model_data_config
 from torchvision.transforms.functional import pil_to_tensor
 
 import timm_masterkeys as mk
-from timm_masterkeys.images import AREA, COUNT, RATIO, draw_crops, photographs
+from timm_masterkeys.repair.images import AREA, COUNT, RATIO, draw_crops, photographs
 
 COLUMNS = ["network", "keys", "setting", "seed", "images", "top1", "agreement", "kl", "seconds"]
 

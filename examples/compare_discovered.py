@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from statistics import mean
 
-from timm_masterkeys.discovery import collect_kernels, discover_bank, match_banks
-from timm_masterkeys.kernels import read_kernels
+from timm_masterkeys.study.discovery import collect_kernels, discover_bank, match_banks
+from timm_masterkeys.study.kernels import read_kernels
 
 SAME = 0.8  # an absolute correlation from here on counts as the same key as a published one
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import mean
 
 from timm_masterkeys import get_bank
-from timm_masterkeys.kernels import collect_kernels, read_kernels
-from timm_masterkeys.scales import fit_scales
+from timm_masterkeys.keys.scales import fit_scales
+from timm_masterkeys.study.kernels import collect_kernels, read_kernels
 
 BANK = get_bank("scale-space-b")
 

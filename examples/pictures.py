@@ -9,7 +9,7 @@ from pathlib import Path
 from lite0 import lite0
 
 import timm_masterkeys as mk
-from timm_masterkeys.plotting import plot_bank, plot_coverage, plot_keys
+from timm_masterkeys.study.plotting import plot_bank, plot_coverage, plot_keys
 
 
 def main() -> None:

@@ -278,7 +278,7 @@ def draw(
     """Learning curves, a panel a size; needs matplotlib."""
     from matplotlib.figure import Figure
 
-    from timm_masterkeys.plotting import COLOURS
+    from timm_masterkeys.study.plotting import COLOURS
 
     figure = Figure(figsize=(4.2 * len(sizes) + 1.5, 3.6), layout="constrained")
     axes = figure.subplots(1, len(sizes), squeeze=False, sharey=True)[0]

@@ -161,7 +161,7 @@ def test_convert_and_calibrate(run, weights, model, tmp_path):
 
 
 def test_convert_and_calibrate_with_photographs_that_ship(run, weights, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("timm_masterkeys.calibrate.COUNT", 12)
+    monkeypatch.setattr("timm_masterkeys.repair.calibrate.COUNT", 12)
     code, out, _ = run("convert", ARCH, *weights, "--calibrate", "builtin", "--output", tmp_path / "out")
     expected = mk.convert_to_masterkeys(model)
     mk.calibrate_masterkeys(expected, model, mk.builtin_images(model, 12))
@@ -209,7 +209,7 @@ def test_mk8_names_stand_for_their_stock_weights(run, weights, model, tmp_path):
 
 def test_a_name_pointed_at_published_weights_is_converted(run, weights, folder, monkeypatch):
     name, converted = f"{ARCH}.mk8_ours", timm.create_model(f"local-dir:{folder}", pretrained=True)
-    monkeypatch.setattr("timm_masterkeys.registry._published", {})
+    monkeypatch.setattr("timm_masterkeys.names.registry._published", {})
     mk.use_weights(name, "me/ours@main")
     assert run("inspect", name) == run("inspect", ARCH)  # random weights
     asked = []

@@ -1,12 +1,5 @@
 """Master key filters for timm: depthwise kernels as affine images of a few frozen keys."""
 
-from importlib.metadata import version
-
-__version__ = version("timm_masterkeys")
-
-from .banks import KeyBank, get_bank, list_banks
-from .calibrate import CalibrationReport, calibrate_masterkeys
-from .checkpoint import load_compact, save_compact
 from .errors import (
     BankError,
     CalibrationError,
@@ -16,13 +9,13 @@ from .errors import (
     MasterKeysError,
     ProjectionError,
 )
-from .hub import Publication, push_to_hub, save_pretrained
-from .images import builtin_images
+from .hub.publish import Publication, push_to_hub, save_pretrained
+from .keys.banks import KeyBank, get_bank, list_banks
+from .keys.projection import Projection, project_kernels
 from .layers import MasterKeyConv2d, ScaledKeyConv2d
-from .projection import Projection, project_kernels
-from .registry import list_architectures, register_names, use_weights
-from .report import ConversionReport, LayerReport, conversion_report
-from .surgery import (
+from .models.checkpoint import load_compact, save_compact
+from .models.report import ConversionReport, LayerReport, conversion_report
+from .models.surgery import (
     ConversionPlan,
     PlannedLayer,
     convert_to_masterkeys,
@@ -30,7 +23,11 @@ from .surgery import (
     initialize_masterkeys,
     plan_conversion,
 )
-from .walk import StageReport
+from .names.registry import list_architectures, register_names, use_weights
+from .repair.calibrate import CalibrationReport, calibrate_masterkeys
+from .repair.images import builtin_images
+from .repair.walk import StageReport
+from .version import __version__
 
 __all__ = [
     "BankError",

@@ -15,20 +15,20 @@ import timm
 from timm.models import load_checkpoint
 from torch import nn
 
-from . import __version__
-from .analysis import compare_networks
-from .banks import DEFAULT_BANK, KeyBank, get_bank
-from .calibrate import STAGES, WITHOUT_GRADIENTS, calibrate_masterkeys
-from .card import read_readme
-from .discovery import collect_kernels, discover_bank, match_banks
 from .errors import CheckpointError, MasterKeysError
 from .files import atomic_path
-from .hub import OWN_ENTRIES, push_to_hub, save_pretrained
-from .kernels import name_sources
+from .hub.card import read_readme
+from .hub.publish import OWN_ENTRIES, push_to_hub, save_pretrained
+from .keys.banks import DEFAULT_BANK, KeyBank, get_bank
 from .layers import MasterKeyConv2d, Trainable
-from .registry import list_architectures, stock_name
-from .report import conversion_report
-from .surgery import convert_to_masterkeys, plan_conversion
+from .models.report import conversion_report
+from .models.surgery import convert_to_masterkeys, plan_conversion
+from .names.registry import list_architectures, stock_name
+from .repair.calibrate import STAGES, WITHOUT_GRADIENTS, calibrate_masterkeys
+from .study.analysis import compare_networks
+from .study.discovery import collect_kernels, discover_bank, match_banks
+from .study.kernels import name_sources
+from .version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -212,7 +212,7 @@ def _inspect(args: argparse.Namespace) -> None:
         if not _has_weights(args):
             raise MasterKeysError("Random weights have no fit to draw: add --pretrained or --checkpoint FILE.")
         _check_folder(args.html)
-        from .page import html_page  # needs matplotlib: before the work, not after it
+        from .study.page import html_page  # needs matplotlib: before the work, not after it
     model = _create(args)
     if _is_converted(model, args):
         if args.html:
@@ -272,7 +272,7 @@ def _discover(args: argparse.Namespace) -> None:
     if args.plot:
         _figure_kind(args.plot)
         _check_folder(args.plot)
-        from . import plotting  # needs matplotlib: before the search, not after it
+        from .study import plotting  # needs matplotlib: before the search, not after it
     sources = name_sources(args.sources)
     found = discover_bank(
         collect_kernels(sources, args.kernel_size),
@@ -292,7 +292,7 @@ def _discover(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    from . import plotting  # needs matplotlib
+    from .study import plotting  # needs matplotlib
 
     if not _has_weights(args):
         raise MasterKeysError("Random weights have no fit to draw: add --pretrained or --checkpoint FILE.")

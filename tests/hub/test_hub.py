@@ -1,0 +1,618 @@
+"""Publishing to the Hub and loading again: the real client and the real timm in subprocesses, a Hub on loopback.
+
+A worker is one Python process with timm and the plugin imported once; tests send it code and get what it printed or
+raised. Fresh caches are folders given as ``cache_dir``; processes of their own stand for "no plugin" and "offline".
+"""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from hub_server import HubServer
+
+WORKER = """
+import contextlib, io, json, logging, sys, traceback, warnings
+logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
+logging.getLogger("filelock").setLevel(logging.WARNING)
+import timm, torch
+torch.set_num_threads(1)  # outputs of two processes are compared bit for bit
+{plugin}
+names = dict(globals())
+answers = sys.stdout
+for line in sys.stdin:
+    out, error = io.StringIO(), None
+    try:
+        with contextlib.redirect_stdout(out):
+            exec(json.loads(line), names)
+    except BaseException as e:
+        error = [type(e).__name__, traceback.format_exc() if isinstance(e, AssertionError) else str(e)]
+    print(json.dumps([out.getvalue(), error]), file=answers, flush=True)
+"""
+
+MODEL = """
+import os
+from safetensors.torch import save_file
+from timm_masterkeys.models import _timm
+
+stock = os.environ["HF_HOME"] + ".safetensors"
+if not os.path.exists(stock):
+    save_file(timm.create_model("test_convnext").state_dict(), stock)
+for cfg in _timm.cfgs("test_convnext").values():  # where timm looks for its own weights: here, not on the Hub
+    cfg.file = stock
+
+def converted(bank="babaiee2025", seed=0, **settings):
+    torch.manual_seed(seed)
+    model = timm.create_model("test_convnext.r160_in1k", pretrained=True)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return mk.convert_to_masterkeys(model.eval(), bank, keys_per_kernel=2, **settings)
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a), [k for k in a if not torch.equal(a[k], b[k])]
+
+x = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(3))
+"""
+
+
+class Worker:
+    def __init__(self, env, plugin=True):
+        code = WORKER.format(plugin="import timm_masterkeys as mk" if plugin else "")
+        with open(env["HF_HOME"] + ".log", "a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        if plugin:
+            self.run(MODEL)
+
+    def run(self, code, raises=None):
+        """What the code prints, or the message of the error it must raise."""
+        self.process.stdin.write(json.dumps(textwrap.dedent(code)) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, "the worker died"
+        out, error = json.loads(answer)
+        if raises is None:
+            assert error is None, f"{error[0]}: {error[1]}"
+            return out.strip()
+        assert error is not None, f"no error; printed: {out}"
+        assert error[0] == raises, error
+        return error[1]
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait(30)
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+        assert not server.leaks
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def worker(hub, home):
+    worker = Worker(hub.env(home / "alice", hub.token("alice")))
+    yield worker
+    worker.stop()
+    assert hub.token("alice") not in (home / "alice.log").read_text()
+
+
+@pytest.fixture(autouse=True)
+def _fresh(hub):
+    """No fault and no request of one test reaches into another."""
+    hub.requests.clear()
+    yield
+    hub.faults.clear()
+
+
+@pytest.fixture(scope="module")
+def published(hub, worker):
+    """alice/base: a converted model of known values."""
+    worker.run("model = converted(); done = mk.push_to_hub(model, 'alice/base'); print(done)")
+    return hub.repos["alice/base"]
+
+
+def test_what_is_published(hub, worker, published):
+    files = published.head().files
+    assert set(files) == {".gitattributes", "README.md", "config.json", "masterkeys.safetensors", "model.safetensors"}
+    assert len(published.branches["main"]) == 2
+    config = json.loads(files["config.json"])
+    assert config["architecture"] == "test_convnext"
+    assert config["pretrained_cfg"]["tag"] == "mk8_r160_in1k"
+    assert config["pretrained_cfg"]["hf_hub_filename"] == "model.safetensors"
+    assert config["masterkeys"]["format_version"] == 1
+    assert config["masterkeys"]["keys_per_kernel"] == 2
+    assert config["masterkeys"]["source"] == "timm/test_convnext.r160_in1k"
+    assert "mk_bank" not in config["model_args"]
+    card = files["README.md"].decode()
+    for text in (
+        "license: apache-2.0",
+        "library_name: timm",
+        "base_model: timm/test_convnext.r160_in1k",
+        "hf-hub:alice/base",
+    ):
+        assert text in card
+    assert hub.token("alice") not in card + files["config.json"].decode()
+    assert published.head().sha in worker.run("print(done)")
+
+
+def test_load_with_the_plugin(worker, published, tmp_path):
+    worker.run(f"""
+        again = timm.create_model("hf-hub:alice/base", pretrained=True, cache_dir={str(tmp_path)!r}).eval()
+        same(model, again)
+        layers = [m for m in again.modules() if isinstance(m, mk.MasterKeyConv2d)]
+        assert len(layers) == 7 or layers, len(layers)
+        assert all(n.endswith("shift") for l in layers for n, _ in l.named_parameters() if n != "bias")
+        assert torch.equal(model(x), again(x))
+        pin = "hf-hub:alice/base@{published.head().sha}"
+        pinned = timm.create_model(pin, pretrained=True, cache_dir={str(tmp_path)!r})
+        same(model, pinned)
+    """)
+
+
+def test_other_heads_inputs_and_features(worker, published, tmp_path):
+    worker.run(f"""
+        kw = dict(pretrained=True, cache_dir={str(tmp_path)!r})
+        ten = timm.create_model("hf-hub:alice/base", num_classes=10, **kw).eval()
+        assert ten(x).shape == (1, 10)
+        bare = timm.create_model("hf-hub:alice/base", num_classes=0, **kw).eval()
+        assert torch.equal(bare(x), model.forward_head(model.forward_features(x), pre_logits=True))
+        assert torch.equal(ten.forward_features(x), model.forward_features(x))
+        grey = timm.create_model("hf-hub:alice/base", in_chans=1, **kw).eval()
+        assert grey(x[:, :1]).shape == (1, 1000)
+        for cls in ("list", "getter", "hook", "fx"):
+            features = timm.create_model("hf-hub:alice/base", features_only=True, feature_cls=cls, **kw).eval()
+            assert any(isinstance(m, mk.MasterKeyConv2d) for m in features.modules()), cls
+            assert torch.equal(features(x)[-1], model.forward_intermediates(x)[1][-1]), cls
+        affine = timm.create_model("hf-hub:alice/base", mk_trainable="affine", **kw)
+        same(model, affine)
+        assert any(n.endswith("scale") for n, _ in affine.named_parameters())
+    """)
+    message = worker.run(
+        f"timm.create_model('hf-hub:alice/base', pretrained=True, mk_bank='random8:0', cache_dir={str(tmp_path)!r})",
+        raises="ConversionError",
+    )
+    assert "mk_bank" in message
+
+
+def test_load_without_the_plugin(hub, worker, published, home):
+    stock = Worker(hub.env(home / "stock"), plugin=False)
+    sums = "torch.manual_seed(3); print(model(torch.rand(1, 3, 160, 160)).double().sum().item())"
+    got = stock.run(f"""
+        model = timm.create_model("hf-hub:alice/base", pretrained=True).eval()
+        assert not any(type(m).__module__.startswith("timm_masterkeys") for m in model.modules())
+        {sums}
+    """)
+    stock.stop()
+    assert got == worker.run(sums)
+    assert hub.count("GET|HEAD", r"masterkeys\.safetensors") == 0
+    assert hub.count("GET|HEAD", r"\.bin") == 0
+
+
+def test_structure_without_the_weights(worker, published, tmp_path):
+    """pretrained=False: the published bank, keys per kernel and layers, kernels drawn."""
+    worker.run(f"""
+        bare = timm.create_model("hf-hub:alice/base", cache_dir={str(tmp_path)!r})
+        assert bare.state_dict().keys() == model.state_dict().keys()
+        bare.load_state_dict(model.state_dict())
+        same(bare, model)
+    """)
+
+
+def test_from_scratch_claims_no_source(hub, worker):
+    worker.run("scratch = timm.create_model('test_convnext.mk8')")
+    assert "licence" in worker.run("mk.push_to_hub(scratch, 'alice/scratch')", raises="ConversionError")
+    worker.run("mk.push_to_hub(scratch, 'alice/scratch', license='mit')")
+    card = hub.repos["alice/scratch"].head().files["README.md"].decode()
+    assert "license: mit" in card and "base_model" not in card and "timm/test_convnext" not in card
+
+
+def test_offline_with_a_warm_cache(hub, worker, published, home):
+    warm = Worker(hub.env(home / "warm"))
+    warm.run("timm.create_model('hf-hub:alice/base', pretrained=True)")
+    warm.stop()
+    hub.requests.clear()
+    offline = Worker(hub.env(home / "warm", HF_HUB_OFFLINE="1"))
+    offline.run("same(converted(), timm.create_model('hf-hub:alice/base', pretrained=True))")
+    offline.stop()
+    assert not hub.requests
+
+
+def test_published_again_makes_no_commit(hub, worker, published):
+    before = len(published.branches["main"])
+    out = worker.run("a = mk.push_to_hub(converted(), 'alice/base'); print(a.committed, a.sha, set(a.files.values()))")
+    assert out == f"False {published.head().sha} {{'unchanged'}}"
+    assert len(published.branches["main"]) == before
+    assert hub.count("POST", "/commit/") == hub.count("PUT") == 0
+
+
+def test_unknown_weights_have_no_licence(hub, worker):
+    """What timm did not load is nobody's until its owner says whose it is."""
+    worker.run("""
+        own = converted()
+        dense = mk.fuse_masterkeys(converted(seed=8)).state_dict()
+        own.load_state_dict(dense)
+    """)
+    assert "licence" in worker.run("mk.push_to_hub(own, 'alice/own')", raises="ConversionError")
+    assert not hub.select("POST|PUT")
+    worker.run("mk.push_to_hub(own, 'alice/own', license='mit')")
+    card = hub.repos["alice/own"].head().files["README.md"].decode()
+    assert "license: mit" in card and "base_model" not in card and "timm/test_convnext" not in card
+    assert "whose source is not recorded" in card and "inherited" not in card
+    worker.run("""
+        again = timm.create_model("hf-hub:alice/own", pretrained=True)
+        print(mk.push_to_hub(again, "alice/copy"))
+    """)
+    assert "license: mit" in hub.repos["alice/copy"].head().files["README.md"].decode()
+
+
+def test_dry_run_checks_the_account(hub, worker, published, home):
+    out = worker.run("print(mk.push_to_hub(model, 'alice/base', dry_run=True))")
+    assert "account alice" in out and hub.count("GET", "/api/whoami") == 1
+    nobody, wrong = Worker(hub.env(home / "nobody")), Worker(hub.env(home / "mistyped", "hf_wrong"))
+    out = nobody.run("print(mk.push_to_hub(converted(), 'alice/base', dry_run=True))")
+    assert "no account: publishing needs `hf auth login`" in out
+    message = nobody.run("mk.push_to_hub(converted(), 'alice/base')", raises="HubError")
+    assert message == (
+        "Nothing was published to alice/base: there is no token. Log in with `hf auth login`, or set HF_TOKEN."
+    )
+    for dry_run in (True, False):
+        message = wrong.run(f"mk.push_to_hub(converted(), 'alice/base', dry_run={dry_run})", raises="HubError")
+        assert "Nothing was published" in message and "hf_wrong" not in message
+    nobody.stop()
+    wrong.stop()
+
+
+def test_dry_run(hub, worker, published):
+    out = worker.run("""
+        new = mk.push_to_hub(converted(), "alice/never", dry_run=True)
+        print(new.sha, set(new.files.values()), new.committed)
+        other = mk.push_to_hub(converted(trainable="none"), "alice/base", dry_run=True)
+        print({n for n, s in other.files.items() if s == "changed"})
+    """).splitlines()
+    assert out[0] == "None {'new'} False"
+    assert "'masterkeys.safetensors'" in out[1] and "'model.safetensors'" not in out[1]
+    assert "alice/never" not in hub.repos
+    assert hub.count("POST", "/commit/|/create|/branch") == hub.count("PUT") == 0
+
+
+def test_change_keeps_the_hand_written_part(hub, worker):
+    worker.run("mk.push_to_hub(converted(), 'alice/text')")
+    repo = hub.repos["alice/text"]
+    head = repo.head()
+    text = head.files["README.md"].decode().replace("license:", "my_field: kept\nlicense:") + "\n## Mine\n\nBy hand.\n"
+    repo.branches["main"].append(
+        repo.make(repo.branches["main"], {**head.files, "README.md": text.encode()}, "by hand", lfs=head.lfs)
+    )
+    worker.run("mk.push_to_hub(converted(seed=1), 'alice/text', tags=['extra'])")
+    card = repo.head().files["README.md"].decode()
+    assert "By hand." in card and "my_field: kept" in card and "- extra" in card
+    assert card.count("timm_masterkeys: begin") == 1
+    assert len(repo.branches["main"]) == 4
+
+
+def test_branch_and_pull_request(hub, worker, published):
+    worker.run("mk.push_to_hub(converted(seed=2), 'alice/base', revision='v2')")
+    assert len(published.branches["v2"]) == len(published.branches["main"]) + 1
+    worker.run("same(converted(seed=2), timm.create_model('hf-hub:alice/base@v2', pretrained=True))")
+    out = worker.run("pr = mk.push_to_hub(converted(seed=4), 'alice/base', create_pr=True); print(pr.revision)")
+    assert out == "refs/pr/1"
+    assert published.branches["refs/pr/1"][-1].files != published.head().files
+    message = worker.run("mk.push_to_hub(model, 'alice/base', create_pr=True, revision='v2')", raises="HubError")
+    assert "revision" in message
+
+
+def test_private_and_rights(hub, worker, home, tmp_path):
+    worker.run("mk.push_to_hub(converted(), 'alice/secret', private=True)")
+    assert hub.repos["alice/secret"].private
+    worker.run(
+        f"same(converted(), timm.create_model('hf-hub:alice/secret', pretrained=True, cache_dir={str(tmp_path)!r}))"
+    )
+    others = {"none": None, "wrong": "hf_wrong", "bob": hub.token("bob")}
+    for name, token in others.items():
+        other = Worker(hub.env(home / name, token))
+        before = {repo_id: len(repo.branches["main"]) for repo_id, repo in hub.repos.items()}
+        out = other.run("""
+            for act in (
+                lambda: mk.push_to_hub(converted(seed=9), "alice/secret"),
+                lambda: mk.push_to_hub(converted(), "alice/new"),
+                lambda: timm.create_model("hf-hub:alice/secret", pretrained=True),
+            ):
+                try:
+                    act()
+                    print("no error")
+                except Exception as error:
+                    print(type(error).__name__, "|", str(error).replace(chr(10), " "))
+        """).splitlines()
+        other.stop()
+        assert [line.split(" | ")[0] for line in out[:2]] == ["HubError", "HubError"], out
+        assert "Nothing was published" in out[0] and not any("no error" in line for line in out), out
+        assert token is None or token not in "".join(out) + (home / f"{name}.log").read_text()
+        assert {repo_id: len(repo.branches["main"]) for repo_id, repo in hub.repos.items()} == before
+
+
+def test_checks_come_before_any_request(hub, worker):
+    worker.run("""
+        unknown = converted()
+        unknown.pretrained_cfg = {**unknown.pretrained_cfg, "license": None}
+        nc = converted()
+        nc.pretrained_cfg = {**nc.pretrained_cfg, "license": "cc-by-nc-4.0"}
+    """)
+    for call, error, text in (
+        ("mk.push_to_hub(unknown, 'alice/bad')", "ConversionError", "licence"),
+        ("mk.push_to_hub(nc, 'alice/bad', license='mit')", "ConversionError", "cc-by-nc-4.0"),
+        ("mk.push_to_hub(timm.create_model('test_convnext'), 'alice/bad')", "ConversionError", "MasterKeyConv2d"),
+        ("mk.push_to_hub(torch.nn.Linear(1, 1), 'alice/bad')", "ConversionError", "timm model"),
+    ):
+        assert text in worker.run(call, raises=error)
+        assert not hub.select("POST|PUT")
+    worker.run("mk.push_to_hub(model, 'a/b/c')", raises="HubError")
+    assert "alice/bad" not in hub.repos and hub.count("POST", "/commit/") == 0
+    worker.run("mk.push_to_hub(unknown, 'alice/known', license='mit')")
+    worker.run("mk.push_to_hub(nc, 'alice/nc')")
+    assert "license: cc-by-nc-4.0" in hub.repos["alice/nc"].head().files["README.md"].decode()
+
+
+@pytest.mark.parametrize("status", [500, 503])
+@pytest.mark.parametrize(
+    "method, path",
+    [
+        ("GET", "/api/whoami"),
+        ("GET", "/api/models/alice/f"),
+        ("POST", "/api/repos/create"),
+        ("POST", "/api/validate-yaml"),
+        ("POST", "/preupload/"),
+        ("POST", "/objects/batch"),
+        ("PUT", "/storage/"),
+        ("POST", "/commit/"),
+    ],
+)
+def test_server_errors(hub, worker, method, path, status):
+    """Once: an error that says so or a success; after it a second try succeeds, and there is one commit."""
+    name = f"alice/f{status}{''.join(c for c in path if c.isalnum())}"
+    fault = hub.fail((method, path), status)
+    out = worker.run(f"""
+        try:
+            print(mk.push_to_hub(converted(seed=5), {name!r}).committed)
+        except mk.HubError as error:
+            print("HubError", error)
+    """)
+    assert fault.hits == 1
+    if out != "True":
+        assert "Nothing was published" in out
+        assert name not in hub.repos or len(hub.repos[name].branches["main"]) == 1
+        worker.run(f"assert mk.push_to_hub(converted(seed=5), {name!r}).committed")
+    assert len(hub.repos[name].branches["main"]) == 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("create_pr", [False, True])
+def test_lost_commit_answer_makes_one_commit(hub, worker, when, create_pr):
+    name = f"alice/lost-{when}-{create_pr}"
+    hub.add_repo(name, {".gitattributes": b""})
+    before = len(hub.repos[name].branches["main"])
+    fault = hub.drop(("POST", "/commit/"), when=when)
+    out = worker.run(
+        f"done = mk.push_to_hub(converted(seed=6), {name!r}, create_pr={create_pr}); print(done.committed, done.sha)"
+    )
+    assert fault.hits == 1
+    branches = hub.repos[name].branches
+    assert len(branches["main"]) == before + (not create_pr)
+    assert sum(ref.startswith("refs/pr") for ref in branches) == create_pr
+    assert out == f"True {branches['refs/pr/1' if create_pr else 'main'][-1].sha}"
+
+
+def test_pull_request_when_the_list_of_refs_fails(hub, worker, published):
+    fault = hub.fail(("GET", "/refs"), 500)
+    before = {ref: len(commits) for ref, commits in published.branches.items()}
+    message = worker.run("mk.push_to_hub(converted(seed=7), 'alice/base', create_pr=True)", raises="HubError")
+    assert fault.hits == 1 and "Nothing was committed" in message
+    assert {ref: len(commits) for ref, commits in published.branches.items()} == before
+
+
+def test_commit_that_never_works(hub, worker):
+    hub.fail(("POST", "/commit/"), 500, times=None)
+    message = worker.run("mk.push_to_hub(converted(seed=6), 'alice/never-works')", raises="HubError")
+    assert "Run again" in message
+    assert len(hub.repos["alice/never-works"].branches["main"]) == 1
+
+
+def test_altered_upload_is_noticed(hub, worker, monkeypatch):
+    """The Hub holds other bytes than were sent."""
+    hub.add_repo("alice/garbled", {".gitattributes": b""})
+    repo = hub.repos["alice/garbled"]
+    make = repo.make
+    monkeypatch.setattr(
+        repo,
+        "make",
+        lambda history, files, *a, **k: make(history, {**files, "config.json": b"{}"}, *a, **k),
+        raising=False,
+    )
+    message = worker.run("mk.push_to_hub(converted(seed=6), 'alice/garbled')", raises="HubError")
+    assert "config.json" in message
+
+
+def edited(hub, name, **files):
+    """A copy of alice/base with some files replaced (None: removed), as a repository of its own."""
+    head = hub.repos["alice/base"].branches["main"][1]
+    content = {path: data for path, data in {**head.files, **files}.items() if data is not None}
+    hub.add_repo(name, content)
+
+
+def tensors(data, change):
+    """A safetensors file with its tensors or metadata changed."""
+    from safetensors import safe_open
+    from safetensors.torch import load, save
+
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    values, metadata = load(data), header.get("__metadata__", {})
+    change(values, metadata)
+    assert safe_open
+    return save(values, metadata or None)
+
+
+def test_files_that_do_not_fit_are_refused(hub, worker, published, tmp_path):
+    files = published.branches["main"][1].files
+    dense, compact, config = files["model.safetensors"], files["masterkeys.safetensors"], files["config.json"]
+    about = json.loads(config)
+    newer = {**about, "masterkeys": {**about["masterkeys"], "format_version": 99}}
+    other_bank = {**about, "masterkeys": {**about["masterkeys"], "banks": {"babaiee2025": "0" * 64}}}
+
+    def version(values, metadata):
+        metadata["timm_masterkeys"] = metadata["timm_masterkeys"].replace('"format_version": 1', '"format_version": 99')
+
+    def scale(values, metadata):
+        name = next(n for n in values if n.endswith(".scale"))
+        values[name] = values[name] * 1.01
+
+    def bank(values, metadata):
+        name = next(n for n in values if n.startswith("banks."))
+        values[name] = values[name] * 1.001
+
+    cases = {
+        "newer-config": ({"config.json": json.dumps(newer).encode()}, "99"),
+        "newer-compact": ({"masterkeys.safetensors": tensors(compact, version)}, "99"),
+        "other-bank": ({"config.json": json.dumps(other_bank).encode()}, "bank"),
+        "disagree": ({"masterkeys.safetensors": tensors(compact, scale)}, "checksum"),
+        "altered-bank": ({"masterkeys.safetensors": tensors(compact, bank)}, "checksum"),
+        "lacks": ({"model.safetensors": tensors(dense, lambda v, m: v.pop("stem.0.weight"))}, "stem.0.weight"),
+        "extra": ({"model.safetensors": tensors(dense, lambda v, m: v.update(odd=v["stem.0.bias"].clone()))}, "odd"),
+        "altered": ({"model.safetensors": tensors(dense, lambda v, m: v["head.fc.bias"].add_(1))}, "SHA-256"),
+        "cut": ({"masterkeys.safetensors": compact[:-100]}, "masterkeys.safetensors"),
+    }
+    for name, (changed, text) in cases.items():
+        edited(hub, f"alice/{name}", **changed)
+        for classes in (1000, 7):
+            message = worker.run(
+                f"""
+                try:
+                    kw = dict(pretrained=True, num_classes={classes}, cache_dir={str(tmp_path)!r})
+                    timm.create_model("hf-hub:alice/{name}", **kw)
+                except (mk.MasterKeysError, RuntimeError) as error:
+                    raise ValueError(str(error)) from None
+                """,
+                raises="ValueError",
+            )
+            assert text in message, (name, message)
+    edited(hub, "alice/lost", **{"masterkeys.safetensors": None})
+    call = f"timm.create_model('hf-hub:alice/lost', pretrained=True, cache_dir={str(tmp_path)!r})"
+    assert "masterkeys.safetensors" in worker.run(call, raises="CheckpointError")
+    dense_only = {key: value for key, value in about.items() if key != "masterkeys"}
+    changed = {"masterkeys.safetensors": None, "config.json": json.dumps(dense_only).encode()}
+    edited(hub, "alice/dense-only", **changed)
+    worker.run(f"""
+        kw = dict(pretrained=True, mk_keys_per_kernel=2, cache_dir={str(tmp_path)!r})
+        anew = timm.create_model("hf-hub:alice/dense-only", **kw)
+        assert any(isinstance(m, mk.MasterKeyConv2d) for m in anew.modules())
+    """)
+
+
+def test_outage_of_the_compact_file_is_an_error_not_another_model(hub, worker, published, tmp_path):
+    hub.fail(("HEAD", r"masterkeys\.safetensors"), 503, times=None)
+    message = worker.run(
+        f"timm.create_model('hf-hub:alice/base', pretrained=True, cache_dir={str(tmp_path)!r})",
+        raises="CheckpointError",
+    )
+    assert "masterkeys.safetensors" in message
+
+
+def test_outage_of_the_weights_never_loads_a_pickle(hub, worker, published, tmp_path):
+    hub.fail(("HEAD", r"/model\.safetensors"), 503, times=None)
+    worker.run(f"""
+        try:
+            timm.create_model("hf-hub:alice/base", pretrained=True, cache_dir={str(tmp_path)!r})
+        except Exception as error:
+            print(type(error).__name__)
+        else:
+            raise AssertionError("loaded")
+    """)
+    assert hub.count("GET|HEAD", r"\.(bin|pth)") == 0
+
+
+@pytest.mark.parametrize("kind", ["truncate", "stall"])
+def test_download_faults(hub, worker, published, tmp_path, kind):
+    match = ("GET", r"filename=masterkeys\.safetensors")
+    hub.truncate(match) if kind == "truncate" else hub.stall(match, 2.0)
+    worker.run(
+        f"same(converted(), timm.create_model('hf-hub:alice/base', pretrained=True, cache_dir={str(tmp_path)!r}))"
+    )
+
+
+def test_altered_download_is_refused(hub, worker, published, tmp_path):
+    hub.alter(("GET", r"filename=masterkeys\.safetensors"), change=lambda data: data[:-6] + bytes(6))
+    worker.run(f"""
+        try:
+            got = timm.create_model("hf-hub:alice/base", pretrained=True, cache_dir={str(tmp_path)!r})
+        except (mk.CheckpointError, RuntimeError):
+            pass
+        else:
+            same(converted(), got)  # the bytes were padding of no meaning
+    """)
+
+
+def test_team_weights(hub, worker, published, home, tmp_path):
+    worker.run(f"""
+        mk.use_weights("test_convnext.mk8_ours", "alice/base")
+        ours = timm.create_model("test_convnext.mk8_ours", pretrained=True, cache_dir={str(tmp_path)!r})
+        same(converted(), ours)
+        assert timm.is_model_pretrained("test_convnext.mk8_ours")
+        assert timm.get_pretrained_cfg("test_convnext.mk8_ours").hf_hub_filename == "model.safetensors"
+        five = timm.create_model("test_convnext.mk8_ours", pretrained=True, num_classes=5, cache_dir={str(tmp_path)!r})
+        assert five.num_classes == 5
+        assert timm.create_model("test_convnext.mk8_ours").num_classes == 1000
+    """)
+    for name, source in (
+        ("test_convnext.ours", "alice/base"),
+        ("resnet18.mk8", "a/b"),
+        ("test_convnext.mk8", "nonsense"),
+    ):
+        worker.run(f"mk.use_weights({name!r}, {source!r})", raises="ConversionError")
+    worker.run("mk.use_weights('test_efficientnet.mk8', 'alice/base')")
+    assert "test_convnext" in worker.run(
+        "timm.create_model('test_efficientnet.mk8', pretrained=True)", raises="CheckpointError"
+    )
+    env = hub.env(
+        home / "team", TIMM_MASTERKEYS_WEIGHTS=f"test_convnext.mk8=alice/base@{published.branches['main'][1].sha}"
+    )
+    team = Worker(env)
+    team.run("same(converted(), timm.create_model('test_convnext.mk8', pretrained=True))")
+    team.stop()
+
+
+def test_command_publish(hub, worker, tmp_path):
+    worker.run(f"""
+        from timm_masterkeys.cli import main
+        mk.save_pretrained(converted(seed=8), {str(tmp_path / "out")!r})
+        assert main(["publish", {str(tmp_path / "out")!r}, "alice/command", "--dry-run"]) == 0
+    """)
+    assert "alice/command" not in hub.repos
+    out = worker.run(f"assert main(['publish', {str(tmp_path / 'out')!r}, 'alice/command']) == 0")
+    assert hub.repos["alice/command"].head().sha in out
+    worker.run("same(converted(seed=8), timm.create_model('hf-hub:alice/command', pretrained=True))")
+    worker.run(f"assert main(['publish', {str(tmp_path / 'out')!r}, 'bob/command']) == 1")
+    assert "bob/command" not in hub.repos
+
+
+def test_publishing_what_was_loaded_changes_nothing_but_the_examples(hub, worker, published):
+    """A published model, loaded and published elsewhere, keeps its licence and the source it came from."""
+    worker.run("mk.push_to_hub(timm.create_model('hf-hub:alice/base', pretrained=True), 'alice/copy')")
+    files, copied = published.branches["main"][1].files, hub.repos["alice/copy"].head().files
+    for name in ("model.safetensors", "masterkeys.safetensors", "config.json"):
+        assert files[name] == copied[name], name
+    assert "base_model: timm/test_convnext.r160_in1k" in copied["README.md"].decode()

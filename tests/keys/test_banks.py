@@ -1,0 +1,588 @@
+"""Banks: the published digits, the keys at any size against a loop per tap, immutability, files."""
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+import os
+import pickle
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lite0 import lite0_state_dict
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import timm_masterkeys.keys.banks
+from timm_masterkeys import BankError, KeyBank, MasterKeysError, get_bank, list_banks, project_kernels
+
+LIGHT = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+SQUARES = [(n, n) for n in (2, 3, 4, 5, 7, 9, 11, 13, 31)]
+STRIPS = [size for n in (2, 3, 4, 5, 7, 9, 11, 13, 31) for size in ((1, n), (n, 1))]
+OBLONGS = [(2, 3), (3, 2), (3, 7), (6, 4), (9, 5), (5, 11), (8, 8)]
+
+
+def random_bank(seed, shape=(8, 7, 7)):
+    return KeyBank("random", np.random.default_rng(seed).standard_normal(shape))
+
+
+def landing(tap, taps, window):
+    """Where one tap goes, with weights: counted in whole half taps from the window's first tap."""
+    halves = min(max(2 * tap - (taps - 1) + (window - 1), 0), 2 * (window - 1))
+    return [(halves // 2, 1.0)] if halves % 2 == 0 else [(halves // 2, 0.5), (halves // 2 + 1, 0.5)]
+
+
+def unit(key):
+    key = key - key.mean()
+    return key / np.linalg.norm(key) if np.linalg.norm(key) > 0 else key
+
+
+def folded(key, size):
+    """One key at a size, tap by tap; neither centred nor scaled."""
+    out = np.zeros(size)
+    for i, j in itertools.product(range(key.shape[0]), range(key.shape[1])):
+        for (y, wy), (x, wx) in itertools.product(landing(i, key.shape[0], size[0]), landing(j, key.shape[1], size[1])):
+            out[y, x] += wy * wx * key[i, j]
+    return out
+
+
+def resized(bank, key, size):
+    """One key at a size: folded or cropped where the window is smaller, its edges' mean level where it is larger."""
+    small = (min(size[0], key.shape[0]), min(size[1], key.shape[1]))
+    if bank.resize == "fold":
+        out = folded(key, small)
+    else:
+        top, left = (key.shape[0] - small[0]) // 2, (key.shape[1] - small[1]) // 2
+        out = np.array([[key[top + i, left + j] for j in range(small[1])] for i in range(small[0])])
+    edges = [*out[0], *out[-1]] if size[0] > small[0] else []
+    edges += [*out[:, 0], *out[:, -1]] if size[1] > small[1] else []
+    return folded(out - np.mean(edges), size) if edges else out
+
+
+def expected_at(bank, size):
+    """The keys a size keeps, and the reasons for the others, from the loop oracle."""
+    kept, reasons = {}, {}
+    for index, key in enumerate(bank.keys):
+        raw = resized(bank, unit(key), size)
+        small = unit(raw)
+        alike = 0.98 if bank.resize == "fold" else 0.995
+        twins = [k for k, other in kept.items() if abs((small * other).sum()) > alike]
+        if np.linalg.norm(raw - raw.mean()) < (0.3 if bank.resize == "fold" else 1e-6):
+            reasons[index] = "vanishes"
+        elif twins and size != bank.keys.shape[1:]:
+            reasons[index] = f"repeats key {twins[0]}"
+        else:
+            kept[index] = small
+    return kept, reasons
+
+
+def check_against_oracle(bank, size):
+    kept, reasons = expected_at(bank, size)
+    if not kept:
+        with pytest.raises(BankError, match=f"no key with a shape at {size[0]}x{size[1]}"):
+            bank.keys_for(size)
+        return
+    keys = bank.keys_for(size)
+    assert bank.kept(size) == tuple(kept)
+    assert bank.left_out(size) == reasons
+    assert keys.shape == (len(kept), *size)
+    np.testing.assert_allclose(keys.numpy(), np.stack(list(kept.values())), atol=2e-7)
+
+
+# the published keys
+
+
+def test_shipped_file_is_the_published_one():
+    data = resources.files("timm_masterkeys").joinpath("keys/data/babaiee2025.txt").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == "b48e20624d5089caa7a5bfcacf12d7a43f32aab5571f3a02e6583514c3506fcc"
+
+
+def test_published_keys_digit_for_digit():
+    bank = get_bank()
+    assert bank.keys.shape == (8, 7, 7)
+    assert bank.keys.dtype == np.float64
+    first = [-0.010366, -0.002871, -0.02576, -0.041307, 0.050752, -0.070076, -0.00566, -0.039747]
+    last = [-0.022568, 0.004438, -0.000934, -0.002368, -0.07189, 0.038904, -0.013484, -0.043075]
+    assert bank.keys[:, 0, 0].tolist() == first
+    assert bank.keys[:, -1, -1].tolist() == last
+    assert bank.keys[0, 4, 3] == 0.936427  # row by row: key 1 has its large tap below the centre
+    np.testing.assert_allclose(bank.keys.mean((1, 2)), 0, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(bank.keys.reshape(8, -1), axis=1), 1, atol=1e-5)
+
+
+def test_published_bank_says_what_it_is():
+    bank = get_bank()
+    assert bank.name == "babaiee2025"
+    assert "arXiv:2509.11711" in bank.source
+    assert bank.licence == "cc-by-4.0"
+    assert len(bank) == 8
+    assert repr(bank) == "KeyBank('babaiee2025', 8 keys 7x7, digest 821782a20dfd)"
+
+
+def test_published_digest():
+    digest = "821782a20dfdd1dc0a44b7e2302fc0fba68422e0f9b4296fdbe6562317cd2377"
+    keys = get_bank().keys
+    assert get_bank().digest == digest
+    assert hashlib.sha256(b"(8, 7, 7)" + keys.astype("<f8").tobytes()).hexdigest() == digest
+
+
+def test_digest_is_of_shape_and_values_alone():
+    keys = np.random.default_rng(0).standard_normal((2, 3, 4))
+    bank = KeyBank("a", keys)
+    assert KeyBank("b", keys, "elsewhere", "mit").digest == bank.digest
+    assert KeyBank("a", keys.transpose(0, 2, 1)).digest != bank.digest
+    assert KeyBank("a", keys.reshape(2, 4, 3)).digest != bank.digest
+    assert KeyBank("a", np.nextafter(keys, 9)).digest != bank.digest
+
+
+# keys at any size
+
+
+@pytest.mark.parametrize("name", ["babaiee2025", "random8:0"])
+@pytest.mark.parametrize("size", SQUARES + STRIPS + OBLONGS)
+def test_mean_zero_and_norm_one(name, size):
+    keys = get_bank(name).keys_for(size)
+    assert keys.dtype == torch.float32
+    assert keys.shape[1:] == size
+    assert torch.allclose(keys.mean((1, 2)), torch.zeros(len(keys)), atol=1e-7)
+    assert torch.allclose(keys.flatten(1).norm(dim=1), torch.ones(len(keys)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["babaiee2025", "random8:1"])
+@pytest.mark.parametrize("size", [*SQUARES[:-1], *STRIPS, *OBLONGS, (31, 31)])
+def test_fold_against_a_loop_over_taps(name, size):
+    check_against_oracle(get_bank(name), size)
+
+
+@LIGHT
+@given(
+    seed=st.integers(0, 999),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 8), st.integers(1, 8)).filter(lambda s: s[1] * s[2] > 1),
+    size=st.tuples(st.integers(1, 10), st.integers(1, 10)).filter(lambda s: max(s) > 1),
+)
+def test_fold_of_any_bank_against_a_loop_over_taps(seed, shape, size):
+    check_against_oracle(random_bank(seed, shape), size)
+
+
+@pytest.mark.parametrize("size", [(3, 3), (5, 5), (1, 7), (7, 1), (3, 5), (4, 4), (2, 6), (1, 4), (2, 2), (5, 2)])
+@pytest.mark.parametrize("bank", [get_bank(), random_bank(0), random_bank(1, (4, 8, 8)), random_bank(2, (3, 7, 9))])
+def test_same_response_to_an_image_constant_beyond_the_window(bank, size):
+    """The smaller key answers an image as the full key answers its replicate padding, up to the key's mean and norm."""
+    images = np.random.default_rng(0).standard_normal((20, *size))
+    images -= images.mean((1, 2), keepdims=True)  # so that the small key's mean has no say
+    rest_h, rest_w = bank.keys.shape[1] - size[0], bank.keys.shape[2] - size[1]
+    # Where half a tap is left over the window has two places: the mean of both answers.
+    places = list(itertools.product((rest_h // 2, rest_h - rest_h // 2), (rest_w // 2, rest_w - rest_w // 2)))
+    padded = [np.pad(images, ((0, 0), (y, rest_h - y), (x, rest_w - x)), mode="edge") for y, x in places]
+    kept = list(bank.kept(size))
+    full = np.stack([unit(key) for key in bank.keys])[kept]
+    whole = np.mean([np.einsum("nhw,khw->nk", image, full) for image in padded], axis=0)
+    small = np.einsum("nhw,khw->nk", images, bank.keys_for(size).double().numpy())
+    norm = (whole * small).sum(0) / (small**2).sum(0)
+    assert (norm > 0.299).all()
+    np.testing.assert_allclose(whole, norm * small, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(9, 9), (11, 11), (13, 13), (31, 31), (7, 9), (11, 7)])
+def test_larger_windows_are_filled_with_the_level_of_the_edges(size):
+    bank = get_bank()
+    h, w = (size[0] - 7) // 2, (size[1] - 7) // 2
+    own = bank.keys_for((7, 7))
+    for key, large in zip(own, bank.keys_for(size), strict=True):
+        edges = ([*key[0], *key[-1]] if h else []) + ([*key[:, 0], *key[:, -1]] if w else [])
+        padded = F.pad(key, (w, w, h, h), value=float(np.mean(edges)))
+        padded = padded - padded.mean()
+        torch.testing.assert_close(large, padded / padded.norm(), atol=1e-6, rtol=0)
+
+
+def test_random_keys_are_cropped_so_that_they_stay_independent():
+    small = np.concatenate([get_bank(f"random8:{seed}").keys_for((3, 3)).numpy() for seed in range(200)])
+    spread = small.std(0)
+    assert spread.max() / spread.min() < 1.15  # every tap alike; folded, the corners would hold most of the energy
+
+
+def test_own_size_is_the_key_itself():
+    np.testing.assert_allclose(get_bank().keys_for((7, 7)), get_bank().keys, atol=2e-6)
+
+
+# what is left out
+
+
+@pytest.mark.parametrize(
+    ("size", "left_out"),
+    [
+        ((3, 3), {}),
+        ((4, 4), {}),
+        ((7, 7), {}),
+        ((31, 31), {}),
+        ((1, 7), {2: "repeats key 0", 5: "vanishes", 7: "repeats key 0"}),
+        ((7, 1), {4: "vanishes", 7: "repeats key 1"}),
+        ((1, 11), {2: "repeats key 0", 5: "vanishes", 7: "repeats key 0"}),
+        ((1, 3), {2: "repeats key 0", 5: "vanishes", 6: "repeats key 0", 7: "repeats key 0"}),
+        ((3, 1), {4: "vanishes", 6: "repeats key 3", 7: "repeats key 3"}),
+        ((2, 1), dict.fromkeys((1, 3, 4, 6, 7), "vanishes") | dict.fromkeys((2, 5), "repeats key 0")),
+        ((1, 2), dict.fromkeys((0, 2, 5, 6, 7), "vanishes") | dict.fromkeys((3, 4), "repeats key 1")),
+        (
+            (2, 2),
+            dict.fromkeys((2, 5), "repeats key 0")
+            | dict.fromkeys((3, 4), "repeats key 1")
+            | dict.fromkeys((6, 7), "vanishes"),
+        ),
+    ],
+)
+def test_what_the_published_bank_leaves_out(size, left_out):
+    assert get_bank().left_out(size) == left_out
+
+
+@pytest.mark.parametrize("size", SQUARES + STRIPS + OBLONGS)
+def test_kept_and_left_out_share_the_bank(size):
+    bank = get_bank()
+    assert sorted([*bank.kept(size), *bank.left_out(size)]) == list(range(8))
+    assert list(bank.kept(size)) == sorted(bank.kept(size))
+    keys = bank.keys_for(size).flatten(1)
+    assert len(keys) == len(bank.kept(size))
+    if size != (7, 7):
+        assert ((keys @ keys.T).abs() - torch.eye(len(keys))).max() <= 0.98 + 1e-6
+
+
+def test_strips_lose_the_derivative_across_them():
+    """Key 5 differentiates along the width, key 6 along the height: each has no shape in a strip across it."""
+    for n in (3, 5, 7, 9, 11):
+        assert get_bank().left_out((n, 1))[4] == "vanishes"
+        assert get_bank().left_out((1, n))[5] == "vanishes"
+
+
+def test_twins_stay_at_the_banks_own_size():
+    key = np.random.default_rng(0).standard_normal((1, 5, 5))
+    bank = KeyBank("twins", np.concatenate([key, key, -key]))
+    assert bank.kept((5, 5)) == (0, 1, 2)
+    assert bank.left_out((5, 5)) == {}
+    assert bank.left_out((3, 3)) == {1: "repeats key 0", 2: "repeats key 0"}
+
+
+def test_no_key_with_a_shape():
+    bank = KeyBank("flat", np.array([[[1.0, -1.0], [1.0, -1.0]]]))
+    for ask in (bank.keys_for, bank.kept, bank.left_out):
+        with pytest.raises(BankError, match="Bank 'flat' has no key with a shape at 3x1"):
+            ask((3, 1))
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (0, 3), (3, 0), (-3, 3), (3,), (3, 3, 3), (), 7, None, "77", (7.0, 7.0), (2.5, 3)], ids=repr
+)
+def test_bad_size(size):
+    for ask in (get_bank().keys_for, get_bank().kept, get_bank().left_out):
+        with pytest.raises(BankError) as caught:
+            ask(size)
+        assert f"kernel size {size}" in str(caught.value)
+
+
+def test_size_may_be_a_list_or_a_torch_size():
+    keys = get_bank().keys_for((3, 5))
+    assert torch.equal(get_bank().keys_for([3, 5]), keys)
+    assert torch.equal(get_bank().keys_for(torch.Size((3, 5))), keys)
+    assert torch.equal(get_bank().keys_for(tuple(np.array([3, 5]))), keys)
+
+
+# immutability
+
+
+def test_bank_is_frozen():
+    bank = get_bank()
+    for field in dataclasses.fields(bank):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(bank, field.name, None)
+    with pytest.raises(ValueError, match="read-only"):
+        bank.keys[0, 0, 0] = 1
+
+
+@pytest.mark.parametrize("make", [np.array, torch.from_numpy], ids=["array", "tensor"])
+def test_bank_keeps_its_own_copy(make):
+    given_keys = make(np.random.default_rng(0).standard_normal((2, 3, 3)))
+    bank = KeyBank("mine", given_keys)
+    digest, before = bank.digest, bank.keys.copy()
+    given_keys[:] = 0  # the array given stays the caller's to write
+    assert np.array_equal(bank.keys, before)
+    assert KeyBank("mine", bank.keys).digest == digest
+
+
+def test_keys_for_is_fresh_at_every_call():
+    bank = get_bank()
+    keys = bank.keys_for((7, 7))
+    wanted = keys.clone()
+    keys.zero_()
+    assert torch.equal(bank.keys_for((7, 7)), wanted)
+    bank.left_out((1, 7)).clear()
+    assert bank.left_out((1, 7))
+
+
+def test_deepcopy_is_the_bank_itself():
+    bank = random_bank(0)
+    assert copy.deepcopy(bank) is bank
+    assert copy.deepcopy({"layer": [bank]})["layer"][0] is bank
+
+
+@pytest.mark.parametrize("again", [copy.copy, *(lambda b, p=p: pickle.loads(pickle.dumps(b, p)) for p in range(2, 6))])
+def test_copy_and_pickle_round_trip(again):
+    bank = KeyBank("mine", np.random.default_rng(0).standard_normal((2, 3, 3)), "my search", "mit")
+    bank.digest  # noqa: B018  # cached: it must not travel
+    back = again(bank)
+    assert (back.name, back.source, back.licence, back.digest) == ("mine", "my search", "mit", bank.digest)
+    assert np.array_equal(back.keys, bank.keys)
+    assert not back.keys.flags.writeable
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64])
+def test_keys_of_any_dtype(dtype):
+    keys = (torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)) * 9).to(dtype)
+    bank = KeyBank("mine", keys)
+    assert bank.keys.dtype == np.float64
+    assert bank.keys.tolist() == keys.double().tolist()
+
+
+def test_keys_that_require_grad():
+    keys = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert KeyBank("mine", keys).keys_for((3, 3)).requires_grad is False
+
+
+@pytest.mark.parametrize("shape", [(), (9,), (3, 3), (2, 1, 3, 3), (0, 3, 3), (2, 0, 3)])
+def test_keys_of_the_wrong_shape(shape):
+    for keys in (np.ones(shape), torch.ones(shape)):
+        with pytest.raises(BankError) as caught:
+            KeyBank("mine", keys)
+        assert "'mine'" in str(caught.value)
+        assert str(shape) in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_keys_that_are_not_finite(value):
+    keys = np.random.default_rng(0).standard_normal((2, 3, 3))
+    keys[1, 2, 0] = value
+    with pytest.raises(BankError, match="'mine' holds NaN or Inf"):
+        KeyBank("mine", keys)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.1])
+def test_constant_key(value):
+    keys = np.random.default_rng(0).standard_normal((3, 3, 3))
+    keys[1] = value
+    with pytest.raises(BankError, match="'mine': key 1 is constant"):
+        KeyBank("mine", keys)
+
+
+# get_bank
+
+
+def test_list_banks():
+    assert list_banks()[0] == "babaiee2025" and list_banks()[-1] == "random8:<seed>"
+    list_banks().clear()
+    assert list_banks()
+    for name in list_banks():
+        assert get_bank(name.replace("<seed>", "3")).name == name.replace("<seed>", "3")
+
+
+def test_random_banks():
+    bank = get_bank("random8:0")
+    assert bank.keys.shape == (8, 7, 7)
+    assert bank.digest == get_bank("random8:0").digest
+    # numpy's frozen stream of seed 0, whatever the version
+    np.testing.assert_allclose(bank.keys[0, 0, :3], [1.76405234597, 0.40015720837, 0.97873798411], rtol=1e-11)
+    assert len({get_bank(f"random8:{seed}").digest for seed in range(50)}) == 50
+    assert "seed 7" in get_bank("random8:7").source
+    assert get_bank(f"random8:{2**32 - 1}").keys.shape == (8, 7, 7)
+
+
+def test_random_banks_leave_numpys_own_stream_alone():
+    before = np.random.get_state()[1].copy()
+    get_bank("random8:5")
+    assert np.array_equal(np.random.get_state()[1], before)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "babaiee", "BABAIEE2025", "random8", "random8:", "random8:-1", "random8:x", "keys.bin"]
+)
+def test_unknown_name(name):
+    with pytest.raises(BankError) as caught:
+        get_bank(name)
+    assert f"'{name}'" in str(caught.value)
+    for known in list_banks():
+        assert known in str(caught.value)
+
+
+def test_seed_out_of_range():
+    with pytest.raises(BankError, match=f"random8:{2**32}"):
+        get_bank(f"random8:{2**32}")
+
+
+def test_get_bank_from_what_is_at_hand(tmp_path):
+    bank = random_bank(0, (3, 5, 5))
+    assert get_bank(bank) is bank
+    assert get_bank(bank.keys).digest == bank.digest
+    assert get_bank(torch.from_numpy(bank.keys.copy())).digest == bank.digest
+    assert get_bank(bank.keys).name == "custom"
+    path = tmp_path / "mine.safetensors"
+    bank.save(path)
+    for given_path in (path, str(path)):
+        assert get_bank(given_path).digest == bank.digest
+        assert get_bank(given_path).name == "random"
+
+
+def test_get_bank_of_a_bad_tensor():
+    with pytest.raises(BankError, match=r"\(8, 1, 7, 7\)"):
+        get_bank(torch.randn(8, 1, 7, 7))
+
+
+def test_bank_errors_are_value_errors():
+    assert issubclass(BankError, ValueError)
+    assert issubclass(BankError, MasterKeysError)
+
+
+# files
+
+
+def test_save_and_load(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    bank = KeyBank("mine", np.random.default_rng(0).standard_normal((3, 5, 4)), "my séarch", "mit")
+    bank.save(path)
+    assert os.listdir(tmp_path) == ["mine.safetensors"]
+    back = KeyBank.load(path)
+    assert (back.name, back.source, back.licence, back.digest) == ("mine", "my séarch", "mit", bank.digest)
+    assert np.array_equal(back.keys, bank.keys)
+    assert not back.keys.flags.writeable
+    with safe_open(path, framework="np") as file:
+        assert list(file.keys()) == ["keys"]
+        assert file.metadata() == {
+            "format": "timm_masterkeys.bank.1",
+            "name": "mine",
+            "source": "my séarch",
+            "resize": "fold",
+            "licence": "mit",
+            "digest": bank.digest,
+        }
+
+
+def test_saved_over_itself(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    random_bank(0).save(path)
+    KeyBank.load(path).save(path)
+    assert KeyBank.load(path).digest == random_bank(0).digest
+    random_bank(1).save(str(path))
+    assert KeyBank.load(str(path)).digest == random_bank(1).digest
+    assert os.listdir(tmp_path) == ["mine.safetensors"]
+
+
+def test_load_plain_safetensors(tmp_path):
+    path = tmp_path / "plain.safetensors"
+    keys = np.random.default_rng(0).standard_normal((2, 3, 3)).astype(np.float32)
+    save_file({"keys": keys, "other": np.zeros(3)}, path)
+    bank = KeyBank.load(path)
+    assert (bank.name, bank.source, bank.licence) == ("plain", str(path), "")
+    assert np.array_equal(bank.keys, keys.astype(np.float64))
+
+
+@pytest.mark.parametrize("place", [-8, -1, -200])
+def test_altered_values(tmp_path, place):
+    path = tmp_path / "mine.safetensors"
+    random_bank(0).save(path)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BankError, match="does not match its digest") as caught:
+        KeyBank.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_altered_shape(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    bank = random_bank(0, (2, 3, 4))
+    save_file({"keys": bank.keys.reshape(2, 4, 3)}, path, {"digest": bank.digest})
+    with pytest.raises(BankError, match="does not match its digest"):
+        KeyBank.load(path)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"not safetensors", b"\x80\x02}q\x00." * 9, None], ids=["empty", "text", "pickle", "cut"]
+)
+def test_not_safetensors(tmp_path, data):
+    path = tmp_path / "mine.safetensors"
+    if data is None:
+        random_bank(0).save(path)
+        data = path.read_bytes()[:-9]
+    path.write_bytes(data)
+    with pytest.raises(BankError, match="Expected a safetensors file") as caught:
+        get_bank(path)
+    assert str(path) in str(caught.value)
+
+
+def test_no_such_file(tmp_path):
+    for path in (tmp_path / "no.safetensors", tmp_path):
+        with pytest.raises(BankError) as caught:
+            KeyBank.load(path)
+        assert str(path) in str(caught.value)
+
+
+def test_no_tensor_named_keys(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    save_file({"weight": np.zeros(3), "bias": np.zeros(3)}, path)
+    with pytest.raises(BankError, match=r"tensor .*'keys'") as caught:
+        KeyBank.load(path)
+    for part in (str(path), "weight", "bias"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("found", ["timm_masterkeys.bank.2", "pt"])
+def test_another_format(tmp_path, found):
+    path = tmp_path / "mine.safetensors"
+    save_file({"keys": np.random.default_rng(0).standard_normal((2, 3, 3))}, path, {"format": found})
+    with pytest.raises(BankError) as caught:
+        KeyBank.load(path)
+    for part in (str(path), f"'{found}'", "timm_masterkeys.bank.1"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (np.full((2, 3, 3), np.nan), "'mine' holds NaN"),
+        (np.ones((2, 3, 3)), "'mine': key 0 is constant"),
+        (np.eye(3), r"'mine' has keys of shape \(3, 3\)"),
+    ],
+)
+def test_file_with_bad_keys(tmp_path, keys, message):
+    path = tmp_path / "mine.safetensors"
+    save_file({"keys": keys}, path)
+    with pytest.raises(BankError, match=message):
+        KeyBank.load(path)
+
+
+def test_save_into_a_missing_folder(tmp_path):
+    with pytest.raises(OSError):
+        random_bank(0).save(tmp_path / "no" / "mine.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+def test_save_that_fails_half_way(tmp_path, monkeypatch):
+    path = tmp_path / "mine.safetensors"
+    random_bank(0).save(path)
+
+    def full(tensors, tmp, metadata):
+        tmp.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(timm_masterkeys.keys.banks, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        random_bank(1).save(path)
+    assert KeyBank.load(path).digest == random_bank(0).digest
+    assert os.listdir(tmp_path) == ["mine.safetensors"]
+
+
+def test_the_compact_bank_tells_where_it_comes_from_and_meets_kernels_it_has_not_seen():
+    bank = get_bank("compact8")
+    assert len(bank) == 8 and bank.resize == "crop" and bank.licence == "apache-2.0" and "discovered" in bank.source
+    weight = lite0_state_dict()["blocks.6.0.conv_dw.weight"]  # of a network it was not discovered in
+    assert project_kernels(weight, bank).r2.mean() > project_kernels(weight, "babaiee2025").r2.mean() + 0.02

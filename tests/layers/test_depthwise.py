@@ -1,0 +1,287 @@
+"""The backward pass without the weight gradient, against autograd through an ordinary convolution."""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame
+from torch import nn
+from torch.func import functional_call
+
+from timm_masterkeys import MasterKeyConv2d
+
+GEOMETRIES = {  # kernel, stride, padding, dilation, multiplier, bias
+    "3x3": (3, 1, 1, 1, 1, True),
+    "stride": (3, 2, 1, 1, 1, False),
+    "SAME": (3, 2, "SAME", 1, 1, True),
+    "dilation, multiplier": (3, 1, 2, 2, 2, True),
+    "strip": ((1, 5), 1, (0, 2), 1, 1, True),
+    "2x2, stride 2": (2, 2, 0, 1, 1, True),
+    "even, string": (2, 1, "same", 1, 1, True),
+    "4x4, string, multiplier": (4, 1, "same", 1, 2, False),
+    "valid": (3, 1, "valid", 1, 1, True),
+    "7x7": (7, 1, 3, 1, 1, True),
+}
+
+
+def make(geometry, keys_per_kernel=1, trainable="shift", channels=2, dtype=torch.float64, padding_mode="zeros"):
+    kernel, stride, padding, dilation, multiplier, bias = GEOMETRIES[geometry]
+    torch.manual_seed(0)
+    same = padding == "SAME"
+    conv = (Conv2dSame if same else nn.Conv2d)(
+        channels,
+        channels * multiplier,
+        kernel,
+        stride,
+        0 if same else padding,
+        dilation,
+        channels,
+        bias,
+    )
+    conv.padding_mode = padding_mode
+    return MasterKeyConv2d.from_conv(conv.to(dtype), keys_per_kernel=keys_per_kernel, trainable=trainable)
+
+
+def as_function(layer):
+    """The layer as a function of its input and parameters, for gradcheck."""
+    names = [name for name, _ in layer.named_parameters()]
+    return lambda x, *values: functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+
+def plain(layer, x):
+    """The same output through autograd's own convolution."""
+    padding = layer.padding
+    if layer.same_padding:
+        x, padding = F.pad(x, pad_arg(layer, x)), 0
+    return F.conv2d(x, layer.compose_weight(), layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+
+
+def pad_arg(layer, x):
+    from timm.layers.padding import pad_same_arg
+
+    return pad_same_arg(x.shape[-2:], layer.kernel_size, layer.stride, layer.dilation)
+
+
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("keys_per_kernel", [1, 2])
+def test_gradients_to_second_order(geometry, trainable, keys_per_kernel):
+    layer = make(geometry, keys_per_kernel, trainable)
+    small = {"7x7", "strip", "even, string", "4x4, string, multiplier"}
+    x = torch.randn(2, 2, 4 if geometry in small else 5, 4, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *layer.parameters())
+    assert torch.autograd.gradcheck(as_function(layer), inputs)
+    assert torch.autograd.gradgradcheck(as_function(layer), inputs)
+
+
+def test_scale_near_and_at_zero():
+    layer = make("3x3", 2, "affine")
+    with torch.no_grad():
+        layer.scale[0], layer.scale[1] = 0.0, 1e-12
+    x = torch.randn(2, 2, 7, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(as_function(layer), (x, *layer.parameters()))
+
+
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("geometry", ["3x3", "SAME", "7x7", "dilation, multiplier"])
+def test_float32_to_rounding(geometry, memory_format, trainable):
+    layer = make(geometry, 1, trainable, channels=8, dtype=torch.float32)
+    x = torch.randn(4, 8, 15, 14).to(memory_format=memory_format).requires_grad_()
+    out = layer(x)
+    assert torch.equal(out, plain(layer, x))
+    assert out.is_contiguous(memory_format=memory_format)
+    weights = torch.randn_like(out)
+    wanted = torch.autograd.grad((plain(layer, x) * weights).sum(), [x, *layer.parameters()])
+    got = torch.autograd.grad((out * weights).sum(), [x, *layer.parameters()])
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+    assert got[0].is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+def test_autocast(dtype, trainable):
+    """Half precision forward and input gradient as conv2d's; scale and shift gradients summed in float32."""
+    layer = make("3x3", 1, trainable, channels=8, dtype=torch.float32)
+    x = torch.randn(4, 8, 9, 9, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        out, wanted = layer(x), plain(layer, x)
+        assert out.dtype == wanted.dtype == dtype
+        assert torch.equal(out, wanted)
+    got = torch.autograd.grad(out.float().square().sum(), [x, *layer.parameters()])
+    exact = torch.autograd.grad(plain(layer, x).square().sum(), [x, *layer.parameters()])
+    for parameter, a, b in zip([x, *layer.parameters()], got, exact, strict=True):
+        assert a.dtype == parameter.dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=0.03 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("padding_mode", ["reflect", "replicate", "circular"])
+def test_other_padding_modes(padding_mode):
+    layer = make("3x3", 1, "affine", padding_mode=padding_mode)
+    x = torch.randn(2, 2, 7, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(as_function(layer), (x, *layer.parameters()))
+
+
+def test_the_input_is_kept_only_where_it_is_needed():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        for trainable in ("none", "shift"):
+            kept.clear()
+            layer = make("3x3", 1, trainable, channels=8, dtype=torch.float32)
+            x = torch.randn(4, 8, 9, 9, requires_grad=True)
+            layer(x)
+            assert (x.shape in kept) == (trainable == "shift")
+
+
+def test_the_weight_gradient_of_large_kernels_is_never_computed():
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        masks: tuple = ()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "convolution_backward" in str(func):
+                self.masks += (tuple(args[-1]),)
+            return func(*args, **(kwargs or {}))
+
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 64, 9, 9).to(memory_format=memory_format).requires_grad_()
+        for geometry, trainable in (*itertools.product(("7x7", "strip"), ("none", "shift")), ("7x7", "affine")):
+            layer = make(geometry, 1, trainable, channels=64, dtype=torch.float32)
+            with Spy() as spy:
+                layer(x).sum().backward()
+            assert not any(mask[1] for mask in spy.masks)
+        with Spy() as spy:
+            layer.fuse()(x).sum().backward()
+        assert any(mask[1] for mask in spy.masks)  # the spy sees it where it is
+
+
+@pytest.mark.parametrize("trainable", ["shift", "affine"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("geometry", ["3x3", "stride", "SAME", "7x7", "strip", "dilation, multiplier"])
+@pytest.mark.parametrize("keys_per_kernel", [1, 3])
+def test_many_channels_and_images(geometry, memory_format, trainable, keys_per_kernel, monkeypatch):
+    """The ways taken for large inputs: in parts, by pooling, and all keys of a kernel at once."""
+    monkeypatch.setattr("timm_masterkeys.layers.depthwise.CACHED", 2**16)
+    layer = make(geometry, keys_per_kernel, trainable, channels=64)
+    x = torch.randn(5, 64, 12, 11, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    inputs = [x, *layer.parameters()]
+    weights = torch.randn_like(layer(x))
+    wanted = torch.autograd.grad((plain(layer, x) * weights).sum(), inputs)
+    for a, b in zip(torch.autograd.grad((layer(x) * weights).sum(), inputs), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_writes_of_every_kind_are_seen_in_eval_mode():
+    layer = make("3x3", 2, "affine", channels=4, dtype=torch.float32).eval()
+    x = torch.randn(1, 4, 8, 8)
+
+    def check():
+        with torch.no_grad():
+            assert torch.equal(layer(x), plain(layer, x))
+            return layer(x)
+
+    outputs = [check()]
+    with torch.no_grad():
+        layer.shift.add_(1)
+    outputs.append(check())
+    layer.scale.data = layer.scale.data.clone() + 1
+    outputs.append(check())
+    layer.shift.data.mul_(2)
+    outputs.append(check())
+    layer.load_state_dict({**layer.state_dict(), "shift": torch.zeros(4)})
+    outputs.append(check())
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(outputs))
+
+
+def test_threads_that_run_and_switch_modes():
+    layer = make("3x3", 1, "shift", channels=4, dtype=torch.float32).eval()
+    x = torch.randn(1, 4, 8, 8)
+    wanted = plain(layer, x)
+
+    def run(_):
+        with torch.no_grad():
+            return torch.equal(layer(x), wanted)
+
+    with ThreadPoolExecutor(4) as pool:
+        modes = pool.submit(lambda: [layer.train(i % 2 == 0) for i in range(300)])
+        assert all(pool.map(run, range(600)))
+        modes.result()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("geometry", ["3x3", "7x7"])
+def test_a_batch_of_none(geometry, memory_format):
+    layer = make(geometry, 1, "affine", channels=64, dtype=torch.float32)
+    x = torch.randn(0, 64, 9, 9).to(memory_format=memory_format).requires_grad_()
+    layer(x).sum().backward()
+    assert not layer.shift.grad.any() and not layer.scale.grad.any()
+
+
+def test_inference_mode_then_training():
+    layer = make("3x3", 1, "shift", channels=4, dtype=torch.float32)
+    x = torch.randn(1, 4, 8, 8)
+    with torch.inference_mode():
+        first = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), first)
+    layer(x).sum().backward()
+    assert layer.shift.grad is not None
+
+
+def test_vmap_and_functional_gradients():
+    layer = make("3x3", 1, "shift", dtype=torch.float64)
+    f, parameters = as_function(layer), tuple(layer.parameters())
+    x = torch.randn(3, 2, 2, 7, 6, dtype=torch.float64)
+    got = torch.func.vmap(torch.func.grad(lambda x, *p: f(x, *p).square().sum(), argnums=1), (0, None, None))(
+        x, *parameters
+    )
+    wanted = [torch.autograd.grad(plain(layer, one).square().sum(), parameters[0])[0] for one in x]
+    torch.testing.assert_close(got, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_vmap_over_an_ensemble(grad):
+    layers = [make("3x3", 2, "shift", dtype=torch.float64) for _ in range(3)]
+    for number, layer in enumerate(layers):
+        torch.manual_seed(number)
+        layer.reset_parameters()
+    parameters, buffers = torch.func.stack_module_state(layers)
+    x = torch.randn(2, 2, 7, 6, dtype=torch.float64)
+    with torch.set_grad_enabled(grad):
+        got = torch.func.vmap(lambda p, b: functional_call(layers[0], (p, b), (x,)))(parameters, buffers)
+    torch.testing.assert_close(got, torch.stack([plain(layer, x) for layer in layers]))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.func.jvp itself uses torch.jit
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+@pytest.mark.parametrize("geometry", ["3x3", "SAME", "dilation, multiplier", "7x7"])
+def test_forward_mode(geometry, trainable):
+    layer = make(geometry, 1, trainable)
+    f, values = as_function(layer), (torch.randn(2, 2, 9, 8, dtype=torch.float64), *layer.parameters())
+    tangents = tuple(torch.randn_like(value) for value in values)
+    _, got = torch.func.jvp(f, values, tangents)
+    step = 1e-6
+    ahead, behind = (f(*[v + s * t for v, t in zip(values, tangents, strict=True)]) for s in (step, -step))
+    torch.testing.assert_close(got, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+def test_compile_in_one_graph(trainable):
+    layer = make("7x7", 1, trainable, channels=4, dtype=torch.float32)
+    x = torch.randn(2, 4, 9, 9, requires_grad=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        got = torch.autograd.grad(compiled(x).square().sum(), [x, *layer.parameters()])
+        wanted = torch.autograd.grad(plain(layer, x).square().sum(), [x, *layer.parameters()])
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_export():
+    layer = make("7x7", 1, "shift", channels=4, dtype=torch.float32).eval()
+    x = torch.randn(2, 4, 9, 9)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))

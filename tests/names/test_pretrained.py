@@ -1,0 +1,239 @@
+"""``pretrained=True`` on ``.mk8`` names: repaired once, then loaded as published weights are."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import timm_masterkeys as mk
+from timm_masterkeys import MasterKeyConv2d
+from timm_masterkeys.names import pretrained
+
+ARCH = "test_efficientnet"
+NAME = f"{ARCH}.mk8"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    torch.manual_seed(1)
+    model = timm.create_model(ARCH)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.running_mean, std=0.1)
+    path = tmp_path_factory.mktemp("weights") / "dense.safetensors"
+    save_file(model.state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIMM_MASTERKEYS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TIMM_MASTERKEYS_CALIBRATE")
+    monkeypatch.setattr(pretrained, "COUNT", 15)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def repairs(monkeypatch):
+    """How often something was repaired."""
+    done = []
+    calibrate = pretrained.calibrate_masterkeys
+
+    def count(*args, **kwargs):
+        done.append(kwargs)
+        return calibrate(*args, **kwargs)
+
+    monkeypatch.setattr(pretrained, "calibrate_masterkeys", count)
+    return done
+
+
+def create(file, name=NAME, **kwargs):
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": file}, **kwargs)
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_repaired_once_and_told(file, cache, repairs, caplog):
+    first = create(file)
+    before, after = (record.getMessage() for record in caplog.records)
+    assert re.match(rf"{NAME}: repairing with photographs that ship .* in about \d+ s; .*mk_calibrate=False", before)
+    assert re.match(rf"{NAME}: repaired in \d+ s on 15 images: agreement .* divergence", after)
+    caplog.clear()
+    second = create(file)
+    same(first, second)
+    assert len(repairs) == 1 and not caplog.records
+    assert "agreement" in mk.conversion_report(second).calibration
+    plain = create(file, mk_calibrate=False)
+    x = mk.builtin_images(first, 8, seed=5)
+    dense = timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay={"file": file}).eval()(x)
+    error = [(m.eval()(x) - dense).square().mean() for m in (second, plain)]
+    assert error[0] < error[1] / 2
+    assert len(list(cache.glob("[!.]*"))) == 1
+
+
+def test_what_the_network_is_does_not_hang_on_the_cache(file):
+    torch.manual_seed(3)
+    made = create(file, num_classes=7)
+    torch.manual_seed(3)
+    same(made, create(file, num_classes=7))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_classes": 7},
+        {"num_classes": 0},
+        {"in_chans": 1},
+        {"features_only": True, "out_indices": (0, 2)},
+        {"drop_rate": 0.3, "drop_path_rate": 0.1},
+        {"global_pool": "max"},
+        {"mk_trainable": "affine"},
+        {"mk_trainable": "none", "features_only": True, "in_chans": 4},
+        {"checkpoint_path": ""},
+        {"scriptable": True},
+    ],
+    ids=str,
+)
+def test_options_are_those_of_published_weights(file, cache, repairs, arguments):
+    create(file)
+    model = create(file, **arguments)
+    assert len(repairs) == 1
+    (folder,) = cache.glob("[!.]*")
+    torch.manual_seed(0)
+    model = create(file, **arguments)
+    torch.manual_seed(0)
+    same(model, timm.create_model(f"local-dir:{folder}", pretrained=True, **arguments))
+    found = [m for m in model.modules() if isinstance(m, MasterKeyConv2d)]
+    assert found and all(m.trainable == arguments.get("mk_trainable", "shift") for m in found)
+
+
+def test_settings_make_networks_of_their_own(file, repairs):
+    four = create(file, mk_keys_per_kernel=4)
+    part = create(file, mk_exclude="blocks.0.*")
+    scales = create(file, mk_bank="scale-space-b", mk_trainable="scales")
+    assert len(repairs) == 3
+    for model, settings in (
+        (four, {"mk_keys_per_kernel": 4}),
+        (part, {"mk_exclude": "blocks.0.*"}),
+        (scales, {"mk_bank": "scale-space-b", "mk_trainable": "scales"}),
+    ):
+        same(model, create(file, **settings))
+    assert len(repairs) == 3
+    assert max(m.keys_per_kernel for m in four.modules() if isinstance(m, MasterKeyConv2d)) == 4
+
+
+def test_other_weights_are_repaired_by_themselves(file, tmp_path, repairs):
+    state = load_file(file)
+    other = str(tmp_path / "other.safetensors")
+    save_file({name: value * 1.01 if value.is_floating_point() else value for name, value in state.items()}, other)
+    create(file)
+    create(other)
+    assert len(repairs) == 2
+    timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"state_dict": state})
+    timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"state_dict": state})
+    assert len(repairs) == 3
+
+
+def test_photographs_of_ones_own(file, tmp_path, repairs, monkeypatch):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for i in range(12):
+        Image.effect_noise((40, 40), 10 * i).convert("RGB").save(folder / f"{i}.png")
+    same(create(file, mk_calibrate=str(folder)), create(file, mk_calibrate=str(folder)))
+    assert len(repairs) == 1
+    Image.effect_noise((40, 40), 5).convert("RGB").save(folder / "new.png")
+    create(file, mk_calibrate=str(folder))
+    assert len(repairs) == 2
+    monkeypatch.setenv("TIMM_MASTERKEYS_CALIBRATE", str(folder))
+    create(file)
+    assert len(repairs) == 2
+    monkeypatch.setenv("TIMM_MASTERKEYS_CALIBRATE", "none")
+    create(file)
+    assert len(repairs) == 2
+    create(file, mk_calibrate="builtin")
+    assert len(repairs) == 3
+    with pytest.raises(mk.ConversionError, match="mk_calibrate is 'nowhere', expected a folder"):
+        create(file, mk_calibrate="nowhere")
+
+
+def test_a_damaged_entry_is_made_anew(file, cache, repairs, caplog):
+    first = create(file)
+    (folder,) = cache.glob("[!.]*")
+    damages = [
+        lambda: (folder / "model.safetensors").write_bytes(b"x"),
+        lambda: (folder / "masterkeys.safetensors").unlink(),
+        lambda: (folder / "config.json").write_text("{"),
+        lambda: (folder / "config.json").write_text("{}"),
+        lambda: flip(folder / "model.safetensors"),
+        lambda: flip(folder / "masterkeys.safetensors"),
+    ]
+    for number, damage in enumerate(damages, 2):
+        damage()
+        same(first, create(file))
+        assert len(repairs) == number and "damaged" in caplog.text
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+
+
+def test_without_memory_it_is_only_converted_and_says_so(file, monkeypatch, repairs, caplog):
+    monkeypatch.setattr(pretrained, "_free_memory", lambda: 1e6)
+    model = create(file)
+    assert not repairs and "NOT repaired" in caplog.text
+    same(model, create(file, mk_calibrate=False))
+
+
+def test_a_converted_checkpoint_is_taken_as_it_is(file, tmp_path, repairs):
+    model = mk.convert_to_masterkeys(timm.create_model(ARCH))
+    save_file(model.state_dict(), tmp_path / "converted.safetensors")
+    same(model, create(str(tmp_path / "converted.safetensors")))
+    assert not repairs
+
+
+def test_the_card_tells_what_was_done(file, cache):
+    create(file)
+    (folder,) = cache.glob("[!.]*")
+    assert "agreement with the dense network" in (folder / "README.md").read_text()
+    assert json.loads((folder / "config.json").read_text())["pretrained_cfg"]["tag"] == "mk8"
+
+
+PROCESS = """
+import sys, timm, timm_masterkeys
+from timm_masterkeys.names import pretrained
+pretrained.COUNT = 15
+model = timm.create_model("test_efficientnet.mk8", pretrained=True, pretrained_cfg_overlay=dict(file=sys.argv[1]))
+print(sum(float(value.double().sum()) for value in model.state_dict().values()).hex())
+"""
+
+
+def test_processes_that_start_at_once_repair_once(file):
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, file],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    outputs = [run.communicate(timeout=300) for run in runs]
+    assert all(run.returncode == 0 for run in runs), outputs
+    assert len({out for out, _ in outputs}) == 1
+    assert sum("repairing" in error for _, error in outputs) == 1

@@ -1,0 +1,597 @@
+"""Calibration: what was damaged is found again, on unseen images; nothing frozen touched; whole or not at all."""
+
+import copy
+import itertools
+import json
+import types
+
+import numpy as np
+import pytest
+import skimage.data
+import timm
+import torch
+import torchvision
+from lite0 import lite0
+from PIL import Image
+from torch import nn
+
+import timm_masterkeys as mk
+from timm_masterkeys.repair.blocks import PartwiseNetwork, find_parts
+from timm_masterkeys.repair.least_squares import RIDGES, Gram, choose_keys, fit_ridge
+
+FAMILIES = {  # with the pointwise layer that ends a block
+    "test_efficientnet": ("conv_pw", "conv_pwl"),
+    "test_convnext": ("fc2",),
+    "test_convnext2": ("fc2",),
+    "inception_next_atto": ("fc2",),
+    "starnet_s1": ("conv",),
+    "mobilenetv4_conv_small_035": ("conv_pwl", "conv"),
+    "fastvit_t8": ("fc2", "conv"),
+    "edgenext_xx_small": ("fc2",),
+}
+
+
+def pair(name, keys_per_kernel=1):
+    """A model with random weights whose kernels are all keys, and the dense network that equals it."""
+    torch.manual_seed(0)
+    stock = timm.create_model(name, num_classes=20).eval()
+    for module in stock.modules():
+        if isinstance(getattr(module, "gamma", None), nn.Parameter):
+            nn.init.constant_(module.gamma, 0.5)  # LayerScale, nearly off before training
+    for module in stock.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        stock.train()(torch.randn(8, 3, 64, 64))  # statistics as after training
+    stock.eval()
+    model = mk.convert_to_masterkeys(stock, keys_per_kernel=keys_per_kernel)
+    return model, mk.fuse_masterkeys(model)
+
+
+def converted(model):
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, mk.MasterKeyConv2d)}
+
+
+@torch.no_grad()
+def error(model, dense, x):
+    return float((model(x) - dense(x)).square().mean() / dense(x).var())
+
+
+def same(state, other):
+    return all(torch.equal(value, other[name]) for name, value in state.items())
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    """Crops of photographs at 96 px, normalised for EfficientNet-Lite0."""
+    pictures = [skimage.data.chelsea(), skimage.data.coffee(), skimage.data.rocket(), skimage.data.astronaut()]
+    generator = np.random.default_rng(0)
+    crops = []
+    for picture, _ in itertools.product(pictures, range(15)):
+        y, x = (int(generator.integers(0, size - 192)) for size in picture.shape[:2])
+        crops.append(np.asarray(Image.fromarray(picture[y : y + 192, x : x + 192]).resize((96, 96))))
+    x = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return x[torch.from_numpy(generator.permutation(len(x)))]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_absorption_finds_damaged_pointwise_layers_again(name):
+    """Block by block the last pointwise layer, and those outside of blocks, through norms, LayerScales and skips."""
+    model, dense = pair(name)
+    parts, _ = find_parts(model, torch.randn(2, 3, 64, 64))
+    ends = [part.pointwise for part in parts if part.converted]
+    assert all(end.rpartition(".")[2] in FAMILIES[name] for end in ends if end) and sum(map(bool, ends)) >= 2
+    for end in filter(None, ends):
+        weight = model.get_submodule(end).weight.detach()
+        nn.init.normal_(weight, std=float(weight.std()))
+    seen, unseen = torch.randn(60, 3, 64, 64), torch.randn(20, 3, 64, 64)
+    before, start = copy.deepcopy(model.state_dict()), error(model, dense, unseen)
+    report = mk.calibrate_masterkeys(model, dense, seen, stages=["absorption"])
+    (stage,) = report.stages
+    assert error(model, dense, unseen) < 0.35 * start
+    assert stage.after < 0.5 * stage.before and report.held_out < 20 < report.images == 60
+    touched = {f"{layer}.{entry}" for layer in stage.changed for entry in ("weight", "bias")}
+    for entry, value in model.state_dict().items():
+        if entry not in touched and "running_mean" not in entry:
+            assert torch.equal(value, before[entry]), entry
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_convnext"])
+@pytest.mark.parametrize("keys_per_kernel", [1, 2])
+def test_projection_finds_the_keys_again(name, keys_per_kernel):
+    model, dense = pair(name, keys_per_kernel)
+    x, generator = torch.randn(30, 3, 64, 64), torch.Generator().manual_seed(0)
+    expected = copy.deepcopy(model)
+    for layer in converted(model).values():
+        layer.key_index.copy_(torch.randint(0, 8, layer.key_index.shape, generator=generator))
+        layer.scale.normal_()
+        layer.shift.data.normal_()
+    start = error(model, dense, x)
+    report = mk.calibrate_masterkeys(model, dense, x, stages=["projection"])
+    assert error(model, dense, x) < (0.001 if keys_per_kernel == 1 else 0.1) * start
+    assert set(report.stages[0].changed) == set(converted(model))
+    for name, layer in converted(model).items():
+        if keys_per_kernel == 1:  # with more, the greedy choice need not be theirs
+            torch.testing.assert_close(layer.weight, expected.get_submodule(name).weight, rtol=0.02, atol=2e-3)
+            assert layer.r2.min() > 0.99
+
+
+def test_statistics_find_the_norms_again_and_change_nothing_else():
+    model, dense = pair("test_efficientnet")
+    x, before = torch.randn(30, 3, 64, 64), copy.deepcopy(model.state_dict())
+    _, norms = find_parts(model, x[:2])
+    for name in converted(model):
+        norm = model.get_submodule(norms[name])
+        norm.running_mean += 1
+        norm.running_var *= 3
+    report = mk.calibrate_masterkeys(model, dense, x, stages=["statistics"])
+    assert error(model, dense, x) < 1e-8 and report.stages[0].after < 1e-8 < report.stages[0].before
+    for entry, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[entry], rtol=1e-3, atol=1e-4)
+        assert "running" in entry or torch.equal(value, before[entry])
+    model, dense = pair("test_convnext")
+    for layer in converted(model).values():
+        layer.bias.data += 1
+    mk.calibrate_masterkeys(model, dense, x, stages=["statistics"])
+    assert error(model, dense, x) < 1e-8
+
+
+class Normed(nn.Module):
+    """A depthwise layer and a linear one at every position, each with a norm; ReLU before the first one if ``act``."""
+
+    def __init__(self, norm, act=False):
+        super().__init__()
+        self.stem, self.dw = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.act, self.norm = nn.ReLU(inplace=True) if act else nn.Identity(), norm(8)
+        self.fc, self.bn, self.head = nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16), nn.Linear(16, 5)
+        for module in (self.norm, self.bn):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        x = self.norm(self.act(self.dw(self.stem(x)))).relu()
+        x = self.fc(x.flatten(2).transpose(1, 2))
+        return self.head(self.bn(x.flatten(0, 1)).view_as(x).relu().mean(1))
+
+
+NORMS = [
+    nn.BatchNorm2d,
+    torchvision.ops.FrozenBatchNorm2d,
+    timm.layers.BatchNormAct2d,
+    timm.layers.FrozenBatchNormAct2d,
+]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_of_every_kind(norm):
+    stock = Normed(norm).eval()
+    model = mk.convert_to_masterkeys(stock)
+    dense = mk.fuse_masterkeys(model)
+    x, unseen = torch.randn(40, 3, 16, 16), torch.randn(20, 3, 16, 16)
+    assert find_parts(model, x[:2])[1] == {"dw": "norm", "fc": "bn"}
+    model.norm.running_mean += 1
+    model.norm.running_var *= 3
+    report = mk.calibrate_masterkeys(model, dense, x, stages="statistics")
+    assert error(model, dense, unseen) < 1e-6 and report.stages[0].changed == ("dw",)
+    nn.init.normal_(model.fc.weight)
+    model.bn.running_mean += 1
+    start = error(model, dense, unseen)
+    report = mk.calibrate_masterkeys(model, dense, x, stages="absorption")
+    assert error(model, dense, unseen) < 0.01 * start and "fc" in report.stages[0].changed
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_norm_after_something_in_place_is_not_that_of_the_layer(norm):
+    model = mk.convert_to_masterkeys(Normed(norm, act=True).eval())
+    assert find_parts(model, torch.randn(2, 3, 16, 16))[1] == {"fc": "bn"}
+
+
+def test_a_trained_network_on_photographs(photographs):
+    dense = lite0()
+    model = mk.convert_to_masterkeys(dense).train()
+    seen, unseen = photographs[:30], photographs[30:]
+    stock, keys = copy.deepcopy(dense.state_dict()), [layer.keys.clone() for layer in converted(model).values()]
+    start = error(copy.deepcopy(model).eval(), dense, unseen)
+    report = mk.calibrate_masterkeys(model, dense, seen)
+    assert model.training and not dense.training and same(dense.state_dict(), stock)
+    assert all(map(torch.equal, keys, [layer.keys for layer in converted(model).values()]))
+    assert error(model.eval(), dense, unseen) < 0.5 * start
+    assert report.divergence[1] < 0.5 * report.divergence[0]
+    assert [stage.name for stage in report.stages] == ["projection", "statistics", "absorption"]
+    assert "30 images" in str(report) and "absorption" in str(report)
+
+
+def test_the_same_twice_and_from_its_own_repair():
+    model, dense = pair("test_efficientnet")
+    x = torch.randn(40, 3, 64, 64)
+    for layer in converted(model).values():
+        layer.scale.mul_(torch.rand(layer.scale.shape) + 0.5)
+    again, start = copy.deepcopy(model), error(model, dense, x)
+    mk.calibrate_masterkeys(model, dense, x)
+    mk.calibrate_masterkeys(again, dense, x)
+    assert same(model.state_dict(), again.state_dict()) and error(model, dense, x) < 0.01 * start
+    parts, norms = find_parts(again, x[:2])
+    for name in [*converted(again), *(part.pointwise for part in parts)]:
+        if name in norms:  # they aim at the dense network's, wherever they have come to
+            again.get_submodule(norms[name]).running_mean += 0.1
+    mk.calibrate_masterkeys(again, dense, x)
+    mk.calibrate_masterkeys(again, dense, x)
+    assert error(again, dense, x) < 0.01 * start
+
+
+@pytest.mark.parametrize(("count", "keys_per_kernel"), [(5, 1), (5, 2), (5, 3), (5, 5), (16, 3)])
+def test_choose_keys_against_brute_force(count, keys_per_kernel):
+    """The best of all sets; of sixteen keys, which have too many, one after the other."""
+    generator = np.random.default_rng(0)
+    size = count + 2  # ones, the keys, the wanted output
+    rows = generator.normal(size=(4, 500, size)) @ generator.normal(size=(4, size, size))
+    covariance = torch.from_numpy(np.stack([np.cov(channel.T, bias=True) for channel in rows]))
+    keys, scale, shift = choose_keys(covariance, keys_per_kernel)
+    for c, channel in enumerate(rows - rows.mean(1, keepdims=True)):
+
+        def fit(chosen, channel=channel):
+            solution, (missed,), *_ = np.linalg.lstsq(channel[:, [0, *(k + 1 for k in chosen)]], channel[:, -1])
+            return missed, solution
+
+        if count == 5:
+            best = min(itertools.combinations(range(count), keys_per_kernel), key=lambda chosen: fit(chosen)[0])
+        else:
+            best = ()
+            for _ in range(keys_per_kernel):
+                best = min(((*best, k) for k in range(count) if k not in best), key=lambda chosen: fit(chosen)[0])
+        assert keys[c].tolist() == list(best)
+        np.testing.assert_allclose([shift[c], *scale[c]], fit(best)[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_ridge_by_folds_against_numpy(intercept):
+    """The ridge whose refits to all folds but one do best on that one; then all rows."""
+    torch.manual_seed(0)
+    features = torch.randn(60, 20, dtype=torch.float64) @ torch.randn(20, 20, dtype=torch.float64) + 1
+    residual = features @ torch.randn(20, 3, dtype=torch.float64) / 9 + torch.randn(60, 3) + (2.0 if intercept else 0.0)
+    weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    folds = [Gram.of(f, r) for f, r in zip(features.split(15), residual.split(15), strict=True)]
+    got, bias = fit_ridge(folds, weight, intercept)
+    f, r, w = features.numpy(), residual.numpy(), weight.numpy()
+
+    def refit(rows, ridge):
+        f0, r0 = (f[rows].mean(0), r[rows].mean(0)) if intercept else (np.zeros(20), np.zeros(3))
+        gram = (f[rows] - f0).T @ (f[rows] - f0)
+        d = np.linalg.solve(gram + ridge * np.trace(gram) / 20 * np.eye(20), (f[rows] - f0).T @ (r[rows] - r0))
+        return d, r0 - f0 @ d
+
+    errors = []
+    for ridge in RIDGES:
+        errors.append(0.0)
+        for fold in np.arange(60).reshape(4, 15):
+            d, b = refit(np.setdiff1d(np.arange(60), fold), ridge)
+            errors[-1] += float((w * (r[fold] - f[fold] @ d - b) ** 2).sum())
+    best = int(np.argmin(errors))
+    assert 0 < best < len(RIDGES) - 1
+    d, b = refit(np.arange(60), RIDGES[best])
+    np.testing.assert_allclose(got.numpy(), d, atol=1e-8)
+    np.testing.assert_allclose(bias.numpy(), b, atol=1e-8)
+
+
+def test_ridge_leaves_what_does_not_generalise():
+    torch.manual_seed(0)
+    features, residual = torch.randn(12, 30), torch.randn(12, 3).abs()
+    folds = [Gram.of(features[:6], residual[:6]), Gram.of(features[6:], -10 * residual[6:])]
+    assert fit_ridge(folds, torch.ones(3, dtype=torch.float64), True) is None
+
+
+@pytest.mark.parametrize("stages", [["projection", "statistics", "absorption"], ["healing"]])
+def test_the_images_of_the_report_choose_nothing(stages, monkeypatch):
+    """Whatever they show, the model comes out the same; only the figures are others."""
+    model, dense = pair("test_efficientnet")
+    for layer in converted(model).values():
+        layer.scale.mul_(1.5)
+    again, x = copy.deepcopy(model), torch.randn(40, 3, 64, 64)
+    clock = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock) / 10)  # healing ends after so many steps
+    report = mk.calibrate_masterkeys(model, dense, x, stages=stages, batch_size=8, heal_minutes=0.05)
+    clock, other = itertools.count(), x.clone()
+    other[32:] = torch.rand(8, 3, 64, 64) * 3  # the fifth batch
+    figures = mk.calibrate_masterkeys(again, dense, other, stages=stages, batch_size=8, heal_minutes=0.05)
+    assert same(model.state_dict(), again.state_dict()) and report.held_out == figures.held_out == 8
+    assert report.divergence != figures.divergence and report.stages[0].before != figures.stages[0].before
+
+
+def test_blocks_that_fold_positions_into_the_batch():
+    dense = timm.create_model("mobilevit_xxs", num_classes=5).eval()
+    model, x = mk.convert_to_masterkeys(dense, keys_per_kernel=8), torch.randn(10, 3, 64, 64)
+    start = error(model, dense, x)
+    mk.calibrate_masterkeys(model, dense, x, stages=["statistics"], batch_size=2)
+    assert error(model, dense, x) < start
+
+
+def test_synchronised_norms():
+    model, dense = pair("test_efficientnet")
+    model, dense = (timm.layers.convert_sync_batchnorm(network) for network in (model, dense))
+    _, norms = find_parts(model.eval(), torch.randn(2, 3, 64, 64))
+    assert set(norms) >= set(converted(model))
+
+
+def test_a_lone_layer_does_not_make_its_stage_a_block():
+    class Stage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+            self.one, self.two = Block(), Block()
+
+        def forward(self, x):
+            return self.two(self.one(x + self.position(x))).mean((2, 3))
+
+    parts, _ = find_parts(mk.convert_to_masterkeys(Stage()), torch.randn(2, 8, 16, 16))
+    assert [part.name for part in parts] == ["position", "one", "two"]
+
+
+class Crossing(nn.Module):
+    """A connection past a block: what the block before puts out is not all that goes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x):
+        a = self.stem(x)
+        b = self.blocks[0](a)
+        c = self.blocks[1](b)
+        return self.blocks[2](c + a).mean((2, 3))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        spatial, pointwise = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)
+        self.inner = nn.Sequential(spatial, nn.ReLU(inplace=True), pointwise)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_a_network_run_part_by_part_gives_what_it_gives_in_one_go():
+    torch.manual_seed(0)
+    for model in (Crossing().eval(), pair("test_efficientnet")[1], pair("edgenext_xx_small")[1]):
+        model = mk.convert_to_masterkeys(model)
+        batches = list(torch.randn(6, 3, 64, 64).split(3))
+        parts, _ = find_parts(model, batches[0])
+        network = PartwiseNetwork(model, parts, batches)
+        for index in range(len(parts)):
+            network.outputs = network.run(index, network.enter(index))
+        with torch.no_grad():
+            expected = torch.cat([model(batch) for batch in batches])
+        torch.testing.assert_close(network.finish(), expected)
+        assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_healing_lowers_what_is_left_and_trains_nothing_else_afterwards(monkeypatch):
+    clock = itertools.count(0, 0.05)  # seconds a step, however fast the machine
+    monkeypatch.setattr("timm_masterkeys.repair.calibrate.time", types.SimpleNamespace(perf_counter=clock.__next__))
+    model, dense = pair("test_efficientnet")
+    model.requires_grad_(False)
+    for layer in converted(model).values():
+        layer.scale.mul_(1.5)
+    state, x = copy.deepcopy(model.state_dict()), torch.randn(40, 3, 64, 64)
+    names = [name for name, _ in model.named_parameters()]
+    report = mk.calibrate_masterkeys(model, dense, x, stages=["healing"], heal_minutes=0.1)
+    assert report.stages[0].after < 0.5 * report.stages[0].before
+    assert 6 <= report.stages[0].seconds < 7  # each block's share ends within a step
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    for name in names:
+        inside = any(name.startswith(f"{block}.") for block in report.stages[0].changed)
+        assert inside or torch.equal(model.get_parameter(name), state[name])
+    for name, layer in converted(model).items():
+        assert torch.equal(layer.keys, state[f"{name}.keys"]) and not torch.equal(layer.scale, state[f"{name}.scale"])
+
+
+def test_layers_it_cannot_place_are_named():
+    class Twice(Crossing):
+        def forward(self, x):
+            a = self.blocks[0](self.stem(x))
+            return self.blocks[1](self.blocks[1](a)).mean((2, 3))
+
+    dense = Twice().eval()
+    model = mk.convert_to_masterkeys(dense)
+    report = mk.calibrate_masterkeys(model, dense, torch.randn(20, 3, 16, 16))
+    assert set(report.stages[0].left) == {"blocks.1.inner.0", "blocks.2.inner.0"}
+    assert "more than once" in report.stages[0].left["blocks.1.inner.0"]
+
+
+def test_images_as_batches_and_as_a_folder(tmp_path):
+    model, dense = pair("test_efficientnet")
+    others = [copy.deepcopy(model) for _ in range(2)]
+    x = torch.randn(20, 3, 64, 64)
+    labelled = [(part, torch.zeros(len(part))) for part in x.split(7)]
+    one = mk.calibrate_masterkeys(model, dense, x, stages=["statistics"])
+    two = mk.calibrate_masterkeys(others[0], dense, labelled, stages=["statistics"])
+    assert one.images == two.images == 20 and same(model.state_dict(), others[0].state_dict())
+    assert mk.calibrate_masterkeys(others[1], dense, labelled, stages=["statistics"], max_images=12).images == 12
+    for i in range(12):
+        noise = np.random.default_rng(i).integers(0, 256, (80, 80, 3)).astype(np.uint8)
+        (tmp_path / str(i % 2)).mkdir(exist_ok=True)
+        Image.fromarray(noise).save(tmp_path / (f"{i}.png" if i % 3 else f"{i % 2}/{i}.jpg"))
+    assert mk.calibrate_masterkeys(model, dense, tmp_path, stages=["statistics"]).images == 12
+    with pytest.raises(mk.CalibrationError, match="no folder"):
+        mk.calibrate_masterkeys(model, dense, tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(mk.CalibrationError, match="no images"):
+        mk.calibrate_masterkeys(model, dense, tmp_path / "empty")
+
+
+def photograph(path, seed, size=(80, 80, 3)):
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, size).astype(np.uint8)).save(path)
+
+
+def test_files_that_are_no_images(tmp_path, caplog, monkeypatch):
+    model, dense = pair("test_efficientnet")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
+    for i in range(11):
+        photograph(tmp_path / f"{i:02}.png", i)
+    good = tmp_path / "00.png"
+    for name in (".hidden.png", "._01.png", ".trash/02.png"):  # not looked at, whatever they hold
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"no image")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "corrupt.jpg").write_bytes(b"\xff\xd8 no image")
+    (tmp_path / "truncated.png").write_bytes(good.read_bytes()[:500])
+    photograph(tmp_path / "large.png", 0, (200, 200, 3))  # PIL warns of it
+    photograph(tmp_path / "bomb.png", 0, (300, 300, 3))  # and refuses this
+    expected, bad = copy.deepcopy(model), {"empty.png", "corrupt.jpg", "truncated.png", "large.png", "bomb.png"}
+    report = mk.calibrate_masterkeys(model, dense, tmp_path, stages=["statistics"])
+    warned = [record.getMessage() for record in caplog.records if "is left out" in record.getMessage()]
+    assert report.images == 11 and len(warned) == 5
+    assert all(any(str(tmp_path / name) in message for message in warned) for name in bad)
+    for name in bad:
+        (tmp_path / name).unlink()
+    mk.calibrate_masterkeys(expected, dense, tmp_path, stages=["statistics"])
+    assert same(model.state_dict(), expected.state_dict())
+
+
+def test_others_take_the_places_of_broken_files_and_too_few_are_refused(tmp_path):
+    model, dense = pair("test_efficientnet")
+    for i in range(13):
+        photograph(tmp_path / f"{i:02}.png", i)
+    for i in (0, 5):
+        (tmp_path / f"{i:02}.png").write_bytes(b"no image")
+    assert mk.calibrate_masterkeys(model, dense, tmp_path, stages=["statistics"], max_images=11).images == 11
+    for i in (1, 7):
+        (tmp_path / f"{i:02}.png").write_bytes(b"no image")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(mk.CalibrationError, match=r"9 of 13 images in '.*' can be read, expected at least 10"):
+        mk.calibrate_masterkeys(model, dense, tmp_path, stages=["statistics"])
+    assert same(model.state_dict(), before)
+
+
+def test_a_folder_for_models_of_one_channel_and_of_four(tmp_path):
+    for i in range(10):
+        photograph(tmp_path / f"{i}.png", i)
+    grey, colour = (
+        timm.create_model("test_efficientnet", num_classes=20, in_chans=channels).eval() for channels in (1, 3)
+    )
+    model = mk.convert_to_masterkeys(grey)
+    expected, config = copy.deepcopy(model), timm.data.resolve_model_data_config(colour)
+    assert mk.calibrate_masterkeys(model, grey, tmp_path, stages=["statistics"]).images == 10
+    config |= {"input_size": (1, *config["input_size"][1:]), "mean": (np.mean(config["mean"]),)}
+    config |= {"std": (np.mean(config["std"]),)}
+    transform = timm.data.create_transform(**config)
+    images = torch.stack([transform(Image.open(tmp_path / f"{i}.png").convert("L")) for i in range(10)])
+    mk.calibrate_masterkeys(expected, grey, images, stages=["statistics"])
+    assert same(model.state_dict(), expected.state_dict())
+    four = timm.create_model("test_efficientnet", in_chans=4)
+    with pytest.raises(mk.CalibrationError, match=r"takes images of 4 channels, a folder gives 3 or 1: give a tensor"):
+        mk.calibrate_masterkeys(mk.convert_to_masterkeys(four), four, tmp_path)
+
+
+def test_over_the_time_budget_only_statistics():
+    model, dense = pair("test_efficientnet")
+    expected, x = copy.deepcopy(model), torch.randn(20, 3, 64, 64)
+    report = mk.calibrate_masterkeys(model, dense, x, time_budget=0)
+    mk.calibrate_masterkeys(expected, dense, x, stages=["statistics"])
+    assert same(model.state_dict(), expected.state_dict())
+    projection, statistics, absorption = report.stages
+    assert not projection.changed and not absorption.changed and statistics.changed
+    assert set(projection.left) == set(converted(model)) and "time budget" in absorption.left["classifier"]
+
+
+def bad_images():
+    x = torch.randn(20, 3, 64, 64)
+    nan = x.clone()
+    nan[3] = float("nan")
+    return {
+        "5 images": x[:5],
+        "hold NaN": nan,
+        "torch.uint8": x.to(torch.uint8),
+        "expected (N, channels, H, W)": x[0],
+        "0 images": [],
+    }
+
+
+@pytest.mark.parametrize("message", bad_images())
+def test_bad_images(message):
+    model, dense = pair("test_efficientnet")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(mk.CalibrationError) as caught:
+        mk.calibrate_masterkeys(model, dense, bad_images()[message])
+    assert message in str(caught.value) and same(model.state_dict(), before)
+
+
+def test_bad_models():
+    model, dense = pair("test_efficientnet")
+    x = torch.randn(12, 3, 64, 64)
+    with pytest.raises(mk.CalibrationError, match="no converted layer"):
+        mk.calibrate_masterkeys(dense, dense, x)
+    with pytest.raises(mk.CalibrationError, match="expected the dense Conv2d"):
+        mk.calibrate_masterkeys(model, model, x)
+    with pytest.raises(mk.CalibrationError, match="at classifier"):
+        mk.calibrate_masterkeys(model, timm.create_model("test_efficientnet", num_classes=3), x)
+    for stages in (["heal"], "heal"):
+        with pytest.raises(mk.CalibrationError, match=r"stages is .*heal.*, expected some of projection, statistics"):
+            mk.calibrate_masterkeys(model, dense, x, stages=stages)
+    with pytest.raises(mk.CalibrationError, match="calibrate in float32"):
+        mk.calibrate_masterkeys(copy.deepcopy(model).half(), copy.deepcopy(dense).half(), x)
+    for minutes in (0, -1, float("nan")):
+        with pytest.raises(mk.CalibrationError, match="heal_minutes"):
+            mk.calibrate_masterkeys(model, dense, x, stages=["healing"], heal_minutes=minutes)
+    with pytest.raises(mk.CalibrationError, match="cannot work with images of"):
+        mk.calibrate_masterkeys(model, dense, torch.randn(12, 4, 64, 64))
+    with pytest.raises(mk.CalibrationError, match="of one size"):
+        mk.calibrate_masterkeys(model, dense, [torch.randn(12, 3, 64, 64), torch.randn(2, 3, 32, 32)])
+    features = timm.create_model("test_efficientnet", features_only=True)
+    with pytest.raises(mk.CalibrationError, match="expected one tensor"):
+        mk.calibrate_masterkeys(mk.convert_to_masterkeys(features), features, x)
+    with pytest.raises(mk.CalibrationError, match="max_images"):
+        mk.calibrate_masterkeys(model, dense, x, max_images=3)
+    dense.conv_stem.weight.data[0] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(mk.CalibrationError, match="puts out NaN"):
+        mk.calibrate_masterkeys(model, dense, x)
+    assert same(model.state_dict(), before)
+
+
+def test_it_warns_of_a_reference_with_other_weights(caplog):
+    model, dense = pair("test_efficientnet")
+    x = torch.randn(12, 3, 64, 64)
+    mk.calibrate_masterkeys(model, dense, x)
+    mk.calibrate_masterkeys(model, dense, x)  # its own work is no cause
+    assert not caplog.text
+    model, _ = pair("test_efficientnet")
+    mk.calibrate_masterkeys(model, timm.create_model("test_efficientnet", num_classes=20), x)
+    assert "differ from the reference's" in caplog.text
+
+
+def test_interrupted_it_leaves_the_model_as_it_was(monkeypatch):
+    model, dense = pair("test_efficientnet")
+    model.train()
+    before, count = copy.deepcopy(model.state_dict()), 0
+
+    def interrupt(*args):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return fit_ridge(*args)
+
+    for layer in converted(model).values():
+        layer.scale.mul_(2)
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr("timm_masterkeys.repair.stages.fit_ridge", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        mk.calibrate_masterkeys(model, dense, torch.randn(20, 3, 64, 64))
+    assert count == 3 and same(model.state_dict(), before) and model.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_saved_and_loaded_with_its_figures(tmp_path):
+    model, dense = pair("test_efficientnet")
+    mk.calibrate_masterkeys(model, dense, torch.randn(20, 3, 64, 64))
+    mk.save_pretrained(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert same(model.state_dict(), again.state_dict())
+    assert "Calibrated on 20 images" in (tmp_path / "README.md").read_text()
+    assert "calibrated on 20 images" in str(mk.conversion_report(again))
+    assert "calibrated" in json.dumps(json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]["notes"])

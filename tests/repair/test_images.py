@@ -1,0 +1,177 @@
+"""The photographs that ship, their licences, and the images made from them."""
+
+import ast
+import csv
+import itertools
+import random
+import re
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+
+import timm_masterkeys as mk
+from timm_masterkeys.repair.images import BUILTIN, draw_crops, photographs
+
+FOLDER = Path(str(resources.files("timm_masterkeys"))) / "repair" / "data" / "photographs"
+CFG = {"input_size": (3, 64, 96), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "interpolation": "bilinear"}
+FREE = {"public domain", "CC0-1.0"}
+CREDITED = {"CC-BY-2.0", "CC-BY-4.0"}
+
+
+def rows():
+    with (FOLDER / "sources.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def bytes_of(images, cfg):
+    """The pixels again, as (N, channels, H, W) of 0 to 255."""
+    mean, std = (torch.tensor(cfg[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    return (images * std + mean) * 255
+
+
+# --- the photographs
+
+
+def test_every_photograph_has_its_source_and_a_licence_that_allows_it():
+    listed = [row["file"] for row in rows()]
+    assert sorted(listed) == sorted(path.name for path in FOLDER.iterdir() if path.name != "sources.csv")
+    assert len(set(listed)) == len(listed) >= 16
+    for row in rows():
+        assert all(row[key].strip() for key in ("file", "title", "author", "source", "licence")), row
+        assert row["licence"] in FREE | CREDITED, row
+
+
+def test_authors_who_ask_for_credit_get_it_in_the_readme():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    credits = " ".join(readme[readme.index("## Sources and licences") :].split())
+    for row in rows():
+        if row["licence"] in CREDITED:
+            assert row["author"] in credits and row["file"].removesuffix(".webp") in credits, row
+
+
+def test_small_and_readable():
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 1_000_000
+    pictures = photographs()
+    assert len(pictures) == len(rows())
+    for picture in pictures:
+        assert picture.mode == "RGB" and min(picture.size) >= 160
+        assert np.asarray(picture.convert("L")).std() > 5  # shows something
+
+
+def test_the_wheel_holds_them():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    patterns = ast.literal_eval(re.search(r"\[tool\.setuptools\.package-data\]\ntimm_masterkeys = (.*)", text)[1])
+    package = FOLDER.parents[1]
+    held = {path for pattern in patterns for path in package.glob(pattern)}
+    assert {path for path in package.glob("*/data/**/*") if path.is_file()} <= held
+
+
+# --- builtin_images
+
+
+def test_prepared_as_the_cfg_says():
+    images = mk.builtin_images(CFG, 5)
+    assert images.shape == (5, 3, 64, 96) and images.dtype == torch.float32
+    pixels = bytes_of(images, CFG)
+    assert torch.allclose(pixels, pixels.round(), atol=1e-3) and pixels.min() > -0.5 and pixels.max() < 255.5
+    plain = mk.builtin_images({**CFG, "mean": (0.0,) * 3, "std": (1.0,) * 3}, 5)  # the same crops
+    assert torch.allclose(
+        images, (plain - torch.tensor(CFG["mean"]).view(3, 1, 1)) / torch.tensor(CFG["std"]).view(3, 1, 1)
+    )
+    assert not torch.equal(images, mk.builtin_images({**CFG, "interpolation": "bicubic"}, 5))
+
+
+def test_a_whole_photograph_is_what_timms_transform_gives():
+    picture = photographs()[0]
+    crop = next(draw_crops([picture], picture.size, 1, 0, area=(1, 1), ratio=(1, 1), flips=False))
+    assert np.array_equal(np.asarray(crop), np.asarray(picture))
+    square = picture.crop((0, 0, 240, 240))
+    cfg = {**CFG, "input_size": (3, 96, 96), "crop_pct": 1.0}
+    expected = create_transform(**resolve_data_config(pretrained_cfg=cfg))(square)
+    crop = next(draw_crops([square], (96, 96), 1, 0, area=(1, 1), ratio=(1, 1), flips=False, interpolation="bilinear"))
+    assert torch.allclose(bytes_of(expected, cfg), torch.from_numpy(np.array(crop)).permute(2, 0, 1).float(), atol=1e-3)
+
+
+def test_crops_lie_in_their_pictures_at_all_scales():
+    ramp = np.stack(np.broadcast_arrays(np.arange(256)[None], np.arange(200)[:, None], 7), -1).astype(np.uint8)
+    seen = []
+    for crop in draw_crops([Image.fromarray(ramp)], (32, 32), 300, 0, flips=False):
+        x, y = np.asarray(crop)[..., 0].astype(float), np.asarray(crop)[..., 1].astype(float)
+        seen.append((x.min(), x.max() - x.min(), y.max() - y.min()))
+    left, width, height = np.array(seen).T
+    share = width * height / (256 * 200)
+    assert share.min() < 0.08 and share.max() > 0.9 and 0.4 < np.median(share) < 0.65
+    assert left.min() < 5 and left.max() > 150
+    assert np.median(width / height) == pytest.approx(1, abs=0.1) and (width / height).std() > 0.1
+
+
+def test_every_picture_before_any_twice_and_half_mirrored():
+    grey = [Image.fromarray(np.full((40, 40, 3), value, np.uint8)) for value in range(0, 200, 20)]
+    values = [crop.getpixel((0, 0))[0] // 20 for crop in draw_crops(grey, (8, 8), 25, 3)]
+    assert sorted(values[:10]) == sorted(values[10:20]) == list(range(10)) and len(set(values[20:])) == 5
+    ramp = Image.fromarray(np.repeat(np.arange(0, 200, 2, dtype=np.uint8)[None, :, None], 100, 0).repeat(3, 2))
+    mirrored = [c.getpixel((0, 0)) > c.getpixel((15, 0)) for c in draw_crops([ramp], (16, 16), 200, 0)]
+    assert 70 < sum(mirrored) < 130
+
+
+def test_deterministic_and_nothing_else_is_drawn():
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    first = mk.builtin_images(CFG, 7)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+    torch.manual_seed(2), random.seed(2), np.random.seed(2)
+    assert torch.equal(first, mk.builtin_images(CFG, 7, seed=0))
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
+    assert np.array_equal(states[2], np.random.get_state()[1])
+    assert torch.equal(first[:3], mk.builtin_images(CFG, 3))
+    others = [mk.builtin_images(CFG, 7, seed=seed) for seed in (1, -1)]
+    assert all((a - b).abs().mean() > 0.3 for a, b in itertools.combinations([first, *others], 2))
+
+
+def test_models_and_cfgs_of_every_kind():
+    model = timm.create_model("test_efficientnet")
+    images = mk.builtin_images(model, 3)
+    assert images.shape[1:] == model.pretrained_cfg["input_size"]
+    for same in (timm.get_pretrained_cfg("test_efficientnet"), model.pretrained_cfg, mk.convert_to_masterkeys(model)):
+        assert torch.equal(images, mk.builtin_images(same, 3))
+    assert mk.builtin_images({**CFG, "input_size": (3, 500, 700)}, 1).shape == (1, 3, 500, 700)
+    with pytest.raises(mk.CalibrationError, match="Linear has no pretrained_cfg"):
+        mk.builtin_images(nn.Linear(2, 2))
+    with pytest.raises(mk.CalibrationError, match="count is 0, expected at least 1"):
+        mk.builtin_images(CFG, 0)
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_convnext"])
+def test_other_channels(name):
+    grey = mk.builtin_images(timm.create_model(name, in_chans=1), 4)
+    colour = mk.builtin_images(timm.create_model(name), 4)
+    assert grey.shape == (4, 1, *colour.shape[2:])
+    cfg = timm.get_pretrained_cfg(name).to_dict()
+    luma = (bytes_of(colour, cfg) * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
+    flat = {key: (sum(cfg[key]) / 3,) for key in ("mean", "std")}
+    assert torch.allclose(bytes_of(grey, flat)[:, 0], luma, atol=1)
+    five = mk.builtin_images(timm.create_model(name, in_chans=5), 4)
+    assert torch.equal(five, colour[:, [0, 1, 2, 0, 1]])
+    one = mk.builtin_images({**CFG, "input_size": (1, 64, 96), "mean": (0.5,), "std": (0.25,)}, 2)
+    assert one.shape == (2, 1, 64, 96)
+
+
+# --- wherever images are taken
+
+
+def test_calibrate_takes_them():
+    torch.manual_seed(0)
+    dense = timm.create_model("test_efficientnet", in_chans=1, num_classes=10)
+    given, named = mk.convert_to_masterkeys(dense), mk.convert_to_masterkeys(dense)
+    report = mk.calibrate_masterkeys(given, dense, mk.builtin_images(dense, 10), stages=["statistics"])
+    named_report = mk.calibrate_masterkeys(named, dense, BUILTIN, stages=["statistics"], max_images=10)
+    assert report.images == named_report.images == 10
+    state = named.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in given.state_dict().items())

@@ -1,0 +1,54 @@
+"""Networks and banks side by side, against projection."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import timm_masterkeys as mk
+from timm_masterkeys.study.analysis import compare_networks
+
+
+def test_rows_against_projection():
+    model = timm.create_model("test_convnext3")
+    found = compare_networks({"net": model, "random": torch.randn(50, 5, 5)}, ["babaiee2025", "random8:1"])
+    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.groups == m.in_channels > 1]
+    sizes = sorted({tuple(w.shape[2:]) for w in weights})
+    assert [(r.network, r.kernel_size) for r in found.rows[::2]] == [*(("net", s) for s in sizes), ("random", (5, 5))]
+    for row in found.rows[:-2]:
+        bank = mk.get_bank(row.bank)
+        kernels = torch.cat([w.detach() for w in weights if tuple(w.shape[2:]) == row.kernel_size])
+        fit = mk.project_kernels(kernels, bank)
+        assert row.kernels == len(kernels) and row.left_out == 0
+        assert row.mean_r2 == pytest.approx(float(fit.r2.mean()), abs=1e-5)
+        assert row.above_50 == pytest.approx(float((fit.r2 > 0.5).float().mean()))
+        kept = torch.tensor(bank.kept(row.kernel_size))
+        assert row.key_histogram == tuple(torch.bincount(kept[fit.key_index[:, 0]], minlength=8).tolist())
+    table = str(found).splitlines()
+    assert len(table) == 1 + len(found.rows) + 1 and table[-1].startswith("5x5: the two use the keys of babaiee2025")
+
+
+def test_overlap():
+    keys = mk.get_bank().keys_for((7, 7))
+    kernels = {"a": keys[[0, 1, 2, 3]], "b": keys[[0, 0, 1, 5]], "c": torch.cat([keys[6:], torch.zeros(2, 7, 7)])}
+    found = compare_networks(kernels, ["babaiee2025"])
+    size = (7, 7)
+    assert found.overlap("a", "a", size) == pytest.approx(1) and found.overlap("a", "c", size) == 0
+    assert found.overlap("a", "b", size) == pytest.approx(0.5)  # .25 of key 1 and .25 of key 2
+    assert found.rows[2].left_out == 2 and "2 kernels that are constant" in str(found)
+    with pytest.raises(mk.BankError, match="'d' has no kernels"):
+        found.overlap("a", "d", size)
+
+
+def test_errors():
+    with pytest.raises(mk.BankError, match="'a' holds no depthwise kernels"):
+        compare_networks({"a": torch.nn.Linear(2, 2)})
+    with pytest.raises(mk.BankError, match="Two of the banks have one name: mine, mine"):
+        compare_networks([torch.randn(40, 7, 7)], [mk.KeyBank("mine", np.random.randn(2, 7, 7)) for _ in range(2)])
+
+
+def test_constant_kernels_are_shown_not_fitted():
+    found = compare_networks({"a": [torch.ones(40, 7, 7), torch.randn(9, 3, 3)], "b": torch.randn(9, 7, 7)})
+    row = found.rows[2]
+    assert (row.kernel_size, row.kernels, row.left_out) == ((7, 7), 0, 40) and row.mean_r2 != row.mean_r2
+    assert found.overlap("a", "b", (7, 7)) == 0 and "left out: 40 kernels" in str(found)

@@ -1,0 +1,201 @@
+"""The search: what was planted is found; every step against brute force."""
+
+import itertools
+
+import numpy as np
+import pytest
+import timm
+import torch
+from scipy.optimize import linear_sum_assignment
+
+import timm_masterkeys as mk
+from timm_masterkeys.study import discovery
+from timm_masterkeys.study.discovery import (
+    agreement_score,
+    collect_kernels,
+    discover_bank,
+    eliminate,
+    find_elbow,
+    fit_lines,
+    match_banks,
+)
+
+
+def planted(count, each=200, noise=0.25, seed=0):
+    """Kernels near a few random lines, shifted and scaled: (N, 7, 7), and the lines (count, 49)."""
+    generator = torch.Generator().manual_seed(seed)
+    lines = torch.randn(count, 49, generator=generator, dtype=torch.float64)
+    lines -= lines.mean(1, keepdim=True)
+    lines /= lines.norm(dim=1, keepdim=True)
+    kernels = lines.repeat(each, 1) + noise / 7 * torch.randn(count * each, 49, generator=generator).double()
+    scale, shift = (torch.randn(count * each, 1, generator=generator).double() for _ in "ab")
+    return (kernels * scale + shift).unflatten(1, (7, 7)), lines
+
+
+def found_again(keys, lines):
+    return (keys.flatten(1).double() @ lines.T).abs().amax(0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: discover_bank(collect_kernels([torch.zeros(40, 7, 7)])), "0 kernels with a shape are left"),
+        (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), held_out=["x"]), "no network 'x'"),
+        (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), held_out="mine"), "no network 'mine'"),
+        (
+            lambda: discover_bank(collect_kernels({"a": torch.randn(40, 7, 7)}), held_out=["a"]),
+            "0 kernels with a shape are left",
+        ),
+        (
+            lambda: discover_bank(
+                collect_kernels({"a": torch.randn(40, 7, 7), "b": torch.ones(40, 7, 7)}), held_out=["b"]
+            ),
+            "No kernel of b has a shape: nothing is held out",
+        ),
+        (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), keys=50), "expected 1 to 25"),
+        (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), method="pca"), "method is 'pca'"),
+        (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), resume="x.json"), "nothing to keep"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(mk.BankError, match=message):
+        call()
+
+
+def test_one_network_held_out_by_its_name():
+    kernels = collect_kernels({"ab": torch.randn(40, 7, 7), "a": torch.randn(30, 7, 7), "b": torch.randn(20, 7, 7)})
+    rest, apart = kernels.split("ab")
+    assert (len(rest), len(apart)) == (50, 40)
+    found = discover_bank(kernels, held_out="ab", method="lines", keys=2)
+    assert (found.searched, found.held_out) == (50, 40) and "held out: ab" in found.bank.source
+
+
+def test_lines_are_found_again():
+    kernels, lines = planted(5)
+    data = collect_kernels([kernels])
+    fitted = fit_lines(data.values, data.weights(), 5)
+    assert found_again(fitted, lines).min() > 0.99
+    assert torch.equal(fitted, fit_lines(data.values, data.weights(), 5))
+    one = fit_lines(data.values, data.weights(), 1)  # a single line is the principal direction
+    principal = np.linalg.svd(data.values.numpy(), full_matrices=False)[2][0]
+    weights = data.weights()
+    best = weights @ (data.values @ torch.from_numpy(principal)).square()
+    assert float(weights @ data.fit_keys(one)[0]) == pytest.approx(float(best), abs=1e-6)
+
+
+def test_elimination_against_brute_force():
+    data = collect_kernels([planted(4, each=20)[0]])
+    weights = torch.rand(len(data.values), generator=torch.Generator().manual_seed(0)).double()
+    weights /= weights.sum()
+    candidates = collect_kernels([torch.randn(40, 7, 7)]).values[:9]
+
+    def score(keys):
+        return float(weights @ (data.values @ keys.T).square().amax(1))
+
+    order, curve = eliminate(data.values, weights, candidates)
+    left = list(range(9))
+    for removed in order[:-1]:
+        assert curve[len(left)] == pytest.approx(score(candidates[left]), abs=1e-12)
+        without = {i: score(candidates[[j for j in left if j != i]]) for i in left}
+        assert without[removed] == pytest.approx(max(without.values()), abs=1e-12)
+        left.remove(removed)
+    assert curve[1] == pytest.approx(score(candidates[left])) and sorted(order) == list(range(9))
+    assert eliminate(data.values, weights, candidates, score)[0] == order
+
+
+def test_elbow():
+    assert find_elbow({1: 0.0, 2: 0.4, 3: 0.8, 4: 0.85, 5: 0.9}) == 3
+    assert find_elbow({4: 1.0}) == 4
+
+
+@pytest.mark.parametrize("method", ["autoencoder", "lines"])
+def test_a_planted_bank_is_discovered(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(discovery, "STEPS", 1000)
+    kernels, lines = planted(6)
+    other, _ = planted(6, each=50)
+    data = collect_kernels({"one": kernels, "two": other})
+    found = discover_bank(data, method=method, held_out=["two"], seed=1)
+    again = discover_bank(data, method=method, held_out=["two"], seed=1)
+    assert found.bank.digest == again.bank.digest and found.elbow == again.elbow == 6
+    assert found_again(found.bank.keys_for((7, 7)), lines).min() > 0.97
+    assert found.r2["this bank"] > 0.9 > 0.5 > found.r2["published keys"] and found.r2["random keys"] < 0.4
+    assert "6 keys from 1,200 kernels; the curve of scores bends at 6" in str(found) and "300 kernels held out" in str(
+        found
+    )
+    found.bank.save(tmp_path / "mine.safetensors")
+    source = mk.get_bank(tmp_path / "mine.safetensors").source
+    assert source == (
+        f"discovered ({method}, seed 1, all networks count the same) in 1,200 kernels of one; held out: two"
+    )
+    model = mk.convert_to_masterkeys(timm.create_model("test_convnext"), bank=tmp_path / "mine.safetensors")
+    assert mk.conversion_report(model).bank == "discovered"
+    assert len(discover_bank(data, method=method, keys=3).bank) == 3
+
+
+def test_a_score_of_ones_own_and_resuming(tmp_path, monkeypatch):
+    monkeypatch.setattr(discovery, "STEPS", 100)
+    data = collect_kernels([planted(3)[0]])
+    wanted = torch.randn(7, 7, generator=torch.Generator().manual_seed(5)).double()
+    calls = []
+
+    def score(keys):
+        calls.append(len(keys))
+        if len(calls) == 2000:
+            raise KeyboardInterrupt
+        return float((keys * wanted).sum((1, 2)).abs().max() / wanted.norm())
+
+    with pytest.raises(KeyboardInterrupt):
+        discover_bank(data, score=score, keys=1, resume=tmp_path / "scores.json")
+    resumed = discover_bank(data, score=score, keys=1, resume=tmp_path / "scores.json")
+    count = len(calls)
+    anew = discover_bank(data, score=score, keys=1)
+    assert resumed.bank.digest == anew.bank.digest and resumed.curve == anew.curve
+    assert count <= len(calls) - count + 1  # nothing was asked twice, but for the call that was broken off
+    best = float((torch.from_numpy(anew.bank.keys.copy())[0] * wanted).sum().abs() / wanted.norm())
+    by_fit = discover_bank(data, keys=1)
+    assert best == pytest.approx(anew.curve[1]) and by_fit.bank.digest != anew.bank.digest
+    with pytest.raises(mk.BankError, match="of another search"):
+        discover_bank(data, score=score, keys=1, seed=1, resume=tmp_path / "scores.json")
+    with pytest.raises(mk.BankError, match="of another score"):
+        discover_bank(data, score=lambda keys: 0.5, keys=1, resume=tmp_path / "scores.json")
+    (tmp_path / "scores.json").write_text("{")
+    with pytest.raises(mk.BankError, match="no file of scores"):
+        discover_bank(data, score=score, keys=1, resume=tmp_path / "scores.json")
+
+
+def test_agreement_score_is_that_of_the_converted_network():
+    torch.manual_seed(0)
+    model = timm.create_model("test_convnext").eval()
+    images = torch.randn(60, 3, 64, 64)
+    score = agreement_score(model, images)
+    assert score(torch.arange(-3, 4.0)[None, :, None].expand(1, 7, 7)) >= 0  # one key will do
+    strips = timm.create_model("inception_next_atto", num_classes=4).eval()  # it has no shape in a 1xk strip
+    assert agreement_score(strips, images[:2])(torch.arange(-3, 4.0)[None, :, None].expand(1, 7, 7)) == 0  # not dense
+    keys = torch.randn(8, 7, 7)
+    with torch.inference_mode():
+        bank = mk.KeyBank("keys", keys.numpy(), resize="crop")  # as a discovered bank
+        same = mk.convert_to_masterkeys(model, bank=bank).eval()(images).argmax(1) == model(images).argmax(1)
+    assert score(keys) == pytest.approx(float(same.double().mean()))
+    own = mk.convert_to_masterkeys(model)  # a network whose kernels are those of the bank loses nothing
+    assert agreement_score(mk.fuse_masterkeys(own), images)(mk.get_bank().keys_for((7, 7))) == 1
+
+
+def test_match_banks_against_every_assignment():
+    pairs = match_banks("babaiee2025", "random8:3", (3, 3))
+    keys, others = (mk.get_bank(b).keys_for((3, 3)).flatten(1).double() for b in ("babaiee2025", "random8:3"))
+    correlation = (keys @ others.T).abs()
+    few, many = sorted(correlation.shape)
+    table = correlation if correlation.shape[0] == few else correlation.T
+    best = max(
+        sum(float(table[i, j]) for i, j in enumerate(columns)) for columns in itertools.permutations(range(many), few)
+    )
+    assert sum(pair[2] for pair in pairs) == pytest.approx(best) and len(pairs) == few
+    assert [pair[2] for pair in pairs] == sorted((pair[2] for pair in pairs), reverse=True)
+    for count, other in ((20, 20), (3, 25), (25, 4)):
+        banks = [torch.randn(n, 7, 7) for n in (count, other)]
+        keys, others = (mk.get_bank(b).keys_for((7, 7)).flatten(1).double() for b in banks)
+        table = (keys @ others.T).abs().numpy()
+        best = table[linear_sum_assignment(table, maximize=True)].sum()
+        assert sum(pair[2] for pair in match_banks(*banks)) == pytest.approx(best)
+    same = match_banks("babaiee2025", "babaiee2025")
+    assert all(i == j and c == pytest.approx(1) for i, j, c in same) and len(same) == 8

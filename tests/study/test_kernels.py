@@ -1,0 +1,105 @@
+"""Kernels gathered from networks, checkpoints and arrays."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import timm_masterkeys as mk
+from timm_masterkeys.study.kernels import collect_kernels, read_kernels
+
+
+def test_collect_kernels(tmp_path):
+    model = timm.create_model("test_convnext")
+    depthwise = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.groups == m.in_channels > 1]
+    seven = [m.weight.detach().clone() for m in depthwise if m.kernel_size == (7, 7)]
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "b.pth")
+    np.savez(tmp_path / "c.npz", *[weight[:, 0].numpy() for weight in seven], np.zeros((3, 5, 5)))
+    bad = torch.randn(50, 7, 7)
+    bad[0], bad[1], bad[2, 0, 0] = 0, 3, float("nan")
+    sources = {"model": model, **{n: tmp_path / n for n in ("a.safetensors", "b.pth", "c.npz")}, "array": bad}
+    kernels = collect_kernels(sources)
+    assert kernels.names == tuple(sources) and (kernels.constant, kernels.non_finite) == (2, 1)
+    count = sum(map(len, seven))
+    assert torch.bincount(kernels.network).tolist() == [count] * 4 + [47]
+    own = torch.cat(seven).flatten(1).double()
+    own = own - own.mean(1, keepdim=True)
+    for network in range(4):
+        torch.testing.assert_close(kernels.values[kernels.network == network], own / own.norm(dim=1, keepdim=True))
+    for equal, each in ((True, 1 / 5), (False, 47 / len(kernels))):
+        weights = kernels.weights(equal)
+        assert abs(float(weights.sum()) - 1) < 1e-12
+        assert abs(float(weights[kernels.network == 4].sum()) - each) < 1e-12
+    searched, apart = kernels.split(["array"])
+    assert len(apart) == 47 and len(searched) == 4 * count and apart.weights().sum() == pytest.approx(1)
+
+
+def test_pretrained_names_and_strips():
+    rows = torch.randn(40, 1, 1, 11)
+    assert collect_kernels([rows], (1, 11)).kernel_size == (1, 11)
+    others = [torch.randn(4), torch.randn(8, 4, 3, 3)]  # a bias and an ordinary convolution
+    assert [tuple(k.shape) for k in read_kernels([rows, torch.randn(3, 5, 5), *others])] == [
+        (40, 1, 11),
+        (3, 5, 5),
+    ]
+
+
+def test_the_fit_is_that_of_the_projection():
+    weight = torch.randn(64, 1, 3, 3)
+    r2, index = collect_kernels([weight], 3).fit("babaiee2025")
+    projection = mk.project_kernels(weight, mk.get_bank())
+    torch.testing.assert_close(r2.float(), projection.r2, rtol=0, atol=1e-5)
+    kept = torch.tensor(mk.get_bank().kept((3, 3)))
+    assert torch.equal(index, kept[projection.key_index[:, 0]])
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([torch.randn(40, 5, 5)], "'Tensor 0' holds no depthwise kernel of 7x7"),
+        ([], "no network to take kernels from"),
+        ([torch.randn(40, 5, 5), torch.randn(9, 1, 3, 3)], "of 7x7, but 5x5. Leave it out"),
+        (["a/x.npz", "a/x.npz"], "Two sources are called 'a/x.npz'"),
+        ("convnext_tiny", "one string, 'convnext_tiny'. Give a list"),
+        ([None], "Expected arrays of kernels"),
+        (["tests"], "'tests' is a folder"),
+        (["no_such_network"], "'no_such_network' is no file, and timm cannot make it"),
+        (["no.npz"], "Cannot read kernels from 'no.npz': there is no such file"),
+        (["no.safetensors"], "Cannot read kernels from 'no.safetensors': there is no such file"),
+    ],
+)
+def test_errors(sources, message):
+    with pytest.raises(mk.BankError, match=message):
+        collect_kernels(sources)
+
+
+@pytest.mark.parametrize("name", ["junk.npz", "array.npz", "junk.safetensors", "junk.pth"])
+def test_damaged_files_are_named(name, tmp_path):
+    (tmp_path / name).write_bytes(b"junk")
+    if name == "array.npz":
+        with (tmp_path / name).open("wb") as file:
+            np.save(file, np.zeros((40, 7, 7)))
+    with pytest.raises(mk.BankError, match=f"Cannot read kernels from '.*{name}'"):
+        collect_kernels([tmp_path / name])
+
+
+def test_entries_that_are_no_tensors_are_passed_over(tmp_path):
+    torch.save({"model": {"weight": torch.randn(40, 1, 7, 7), "epoch": 3}}, tmp_path / "trained.pth")
+    assert len(collect_kernels([tmp_path / "trained.pth"])) == 40
+
+
+def test_files_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    paths = [tmp_path / folder / "net.npz" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        np.savez(path, np.random.default_rng(0).normal(size=(40, 7, 7)))
+    assert collect_kernels(paths).names == tuple(map(str, paths))
+
+
+def test_compact_weights_are_refused(tmp_path):
+    mk.save_pretrained(mk.convert_to_masterkeys(timm.create_model("test_convnext")), tmp_path / "out")
+    with pytest.raises(mk.BankError, match=r"masterkeys.safetensors' holds a converted model. Give its dense weights"):
+        collect_kernels([tmp_path / "out" / "masterkeys.safetensors"])
+    assert len(collect_kernels([tmp_path / "out" / "model.safetensors"]))

@@ -1,0 +1,185 @@
+"""Which differential operator a kernel resembles: least-squares fits to tables of discrete Gaussian derivatives."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from ..errors import ProjectionError
+from .scale_space import discrete_gaussian
+
+OPERATORS = ("Gaussian", "DoG", "1st derivative", "2nd derivative")
+SIGMAS = np.geomspace(0.25, 4, 25)  # 12 % apart
+ANGLES = np.arange(0, 180, 5)  # degrees, of the second derivative
+SURROUND = 1.6  # times the centre's sigma: a DoG that comes near a Laplacian (Marr and Hildreth 1980)
+_CHUNK = 4096  # kernels at a time
+
+
+@dataclass(frozen=True, eq=False)
+class OperatorFit:
+    """The operator that each of N kernels resembles most; constant kernels resemble none.
+
+    Attributes:
+        operator: (N,) int64, indices into ``OPERATORS``; -1 for a kernel that is constant.
+        r2: (N, 4), R^2 of the best fit ``a*x + b`` by each operator; NaN for a constant kernel.
+        sigma: (N,), the Gaussian's standard deviation in taps (the centre's, of a DoG); at the grid's ends, 0.25 and
+            4, it may be less or more.
+        orientation: (N,), the direction of the derivative in degrees [0, 180), 0 to the right, 90 up; else NaN.
+        half_pixel: (N,), True for a first derivative taken half a tap aside, between a tap and its neighbours.
+    """
+
+    operator: torch.Tensor
+    r2: torch.Tensor
+    sigma: torch.Tensor
+    orientation: torch.Tensor
+    half_pixel: torch.Tensor
+
+
+@torch.no_grad()
+def fit_operators(kernels: torch.Tensor) -> OperatorFit:
+    """Fits Gaussians and their derivatives to kernels, each as ``a*x + b`` by least squares.
+
+    The Gaussian T is Lindeberg's discrete analogue (JMIV 68(3), 2026), at 25 sigmas from 0.25 to 4 taps, 12 % apart:
+    T itself; the DoG, T less T of 1.6 times the sigma; the first derivative, central differences of T, or one-sided
+    ones, which stand half a tap aside as master keys 1 to 4 do, its direction solved for exactly (it steers); and the
+    second derivative along one of 36 directions, 5 degrees apart.
+
+    Args:
+        kernels: (N, kh, kw) or (N, 1, kh, kw), finite.
+
+    Returns:
+        Which operator fits best, and how well each does.
+
+    Raises:
+        ProjectionError: Another shape, a single tap, or values that are not finite.
+
+    Example:
+        >>> fit = fit_operators(get_bank("babaiee2025").keys_for((7, 7)))
+        >>> [OPERATORS[i] for i in fit.operator]
+        ['1st derivative', ..., 'DoG', 'Gaussian']
+    """
+    if not (kernels.ndim == 3 or (kernels.ndim == 4 and kernels.shape[1] == 1)) or kernels.shape[-2:].numel() < 2:
+        raise ProjectionError(f"Kernels have shape {tuple(kernels.shape)}, expected (N, kh, kw) or (N, 1, kh, kw).")
+    if not kernels.isfinite().all():
+        raise ProjectionError("Kernels hold NaN or Inf; every value must be finite.")
+    height, width = kernels.shape[-2:]
+    flat = kernels.detach().cpu().double().reshape(-1, height * width)
+    flat = flat - flat.mean(1, keepdim=True)
+    norm = flat.norm(dim=1, keepdim=True)
+    constant = norm[:, 0] <= 1e-6 * kernels.detach().cpu().double().flatten(1).norm(dim=1)
+    flat = flat / norm.clamp_min(1e-300)
+    tables = _tables(height, width)
+    parts = [_best(part, tables) for part in flat.split(_CHUNK)]
+    r2, sigma, orientation, half_pixel = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    operator = r2.argmax(1)
+    own = torch.arange(len(flat), device=flat.device), operator
+    operator[constant], r2[constant] = -1, float("nan")
+    return OperatorFit(operator, r2, sigma[own], orientation[own], half_pixel[own])
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """Templates of one operator: an orthonormal basis each, and what their coefficients mean."""
+
+    basis: torch.Tensor  # (T, taps, rank); a direction that vanishes at this size is 0
+    steering: torch.Tensor | None  # (T, 2, rank): from the coefficients to those along x and y
+    sigma: torch.Tensor  # (T,)
+    orientation: torch.Tensor  # (T,)
+    half_pixel: torch.Tensor  # (T,)
+
+
+@lru_cache(maxsize=16)
+def _tables(height: int, width: int) -> list[_Table]:
+    tables = [_isotropic(height, width, surround) for surround in (False, True)]
+    return [*tables, _first(height, width), _second(height, width)]
+
+
+def _best(kernels: torch.Tensor, tables: list[_Table]) -> tuple[torch.Tensor, ...]:
+    """R^2, sigma, orientation and half_pixel of the best template of every table, each (n, tables)."""
+    columns = []
+    for table in tables:
+        coefficients = torch.einsum("np,tpr->ntr", kernels, table.basis)
+        r2, index = coefficients.square().sum(2).max(1)
+        orientation = table.orientation[index]
+        if table.steering is not None:
+            own = coefficients[torch.arange(len(kernels), device=kernels.device), index]
+            x, y = torch.einsum("nr,nir->in", own, table.steering[index])
+            orientation = torch.atan2(y, x).rad2deg() % 180
+        columns.append((r2, table.sigma[index], orientation, table.half_pixel[index]))
+    return tuple(torch.stack(column, 1) for column in zip(*columns, strict=True))
+
+
+def _isotropic(height: int, width: int, surround: bool) -> _Table:
+    side = max(height, width)
+    kernels = [_gaussian(s, side) - (_gaussian(SURROUND * s, side) if surround else 0) for s in SIGMAS]
+    return _table([[_cut(kernel, height, width)] for kernel in kernels], SIGMAS)
+
+
+def _first(height: int, width: int) -> _Table:
+    columns, sigmas, half_pixel = [], [], []
+    for sigma in SIGMAS:
+        g = _gaussian(sigma, max(height, width))
+        left, right, above, below = _neighbours(g)
+        pairs = [(right - left, above - below)]
+        pairs += [(x, y) for x in (right - g, g - left) for y in (above - g, g - below)]
+        for number, pair in enumerate(pairs):
+            columns.append([_cut(kernel, height, width) for kernel in pair])
+            sigmas.append(sigma)
+            half_pixel.append(number > 0)
+    return _table(columns, sigmas, half_pixel=half_pixel, steer=True)
+
+
+def _second(height: int, width: int) -> _Table:
+    columns, sigmas, angles = [], [], []
+    for sigma in SIGMAS:
+        g = _gaussian(sigma, max(height, width))
+        left, right, above, below = _neighbours(g)
+        _, _, right_above, right_below = _neighbours(right)
+        _, _, left_above, left_below = _neighbours(left)
+        xx, yy = left + right - 2 * g, above + below - 2 * g
+        xy = (right_above - right_below - left_above + left_below) / 4
+        for angle in ANGLES:
+            c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+            columns.append([_cut(c * c * xx + 2 * c * s * xy + s * s * yy, height, width)])
+            sigmas.append(sigma)
+            angles.append(angle)
+    return _table(columns, sigmas, orientation=angles)
+
+
+def _table(
+    columns: list[list[np.ndarray]],
+    sigmas: object,
+    orientation: object = None,
+    half_pixel: object = None,
+    steer: bool = False,
+) -> _Table:
+    stacked = torch.from_numpy(np.array(columns)).flatten(2).mT  # (T, taps, columns)
+    stacked = stacked - stacked.mean(1, keepdim=True)
+    left, size, right = torch.linalg.svd(stacked, full_matrices=False)
+    there = size > 1e-9
+    steering = right.mT / torch.where(there, size, torch.inf)[:, None]
+    count = len(columns)
+    return _Table(
+        basis=left * there[:, None],
+        steering=steering if steer else None,
+        sigma=torch.from_numpy(np.array(sigmas, float)),
+        orientation=torch.from_numpy(np.full(count, np.nan) if orientation is None else np.array(orientation, float)),
+        half_pixel=torch.from_numpy(np.zeros(count, bool) if half_pixel is None else np.array(half_pixel)),
+    )
+
+
+def _gaussian(sigma: float, side: int) -> np.ndarray:
+    """On a larger grid than the kernel's, so that differences have no border inside it."""
+    taps = discrete_gaussian(sigma, side // 2 * 2 + 7)
+    return np.outer(taps, taps)
+
+
+def _neighbours(g: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What is found at the left, right, upper and lower neighbours of each place."""
+    return tuple(np.roll(g, step, axis) for axis in (1, 0) for step in (1, -1))
+
+
+def _cut(g: np.ndarray, height: int, width: int) -> np.ndarray:
+    top, left = (g.shape[0] - height) // 2, (g.shape[1] - width) // 2
+    return g[top : top + height, left : left + width]

@@ -1,0 +1,232 @@
+"""Least squares of depthwise kernels on the keys of a bank: pure tensor functions."""
+
+import itertools
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..errors import ProjectionError
+from .banks import KeyBank, get_bank
+
+_TIE = 1e-12  # correlations closer than this, relative to the norm of the kernel, are a tie: the lower index wins
+_DEPENDENT = 1e-6  # a key of which less than this lies outside the span of the keys before it adds nothing but rounding
+_MOST_SUBSETS = 2000  # of keys, all of which are tried: any number of 8 or 12 keys, 4 of 16
+_BLOCK = 1 << 22  # numbers at a time
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Kernels as affine images of keys: ``weight[c] ~ sum_j scale[c, j] * keys[key_index[c, j]] + shift[c]``.
+
+    Attributes:
+        key_index: (C, r) int64, rows of ``bank.keys_for(kernel_size)``; of the set chosen, the most correlated first,
+            then the one most correlated with what is left.
+        scale: (C, r), in the dtype of the weight. 0 for a constant kernel, and for keys a kernel does not need.
+        shift: (C,), the constant added to every tap; the mean of the kernel.
+        r2: (C,) float32 in [0, 1], the share of the kernel's variance over its taps that the fit explains. A constant
+            kernel has none to explain and is met exactly: 1.
+    """
+
+    key_index: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    r2: torch.Tensor
+
+
+@torch.no_grad()
+def project_kernels(
+    weight: torch.Tensor,
+    bank: str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray = "babaiee2025",
+    keys_per_kernel: int = 1,
+) -> Projection:
+    """Projects depthwise kernels on the nearest keys by least squares.
+
+    With keys of mean 0 and norm 1 the best ``a*x + b`` of a kernel y has ``a = <x, y>`` and ``b = mean(y)``, so the
+    nearest key is the one with the largest ``|<x, y>|`` (Babaiee et al., NeurIPS 2025, section 3). With several keys
+    per kernel the best of all sets of r keys is taken, so that projecting a fit again gives the fit (of more than 2,000
+    sets, as 8 of 16 keys have, the one that orthogonal matching pursuit finds). Computed in float64 (float32 on devices
+    without it).
+
+    Args:
+        weight: Kernels (C, 1, kh, kw), any floating dtype and device. Not changed.
+        bank: Anything ``get_bank`` takes.
+        keys_per_kernel: r, from 1 to the number of keys in the bank. Where fewer keys have a shape at this kernel
+            size, all of those are used.
+
+    Returns:
+        A Projection on the device of the weight.
+
+    Raises:
+        BankError: No such bank, or no key at this kernel size.
+        ProjectionError: Not a (C, 1, kh, kw) floating tensor, NaN or Inf in it, or keys_per_kernel out of range.
+
+    Example:
+        >>> p = project_kernels(torch.randn(96, 1, 7, 7), "babaiee2025")
+        >>> p.key_index.shape, p.scale.shape, p.shift.shape
+        (torch.Size([96, 1]), torch.Size([96, 1]), torch.Size([96]))
+    """
+    bank = get_bank(bank)
+    if weight.ndim != 4 or weight.shape[1] != 1 or 0 in weight.shape or not weight.is_floating_point():
+        raise ProjectionError(
+            f"Got a {weight.dtype} weight of shape {tuple(weight.shape)}, expected floating depthwise kernels "
+            "(C, 1, kh, kw)."
+        )
+    check_keys_per_kernel(keys_per_kernel, bank)
+    if weight.is_meta:  # shapes only
+        pairs = weight.new_empty(len(weight), min(keys_per_kernel, len(bank.keys_for(_size(weight)))))
+        return Projection(pairs.long(), pairs, pairs[:, 0], pairs[:, 0].float())
+    given = _coordinates(weight, bank)
+    steps = min(keys_per_kernel, len(given.keys))
+    sets = None if steps in (1, len(given.keys)) else _best_sets(given, steps)[0]
+    key_index, scale, residual = _matching_pursuit(given.inside, given.keys, sets, steps, given.negligible)
+    r2 = (given.inside.square().sum(1) - residual.square().sum(1)) / given.variance
+    return Projection(
+        key_index,
+        (scale * given.unit[:, None]).to(weight.dtype),
+        (given.shift * given.unit).to(weight.dtype),
+        r2.where(~given.constant, 1).clamp(0, 1).float(),
+    )
+
+
+@torch.no_grad()
+def keys_needed(weight: torch.Tensor, bank: KeyBank, keys_per_kernel: int, min_r2: float) -> int:
+    """The fewest keys per kernel, from ``keys_per_kernel`` up, with which kernels (C, 1, kh, kw) have this mean R^2.
+
+    The mean is over kernels that have a shape. All keys there are, if no number of them is enough.
+    """
+    if weight.is_meta:
+        return keys_per_kernel
+    given = _coordinates(weight, bank)
+    shaped = ~given.constant
+    for steps in range(keys_per_kernel, len(given.keys)):
+        r2 = (_best_sets(given, steps)[1] / given.variance)[shaped].clamp(0, 1).float().double()
+        if not len(r2) or float(r2.mean()) >= min_r2:
+            return steps
+    return max(keys_per_kernel, len(given.keys))
+
+
+@dataclass(frozen=True)
+class _Coordinates:
+    """Kernels without their mean, and keys, both in orthonormal coordinates: 8 keys see 8 numbers of a kernel.
+
+    Attributes:
+        inside: (C, n), of kernels that have a shape, else 0; in ``unit``.
+        keys: (K, n).
+        unit: (C,), a power of two, so that squares neither overflow nor vanish and every step stays exact.
+        shift: (C,), the mean, in ``unit``.
+        variance: (C,), the kernel's own, inside the keys' span and outside.
+        constant: (C,), whether the kernel has no shape.
+        negligible: (C,), noise is what is smaller.
+    """
+
+    inside: torch.Tensor
+    keys: torch.Tensor
+    unit: torch.Tensor
+    shift: torch.Tensor
+    variance: torch.Tensor
+    constant: torch.Tensor
+    negligible: torch.Tensor
+
+
+def _coordinates(weight: torch.Tensor, bank: KeyBank) -> _Coordinates:
+    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+    keys = bank.keys_for(_size(weight)).to(weight.device, dtype).flatten(1)
+    span = torch.linalg.qr(keys.T.cpu()).Q.to(keys.device)
+    kernels = weight.flatten(1).to(dtype)
+    taps = kernels.shape[1]
+    peak = kernels.abs().amax(1)
+    if not peak.isfinite().all():
+        channel = int((~peak.isfinite()).nonzero()[0, 0])
+        raise ProjectionError(f"Channel {channel} of the weight holds NaN or Inf; repair the checkpoint first.")
+    unit = torch.exp2(peak.clamp_min(torch.finfo(dtype).tiny).log2().floor())
+    kernels = kernels / unit[:, None]
+    shift = kernels.mean(1)
+    shape = kernels - shift[:, None]
+    variance = shape.square().sum(1)
+    rounding = taps * torch.finfo(dtype).eps
+    constant = variance.sqrt() <= rounding * (variance + taps * shift.square()).sqrt()
+    inside = (shape @ span).where(~constant[:, None], 0)
+    return _Coordinates(inside, keys @ span, unit, shift, variance, constant, rounding * variance.sqrt())
+
+
+def _size(weight: torch.Tensor) -> tuple[int, int]:
+    return weight.shape[2], weight.shape[3]
+
+
+def check_keys_per_kernel(keys_per_kernel: int, bank: KeyBank) -> None:
+    """Raises ProjectionError unless ``keys_per_kernel`` is a whole number from 1 to the number of keys in the bank."""
+    whole = isinstance(keys_per_kernel, int) and not isinstance(keys_per_kernel, bool)
+    if not whole or not 1 <= keys_per_kernel <= len(bank):
+        raise ProjectionError(
+            f"keys_per_kernel is {keys_per_kernel!r}, expected a whole number from 1 to {len(bank)}, the keys in "
+            f"'{bank.name}'."
+        )
+
+
+def _best_sets(given: _Coordinates, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each kernel the set of ``steps`` keys that explains most of it (C, K), and how much of its variance (C,).
+
+    Sets that do equally well are a tie: the first in the order of their indices wins.
+    """
+    kernels, keys = given.inside, given.keys
+    none = torch.zeros(len(kernels), len(keys), dtype=torch.bool, device=kernels.device)
+    if math.comb(len(keys), steps) > _MOST_SUBSETS:
+        index, _, residual = _matching_pursuit(kernels, keys, None, steps, given.negligible)
+        return none.scatter(1, index, True), kernels.square().sum(1) - residual.square().sum(1)
+    members = torch.tensor(list(itertools.combinations(range(len(keys)), steps)), device=keys.device)
+    first, second = torch.triu_indices(kernels.shape[1], kernels.shape[1], device=keys.device)
+    forms = _projectors(keys[members])[:, first, second] * (2.0 - (first == second).to(keys.dtype))
+    best, most = [], []
+    for part in kernels.split(max(1, _BLOCK // len(members))):
+        explained = (part[:, first] * part[:, second]) @ forms.T  # the quadratic forms of all sets
+        most.append(explained.amax(1))
+        tie = most[-1] - _TIE * part.square().sum(1)
+        best.append((explained >= tie[:, None]).to(torch.uint8).argmax(1))
+    return none.scatter(1, members[torch.cat(best)], True), torch.cat(most)
+
+
+def _projectors(keys: torch.Tensor) -> torch.Tensor:
+    """Sets of keys (S, r, n) -> the matrices (S, n, n) that project on their spans."""
+    left, sizes, _ = torch.linalg.svd(keys.mT.cpu(), full_matrices=False)
+    left = left * (sizes > _DEPENDENT).unsqueeze(1)
+    return (left @ left.mT).to(keys.device)
+
+
+def _matching_pursuit(
+    kernels: torch.Tensor, keys: torch.Tensor, sets: torch.Tensor | None, steps: int, negligible: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Orthogonal matching pursuit of (C, n) kernels over (K, n) unit keys -> index, scale (C, steps), residual.
+
+    Both in the same n coordinates; a kernel takes keys of its set (C, K) only, if there are sets. What is left of a
+    kernel is noise where it is below ``negligible`` (C,).
+    A kernel that is met exactly before the last step takes its remaining keys, lowest index first, with scale 0. A key
+    that depends on those already chosen has scale 0 as well.
+    """
+    count, size = kernels.shape
+    index = torch.zeros(count, 0, dtype=torch.long, device=kernels.device)
+    needed = torch.zeros(count, 0, dtype=torch.bool, device=kernels.device)
+    basis = kernels.new_zeros(count, 0, size)  # the chosen keys, orthonormal; zeros for one that is not needed
+    free = torch.ones(count, len(keys), dtype=torch.bool, device=kernels.device) if sets is None else sets.clone()
+    residual, tie = kernels, _TIE * kernels.norm(dim=1, keepdim=True)
+    for _ in range(steps):
+        match = (residual @ keys.T).abs()
+        match = match.where(match > negligible[:, None], 0).masked_fill(~free, -1)
+        best = match.amax(1, keepdim=True)
+        chosen = (match >= best - tie).to(torch.uint8).argmax(1, keepdim=True)
+        free.scatter_(1, chosen, False)
+        index = torch.cat([index, chosen], 1)
+        fresh = keys[chosen].mT
+        for _ in range(2):  # Gram-Schmidt; twice is enough
+            fresh = fresh - basis.mT @ (basis @ fresh)
+        length = fresh.norm(dim=1)
+        needed = torch.cat([needed, (best > 0) & (length > _DEPENDENT)], 1)
+        basis = torch.cat([basis, (fresh / length[:, :, None]).mT.where(needed[:, -1:, None], 0)], 1)
+        residual = kernels - (basis.mT @ (basis @ kernels[:, :, None]))[:, :, 0]
+    used = keys[index]
+    triangle = (basis @ used.mT).triu() + torch.diag_embed((~needed).to(keys.dtype))
+    scale = torch.linalg.solve_triangular(triangle, basis @ kernels[:, :, None], upper=True)[:, :, 0]
+    residual = kernels - torch.einsum("cj,cjn->cn", scale, used)
+    return index, scale, residual

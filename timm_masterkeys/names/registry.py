@@ -1,0 +1,313 @@
+"""``arch.mk8`` names for every timm architecture with depthwise convolutions."""
+
+import functools
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError
+from timm.models import PretrainedCfg, load_model_config_from_hf, resolve_pretrained_cfg
+from torch import nn
+
+from ..errors import CheckpointError, ConversionError
+from ..keys.banks import DEFAULT_BANK, get_bank
+from ..layers import MasterKeyConv2d, Trainable
+from ..models import _timm
+from ..models.checkpoint import DENSE_NAME, check_dense, restore_masterkeys
+from ..models.provenance import SOURCE_NOTE, TAG, is_masterkeys_tag, set_known
+from ..models.report import conversion_report
+from ..models.surgery import convert_to_masterkeys, initialize_masterkeys, plan_conversion, replace_layers
+from .pretrained import calibration_images, load_repaired
+
+_logger = logging.getLogger(__name__)
+
+WEIGHTS_VARIABLE = "TIMM_MASTERKEYS_WEIGHTS"
+
+_published: dict[str, str] = {}  # names pointed at published weights
+_malformed: dict[str, str] = {}  # names that WEIGHTS_VARIABLE means to point at some, and what is wrong
+_creating: ContextVar[dict[str, Any] | None] = ContextVar(
+    "the settings of the .mk8 model timm is building", default=None
+)
+
+_SOURCE_FIELDS = ("source", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "num_classes")  # of a cfg
+_SETTINGS = ("bank", "keys_per_kernel", "trainable", "include", "exclude")
+
+
+def list_architectures() -> list[str]:
+    """The timm architectures that hold depthwise convolutions and so have ``.mk8`` names; from a shipped table."""
+    return resources.files(__package__).joinpath("data/architectures.txt").read_text().split()
+
+
+def register_names(architectures: str | Sequence[str] | None = None) -> None:
+    """Registers ``<arch>.mk8`` and ``<arch>.mk8_<stock tag>`` with timm. Done on import; again, it changes nothing.
+
+    Stock names, tags, defaults and weights stay as they are. ``<arch>.mk8`` takes the stock default weights and
+    ``<arch>.mk8_<tag>`` those of that tag, through timm's own loader, and converts them.
+
+    Args:
+        architectures: Name or names; ``list_architectures()`` if None. Names timm does not know are passed over.
+    """
+    problem = _timm.unsupported()
+    if problem:
+        _logger.warning("%s. No .mk8 names; convert_to_masterkeys(model) works all the same.", problem)
+        return
+    _timm.keep_whole_in_fx(MasterKeyConv2d)
+    _timm.before_loading(_take_compact)
+    known = _timm.architectures()
+    registered = (
+        list_architectures()
+        if architectures is None
+        else [architectures]
+        if isinstance(architectures, str)
+        else architectures
+    )
+    for arch in registered:
+        if arch in known:
+            stock = {tag: cfg for tag, cfg in _timm.cfgs(arch).items() if not is_masterkeys_tag(tag)}
+            for tag, cfg in (stock or {"": PretrainedCfg(architecture=arch)}).items():
+                note = SOURCE_NOTE + (cfg.hf_hub_id or (f"{arch}.{cfg.tag}" if cfg.tag else arch))
+                own = f"{TAG}_{tag}" if tag else TAG
+                if f"{arch}.{own}" not in _published:
+                    _timm.add_tag(arch, own, replace(cfg, tag=own, notes=(*(cfg.notes or ()), note)))
+            _timm.wrap_entrypoint(arch, functools.partial(_masterkeys_entrypoint, arch))
+    for old, new in timm.models.get_deprecated_models().items():  # timm passes their tags on to the new name
+        arch = (new or "").partition(".")[0]
+        if arch in registered:
+            _timm.wrap_entrypoint(old, functools.partial(_masterkeys_entrypoint, arch))
+    for pair in os.environ.get(WEIGHTS_VARIABLE, "").split():
+        try:
+            use_weights(*pair.split("=", 1))
+        except ConversionError as error:
+            _logger.warning("%s: '%s' is left out. %s", WEIGHTS_VARIABLE, pair, error)
+            for name in re.findall(r"(?<![\w./-])\w+\.mk8\w*", pair):
+                _malformed.setdefault(name, f"{WEIGHTS_VARIABLE} holds '{pair}': {error}")
+
+
+def use_weights(name: str, source: str = "") -> None:
+    """Points a ``.mk8`` name at published weights: a team's own, repaired or fine-tuned.
+
+    ``pretrained=True`` then loads them, with the classes, preprocessing and arguments they were published with. The
+    environment variable ``TIMM_MASTERKEYS_WEIGHTS`` does the same on import: ``name=source`` pairs parted by blanks. A
+    pair that is none is told on import, and an error when weights of the name it meant are asked for.
+
+    Args:
+        name: ``<arch>.mk8``, or ``<arch>.mk8_<anything>`` for a new name.
+        source: ``org/name`` or ``org/name@revision`` on the Hub, published by ``push_to_hub``.
+
+    Raises:
+        ConversionError: Not such a name, an architecture without depthwise convolutions, or no such source.
+
+    Example:
+        >>> use_weights("convnext_tiny.mk8_ours", "org/convnext_tiny.mk8@4f2a91c")
+        >>> model = timm.create_model("convnext_tiny.mk8_ours", pretrained=True)
+    """
+    arch, _, tag = name.partition(".")
+    if not is_masterkeys_tag(tag) or arch not in list_architectures():
+        raise ConversionError(
+            f"Got the name '{name}', expected '<arch>.mk8' or '<arch>.mk8_<name>', the architecture one of "
+            "list_architectures()."
+        )
+    repo_id, _, revision = source.partition("@")
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")) or ("@" in source and not revision):
+        raise ConversionError(f"Got the source '{source}' for {name}, expected 'org/name' or 'org/name@revision'.")
+    stock = timm.get_pretrained_cfg(arch) or PretrainedCfg(architecture=arch)
+    cfg = replace(stock, url=None, hf_hub_id=source, hf_hub_filename=DENSE_NAME, tag=tag, license=None)
+    _timm.add_tag(arch, tag, cfg)
+    _published[name] = source
+    _malformed.pop(name, None)
+
+
+def stock_name(name: str, pretrained: bool) -> str:
+    """The dense timm name that a ``.mk8`` name stands for; others, and those of published weights, as they are."""
+    arch, _, tag = name.partition(".")
+    if not is_masterkeys_tag(tag) or tag not in _timm.cfgs(arch) or (pretrained and name in _published):
+        return name
+    stock = "" if name in _published else tag.removeprefix(TAG).removeprefix("_")
+    return f"{arch}.{stock}" if stock else arch
+
+
+def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoint:
+    """The function that builds ``arch``: the stock one, and a conversion if the tag asks for it."""
+
+    @functools.wraps(stock)
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        cfg = kwargs.get("pretrained_cfg")
+        given = cfg if isinstance(cfg, dict) else {"tag": cfg} if isinstance(cfg, str) else vars(cfg) if cfg else {}
+        tag = given.get("tag")
+        if not is_masterkeys_tag(tag):
+            dense = stock(pretrained=pretrained, **kwargs)
+            if pretrained and _loaded_its_cfg(dense):
+                set_known(dense)
+            return dense
+        if pretrained and f"{arch}.{tag}" in _malformed:
+            raise ConversionError(_malformed[f"{arch}.{tag}"])
+        if pretrained and isinstance(cfg, str) and f"{arch}.{cfg}" in _published:
+            _take_published(arch, _published[f"{arch}.{cfg}"], kwargs)
+        elif isinstance(cfg, str):
+            kwargs["pretrained_cfg"] = timm.get_pretrained_cfg(f"{arch}.{cfg}")
+        settings = {name: kwargs.pop(f"mk_{name}") for name in _SETTINGS if f"mk_{name}" in kwargs}
+        asked = kwargs.pop("mk_calibrate", None)
+        if isinstance(kwargs.get("pretrained_model_args"), dict):  # a published model's own arguments
+            kwargs["pretrained_model_args"] = {
+                name: value for name, value in kwargs["pretrained_model_args"].items() if not name.startswith("mk_")
+            }
+        if pretrained:
+            images = calibration_images(asked)
+            source = resolve_pretrained_cfg(arch, kwargs["pretrained_cfg"], kwargs.get("pretrained_cfg_overlay"))
+            if images and not source.source and (source.has_weights or source.state_dict):
+                try:
+                    return _repaired(f"{arch}.{tag}", stock, create, source, settings, images, kwargs)
+                except _ConvertedBeforeError:
+                    pass  # which is loaded as it is
+            elif given.get("source") == "local-dir":
+                check_dense(given["file"])
+        model: Any = _build(f"{arch}.{tag}", stock, settings, pretrained, kwargs)
+        if any(isinstance(module, MasterKeyConv2d) for module in model.modules()):
+            return model  # from a checkpoint of a converted model
+        if model.pretrained_cfg.get("source") in ("hf-hub", "local-dir") and restore_masterkeys(
+            model, model.pretrained_cfg, settings, kwargs.get("cache_dir"), values=pretrained
+        ):
+            return model
+        if not pretrained:
+            return initialize_masterkeys(model, **{"bank": DEFAULT_BANK, **settings}, inplace=True)
+        convert_to_masterkeys(model, **{"bank": DEFAULT_BANK, **settings}, inplace=True)
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            _logger.warning("%s", _summary(f"{arch}.{tag}", model))
+        return model
+
+    return create
+
+
+def _build(
+    name: str, stock: _timm.Entrypoint, settings: dict[str, Any], pretrained: bool, kwargs: dict[str, Any]
+) -> Any:
+    """The stock network; converted, if its weights are a checkpoint of a converted one."""
+    creating = _creating.set(settings)
+    try:
+        model: Any = stock(pretrained=pretrained, **kwargs)
+    except SafetensorError as error:
+        raise CheckpointError(f"Cannot read the weights of {name}: {error}. Get the file again.") from error
+    finally:
+        _creating.reset(creating)
+    if pretrained and _loaded_its_cfg(model):
+        set_known(model)
+    for module in model.modules():  # a features_only wrapper and the model in it have a cfg each
+        if isinstance(getattr(module, "pretrained_cfg", None), dict):
+            module.pretrained_cfg.pop("state_dict", None)
+    return model
+
+
+class _ConvertedBeforeError(Exception):
+    """The weights to repair are those of a converted network."""
+
+
+def _repaired(
+    name: str,
+    stock: _timm.Entrypoint,
+    create: _timm.Entrypoint,
+    source: PretrainedCfg,
+    settings: dict[str, Any],
+    images: str,
+    kwargs: dict[str, Any],
+) -> nn.Module:
+    """The repaired network of stock weights, loaded from the cache by the path that published weights take."""
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    whole = {"pretrained_cfg": kwargs["pretrained_cfg"], "pretrained_cfg_overlay": overlay}
+
+    def build() -> nn.Module:
+        dense = _build(name, stock, settings, True, {**whole, "cache_dir": kwargs.get("cache_dir")})
+        if any(isinstance(module, MasterKeyConv2d) for module in dense.modules()):
+            raise _ConvertedBeforeError
+        return dense
+
+    def load(folder: Path) -> nn.Module:
+        own = {**kwargs, "pretrained_cfg_overlay": {k: v for k, v in overlay.items() if k not in _SOURCE_FIELDS}}
+        _take_saved(folder, own)
+        trainable = {"mk_trainable": settings["trainable"]} if "trainable" in settings else {}
+        return create(pretrained=True, **own, **trainable)
+
+    converting = {k: v for k, v in settings.items() if k != "trainable" or v == "scales"}
+    return load_repaired(name, source, converting, images, build, load, kwargs.get("cache_dir"))
+
+
+def _loaded_its_cfg(model: nn.Module) -> bool:
+    """Whether the weights timm has loaded are those of the registry or of a config.json, not some of the caller's."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    if cfg.get("source") in ("hf-hub", "local-dir"):
+        return True
+    registered = _timm.cfgs(cfg.get("architecture") or "").get(cfg.get("tag") or "")
+    sources = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename")
+    return registered is not None and all(cfg.get(name) == getattr(registered, name) for name in sources)
+
+
+def _take_compact(state_dict: dict[str, Any], model: nn.Module) -> None:
+    """Converts the layers that a checkpoint of a converted model has in compact form; timm then loads it as it is."""
+    settings = _creating.get()
+    indices = {n.removesuffix(".key_index"): value for n, value in state_dict.items() if n.endswith(".key_index")}
+    if settings is None or not indices:
+        return
+    bank = get_bank(settings.get("bank", DEFAULT_BANK))
+    patterns = {name: settings[name] for name in ("include", "exclude") if name in settings}
+    planned = [layer.name for layer in plan_conversion(model, bank, **patterns).converted]
+    differing = indices.keys() - planned or (set(planned) - indices.keys() if patterns else ())
+    if differing:
+        raise CheckpointError(
+            f"The weights are of a model converted in other layers than this one would be: {sorted(differing)[0]}, for "
+            "one. Create it with the settings the checkpoint was made with (mk_include, mk_exclude)."
+        )
+    layers: dict[str, nn.Module] = {}
+    for name, index in indices.items():
+        trainable: Trainable = settings.get("trainable", "shift")
+        made_with: Trainable = "scales" if f"{name}.log_sigma" in state_dict else trainable
+        conv: Any = model.get_submodule(name)
+        layer = MasterKeyConv2d.from_conv(
+            conv, bank, settings.get("keys_per_kernel", index.shape[-1]), made_with, fit=False
+        )
+        layer.set_trainable(trainable, requires_grad=conv.weight.requires_grad)
+        layers[name] = layer
+    replace_layers(model, layers)
+
+
+def _take_published(arch: str, source: str, kwargs: dict[str, Any]) -> None:
+    """Puts cfg and arguments of published weights among the keyword arguments, as timm does for hf-hub: names."""
+    cfg, architecture, model_args = load_model_config_from_hf(source, cache_dir=kwargs.get("cache_dir"))
+    if architecture != arch:
+        raise CheckpointError(
+            f"{source} holds a {architecture}, but a name of {arch} was pointed at it with use_weights."
+        )
+    _take_config({**cfg, "hf_hub_filename": DENSE_NAME}, model_args, kwargs)
+
+
+def _take_saved(folder: Path, kwargs: dict[str, Any]) -> None:
+    """The same for a saved folder, as timm does for local-dir: names."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        cfg = {**config["pretrained_cfg"], "num_classes": config["num_classes"]}
+        model_args = config.get("model_args", {})
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"'{folder / 'config.json'}' is damaged ({error!r}).") from error
+    _take_config({**cfg, "source": "local-dir", "file": str(folder)}, model_args, kwargs)
+
+
+def _take_config(cfg: dict[str, Any], model_args: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    kwargs["pretrained_cfg"] = cfg
+    kwargs["pretrained_model_args"] = dict(model_args)
+    for name, value in model_args.items():
+        kwargs.setdefault(name, value)
+
+
+def _summary(name: str, model: nn.Module) -> str:
+    report = conversion_report(model)
+    return (
+        f"{name}: {report.total.channels:,} kernels of {len(report.layers)} layers put on bank {report.bank}, mean R2 "
+        f"{report.total.mean_r2:.2f}. One-shot conversion costs accuracy: repair it with "
+        "calibrate_masterkeys(model, dense_model, images) or fine-tune; conversion_report(model) shows each layer."
+    )

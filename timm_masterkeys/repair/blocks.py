@@ -1,0 +1,248 @@
+"""Finds the blocks of any model around its converted layers, by running it, and runs them one at a time."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers import MasterKeyConv2d
+
+Hook = Callable[[nn.Module, Any, Any], Any]
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@dataclass
+class Part:
+    """A block with converted layers, or a pointwise layer outside of all blocks.
+
+    Attributes:
+        name: Module name.
+        converted: Names of the converted layers in it, in their order.
+        pointwise: Name of the last pointwise layer in it; empty if it has none.
+        positions: Of each of these layers, how many of its outputs an image has at different places.
+        done: Modules, the outermost only, that are through before the part begins, and the shape of what one image
+            gives there.
+    """
+
+    name: str
+    converted: list[str] = field(default_factory=list)
+    pointwise: str = ""
+    positions: dict[str, int] = field(default_factory=dict)
+    done: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+class Reached(Exception):
+    """Ends a forward pass that has gone far enough."""
+
+
+@torch.no_grad()
+def find_parts(model: nn.Module, images: torch.Tensor) -> tuple[list[Part], dict[str, str]]:
+    """The parts in the order of execution, and by a layer's name that of the BatchNorm, frozen or not, after it.
+
+    A block is the smallest module with a converted layer and, run after it and at more than one position, a pointwise
+    layer, unless it holds several blocks of other layers. Layers that run more than once are left out.
+    """
+    modules = dict(model.named_modules())
+    ran: list[str] = []
+    positions: dict[str, int] = {}
+    clock: list[str] = []  # a name when a module begins, and again when it ends
+    shapes: dict[str, tuple[int, ...]] = {}
+    made: dict[int, tuple[str, torch.Tensor, int]] = {}  # by storage, as a norm may take a view
+    norms: dict[str, str] = {}
+
+    def layer_hook(name: str) -> Hook:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            channels = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
+            ran.append(name)
+            positions[name] = output.numel() // channels // len(output)
+            made[output.untyped_storage().data_ptr()] = name, output, output._version  # kept, so that no other gets it
+
+        return hook
+
+    def norm_hook(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            layer, output, version = made.get(args[0].untyped_storage().data_ptr(), ("", args[0], -1))
+            if args[0]._version == version and args[0].numel() == output.numel():  # nothing has written to it meanwhile
+                norms[layer] = name
+
+        return hook
+
+    def end_hook(name: str) -> Hook:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            clock.append(name)
+            if isinstance(output, torch.Tensor):
+                shapes[name] = tuple(output.shape[1:])
+
+        return hook
+
+    begins = [module.register_forward_pre_hook(lambda *_, n=name: clock.append(n)) for name, module in modules.items()]
+    hooks: list[tuple[nn.Module, Hook]] = []
+    for name, module in modules.items():
+        if is_pointwise(module) or isinstance(module, MasterKeyConv2d):
+            hooks.append((module, layer_hook(name)))
+        elif isinstance(getattr(module, "running_mean", None), torch.Tensor):
+            begins.append(module.register_forward_pre_hook(norm_hook(name)))
+        hooks.append((module, end_hook(name)))
+    try:
+        with hooked(hooks):
+            model(images)
+    finally:
+        for handle in begins:
+            handle.remove()
+
+    once = [name for name in ran if ran.count(name) == 1]
+    converted = [name for name in once if isinstance(modules[name], MasterKeyConv2d)]
+    pointwise = [name for name in once if is_pointwise(modules[name])]
+
+    def block(layer: str) -> str:
+        name, later = layer, once[once.index(layer) :]
+        while "." in name:
+            name = name.rpartition(".")[0]
+            if not isinstance(modules[name], (nn.Sequential, nn.ModuleList)) and any(
+                p.startswith(f"{name}.") and positions[p] > 1 for p in later if p in pointwise
+            ):
+                return name
+        return layer
+
+    found = {layer: block(layer) for layer in converted}
+    for layer, own in found.items():  # a lone layer between blocks does not make their stage a block
+        inside = {
+            other for other in found.values() if other.startswith(f"{own}.") and not layer.startswith(f"{other}.")
+        }
+        if sum(not any(one.startswith(f"{other}.") for other in inside) for one in inside) > 1:
+            found[layer] = layer
+    blocks = set(found.values())
+    blocks = {b for b in blocks if not any(b.startswith(f"{other}.") for other in blocks)}
+    parts: dict[str, Part] = {}
+    for name in once:
+        owner = next((b for b in blocks if name == b or name.startswith(f"{b}.")), name)
+        part = parts.setdefault(owner, Part(owner))
+        part.positions[name] = positions[name]
+        if name in converted:
+            part.converted.append(name)
+        elif owner == name or positions[name] > 1:
+            part.pointwise = name  # the last one stays
+    for part in parts.values():
+        before = clock[: clock.index(part.name)]
+        done = [name for name in dict.fromkeys(before) if clock.count(name) == before.count(name) == 2 and name]
+        outermost = [name for name in done if not any(name.startswith(f"{other}.") for other in done)]
+        part.done = {name: shapes[name] for name in outermost if name in shapes}
+    return list(parts.values()), norms
+
+
+class PartwiseNetwork:
+    """Runs a model part by part over batches of images, each part fed by what the part before it put out.
+
+    The model runs up to a part with everything done before skipped. Where that does not lead to the same arguments (a
+    connection past several parts), everything runs.
+
+    Attributes:
+        outputs: What the last part that was advanced put out, a batch each.
+    """
+
+    def __init__(self, model: nn.Module, parts: list[Part], batches: list[torch.Tensor]) -> None:
+        self.parts, self.batches, self._model = parts, batches, model
+        self.modules = dict(model.named_modules())
+        self.outputs: list[Any] = []
+
+    def enter(self, index: int) -> Calls:
+        """The arguments that reach a part with each batch."""
+        return self._resume(index)
+
+    def finish(self) -> torch.Tensor:
+        """What the whole model puts out, after the last part."""
+        return torch.cat(self._resume(len(self.parts)))
+
+    @torch.no_grad()
+    def run(self, index: int, calls: Calls, hooks: Iterable[tuple[str, Hook]] = ()) -> list[Any]:
+        """What a part puts out with hooks on the named layers; None where a hook raised ``Reached``."""
+        module, outputs = self.modules[self.parts[index].name], []
+        with hooked((self.modules[name], hook) for name, hook in hooks):
+            for args, kwargs in calls:
+                try:
+                    outputs.append(module(*copied(args), **kwargs))  # some blocks work in place
+                except Reached:
+                    outputs.append(None)
+        return outputs
+
+    def _resume(self, index: int) -> list[Any]:
+        sample = self.batches[0][:1]
+        short = index > 0 and isinstance(self.outputs[0], torch.Tensor)
+        if short:
+            try:
+                skipping = self._forward(index, sample, self.outputs[0][:1])
+            except Exception:  # of whatever kind, where the first dimension is not that of the images
+                short = False
+            else:
+                short = _equal(skipping, self._forward(index, sample, None))
+        outputs = self.outputs if short else [None] * len(self.batches)
+        return [self._forward(index, batch, out) for batch, out in zip(self.batches, outputs, strict=True)]
+
+    @torch.no_grad()
+    def _forward(self, index: int, batch: torch.Tensor, output: torch.Tensor | None) -> Any:
+        """The arguments that reach part ``index``, or, past the last one, what the model puts out."""
+        reached: list[Any] = []
+
+        def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
+            reached.append((args, kwargs))
+            raise Reached
+
+        skipped: dict[str, torch.Tensor] = {}
+        if output is not None:
+            before = self.parts[index - 1]
+            skipped = {name: batch.new_zeros(len(batch), *shape) for name, shape in before.done.items()}
+            skipped[before.name] = output
+        handles, stock = [], {name: self.modules[name].__dict__.get("forward") for name in skipped}
+        if index < len(self.parts):
+            module = self.modules[self.parts[index].name]
+            handles.append(module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True))
+        try:
+            for name, out in skipped.items():  # cloned, as some layers work in place
+                self.modules[name].forward = lambda *args, out=out, **kwargs: out.clone()
+            return self._model(batch)
+        except Reached:
+            return reached[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, forward in stock.items():
+                del self.modules[name].forward
+                if forward is not None:
+                    self.modules[name].forward = forward
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a layer is a matrix at every position: a linear layer or a 1x1 convolution."""
+    if type(module) is nn.Conv2d:
+        return module.kernel_size == module.stride == (1, 1) and module.groups == 1 and module.padding in (0, (0, 0))
+    return isinstance(module, nn.Linear)
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
+    """Forward hooks, for as long as the context lasts."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments that a block may change in place."""
+    return tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two calls have the same arguments, or two outputs are the same."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return bool(a == b)

@@ -1,0 +1,142 @@
+"""Images to repair with where there are none of one's own: crops of photographs that ship with this package."""
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import resolve_data_config
+from timm.data.transforms import str_to_pil_interp
+from timm.models import PretrainedCfg
+from torch import nn
+
+from ..errors import CalibrationError
+
+BUILTIN = "builtin"  # is their name wherever a folder of images is taken
+COUNT = 96
+AREA = 0.05, 1.0  # of a photograph that a crop takes,
+RATIO = 3 / 4, 4 / 3  # its width to height, times that of the model's input
+
+
+def builtin_images(
+    model: nn.Module | PretrainedCfg | Mapping[str, Any], count: int = COUNT, seed: int = 0
+) -> torch.Tensor:
+    """Images prepared for a model, from photographs that ship: random crops at many scales, half of them mirrored.
+
+    They serve to calibrate with, not to measure by: they show few things, each several times. The photographs, with
+    authors and licences, are listed in ``data/photographs/sources.csv``. The same arguments give the same images, on
+    every machine with the same Pillow; no other random numbers are drawn from or changed.
+
+    Args:
+        model: A timm model, or a ``pretrained_cfg``: its input size, mean, standard deviation and interpolation count.
+            A model with other channels than three gets as many: grey for one, the colours in turn for others.
+        count: How many.
+        seed: Another one gives other crops.
+
+    Returns:
+        (count, channels, height, width), normalised, on the CPU.
+
+    Raises:
+        CalibrationError: No count of images, or a model without an image size.
+    """
+    if count < 1:
+        raise CalibrationError(f"count is {count}, expected at least 1.")
+    cfg: Any = getattr(model, "pretrained_cfg", None) if isinstance(model, nn.Module) else model
+    cfg = cfg.to_dict() if isinstance(cfg, PretrainedCfg) else dict(cfg or {})
+    if not cfg:
+        raise CalibrationError(f"{type(model).__name__} has no pretrained_cfg: give one that tells the size of images.")
+    config = resolve_data_config(pretrained_cfg=cfg)
+    channels, height, width = config["input_size"]
+    if isinstance(model, nn.Module):
+        channels = _in_chans(model, cfg.get("first_conv"), channels)
+    crops = draw_crops(photographs(), (width, height), count, seed, interpolation=config["interpolation"])
+    pixels = torch.stack([_channels(crop, channels) for crop in crops])
+    mean, std = (torch.tensor(_per_channel(config[name], channels)).view(-1, 1, 1) for name in ("mean", "std"))
+    return (pixels.float() / 255 - mean) / std
+
+
+def photographs() -> list[Image.Image]:
+    """The photographs, in the order of their names."""
+    found = []
+    for path in _files():
+        with path.open("rb") as file, Image.open(file) as image:
+            found.append(image.convert("RGB"))
+    return found
+
+
+def photographs_sha256() -> str:
+    """The SHA-256 of all photographs, in hex."""
+    digest = hashlib.sha256()
+    for path in _files():
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _files() -> list[Any]:
+    folder = resources.files(__package__).joinpath("data/photographs")
+    return sorted((path for path in folder.iterdir() if path.name.endswith(".webp")), key=lambda path: path.name)
+
+
+def draw_crops(
+    pictures: list[Image.Image],
+    size: tuple[int, int],
+    count: int,
+    seed: int,
+    *,
+    area: tuple[float, float] = AREA,
+    ratio: tuple[float, float] = RATIO,
+    flips: bool = True,
+    interpolation: str = "bicubic",
+) -> Iterator[Image.Image]:
+    """Random crops, resized: of each picture one before any has two.
+
+    Args:
+        pictures: To crop from.
+        size: Width and height of a crop in the end.
+        count: How many.
+        seed: Of the crops.
+        area: Smallest and largest share of a picture.
+        ratio: Smallest and largest width to height, times that of ``size``; less where the picture ends.
+        flips: Mirror every other one, by chance.
+        interpolation: timm's name of it.
+    """
+    draw = random.Random(str(seed))  # the same numbers in every version of Python; as a number, -1 would be 1
+    filters = str_to_pil_interp("bilinear" if interpolation == "random" else interpolation)
+    for i in range(count):
+        if i % len(pictures) == 0:
+            order = sorted(range(len(pictures)), key=lambda _: draw.random())
+        picture = pictures[order[i % len(pictures)]]
+        share = area[0] + (area[1] - area[0]) * draw.random()
+        shape = size[0] / size[1] * ratio[0] * (ratio[1] / ratio[0]) ** draw.random()
+        pixels = share * picture.width * picture.height
+        w = min(max(1, round(math.sqrt(pixels * shape))), picture.width)
+        h = min(max(1, round(math.sqrt(pixels / shape))), picture.height)
+        x, y = (int(draw.random() * (most - taken + 1)) for most, taken in ((picture.width, w), (picture.height, h)))
+        crop = picture.resize(size, filters, (x, y, x + w, y + h))
+        mirrored = draw.random() < 0.5 and flips
+        yield crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else crop
+
+
+def _in_chans(model: nn.Module, stem: Any, otherwise: int) -> int:
+    """Channels that a model takes: its cfg keeps three, whatever ``in_chans`` was."""
+    name = stem if isinstance(stem, str) else next(iter(stem or ()), None)
+    layer = dict(model.named_modules()).get(name or "")
+    return layer.in_channels if isinstance(layer, nn.Conv2d) else otherwise
+
+
+def _channels(image: Image.Image, channels: int) -> torch.Tensor:
+    """(channels, height, width) of bytes: grey for one, else the three colours over and over."""
+    pixels = torch.from_numpy(np.array(image.convert("L" if channels == 1 else "RGB")))
+    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)[torch.arange(channels) % 3]
+
+
+def _per_channel(values: Any, channels: int) -> list[float]:
+    values = list(values)
+    if channels == 1:
+        return [sum(values) / len(values)]
+    return [values[i % len(values)] for i in range(channels)]

@@ -1,0 +1,422 @@
+"""The unsupervised search for a bank: how the master keys were found, on any networks.
+
+Not imported with the package: ``from timm_masterkeys.study.discovery import collect_kernels, discover_bank``.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..errors import BankError
+from ..files import atomic_path
+from ..keys.banks import DEFAULT_BANK, KeyBank, get_bank
+from ..models.surgery import Bank, convert_to_masterkeys, plan_conversion
+from .kernels import Kernels, collect_kernels
+
+__all__ = [
+    "Discovery",
+    "Kernels",
+    "agreement_score",
+    "collect_kernels",
+    "discover_bank",
+    "eliminate",
+    "find_elbow",
+    "fit_lines",
+    "match_banks",
+]
+
+Score = Callable[[torch.Tensor], float]
+
+CODES = 50  # candidates along the autoencoder's code
+LOCAL = 10  # candidates whose neighbourhoods the second round samples
+STEPS = 3000  # of training
+BATCH = 512
+FEWEST = 32  # kernels
+MOST = 25  # keys on the curve
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """A bank that was found; ``str()`` says how well it does.
+
+    Attributes:
+        bank: The keys, most used first, with where they come from.
+        curve: Score by number of keys, in the last round of elimination.
+        elbow: The number of keys at which the curve bends most.
+        r2: Mean R^2 of the nearest key, on the kernels held out (on those searched where none are), by bank: the one
+            found; as many lines fitted directly to the kernels searched; the published keys; random keys; and the
+            ceiling, as many lines fitted to the very kernels measured.
+        searched: Kernels searched.
+        held_out: Kernels held out.
+        constant: Kernels left out as they have no shape.
+        non_finite: Kernels left out as they hold NaN or Inf.
+    """
+
+    bank: KeyBank
+    curve: dict[int, float]
+    elbow: int
+    r2: dict[str, float]
+    searched: int
+    held_out: int
+    constant: int
+    non_finite: int
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.bank)} keys from {self.searched:,} kernels; the curve of scores bends at {self.elbow}"]
+        if self.constant or self.non_finite:
+            lines.append(f"left out: {self.constant:,} constant kernels, {self.non_finite:,} with NaN or Inf")
+        lines.append(f"mean R2 on {f'{self.held_out:,} kernels held out' if self.held_out else 'the same kernels'}:")
+        lines += [f"  {name:<22} {value:.3f}" for name, value in self.r2.items()]
+        shown = sorted(count for count in self.curve if count <= max(2 * self.elbow, len(self.bank)))
+        lines.append("keys   " + " ".join(f"{count:>6}" for count in shown))
+        lines.append("score  " + " ".join(f"{self.curve[count]:>6.3f}" for count in shown))
+        return "\n".join(lines)
+
+
+def discover_bank(
+    kernels: Kernels,
+    *,
+    keys: int | None = None,
+    held_out: str | Sequence[str] = (),
+    equal_networks: bool = True,
+    method: Literal["autoencoder", "lines"] = "autoencoder",
+    score: Score | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    name: str = "discovered",
+) -> Discovery:
+    """Searches a bank of keys that meet kernels as ``a*x + b``.
+
+    ``"autoencoder"`` is the paper's search (Babaiee et al., NeurIPS 2025, section 3): an autoencoder whose code is one
+    number, trained with a cosine loss; 50 candidates along the code; again and again the candidate that is missed
+    least goes; then the same among candidates sampled finely around the best ten. A kernel and its negative are one.
+    ``"lines"`` fits lines through the origin directly (``fit_lines``): about the best that a bank of so many keys can
+    do on the kernels searched.
+
+    The number of keys is the elbow of the curve of scores over 1 to 25 keys: the point farthest above the straight
+    line between its ends. At smaller sizes the bank is cropped: keys so found meet real kernels better than folded.
+
+    Args:
+        kernels: From ``collect_kernels``.
+        keys: How many, 1 to 25; the elbow decides if None.
+        held_out: Network(s) to measure on instead of searching them.
+        equal_networks: Every network counts the same, else every kernel.
+        method: See above.
+        score: Of a set of keys (K, kh, kw), the larger the better; weighted mean R^2 on the kernels searched if None.
+            ``agreement_score`` makes one of a network. ``"autoencoder"`` calls it some 3,000 times, ``"lines"`` 25.
+        resume: File (JSON) that keeps what ``score`` returned: a search that was broken off, started again with the
+            same arguments, goes on where it was. The first value kept is checked against ``score``.
+        seed: Of the training and the starts; the same seed gives the same bank.
+        name: Of the bank.
+
+    Raises:
+        BankError: Unknown networks to hold out, too little left to search, a number of keys out of range, an unknown
+            method, or a file to resume from that is of another search or score.
+
+    Example:
+        >>> found = discover_bank(kernels, held_out=["b"])
+        >>> found.bank.save("mine.safetensors")
+        >>> convert_to_masterkeys(model, bank="mine.safetensors")
+    """
+    held_out = (held_out,) if isinstance(held_out, str) else held_out
+    searched, apart = kernels.split(held_out)
+    if held_out and not len(apart):
+        raise BankError(f"No kernel of {', '.join(held_out)} has a shape: nothing is held out.")
+    if len(searched) < FEWEST:
+        raise BankError(f"{len(searched)} kernels with a shape are left to search, expected at least {FEWEST}.")
+    if keys is not None and not 1 <= keys <= MOST:
+        raise BankError(f"keys is {keys}, expected 1 to {MOST}.")
+    if method not in ("autoencoder", "lines"):
+        raise BankError(f"method is '{method}', expected 'autoencoder' or 'lines'.")
+    if resume is not None:
+        if score is None:
+            raise BankError("resume keeps the values of a score of your own; without one there is nothing to keep.")
+        values = hashlib.sha256(searched.values.numpy().tobytes()).hexdigest()
+        score = _remembered(score, Path(resume), f"{method}, seed {seed}, {equal_networks}, kernels {values}")
+    weights = searched.weights(equal_networks)
+    rate = None if score is None else (lambda found: score(found.unflatten(1, kernels.kernel_size)))
+    if method == "lines":
+        sets = {
+            count: fit_lines(searched.values, weights, count, seed)
+            for count in tqdm(range(1, MOST + 1), desc="lines", leave=False, disable=None, delay=2)
+        }
+        curve = {n: rate(found) if rate else float(weights @ searched.fit_keys(found)[0]) for n, found in sets.items()}
+        elbow = find_elbow(curve)
+        best = sets[keys or elbow]
+    else:
+        decode = _train_autoencoder(searched.values, weights, seed)
+        codes = torch.linspace(0, 1, CODES, dtype=torch.float64)
+        order, _ = eliminate(searched.values, weights, decode(codes), rate)
+        near = torch.linspace(-0.5, 0.5, CODES // LOCAL + 1, dtype=torch.float64) / (CODES - 1)
+        candidates = decode((codes[order[-LOCAL:], None] + near).flatten().clamp(0, 1).unique())
+        order, curve = eliminate(searched.values, weights, candidates, rate)
+        elbow = find_elbow({count: value for count, value in curve.items() if count <= MOST})
+        best = candidates[order[-(keys or elbow) :]]
+
+    use = torch.zeros(len(best), dtype=weights.dtype).index_add_(0, searched.fit_keys(best)[1], weights)
+    best = best[use.argsort(descending=True, stable=True)]
+    measured = apart if len(apart) else searched
+    banks = {
+        "this bank": best,
+        "lines fitted directly": best if method == "lines" else fit_lines(searched.values, weights, len(best), seed),
+        "published keys": get_bank(DEFAULT_BANK).keys_for(kernels.kernel_size).flatten(1).double(),
+        "random keys": get_bank("random8:0").keys_for(kernels.kernel_size).flatten(1).double(),
+    }
+    even = measured.weights(equal_networks)
+    if len(apart):
+        banks["ceiling"] = fit_lines(measured.values, even, len(best), seed)
+    networks = ", ".join(network for network in kernels.names if network not in held_out)
+    how = f"{method}, seed {seed}, all {'networks' if equal_networks else 'kernels'} count the same"
+    how += "" if score is None else ", by a score of its own"
+    source = f"discovered ({how}) in {len(searched):,} kernels of {networks}"
+    source += f"; held out: {', '.join(held_out)}" if held_out else ""
+    return Discovery(
+        bank=KeyBank(name, best.unflatten(1, kernels.kernel_size).numpy(), source, resize="crop"),
+        curve=curve,
+        elbow=elbow,
+        r2={title: float(even @ measured.fit_keys(found)[0]) for title, found in banks.items()},
+        searched=len(searched),
+        held_out=len(apart),
+        constant=kernels.constant,
+        non_finite=kernels.non_finite,
+    )
+
+
+@torch.no_grad()
+def eliminate(
+    kernels: torch.Tensor, weights: torch.Tensor, candidates: torch.Tensor, score: Score | None = None
+) -> tuple[list[int], dict[int, float]]:
+    """Removes candidates one by one, each time the one that is missed least (greedy backward elimination).
+
+    Args:
+        kernels: (N, taps), mean 0 and norm 1.
+        weights: (N,) of sum 1.
+        candidates: (K, taps), mean 0 and norm 1.
+        score: Of a set of candidates (K', taps); weighted mean R^2 of the nearest one if None.
+
+    Returns:
+        The candidates in the order of removal (the last one is never removed), and the score by how many are left.
+    """
+    left, removed = list(range(len(candidates))), []
+    fits = (kernels @ candidates.T).square()
+    curve = {len(left): float(weights @ fits.amax(1)) if score is None else score(candidates)}
+    trials = len(left) * (len(left) + 1) // 2 - 1
+    with tqdm(total=trials, desc="eliminate", leave=False, disable=None, delay=2) as bar:
+        while len(left) > 1:
+            if score is None:
+                best = fits[:, left].topk(2, 1)
+                missed = weights * (best.values[:, 0] - best.values[:, 1])
+                lost = torch.zeros(len(left), dtype=weights.dtype).index_add_(0, best.indices[:, 0], missed)
+                worst, now = int(lost.argmin()), curve[len(left)] - float(lost.min())
+                bar.update(len(left))
+            else:
+                scores = []
+                for i in range(len(left)):
+                    scores.append(score(candidates[left[:i] + left[i + 1 :]]))
+                    bar.update()
+                now = max(scores)
+                worst = scores.index(now)
+            removed.append(left.pop(worst))
+            curve[len(left)] = now
+    return [*removed, *left], curve
+
+
+def find_elbow(curve: Mapping[int, float]) -> int:
+    """The number of keys at which a curve of scores lies farthest above the straight line between its ends."""
+    counts = sorted(curve)
+    low, high = counts[0], counts[-1]
+    slope = (curve[high] - curve[low]) / max(1, high - low)
+    return max(counts, key=lambda count: curve[count] - curve[low] - slope * (count - low))
+
+
+@torch.no_grad()
+def fit_lines(
+    kernels: torch.Tensor, weights: torch.Tensor, count: int, seed: int = 0, restarts: int = 4
+) -> torch.Tensor:
+    """Lines through the origin nearest to kernels: (count, taps) of mean 0 and norm 1.
+
+    By turns every kernel goes to the line it correlates with most, sign apart, and every line takes a step of the power
+    iteration towards the principal direction of its kernels; neither lowers the mean R^2. The best of some random
+    starts, each line of which begins at a kernel the lines before it do not meet.
+
+    Args:
+        kernels: (N, taps), mean 0 and norm 1.
+        weights: (N,) of sum 1.
+        count: Lines, at most N.
+        seed: Of the starts.
+        restarts: How many starts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found, most = kernels[:count], -1.0
+    for _ in range(restarts):
+        lines = kernels[torch.multinomial(weights, 1, generator=generator)]
+        while len(lines) < min(count, len(kernels)):
+            missed = weights * (1 - (kernels @ lines.T).square().amax(1)).clamp_min(1e-12)
+            lines = torch.cat([lines, kernels[torch.multinomial(missed, 1, generator=generator)]])
+        before = -1.0
+        for _ in range(1000):
+            projected = kernels @ lines.T
+            nearest = projected.abs().argmax(1)
+            own = projected.gather(1, nearest[:, None])[:, 0]
+            score = float(weights @ own.square())
+            if score < before + 1e-7:
+                break
+            before = score
+            step = torch.zeros_like(lines).index_add_(0, nearest, kernels * (weights * own)[:, None])
+            norm = step.norm(dim=1, keepdim=True)
+            lines = torch.where(norm > 0, step / norm.clamp_min(1e-30), lines)
+        if score > most:
+            found, most = lines, score
+    return found
+
+
+def match_banks(bank: Bank, other: Bank, kernel_size: tuple[int, int] = (7, 7)) -> list[tuple[int, int, float]]:
+    """Which keys of two banks are each other's: (index, index in the other, absolute correlation), best first.
+
+    The assignment with the largest sum of absolute correlations; every key at most once.
+
+    Raises:
+        BankError: No such bank, or no key at this size.
+
+    Example:
+        >>> match_banks("babaiee2025", "scale-space-b")[0]
+        (7, 7, 0.9974...)
+    """
+    first, second = get_bank(bank), get_bank(other)
+    keys, others = (b.keys_for(kernel_size).flatten(1).double() for b in (first, second))
+    correlation = (keys @ others.T).abs().numpy()
+    pairs = [
+        (first.kept(kernel_size)[i], second.kept(kernel_size)[j], float(correlation[i, j]))
+        for i, j in _assign(correlation)
+    ]
+    return sorted(pairs, key=lambda pair: -pair[2])
+
+
+def agreement_score(model: nn.Module, images: torch.Tensor) -> Score:
+    """A score for ``discover_bank``: the share of images to which the converted network gives the class of the dense.
+
+    Args:
+        model: A network with depthwise convolutions that returns logits. Not changed.
+        images: (N, 3, H, W), normalised, on the model's device.
+
+    Returns:
+        A function of keys (K, kh, kw) to [0, 1]; 0 where some layer cannot be converted with these keys.
+
+    Example:
+        >>> found = discover_bank(kernels, score=agreement_score(model, images), resume="scores.json")
+    """
+    model = copy.deepcopy(model).eval()
+
+    @torch.inference_mode()
+    def classes(network: nn.Module) -> torch.Tensor:
+        return torch.cat([network(batch).argmax(1) for batch in images.split(50)])
+
+    wanted = classes(model)
+    layers = len(plan_conversion(model).converted)
+
+    def score(keys: torch.Tensor) -> float:
+        bank = KeyBank("candidates", keys.numpy(), resize="crop")
+        if len(plan_conversion(model, bank).converted) < layers:  # none of these keys has a shape at some layer's size
+            return 0.0
+        converted = convert_to_masterkeys(model, bank=bank).eval()
+        return float((classes(converted) == wanted).double().mean())
+
+    return score
+
+
+def _assign(values: np.ndarray) -> list[tuple[int, int]]:
+    """The one-to-one assignment of rows to columns with the largest sum: the Hungarian method, by shortest paths."""
+    if values.shape[0] > values.shape[1]:
+        return [(row, column) for column, row in _assign(values.T)]
+    rows, columns = values.shape
+    row_price, column_price = np.zeros(rows), np.zeros(columns + 1)
+    taken = np.full(columns + 1, -1)  # the row of each column; the last column stands for the row to be placed
+    for row in range(rows):
+        column, taken[-1] = columns, row
+        length, previous, seen = np.full(columns, np.inf), np.zeros(columns, int), np.zeros(columns + 1, bool)
+        while taken[column] >= 0:
+            seen[column] = True
+            i = taken[column]
+            reduced = -values[i] - row_price[i] - column_price[:-1]
+            shorter = ~seen[:-1] & (reduced < length)
+            length[shorter], previous[shorter] = reduced[shorter], column
+            column = int(np.where(seen[:-1], np.inf, length).argmin())
+            step = length[column]
+            row_price[taken[seen]] += step
+            column_price[seen] -= step
+            length -= step
+        while column != columns:
+            taken[column] = taken[previous[column]]
+            column = previous[column]
+    return [(int(taken[column]), column) for column in range(columns) if taken[column] >= 0]
+
+
+def _remembered(score: Score, path: Path, search: str) -> Score:
+    """The same score, its values kept in a file."""
+    kept = {"search": search, "scores": {}}
+    if path.exists():
+        try:
+            kept = json.loads(path.read_text())
+        except ValueError as error:
+            raise BankError(f"'{path}' is no file of scores: {error}. Remove it to start anew.") from error
+        if not isinstance(kept, dict) or kept.get("search") != search:
+            raise BankError(f"'{path}' is of another search. Name another file, or remove it to start anew.")
+    scores: dict[str, float] = kept["scores"]  # type: ignore[assignment]
+    unchecked = bool(scores)
+
+    def remembered(keys: torch.Tensor) -> float:
+        nonlocal unchecked
+        digest = hashlib.sha256(keys.numpy().tobytes()).hexdigest()
+        if unchecked and digest in scores:
+            if not math.isclose(now := float(score(keys)), scores[digest], rel_tol=1e-6, abs_tol=1e-9):
+                raise BankError(f"'{path}' is of another score: it holds {scores[digest]} where this one gives {now}.")
+            unchecked = False
+        if digest not in scores:
+            scores[digest] = float(score(keys))
+            with atomic_path(path) as tmp:
+                Path(tmp).write_text(json.dumps(kept))
+        return scores[digest]
+
+    return remembered
+
+
+def _train_autoencoder(
+    kernels: torch.Tensor, weights: torch.Tensor, seed: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Trains on kernels (N, taps); returns the decoder of codes (K,) in [0, 1] into keys (K, taps)."""
+    taps = kernels.shape[1]
+    largest = kernels.gather(1, kernels.abs().argmax(1, keepdim=True))
+    data = (kernels * largest.sign()).float()  # a kernel and its negative are one
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = nn.Sequential(nn.Linear(taps, 128), nn.GELU(), nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 1))
+        decoder = nn.Sequential(nn.Linear(1, 64), nn.GELU(), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, taps))
+        optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=2e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        for _ in tqdm(range(STEPS), desc="autoencoder", leave=False, disable=None, delay=2):
+            batch = data[torch.multinomial(weights, BATCH, replacement=True)]
+            out = decoder(encoder(batch).sigmoid())
+            loss = 1 - F.cosine_similarity(out - out.mean(1, keepdim=True), batch).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+    @torch.no_grad()
+    def decode(codes: torch.Tensor) -> torch.Tensor:
+        out = decoder(codes.float().unsqueeze(1)).double()
+        return F.normalize(out - out.mean(1, keepdim=True))
+
+    return decode

@@ -1,0 +1,184 @@
+"""The depthwise kernels of trained networks, gathered for analysis and search."""
+
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import timm
+import torch
+from timm.models import load_state_dict
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..errors import BankError
+from ..keys.banks import get_bank
+from ..models.surgery import Bank
+
+Array = torch.Tensor | np.ndarray
+Source = str | os.PathLike[str] | nn.Module | Array | Sequence[Array]
+_FILES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+
+
+@dataclass(frozen=True, eq=False)
+class Kernels:
+    """Kernels that have a shape, each with mean 0 and norm 1, and the networks they come from.
+
+    Attributes:
+        values: (N, kh * kw) float64.
+        network: (N,) int64, indices into ``names``.
+        names: Of the networks.
+        kernel_size: (height, width).
+        constant: How many were left out as they have no shape: constant or all zero.
+        non_finite: How many were left out as they hold NaN or Inf.
+    """
+
+    values: torch.Tensor
+    network: torch.Tensor
+    names: tuple[str, ...]
+    kernel_size: tuple[int, int]
+    constant: int
+    non_finite: int
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def weights(self, equal_networks: bool = True) -> torch.Tensor:
+        """(N,) of sum 1: every network, or else every kernel, counts the same."""
+        counts = torch.bincount(self.network, minlength=len(self.names)).double()
+        each = 1 / counts[self.network] if equal_networks else torch.ones_like(counts[self.network])
+        return each / each.sum()
+
+    def split(self, held_out: str | Sequence[str]) -> tuple["Kernels", "Kernels"]:
+        """All but some networks, and these alone.
+
+        Raises:
+            BankError: There is no such network.
+        """
+        held_out = (held_out,) if isinstance(held_out, str) else held_out
+        unknown = [name for name in held_out if name not in self.names]
+        if unknown:
+            raise BankError(f"There is no network '{unknown[0]}' to hold out; there are {', '.join(self.names)}.")
+        out = torch.tensor([name in held_out for name in self.names], device="cpu")[self.network]
+        rest, apart = (replace(self, values=self.values[own], network=self.network[own]) for own in (~out, out))
+        return rest, apart
+
+    def fit(self, bank: Bank) -> tuple[torch.Tensor, torch.Tensor]:
+        """R^2 (N,) of the least-squares fit ``a*x + b`` by the nearest key, and that key's index in the bank (N,)."""
+        bank = get_bank(bank)
+        r2, index = self.fit_keys(bank.keys_for(self.kernel_size).flatten(1).double())
+        return r2, torch.tensor(bank.kept(self.kernel_size), device="cpu")[index]
+
+    def fit_keys(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``fit``, by keys (K, kh * kw) of mean 0 and norm 1."""
+        best = (self.values @ keys.T).square().max(1)
+        return best.values, best.indices
+
+
+def collect_kernels(
+    sources: Mapping[str, Source] | Sequence[Source], kernel_size: int | tuple[int, int] = 7
+) -> Kernels:
+    """Gathers the depthwise kernels of one size from networks.
+
+    Args:
+        sources: Networks by name, or a list of them: timm names (their pretrained weights), models, checkpoints
+            (``.safetensors``, or ``.pth`` read without unpickling code), ``.npz`` files of arrays, or arrays of kernels
+            (C, kh, kw) or (C, 1, kh, kw). Of a checkpoint all 4-D weights (C, 1, kh, kw) are taken.
+        kernel_size: In taps; (height, width) if it is no square.
+
+    Raises:
+        BankError: Two sources of one name, a source that holds no kernel of this size, or a file that holds none.
+
+    Example:
+        >>> kernels = collect_kernels({"a": timm.create_model("convnext_atto"), "b": torch.randn(96, 7, 7)})
+    """
+    height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    named = name_sources(sources)
+    values, network, constant, non_finite = [], [], 0, 0
+    bar = tqdm(named.items(), desc="networks", leave=False, disable=None, delay=2)
+    for index, (name, source) in enumerate(bar):
+        arrays = read_kernels(source)
+        found = [array.flatten(1) for array in arrays if tuple(array.shape[1:]) == (height, width)]
+        if not found:
+            sizes = ", ".join(sorted({f"{array.shape[1]}x{array.shape[2]}" for array in arrays})) or "none at all"
+            raise BankError(
+                f"'{name}' holds no depthwise kernel of {height}x{width}, but {sizes}. Leave it out, or take one."
+            )
+        kernels = torch.cat(found)
+        finite = kernels.isfinite().all(1)
+        kernels = kernels[finite]
+        centred = kernels - kernels.mean(1, keepdim=True)
+        norm = centred.norm(dim=1)
+        shaped = norm > 1e-6 * kernels.norm(dim=1).clamp_min(1e-30)
+        non_finite += int((~finite).sum())
+        constant += int((~shaped).sum())
+        values.append(centred[shaped] / norm[shaped, None])
+        network.append(torch.full((len(values[-1]),), index, device="cpu"))
+    return Kernels(torch.cat(values), torch.cat(network), tuple(named), (height, width), constant, non_finite)
+
+
+def name_sources(sources: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]:
+    """Sources by name: that of the file (its path, where two have one name), or the kind and the place in the list.
+
+    Raises:
+        BankError: Two of one name, or none at all.
+    """
+    if isinstance(sources, (str, os.PathLike)):
+        raise BankError(f"The sources are one string, '{sources}'. Give a list: ['{sources}'].")
+    if isinstance(sources, Mapping):
+        named = dict(sources)
+    else:
+        paths = [
+            os.fspath(s) if isinstance(s, (str, os.PathLike)) else f"{type(s).__name__} {i}"
+            for i, s in enumerate(sources)
+        ]
+        names = [os.path.basename(path) for path in paths]
+        if len(set(names)) < len(names):  # a/net.npz and b/net.npz
+            names = paths
+        twins = [name for i, name in enumerate(names) if name in names[:i]]
+        if twins:
+            raise BankError(f"Two sources are called '{twins[0]}'. Give them names: collect_kernels({{'a': ...}}).")
+        named = dict(zip(names, sources, strict=True))
+    if not named:
+        raise BankError("There is no network to take kernels from.")
+    return named
+
+
+def read_kernels(source: Source) -> list[torch.Tensor]:
+    """The depthwise kernels of a network, layer by layer, as (C, kh, kw) float64; see ``collect_kernels``."""
+    if isinstance(source, (str, os.PathLike)):
+        path = os.fspath(source)
+        if not os.path.isfile(path):
+            if path.endswith(_FILES):
+                raise BankError(f"Cannot read kernels from '{path}': there is no such file.")
+            if os.path.isdir(path):
+                raise BankError(f"'{path}' is a folder. Give its file of dense weights, as model.safetensors.")
+            try:
+                return read_kernels(timm.create_model(path, pretrained=True))
+            except RuntimeError as error:
+                raise BankError(f"'{path}' is no file, and timm cannot make it: {error}") from error
+        try:
+            if path.endswith(".npz"):
+                with zipfile.ZipFile(path), np.load(path) as file:  # np.load alone takes other files as well
+                    return _stacks(list(file.values()))
+            state = load_state_dict(path, use_ema=True, weights_only=True)
+            tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+        except Exception as error:  # a damaged file: unpickling may raise anything
+            raise BankError(f"Cannot read kernels from '{path}': {error!r}.") from error
+        if any(name.endswith(".key_index") for name in state):
+            raise BankError(f"'{path}' holds a converted model. Give its dense weights, as model.safetensors.")
+        return _stacks([value for value in tensors if value.ndim == 4])
+    if isinstance(source, nn.Module):
+        layers = [m for m in source.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1]
+        return _stacks([layer.weight for layer in layers])
+    return _stacks([source] if isinstance(source, (torch.Tensor, np.ndarray)) else source)
+
+
+def _stacks(arrays: Sequence[Array]) -> list[torch.Tensor]:
+    """Those of shape (C, kh, kw) or (C, 1, kh, kw), as (C, kh, kw)."""
+    try:
+        tensors = [torch.as_tensor(array, device="cpu").detach().double() for array in arrays]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BankError(f"Expected arrays of kernels (C, kh, kw): {error}.") from error
+    return [t.flatten(0, -3) for t in tensors if t.ndim == 3 or (t.ndim == 4 and t.shape[1] == 1)]
