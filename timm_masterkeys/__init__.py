@@ -48,6 +48,7 @@ __all__ = [
     "Publication",
     "ScaledKeyConv2d",
     "StageReport",
+    "__version__",
     "builtin_images",
     "calibrate_masterkeys",
     "conversion_report",

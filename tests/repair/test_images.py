@@ -67,9 +67,9 @@ def test_small_and_readable():
 
 def test_the_wheel_holds_them():
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    patterns = ast.literal_eval(re.search(r"\[tool\.setuptools\.package-data\]\ntimm_masterkeys = (.*)", text)[1])
-    package = FOLDER.parents[1]
-    held = {path for pattern in patterns for path in package.glob(pattern)}
+    patterns = ast.literal_eval(re.search(r"\[tool\.setuptools\.package-data\]\n.\*. = (.*)", text)[1])
+    package = FOLDER.parents[2]
+    held = {path for pattern in patterns for path in package.glob(f"*/{pattern}")}
     assert {path for path in package.glob("*/data/**/*") if path.is_file()} <= held
 
 
