@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import types
 
 import numpy as np
 import pytest
@@ -368,7 +367,7 @@ def test_a_network_run_part_by_part_gives_what_it_gives_in_one_go():
 
 def test_healing_lowers_what_is_left_and_trains_nothing_else_afterwards(monkeypatch):
     clock = itertools.count(0, 0.05)  # seconds a step, however fast the machine
-    monkeypatch.setattr("timm_masterkeys.repair.calibrate.time", types.SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr("time.perf_counter", clock.__next__)
     model, dense = pair("test_efficientnet")
     model.requires_grad_(False)
     for layer in converted(model).values():

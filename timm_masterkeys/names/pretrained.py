@@ -26,7 +26,7 @@ from .cache import cache_folder, load_or_make
 _logger = logging.getLogger(__name__)
 
 CALIBRATE_VARIABLE = "TIMM_MASTERKEYS_CALIBRATE"
-REPAIR = 1  # counts up whenever the repair gives other networks
+REPAIR = 2  # counts up whenever the repair gives other networks
 SECONDS = 300.0  # a repair takes at most about so long on this machine
 PASSES = 12  # of an image through a network, about, that a repair takes
 OFF = ("", "none", "false", "0", "no")

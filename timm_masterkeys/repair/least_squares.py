@@ -110,10 +110,8 @@ def fit_ridge(folds: list[Gram], weight: torch.Tensor, intercept: bool) -> tuple
         return None
     mean = whole.mean if intercept else torch.zeros_like(whole.mean)
     matrix, right, _ = whole.around(mean)
-    d = torch.linalg.solve(
-        matrix + RIDGES[best] * _energy(matrix) * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device),
-        right,
-    )
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    d = torch.linalg.solve(matrix + RIDGES[best] * _energy(matrix) * identity, right)
     return d, mean[len(d) :] - mean[: len(d)] @ d
 
 
