@@ -53,7 +53,7 @@ def os_errors() -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
+        number = re.search(r"(?:os error|code:) (\d+)", str(error))
         if not number:
             raise OSError(f"Cannot write: {error}") from error
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error

@@ -622,13 +622,13 @@ def foreign(path, name=ARCH):
 
 def loaded_later(path):
     model = timm.create_model(f"{ARCH}.mk8", pretrained=True)
-    model.load_state_dict(torch.load(foreign(path)))
+    model.load_state_dict(torch.load(foreign(path), weights_only=True))
     return model
 
 
 def loaded_before_conversion(path):
     model = timm.create_model(ARCH, pretrained=True)
-    model.load_state_dict(torch.load(foreign(path)))
+    model.load_state_dict(torch.load(foreign(path), weights_only=True))
     return mk.convert_to_masterkeys(model)
 
 
@@ -647,7 +647,9 @@ def compact_of_somebody(path):
             f"{ARCH}.mk8", pretrained=True, pretrained_cfg_overlay={"file": foreign(path), "num_classes": -1}
         ),
         lambda path: timm.create_model(
-            f"{ARCH}.mk8", pretrained=True, pretrained_cfg_overlay={"state_dict": torch.load(foreign(path))}
+            f"{ARCH}.mk8",
+            pretrained=True,
+            pretrained_cfg_overlay={"state_dict": torch.load(foreign(path), weights_only=True)},
         ),
         lambda path: mk.convert_to_masterkeys(timm.create_model(ARCH, checkpoint_path=foreign(path))),
         lambda path: mk.convert_to_masterkeys(timm.create_model(ARCH)),

@@ -204,6 +204,7 @@ def test(name, what):
     DONE[what](build(name).eval())
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5's newer exporter fails on the stock model as well")
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_by_the_newer_exporter():
     model, x, file = build("test_efficientnet").eval(), images(), io.BytesIO()
@@ -216,7 +217,7 @@ def test_onnx_by_the_newer_exporter():
 DISTRIBUTED = """
 import timm, torch, torch.distributed as dist
 import timm_masterkeys as mk
-from torch.distributed.fsdp import fully_shard
+from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 
 dist.init_process_group("gloo")
@@ -251,14 +252,15 @@ for name, value in after.items():
     elif name.endswith("conv_dw.shift"):
         assert not torch.equal(value, before[name]), name
 
-sharded = make()
-for block in [m for m in sharded.modules() if type(m).__name__ == "ConvNeXtBlock"]:
-    fully_shard(block)
-fully_shard(sharded)
-train(sharded)
-for name, value in sharded.state_dict().items():
-    value = value.full_tensor() if isinstance(value, DTensor) else value
-    torch.testing.assert_close(value, after[name], rtol=1e-4, atol=1e-5)
+if hasattr(fsdp, "fully_shard"):  # public from torch 2.6
+    sharded = make()
+    for block in [m for m in sharded.modules() if type(m).__name__ == "ConvNeXtBlock"]:
+        fsdp.fully_shard(block)
+    fsdp.fully_shard(sharded)
+    train(sharded)
+    for name, value in sharded.state_dict().items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        torch.testing.assert_close(value, after[name], rtol=1e-4, atol=1e-5)
 dist.destroy_process_group()
 print("all equal")
 """

@@ -16,13 +16,14 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelInfo, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
 from timm.models import save_for_hf
 from torch import nn
 
@@ -252,7 +253,7 @@ def push_to_hub(
                 metrics=metrics,
                 config=config,
             )
-            ModelCard.load(directory / "README.md").validate()
+            _check_card(api, directory / "README.md")
             files = _compare(directory, info or default)
             changed = [name for name, state in files.items() if state != "unchanged"]
             if dry_run or (info and not changed):
@@ -281,6 +282,12 @@ def push_to_hub(
                 )
     _logger.info("Published hf-hub:%s@%s", repo_id, sha)
     return Publication(repo_id, ref, sha, files, committed=True, url=url, account=account)
+
+
+def _check_card(api: HfApi, path: Path) -> None:
+    """Has the Hub check a card's metadata. (``ModelCard.validate`` of old clients asks huggingface.co always.)"""
+    card = {"repoType": "model", "content": path.read_text(encoding="utf-8")}
+    hf_raise_for_status(get_session().post(f"{api.endpoint}/api/validate-yaml", json=card))
 
 
 def _commit(

@@ -120,14 +120,16 @@ class _AffineDepthwise(torch.autograd.Function):
                 if like is None:  # only its shape and memory layout matter here: it is never touched
                     form = {"dtype": grad.dtype, "device": grad.device, "memory_format": ctx.memory_format}
                     like = torch.empty(ctx.input_shape, **form)
-                grad_input = _input_gradient(grad, like, weight, geometry)
+                grad_input = _input_gradient(grad, like, ctx.memory_format, weight, geometry)
             if needs_bias:
                 grad_bias = grad.sum((0, 2, 3))
             if needs_scale:
                 columns = [_correlation(grad, input, partial(_filter, keys[i], geometry)) for i in key_index.unbind(1)]
                 grad_scale = torch.stack(columns, 1).flatten()
             if needs_shift:
-                grad_shift = _correlation(grad, input, partial(_window_sums, keys.shape[1:], geometry))
+                grad_shift = _correlation(
+                    grad, input, partial(_window_sums, keys.shape[1:], ctx.memory_format, geometry)
+                )
         types = ctx.types
         grad_scale = grad_scale if grad_scale is None else grad_scale.to(types[0])
         grad_shift = grad_shift if grad_shift is None else grad_shift.to(types[1])
@@ -149,12 +151,14 @@ def _convolution_backward(
     return gradients
 
 
-def _input_gradient(grad: torch.Tensor, like: torch.Tensor, weight: torch.Tensor, geometry: Any) -> torch.Tensor:
-    """The gradient of a convolution's input, which is like ``like``."""
+def _input_gradient(
+    grad: torch.Tensor, like: torch.Tensor, memory_format: torch.memory_format, weight: torch.Tensor, geometry: Any
+) -> torch.Tensor:
+    """The gradient of a convolution's input, which is like ``like``. (An old torch.compile lets nobody ask it here.)"""
     stride, padding, dilation, groups = geometry
     full = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
     plain = stride == (1, 1) and weight.shape[0] == groups and min(full) >= 0
-    if plain and grad.device.type == "cpu" and like.is_contiguous():  # the same sums, faster there as a convolution
+    if plain and grad.device.type == "cpu" and memory_format is torch.contiguous_format:  # faster as a convolution
         return F.conv2d(grad, weight.flip(2, 3), None, 1, full, dilation, groups)
     # Asked for the bias as well, CPUs would compute the weight's gradient too.
     return _convolution_backward(grad, like, weight, geometry, [True, False, False])[0]
@@ -181,12 +185,14 @@ def _filter(kernels: torch.Tensor, geometry: Any, input: torch.Tensor) -> torch.
     return F.conv2d(input, kernels.unsqueeze(1).to(input.dtype), None, *geometry)
 
 
-def _window_sums(size: torch.Size, geometry: Any, input: torch.Tensor) -> torch.Tensor:
+def _window_sums(
+    size: torch.Size, memory_format: torch.memory_format, geometry: Any, input: torch.Tensor
+) -> torch.Tensor:
     """The sums of the input over the kernel's window at every place of the output, (N, groups, H', W')."""
     stride, padding, dilation, groups = geometry
     pools = dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, size, strict=True))
     # In channels_last on CPU, summing columns, then rows, is faster than a convolution with ones; elsewhere slower.
-    if pools and groups > 48 and input.device.type == "cpu" and input.stride(1) == 1:
+    if pools and groups > 48 and input.device.type == "cpu" and memory_format is torch.channels_last:
         sums = F.avg_pool2d(input, (size[0], 1), (stride[0], 1), (padding[0], 0), divisor_override=1)
         return F.avg_pool2d(sums, (1, size[1]), (1, stride[1]), (0, padding[1]), divisor_override=1)
     return F.conv2d(input, input.new_ones(groups, 1, *size), None, *geometry)

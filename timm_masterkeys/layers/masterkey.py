@@ -1,7 +1,9 @@
 """The depthwise convolution whose kernels are affine images of frozen keys. Knows nothing of models."""
 
 import os
+import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NoReturn, get_args
 
@@ -34,16 +36,9 @@ _kinds: dict[str, type["MasterKeyConv2d"]] = {}  # layers of another class, by w
 _WHOLE = 0.05  # an average of equal key indices is a whole number up to rounding, far nearer than this
 
 
-class _Parameters(dict[str, nn.Parameter | None]):
-    """Says what to do where ``torch.nn.utils`` reaches for the parameter "weight" that a stock convolution has."""
-
-    def __missing__(self, name: str) -> NoReturn:
-        raise ConversionError(_COMPUTED) if name == "weight" else KeyError(name)
-
-    def __delitem__(self, name: str) -> None:
-        if name not in self:
-            self.__missing__(name)
-        super().__delitem__(name)
+def _no_weight() -> NoReturn:
+    """What is found where ``torch.nn.utils`` looks for the parameter "weight" that a stock convolution has."""
+    raise ConversionError(_COMPUTED)
 
 
 class MasterKeyConv2d(nn.Conv2d):
@@ -190,7 +185,8 @@ class MasterKeyConv2d(nn.Conv2d):
         keys = bank.keys_for((weight.shape[2], weight.shape[3])).to(weight.device, weight.dtype)
         rows = min(keys_per_kernel, len(keys))
         self.__dict__.update(conv.__dict__)  # hooks stay the same objects, so handles to them keep working
-        self._parameters = _Parameters({n: value for n, value in conv._parameters.items() if n != "weight"})
+        # torch.compile does not look into a class of our own here.
+        self._parameters = defaultdict(_no_weight, {n: p for n, p in conv._parameters.items() if n != "weight"})
         self._buffers = dict(conv._buffers)
         self._non_persistent_buffers_set = set(conv._non_persistent_buffers_set)
         self.bank = bank
@@ -260,7 +256,7 @@ class MasterKeyConv2d(nn.Conv2d):
         draw = torch.rand(self.out_channels, len(self.keys), device=self.keys.device)
         self.key_index.copy_(draw.topk(self.keys_per_kernel).indices)
         norm = (weight - weight.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1).mean()
-        self.scale.normal_()
+        self.scale.copy_(torch.randn(self.scale.shape, device=self.scale.device))  # an old torch draws 0 in bfloat16
         self.shift.zero_()
         drawn = self.compose_weight().flatten(1).norm(dim=1, keepdim=True)
         self.scale.copy_((self.scale.view(self.out_channels, -1) * (norm / drawn)).flatten())
@@ -290,6 +286,8 @@ class MasterKeyConv2d(nn.Conv2d):
     def weight(self) -> torch.Tensor:  # computed; nn.Conv2d has a parameter here
         weight = self.compose_weight()
         if not torch.compiler.is_compiling():
+            if sys._getframe(1).f_globals["__name__"] == "torch.nn.utils.weight_norm":  # it deletes next, blindly
+                raise ConversionError(_COMPUTED)
             self._notice_writes()
             self._read = weight
             self._read_state = weight._version, weight.data_ptr() if type(weight) is torch.Tensor else 0
