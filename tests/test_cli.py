@@ -134,7 +134,7 @@ def test_convert(run, weights, model, tmp_path):
     expected = mk.convert_to_masterkeys(model, keys_per_kernel=2, trainable="affine", exclude="stages.0.*")
     assert out.startswith(str(mk.conversion_report(expected)))
     assert f"timm.create_model('local-dir:{tmp_path / 'out'}', pretrained=True)" in out
-    assert out.rstrip().endswith("add --calibrate DIR, or fine-tune before use")
+    assert out.rstrip().endswith("leave out --calibrate none, or fine-tune before use")
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     a, b = again.state_dict(), expected.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -157,15 +157,27 @@ def test_convert_and_calibrate(run, weights, model, tmp_path):
     out = run("convert", ARCH, *weights, *options, "--heal", "0.02", "--output", tmp_path / "out")[1]
     assert "healing" in out
     code, out, err = run("convert", ARCH, *weights, "--heal", "1", "--output", tmp_path / "other")
-    assert code == 1 and "--heal needs images: add --calibrate DIR" in err and not (tmp_path / "other").exists()
+    assert code == 1 and "--heal needs images: leave out --calibrate none" in err and not (tmp_path / "other").exists()
 
 
 def test_convert_and_calibrate_with_photographs_that_ship(run, weights, model, tmp_path, monkeypatch):
     monkeypatch.setattr("timm_masterkeys.repair.calibrate.COUNT", 12)
-    code, out, _ = run("convert", ARCH, *weights, "--calibrate", "builtin", "--output", tmp_path / "out")
+    monkeypatch.delenv("TIMM_MASTERKEYS_CALIBRATE")
+    code, out, _ = run("convert", ARCH, *weights, "--output", tmp_path / "out")
     expected = mk.convert_to_masterkeys(model)
     mk.calibrate_masterkeys(expected, model, mk.builtin_images(model, 12))
     assert code == 0 and str(mk.conversion_report(expected)) in out
+
+
+def test_cache(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIMM_MASTERKEYS_CACHE", str(tmp_path / "cache"))
+    assert run("cache")[:2] == (0, f"0 in {tmp_path / 'cache'}\n")
+    (tmp_path / "cache" / "net.mk8-0123").mkdir(parents=True)
+    (tmp_path / "cache" / "net.mk8-0123" / "config.json").write_bytes(b"x" * 2_500_000)
+    code, out, _ = run("cache")
+    assert code == 0 and out.startswith("net.mk8-0123       2.5 MB  used 20")
+    assert run("cache", "--clear")[:2] == (0, f"removed 1 from {tmp_path / 'cache'}\n")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_convert_from_a_training_checkpoint(run, model, tmp_path):

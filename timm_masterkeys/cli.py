@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -23,6 +24,8 @@ from .keys.banks import DEFAULT_BANK, KeyBank, get_bank
 from .layers import MasterKeyConv2d, Trainable
 from .models.report import conversion_report
 from .models.surgery import convert_to_masterkeys, plan_conversion
+from .names.cache import cache_folder, clear_entries, list_entries
+from .names.pretrained import calibration_images
 from .names.registry import list_architectures, stock_name
 from .repair.calibrate import STAGES, WITHOUT_GRADIENTS, calibrate_masterkeys
 from .study.analysis import compare_networks
@@ -37,6 +40,7 @@ _EXAMPLES = """examples:
   timm-masterkeys list 'convnext*'
   timm-masterkeys inspect convnext_tiny
   timm-masterkeys inspect tf_efficientnet_lite0 --checkpoint lite0.safetensors --keys-per-kernel 2
+  timm-masterkeys convert convnext_tiny --pretrained --output out
   timm-masterkeys convert convnext_tiny --checkpoint mine.safetensors --calibrate photographs --output out
   timm-masterkeys inspect convnext_tiny --pretrained --html report.html
   timm-masterkeys plot convnext_tiny --pretrained --output pictures
@@ -120,15 +124,18 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add(
         "convert",
-        "convert a model and save it as safetensors and config.json for timm",
-        "convert convnext_tiny --pretrained --calibrate photographs --output out",
+        "convert a model, repair it with unlabelled images, and save it as safetensors and config.json for timm",
+        "convert convnext_tiny --pretrained --keys-per-kernel 4 --output out",
         [settings],
     )
     _add_model(command)
     command.add_argument("--trainable", default="shift", choices=get_args(Trainable), help="(default: shift)")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     command.add_argument(
-        "--calibrate", metavar="DIR", help="repair with a folder of images, no labels; 'builtin': with those that ship"
+        "--calibrate",
+        metavar="DIR",
+        help="images to repair with, some hundred of the task's own are best; 'none': no repair (default: "
+        "photographs that ship)",
     )
     command.add_argument("--heal", type=float, metavar="MINUTES", help="and train each block towards the dense one's")
     command.set_defaults(run=_convert)
@@ -187,6 +194,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--message", default="Publish a master key filters model", help="title of the commit")
     command.add_argument("--dry-run", action="store_true", help="check everything, show what would change")
     command.set_defaults(run=_publish)
+
+    command = add("cache", "the networks that pretrained=True has repaired and keeps on disk", "cache --clear", [])
+    command.add_argument("--clear", action="store_true", help="remove them")
+    command.set_defaults(run=_cache)
     return parser
 
 
@@ -241,8 +252,9 @@ def _inspect(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     if not _has_weights(args):
         raise MasterKeysError("Nothing to convert: add --pretrained or --checkpoint FILE.")
-    if args.heal is not None and not args.calibrate:
-        raise MasterKeysError("--heal needs images: add --calibrate DIR.")
+    images = calibration_images(args.calibrate)
+    if args.heal is not None and not images:
+        raise MasterKeysError("--heal needs images: leave out --calibrate none.")
     _check_output(args.output)
     dense = _create(args)
     if _is_converted(dense, args):
@@ -251,16 +263,14 @@ def _convert(args: argparse.Namespace) -> None:
             "made from."
         )
     model = _converted(dense, args)
-    if args.calibrate:
+    if images:
         stages = WITHOUT_GRADIENTS if args.heal is None else STAGES
-        print(
-            calibrate_masterkeys(model, dense, args.calibrate, stages=stages, heal_minutes=args.heal or 0), end="\n\n"
-        )
+        print(calibrate_masterkeys(model, dense, images, stages=stages, heal_minutes=args.heal or 0), end="\n\n")
     directory = save_pretrained(model, args.output)
     print(conversion_report(model))
     print(f"\nsaved to {directory}: timm.create_model('local-dir:{directory}', pretrained=True) loads it")
-    if not args.calibrate:
-        print("one-shot conversion costs accuracy: add --calibrate DIR, or fine-tune before use")
+    if not images:
+        print("NOT repaired, and of little use as it is: leave out --calibrate none, or fine-tune before use")
 
 
 def _discover(args: argparse.Namespace) -> None:
@@ -390,6 +400,19 @@ def _publish(args: argparse.Namespace) -> None:
         readme=readme,
     )
     print(done)
+
+
+def _cache(args: argparse.Namespace) -> None:
+    root = cache_folder()
+    if args.clear:
+        print(f"removed {clear_entries(root)} from {root}")
+        return
+    entries = list_entries(root)
+    width = max((len(entry.path.name) for entry in entries), default=0)
+    for entry in entries:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+        print(f"{entry.path.name:<{width}}  {entry.size / 1e6:>8,.1f} MB  used {used}")
+    print(f"{len(entries)} in {root}")
 
 
 def _is_folder(args: argparse.Namespace) -> bool:
