@@ -795,3 +795,15 @@ def test_utilities_that_want_a_parameter_name_the_way_out(utility):
         UTILITIES[utility](layer)
     assert same_state(snapshot(layer), before) and not layer._forward_pre_hooks
     layer(torch.randn(1, 8, 5, 5))
+
+
+@geometries
+def test_windows_are_what_the_kernel_sees(geometry):
+    conv = make_conv(geometry, dtype=torch.float64, bias=False)
+    layer = MasterKeyConv2d.from_conv(conv)
+    x = torch.randn(2, 8, 15, 17, dtype=torch.float64)
+    output = layer(x).flatten(2)
+    positions = torch.randperm(output.shape[2])[:20]
+    windows = layer.windows(x, positions).repeat_interleave(layer.out_channels // 8, 3)
+    got = torch.einsum("npkc,ck->ncp", windows, layer.weight.flatten(1))
+    torch.testing.assert_close(got, output[:, :, positions])

@@ -382,6 +382,29 @@ class MasterKeyConv2d(nn.Conv2d):
             return f"holds {low:.0f} to {high:.0f}, the bank has {len(self.keys)} keys."
         return ""
 
+    def windows(self, input: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What the kernel sees at some positions of the output.
+
+        Args:
+            input: (N, in_channels, H, W).
+            positions: (P,) int64, of the output's H' * W' in rows.
+
+        Returns:
+            (N, P, kh * kw, in_channels), so that ``weight.flatten(1) @ windows`` are the kernels' responses there.
+        """
+        if self.same_padding:
+            input = pad_same(input, self.kernel_size, self.stride, self.dilation)
+        input, (high, wide) = self._padded(input)
+        input = F.pad(input, (wide, wide, high, high))
+        spans = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        width = (input.shape[3] - spans[1] - 1) // self.stride[1] + 1
+        corners = positions // width * self.stride[0], positions % width * self.stride[1]
+        rows, columns = (
+            corner[:, None] + d * torch.arange(k, device=positions.device)
+            for corner, d, k in zip(corners, self.dilation, self.kernel_size, strict=True)
+        )
+        return input.permute(0, 2, 3, 1)[:, rows[:, :, None], columns[:, None, :]].flatten(2, 3)
+
     def _padded(self, input: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """The input and the symmetric zero padding left to do; what is not of that kind is done here."""
         if self.padding_mode != "zeros":

@@ -30,11 +30,14 @@ class Rows:
         """The same random positions of every tensor of a size."""
         last = self.channels_last if channels_last is None else channels_last
         rows = tensor.unsqueeze(1).flatten(1, -2) if last else tensor.flatten(2).transpose(1, 2)
-        positions = max(1, self.rows // len(rows))
-        if rows.shape[1] <= positions:
-            return rows.clone()
-        chosen = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")[:positions]
-        return rows[:, chosen.to(rows.device)]
+        return rows[:, self.positions(rows.shape[1], len(rows)).to(rows.device)]
+
+    def positions(self, count: int, images: int) -> torch.Tensor:
+        """Which of so many positions of an image are gathered, if there are so many images in the call."""
+        most = max(1, self.rows // images)
+        if count <= most:
+            return torch.arange(count, device="cpu")
+        return torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")[:most]
 
 
 class Moments:

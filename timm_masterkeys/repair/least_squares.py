@@ -103,30 +103,48 @@ def fit_ridge(folds: list[Gram], weight: torch.Tensor, intercept: bool) -> tuple
         D and b, fitted to all rows, or None if with every ridge the folds come no nearer than with nothing.
     """
     whole = sum(folds[1:], folds[0])
-    errors = sum(_ridge_errors(whole - fold, fold, weight, intercept) for fold in folds)
-    assert isinstance(errors, torch.Tensor)
-    best = int(errors.argmin())
-    if not errors[best] < (weight * whole.power).sum():
+    parts = [_centred(whole - fold, fold, intercept) for fold in folds]
+    best, least = 0.0, float((weight * whole.power).sum())
+    for ridge in reversed(RIDGES):  # from the strongest down, for as long as it helps
+        error = sum(_ridge_error(ridge, weight.float(), *part) for part in parts)
+        if not error < least:
+            break
+        best, least = ridge, error
+    if not best:
         return None
     mean = whole.mean if intercept else torch.zeros_like(whole.mean)
     matrix, right, _ = whole.around(mean)
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    d = torch.linalg.solve(matrix + RIDGES[best] * _energy(matrix) * identity, right)
+    d = torch.linalg.solve(matrix + best * _energy(matrix) * identity, right)
     return d, mean[len(d) :] - mean[: len(d)] @ d
 
 
-def _ridge_errors(fitted: Gram, test: Gram, weight: torch.Tensor, intercept: bool) -> torch.Tensor:
-    """(ridges,), squared errors on other rows than those fitted to; in the eigenbasis of the latter all at once."""
+def _centred(fitted: Gram, test: Gram, intercept: bool) -> list[torch.Tensor]:
+    """Sums of what is fitted to and of what is tested on, around the mean of the former.
+
+    In float32, as they only choose among the ridges.
+    """
     mean = fitted.mean if intercept else torch.zeros_like(fitted.mean)
     matrix, right, _ = fitted.around(mean)
-    test_matrix, test_right, power = test.around(mean)
-    values, basis = torch.linalg.eigh(matrix)
-    right = basis.T @ right
-    linear = (right * (basis.T @ test_right)) @ weight
-    square = (basis.T @ test_matrix @ basis) * ((right * weight) @ right.T)
-    ridges = values.new_tensor(RIDGES) * _energy(matrix)
-    inverse = 1 / (values.clamp_min(0) + ridges.unsqueeze(1))  # (ridges, inputs)
-    return (weight * power).sum() - 2 * inverse @ linear + ((inverse @ square) * inverse).sum(1)
+    return [sums.float() for sums in (matrix, right, *test.around(mean))]
+
+
+def _ridge_error(
+    ridge: float,
+    weight: torch.Tensor,
+    matrix: torch.Tensor,
+    right: torch.Tensor,
+    test_matrix: torch.Tensor,
+    test_right: torch.Tensor,
+    power: torch.Tensor,
+) -> float:
+    """The squared error, on other rows than those fitted to; infinite where the ridge is lost in rounding."""
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    factor, failed = torch.linalg.cholesky_ex(matrix + ridge * _energy(matrix) * identity)
+    if failed:
+        return math.inf
+    d = torch.cholesky_solve(right, factor)
+    return float((weight * (power - 2 * (d * test_right).sum(0) + (d * (test_matrix @ d)).sum(0))).sum())
 
 
 def _energy(matrix: torch.Tensor) -> torch.Tensor:

@@ -23,20 +23,19 @@ DEAD = 1e-10  # a channel that varies less than this is left alone
 def project(pair: Pair, wanted: Tap[Rows]) -> str:
     """Chooses keys, scale and shift of a converted layer by what it puts out."""
     name, layer = wanted.name, pair.layer(wanted.name)
-    probes = torch.cat([torch.ones_like(layer.keys[:1]), layer.keys])
+    probes = torch.cat([torch.ones_like(layer.keys[:1]), layer.keys]).flatten(1)
     count = len(probes)
-    probe = layer.fuse()  # the same geometry and padding
-    probe.weight = nn.Parameter(probes.repeat(layer.in_channels, 1, 1).unsqueeze(1), requires_grad=False)
-    probe.bias = None
     targets = iter(wanted.hook.outputs)
     grams: list[torch.Tensor] = []
 
     def gather(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        target = next(targets).flatten(0, 1)
-        responses = wanted.hook.pick(probe.forward(args[0])).flatten(0, 1).view(len(target), layer.in_channels, count)
-        responses = responses.repeat_interleave(layer.out_channels // layer.in_channels, 1)
-        rows = torch.cat([responses, target.unsqueeze(2), torch.ones_like(target).unsqueeze(2)], 2).transpose(0, 1)
-        grams.append(rows.mT.double() @ rows.double())
+        target = next(targets).flatten(0, 1).T
+        positions = wanted.hook.positions(output[0, 0].numel(), len(output))
+        windows = layer.windows(args[0], positions.to(output.device)).flatten(0, 1)
+        responses = (probes @ windows).permute(2, 0, 1)  # (in_channels, positions, probes)
+        responses = responses.repeat_interleave(layer.out_channels // layer.in_channels, 0)
+        rows = torch.cat([responses, target.unsqueeze(2), torch.ones_like(target).unsqueeze(2)], 2)
+        grams.append((rows.mT @ rows).double())
         raise Reached
 
     pair.run(wanted.batches, (name, gather))
