@@ -36,6 +36,17 @@ _kinds: dict[str, type["MasterKeyConv2d"]] = {}  # layers of another class, by w
 _WHOLE = 0.05  # an average of equal key indices is a whole number up to rounding, far nearer than this
 
 
+_Read = tuple[torch.Tensor, tuple[int, int]]
+
+
+def _state(weight: torch.Tensor) -> tuple[int, int]:
+    """What changes when a tensor is written to: its version, or through ``.data`` its memory, if it has its own."""
+    try:
+        return weight._version, weight.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # within vmap and grad, fake, on the meta device
+        return weight._version, 0
+
+
 def _no_weight() -> NoReturn:
     """What is found where ``torch.nn.utils`` looks for the parameter "weight" that a stock convolution has."""
     raise ConversionError(_COMPUTED)
@@ -192,7 +203,7 @@ class MasterKeyConv2d(nn.Conv2d):
         self.bank = bank
         self.keys_per_kernel = rows
         self.same_padding = isinstance(conv, Conv2dSame)
-        self._read: torch.Tensor | None = None  # the weight last read, see _notice_writes
+        self._read: _Read | None = None  # the weight last read, see _notice_writes
         self.register_buffer("keys", keys)
         index = torch.zeros(self.out_channels, rows, device=weight.device, dtype=torch.float32)
         self.register_buffer("key_index", index)
@@ -289,8 +300,8 @@ class MasterKeyConv2d(nn.Conv2d):
             if sys._getframe(1).f_globals["__name__"] == "torch.nn.utils.weight_norm":  # it deletes next, blindly
                 raise ConversionError(_COMPUTED)
             self._notice_writes()
-            self._read = weight
-            self._read_state = weight._version, weight.data_ptr() if type(weight) is torch.Tensor else 0
+            if not weight.is_inference():  # which have no version, and cannot be written to elsewhere
+                self._read = weight, _state(weight)
         return weight
 
     @weight.setter
@@ -305,7 +316,7 @@ class MasterKeyConv2d(nn.Conv2d):
     def _notice_writes(self) -> None:
         """Warns if the tensor that ``weight`` gave last was written to, which changes nothing."""
         read, self._read = self._read, None
-        if read is not None and (read._version, read.data_ptr()) != self._read_state:
+        if read is not None and _state(read[0]) != read[1]:
             warnings.warn(
                 "The weight of a MasterKeyConv2d was written to in place. It is computed, so the layer is unchanged: "
                 "assign the whole tensor (layer.weight = tensor) to project it on the keys, or call "
@@ -339,7 +350,7 @@ class MasterKeyConv2d(nn.Conv2d):
     def _fast_forward(self, input: torch.Tensor) -> torch.Tensor:
         given: Any = input
         proxy = isinstance(given, torch.fx.Proxy)  # an FX tracer that does not know to keep the layer whole
-        if self._read is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._read is not None:  # in this order: no guard on what was read
             self._notice_writes()
         if proxy and type(given.tracer).__module__.startswith("torch.ao.quantization"):
             raise ConversionError(_COMPUTED)
@@ -458,7 +469,7 @@ class MasterKeyConv2d(nn.Conv2d):
         cls = Conv2dSame if self.same_padding else nn.Conv2d
         conv = cls.__new__(cls)
         conv.__dict__.update(self.__dict__)
-        for name in ("bank", "keys_per_kernel", "trainable", "same_padding", "_read", "_read_state", "operators"):
+        for name in ("bank", "keys_per_kernel", "trainable", "same_padding", "_read", "operators"):
             conv.__dict__.pop(name, None)
         frozen = any(
             not p.requires_grad
