@@ -268,9 +268,11 @@ def test_forward_mode(geometry, trainable):
 
 
 @pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
-def test_compile_in_one_graph(trainable):
-    layer = make("7x7", 1, trainable, channels=4, dtype=torch.float32)
-    x = torch.randn(2, 4, 9, 9, requires_grad=True)
+@pytest.mark.parametrize("channels, memory_format", [(4, torch.contiguous_format), (64, torch.channels_last)])
+def test_compile_in_one_graph(trainable, channels, memory_format):
+    layer = make("7x7", 1, trainable, channels=channels, dtype=torch.float32)
+    x = torch.randn(2, channels, 9, 9).to(memory_format=memory_format).requires_grad_()
+    torch.compiler.reset()  # every case counts against the same limit of recompilations
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for _ in range(2):
         got = torch.autograd.grad(compiled(x).square().sum(), [x, *layer.parameters()])
