@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import CalibrationError, ConversionError, ProjectionError
+from ..errors import CalibrationError, ConversionError
 from ..keys.banks import DEFAULT_BANK, KeyBank, get_bank
-from ..layers import MasterKeyConv2d, Trainable, check_trainable
-from ..models.surgery import Bank, Patterns, check_unwrapped, plan_conversion, replace_layers
+from ..layers import MasterKeyConv2d, Trainable
+from ..models.surgery import Bank, Patterns, convert_to_masterkeys, replace_layers
 from .blocks import hooked
 from .calibrate import (
     FEWEST,
@@ -87,8 +87,8 @@ class KeyBudget:
             lines.append(f"{one.keys:>9,}  {each:>10.2f}  {one.agreement:>9.1%}  {one.divergence:>10.3f}{mark}")
         lines.append(
             f"{self.chosen.keys:,} keys for {total:,} kernels agree with the dense network on "
-            f"{self.chosen.agreement:.1%} of {self.held_out} held-out images, {self.asked:.1%} asked for; repaired with {self.images}, "
-            f"{self.seconds:.0f} s"
+            f"{self.chosen.agreement:.1%} of {self.held_out} held-out images ({self.asked:.1%} asked for); repaired "
+            f"with {self.images}, {self.seconds:.0f} s"
         )
         return "\n".join(lines)
 
@@ -141,18 +141,16 @@ def convert_to_agreement(
     """
     if isinstance(agreement, bool) or not isinstance(agreement, (int, float)) or not 0 < agreement <= 1:
         raise CalibrationError(f"agreement is {agreement!r}, expected more than 0, at most 1 (0.95 for 95 %).")
-    check_unwrapped(dense)
-    check_trainable(trainable)
     if trainable == "scales":
         raise ConversionError("trainable is 'scales', which has one key per kernel: there is no number to choose.")
     bank = get_bank(bank)
-    plan = plan_conversion(dense, bank, include=include, exclude=exclude)
-    kernels = {layer.name: layer.out_channels for layer in plan.converted}
-    layers = {name: _choices(name, dense.get_submodule(name), bank) for name in kernels}
-    fewest = {name: min(found) for name, found in layers.items()}
-    check_models(_converted(dense, fewest, bank, trainable), dense)
+    first = convert_to_masterkeys(dense, bank, include=include, exclude=exclude, trainable=trainable)
+    check_models(first, dense)
+    kernels = {name: m.out_channels for name, m in first.named_modules() if isinstance(m, MasterKeyConv2d)}
     fitted, held_out = _split(images, dense, max_images)
     start = time.perf_counter()
+    layers = {name: _choices(dense.get_submodule(name), bank) for name in kernels}
+    fewest = {name: min(found) for name, found in layers.items()}
     with evaluating(dense):
         probe(dense, fitted[:2])
         wanted = _outputs(dense, held_out, batch_size)
@@ -217,13 +215,10 @@ def order_steps(kernels: Mapping[str, int], divergences: Mapping[str, Mapping[in
         counts.update(steps[-1:])
 
 
-def _choices(name: str, conv: Any, bank: KeyBank) -> dict[int, MasterKeyConv2d]:
+def _choices(conv: Any, bank: KeyBank) -> dict[int, MasterKeyConv2d]:
     """A layer with one, two, four, ... and all keys per kernel, by their number."""
     numbers = [2**power for power in range(len(bank).bit_length()) if 2**power < len(bank)]
-    try:
-        found = [MasterKeyConv2d.from_conv(conv, bank, number) for number in [*numbers, len(bank)]]
-    except ProjectionError as error:
-        raise ProjectionError(f"{name}: {error}") from None
+    found = [MasterKeyConv2d.from_conv(conv, bank, number) for number in [*numbers, len(bank)]]
     return {layer.keys_per_kernel: layer for layer in found}
 
 
@@ -238,7 +233,7 @@ def _converted(dense: nn.Module, counts: Mapping[str, int], bank: KeyBank, train
 def _split(images: Images, dense: nn.Module, max_images: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images to repair with, and to judge by."""
     if isinstance(images, str) and images == BUILTIN:
-        count = min(COUNT, max_images)
+        count = min(COUNT, max_images // 3)
         parts = [builtin_images(dense, n, held_out=held_out) for n, held_out in ((count, False), (2 * count, True))]
         fitted, held_out = (load_images(part, dense, len(part)) for part in parts)
         return fitted, held_out
@@ -268,7 +263,7 @@ def _divergences(
             def replace(module: nn.Module, args: Any, output: torch.Tensor, layer: MasterKeyConv2d = layer) -> Any:
                 ours = layer.forward(args[0])  # without the hooks, which it has in common with the dense one
                 (var, mean), (our_var, our_mean) = (
-                    torch.var_mean(out, (0, 2, 3), keepdim=True) for out in (output, ours)
+                    torch.var_mean(out, (0, 2, 3), correction=0, keepdim=True) for out in (output, ours)
                 )
                 return (ours - our_mean) * (var / our_var.clamp_min(1e-10)).sqrt() + mean  # as the repair will see to
 
