@@ -17,8 +17,8 @@ from benchmark_fidelity import Benchmark
 from torch import nn
 
 import timm_masterkeys as mk
+from timm_masterkeys.repair.budget import split_images
 from timm_masterkeys.repair.calibrate import output_agreement, output_divergence
-from timm_masterkeys.repair.images import COUNT
 
 COLUMNS = [
     "network",
@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     benchmark = Benchmark(args.network, args.folder)
     dense, every = benchmark.dense, torch.arange(len(benchmark.images.x))
-    images, crops = (mk.builtin_images(dense, n * COUNT, held_out=held_out) for n, held_out in ((1, False), (2, True)))
+    images, crops = split_images("builtin", dense)
 
     def photographs(model: nn.Module) -> list[str]:
         return [f"{value:.3f}" for value in benchmark.measure(benchmark.outputs(model, every), every)]

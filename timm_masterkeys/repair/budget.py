@@ -147,7 +147,7 @@ def convert_to_agreement(
     first = convert_to_masterkeys(dense, bank, include=include, exclude=exclude, trainable=trainable)
     check_models(first, dense)
     kernels = {name: m.out_channels for name, m in first.named_modules() if isinstance(m, MasterKeyConv2d)}
-    fitted, held_out = _split(images, dense, max_images)
+    fitted, held_out = split_images(images, dense, max_images)
     start = time.perf_counter()
     layers = {name: _choices(dense.get_submodule(name), bank) for name in kernels}
     fewest = {name: min(found) for name, found in layers.items()}
@@ -230,13 +230,13 @@ def _converted(dense: nn.Module, counts: Mapping[str, int], bank: KeyBank, train
     )
 
 
-def _split(images: Images, dense: nn.Module, max_images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images to repair with, and to judge by."""
+def split_images(images: Images, dense: nn.Module, max_images: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images to repair with, and images to judge by; of the built-in ones, crops of different photographs."""
     if isinstance(images, str) and images == BUILTIN:
-        count = min(COUNT, max_images // 3)
-        parts = [builtin_images(dense, n, held_out=held_out) for n, held_out in ((count, False), (2 * count, True))]
-        fitted, held_out = (load_images(part, dense, len(part)) for part in parts)
-        return fitted, held_out
+        held = COUNT // HELD_OUT  # photographs, which give many crops each, as they judge only
+        count, crops = min(COUNT - held, max_images // 3), min(8 * held, max_images * 2 // 3)
+        fitted, held_out = (builtin_images(dense, n, held_out=out) for n, out in ((count, False), (crops, True)))
+        return load_images(fitted, dense, count), load_images(held_out, dense, crops)
     tensor = load_images(images, dense, max_images)
     if len(tensor) < HELD_OUT * FEWEST:
         raise CalibrationError(
