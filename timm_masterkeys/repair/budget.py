@@ -232,19 +232,21 @@ def _converted(dense: nn.Module, counts: Mapping[str, int], bank: KeyBank, train
 
 def split_images(images: Images, dense: nn.Module, max_images: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
     """Images to repair with, and images to judge by; of the built-in ones, crops of different photographs."""
+    least = HELD_OUT * FEWEST
+    if max_images < least:
+        raise CalibrationError(f"max_images is {max_images}, expected at least {least}, as every fourth is held out.")
     if isinstance(images, str) and images == BUILTIN:
         held = COUNT // HELD_OUT  # photographs, which give many crops each, as they judge only
-        count, crops = min(COUNT - held, max_images // 3), min(8 * held, max_images * 2 // 3)
-        fitted, held_out = (builtin_images(dense, n, held_out=out) for n, out in ((count, False), (crops, True)))
-        return load_images(fitted, dense, count), load_images(held_out, dense, crops)
+        fitted = builtin_images(dense, min(COUNT - held, max_images // 3), held_out=False)
+        judging = builtin_images(dense, min(8 * held, max_images * 2 // 3), held_out=True)
+        return load_images(fitted, dense, max_images), load_images(judging, dense, max_images)
     tensor = load_images(images, dense, max_images)
-    if len(tensor) < HELD_OUT * FEWEST:
+    if len(tensor) < least:
         raise CalibrationError(
-            f"{len(tensor)} images, expected at least {HELD_OUT * FEWEST}, as every fourth is held out; some hundred "
-            "are better."
+            f"{len(tensor)} images, expected at least {least}, as every fourth is held out; some hundred are better."
         )
-    held = torch.arange(len(tensor), device=tensor.device) % HELD_OUT == HELD_OUT - 1
-    return tensor[~held], tensor[held]
+    held_out = torch.arange(len(tensor), device=tensor.device) % HELD_OUT == HELD_OUT - 1
+    return tensor[~held_out], tensor[held_out]
 
 
 def _outputs(model: nn.Module, images: torch.Tensor, batch_size: int) -> torch.Tensor:
