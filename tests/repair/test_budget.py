@@ -143,10 +143,10 @@ def test_a_timm_model_is_repaired_saved_and_loaded(tmp_path):
     dense = timm.create_model("test_convnext", num_classes=10).train()
     state, hooks = copy.deepcopy(dense.state_dict()), [len(m._forward_hooks) for m in dense.modules()]
     images = torch.randn(40, 3, 32, 32)
-    model, budget = mk.convert_to_agreement(dense, 0.3, images, include="stages.[23].*", trainable="affine")
+    model, budget = mk.convert_to_agreement(dense, 0.3, images, include="stages.3.*", trainable="affine")
     assert all(torch.equal(value, state[name]) for name, value in dense.state_dict().items())
     assert all(m.training for m in dense.modules()) and hooks == [len(m._forward_hooks) for m in dense.modules()]
-    assert set(keys_of(model)) == set(budget.kernels) and all(name[7] in "23" for name in budget.kernels)
+    assert set(keys_of(model)) == set(budget.kernels) and all(name.startswith("stages.3.") for name in budget.kernels)
     assert all(m.trainable == "affine" for m in model.modules() if isinstance(m, mk.MasterKeyConv2d))
     assert mk.conversion_report(model).calibration
     mk.save_pretrained(model, tmp_path)
