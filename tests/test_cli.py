@@ -180,6 +180,39 @@ def test_cache(run, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_convert_with_as_few_keys_as_an_agreement_needs(run, weights, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("timm_masterkeys.repair.budget.COUNT", 16)
+    found, convert = [], mk.convert_to_agreement
+    monkeypatch.setattr(
+        "timm_masterkeys.cli.convert_to_agreement", lambda *a, **k: found.append(convert(*a, **k)) or found[0]
+    )
+    options = ["--calibrate", "builtin", "--agreement", ".1", "--include", "stages.3.*"]
+    code, out, _ = run("convert", ARCH, *weights, *options, "--output", tmp_path / "out")
+    expected, budget = found[0]
+    assert set(budget.kernels) == {layer.name for layer in mk.plan_conversion(model, include="stages.3.*").converted}
+    assert budget.asked == 0.1 and budget.images == 12
+    assert code == 0 and str(mk.conversion_report(expected)) in out
+    assert out.startswith(str(budget))
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in expected.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--keys-per-kernel", "2"], "drop --keys-per-kernel, --min-r2 and --heal"),
+        (["--min-r2", "0.5"], "drop --keys-per-kernel, --min-r2 and --heal"),
+        (["--heal", "1"], "drop --keys-per-kernel, --min-r2 and --heal"),
+        (["--calibrate", "none"], "--agreement needs images: leave out --calibrate none"),
+        (["--agreement", "95"], "agreement is 95.0, expected more than 0, at most 1"),
+    ],
+)
+def test_agreement_with_options_that_contradict_it(run, weights, tmp_path, options, says):
+    given = ["--calibrate", "builtin", "--agreement", ".9", *options, "--output", tmp_path / "out"]
+    code, out, err = run("convert", ARCH, *weights, *given)
+    assert (code, out) == (1, "") and says in err and not (tmp_path / "out").exists()
+
+
 def test_convert_from_a_training_checkpoint(run, model, tmp_path):
     """As train.py writes it, its averaged weights first."""
     other = timm.create_model(ARCH, num_classes=10)

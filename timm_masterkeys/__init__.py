@@ -24,6 +24,7 @@ from .models.surgery import (
     plan_conversion,
 )
 from .names.registry import list_architectures, register_names, use_weights
+from .repair.budget import KeyBudget, Spending, convert_to_agreement
 from .repair.calibrate import CalibrationReport, calibrate_masterkeys
 from .repair.images import builtin_images
 from .repair.walk import StageReport
@@ -39,6 +40,7 @@ __all__ = [
     "ConversionReport",
     "HubError",
     "KeyBank",
+    "KeyBudget",
     "LayerReport",
     "MasterKeyConv2d",
     "MasterKeysError",
@@ -47,11 +49,13 @@ __all__ = [
     "ProjectionError",
     "Publication",
     "ScaledKeyConv2d",
+    "Spending",
     "StageReport",
     "__version__",
     "builtin_images",
     "calibrate_masterkeys",
     "conversion_report",
+    "convert_to_agreement",
     "convert_to_masterkeys",
     "fuse_masterkeys",
     "get_bank",

@@ -27,6 +27,7 @@ from .models.surgery import convert_to_masterkeys, plan_conversion
 from .names.cache import cache_folder, clear_entries, list_entries
 from .names.pretrained import calibration_images
 from .names.registry import list_architectures, stock_name
+from .repair.budget import convert_to_agreement
 from .repair.calibrate import STAGES, WITHOUT_GRADIENTS, calibrate_masterkeys
 from .study.analysis import compare_networks
 from .study.discovery import collect_kernels, discover_bank, match_banks
@@ -41,6 +42,7 @@ _EXAMPLES = """examples:
   timm-masterkeys inspect convnext_tiny
   timm-masterkeys inspect tf_efficientnet_lite0 --checkpoint lite0.safetensors --keys-per-kernel 2
   timm-masterkeys convert convnext_tiny --pretrained --output out
+  timm-masterkeys convert convnext_tiny --pretrained --agreement .95 --output out
   timm-masterkeys convert convnext_tiny --checkpoint mine.safetensors --calibrate photographs --output out
   timm-masterkeys inspect convnext_tiny --pretrained --html report.html
   timm-masterkeys plot convnext_tiny --pretrained --output pictures
@@ -136,6 +138,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="images to repair with, some hundred of the task's own are best; 'none': no repair (default: "
         "photographs that ship)",
+    )
+    command.add_argument(
+        "--agreement",
+        type=float,
+        metavar="SHARE",
+        help="as few keys, layer by layer, as agree with the dense network on this share (.95) of held-out images",
     )
     command.add_argument("--heal", type=float, metavar="MINUTES", help="and train each block towards the dense one's")
     command.set_defaults(run=_convert)
@@ -253,8 +261,11 @@ def _convert(args: argparse.Namespace) -> None:
     if not _has_weights(args):
         raise MasterKeysError("Nothing to convert: add --pretrained or --checkpoint FILE.")
     images = calibration_images(args.calibrate)
-    if args.heal is not None and not images:
-        raise MasterKeysError("--heal needs images: leave out --calibrate none.")
+    for option in ("heal", "agreement"):
+        if getattr(args, option) is not None and not images:
+            raise MasterKeysError(f"--{option} needs images: leave out --calibrate none.")
+    if args.agreement is not None and (args.keys_per_kernel, args.min_r2, args.heal) != (1, None, None):
+        raise MasterKeysError("--agreement chooses the keys and repairs: drop --keys-per-kernel, --min-r2 and --heal.")
     _check_output(args.output)
     dense = _create(args)
     if _is_converted(dense, args):
@@ -262,10 +273,22 @@ def _convert(args: argparse.Namespace) -> None:
             f"'{args.model}' is converted already: inspect or publish it as it is, or convert the dense weights it was "
             "made from."
         )
-    model = _converted(dense, args)
-    if images:
-        stages = WITHOUT_GRADIENTS if args.heal is None else STAGES
-        print(calibrate_masterkeys(model, dense, images, stages=stages, heal_minutes=args.heal or 0), end="\n\n")
+    if images and args.agreement is not None:
+        model, budget = convert_to_agreement(
+            dense,
+            args.agreement,
+            images,
+            bank=args.bank,
+            include=args.include,
+            exclude=args.exclude,
+            trainable=args.trainable,
+        )
+        print(budget, end="\n\n")
+    else:
+        model = _converted(dense, args)
+        if images:
+            stages = WITHOUT_GRADIENTS if args.heal is None else STAGES
+            print(calibrate_masterkeys(model, dense, images, stages=stages, heal_minutes=args.heal or 0), end="\n\n")
     directory = save_pretrained(model, args.output)
     print(conversion_report(model))
     print(f"\nsaved to {directory}: timm.create_model('local-dir:{directory}', pretrained=True) loads it")

@@ -121,6 +121,17 @@ def test_every_picture_before_any_twice_and_half_mirrored():
     assert 70 < sum(mirrored) < 130
 
 
+def test_held_out_crops_are_of_other_photographs(monkeypatch):
+    grey = [Image.fromarray(np.full((60, 60, 3), 5 * value, np.uint8)) for value in range(21)]
+    monkeypatch.setattr("timm_masterkeys.repair.images.photographs", lambda: grey)
+    shown = {
+        part: {round(float(x.mean()) / 5) for x in bytes_of(mk.builtin_images(CFG, 42, held_out=part), CFG)}
+        for part in (True, False, None)
+    }
+    assert shown[True] == set(range(3, 21, 4)) and shown[False] == shown[None] - shown[True]
+    assert shown[None] == set(range(21))
+
+
 def test_deterministic_and_nothing_else_is_drawn():
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     first = mk.builtin_images(CFG, 7)

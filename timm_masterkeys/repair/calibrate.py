@@ -148,15 +148,15 @@ def calibrate_masterkeys(
     if "healing" in stages and not 0 < heal_minutes < math.inf:
         raise CalibrationError(f"heal_minutes is {heal_minutes}, expected more than 0.")
     model, reference = unwrapped(model), unwrapped(reference)
-    _check_models(model, reference)
-    tensor = _load(images, model, max_images)
+    check_models(model, reference)
+    tensor = load_images(images, model, max_images)
     start = time.perf_counter()
     batch_size = max(1, min(batch_size, len(tensor) // HELD_OUT))
     batches = [batch.contiguous(memory_format=torch.channels_last) for batch in tensor.split(batch_size)]
     state = copy.deepcopy(model.state_dict())
-    with _evaluating(model, reference), freed_memory_kept():
+    with evaluating(model, reference), freed_memory_kept():
         for network in (reference, model):
-            _probe(network, batches[0][:2])
+            probe(network, batches[0][:2])
         try:
             walk = Walk(model, reference, batches, stages, heal_minutes, time_budget)
             before = torch.cat([_finite(model, model(batches[i])) for i in walk.held_out])
@@ -170,8 +170,8 @@ def calibrate_masterkeys(
         len(tensor),
         len(expected),
         tuple(walk.ledgers[stage].report(stage) for stage in STAGES if stage in stages),
-        (_agreement(before, expected), _agreement(after, expected)),
-        (_divergence(before, expected), _divergence(after, expected)),
+        (output_agreement(before, expected), output_agreement(after, expected)),
+        (output_divergence(before, expected), output_divergence(after, expected)),
         time.perf_counter() - start,
     )
     cfg: Any = getattr(model, "pretrained_cfg", None)
@@ -182,7 +182,8 @@ def calibrate_masterkeys(
     return report
 
 
-def _check_models(model: nn.Module, reference: nn.Module) -> None:
+def check_models(model: nn.Module, reference: nn.Module) -> None:
+    """Raises CalibrationError unless a converted model can be repaired with a dense one."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MasterKeyConv2d)}
     if not layers:
         raise CalibrationError(f"{type(model).__name__} holds no converted layer; convert_to_masterkeys comes first.")
@@ -226,8 +227,8 @@ def _check_models(model: nn.Module, reference: nn.Module) -> None:
         )
 
 
-def _load(images: Images, model: nn.Module, max_images: int) -> torch.Tensor:
-    """All images as one tensor like the model's parameters."""
+def load_images(images: Images, model: nn.Module, max_images: int) -> torch.Tensor:
+    """All images, of whatever ``calibrate_masterkeys`` takes, as one tensor like the model's parameters."""
     if max_images < FEWEST:
         raise CalibrationError(f"max_images is {max_images}, expected at least {FEWEST}.")
     if isinstance(images, str) and images == BUILTIN:
@@ -310,7 +311,7 @@ def _spread(count: int, most: int) -> torch.Tensor:
 
 
 @contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> Iterator[None]:
     """Eval mode, and nothing compiled, as that passes by hooks; every module gets its own mode back."""
     before = [(m, m.training, m._compiled_call_impl) for model in models for m in model.modules()]
     for model in models:
@@ -337,7 +338,7 @@ def _finite(model: nn.Module, out: Any) -> torch.Tensor:
     return out
 
 
-def _probe(model: nn.Module, images: torch.Tensor) -> None:
+def probe(model: nn.Module, images: torch.Tensor) -> None:
     """Fails if a model cannot work with such images."""
     try:
         out = model(images)
@@ -348,10 +349,12 @@ def _probe(model: nn.Module, images: torch.Tensor) -> None:
     _finite(model, out)
 
 
-def _agreement(out: torch.Tensor, expected: torch.Tensor) -> float:
+def output_agreement(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """Share of the images on which two networks have the same highest output."""
     return float((out.flatten(1).argmax(1) == expected.flatten(1).argmax(1)).double().mean())
 
 
-def _divergence(out: torch.Tensor, expected: torch.Tensor) -> float:
+def output_divergence(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """Kullback-Leibler divergence of softmaxed outputs from the expected ones, in nats; the mean over the images."""
     logits, wanted = (x.flatten(1).double().log_softmax(1) for x in (out, expected))
     return float(F.kl_div(logits, wanted, reduction="batchmean", log_target=True))

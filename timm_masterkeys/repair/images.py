@@ -19,12 +19,17 @@ from ..errors import CalibrationError
 
 BUILTIN = "builtin"  # is their name wherever a folder of images is taken
 COUNT = 76  # as many as there are photographs: none is both fitted to and measured by
+HELD_OUT = 4  # every fourth photograph can be kept for judging
 AREA = 0.05, 1.0  # of a photograph that a crop takes,
 RATIO = 3 / 4, 4 / 3  # its width to height, times that of the model's input
 
 
 def builtin_images(
-    model: nn.Module | PretrainedCfg | Mapping[str, Any], count: int = COUNT, seed: int = 0
+    model: nn.Module | PretrainedCfg | Mapping[str, Any],
+    count: int = COUNT,
+    seed: int = 0,
+    *,
+    held_out: bool | None = None,
 ) -> torch.Tensor:
     """Images prepared for a model, from photographs that ship: random crops at many scales, half of them mirrored.
 
@@ -37,6 +42,8 @@ def builtin_images(
             A model with other channels than three gets as many: grey for one, the colours in turn for others.
         count: How many.
         seed: Another one gives other crops.
+        held_out: True for crops of every fourth photograph only, False for crops of the others only: one part to
+            calibrate with, one to compare networks by. None for all.
 
     Returns:
         (count, channels, height, width), normalised, on the CPU.
@@ -54,7 +61,10 @@ def builtin_images(
     channels, height, width = config["input_size"]
     if isinstance(model, nn.Module):
         channels = _in_chans(model, cfg.get("first_conv"), channels)
-    crops = draw_crops(photographs(), (width, height), count, seed, interpolation=config["interpolation"])
+    pictures = photographs()
+    if held_out is not None:
+        pictures = [picture for i, picture in enumerate(pictures) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
+    crops = draw_crops(pictures, (width, height), count, seed, interpolation=config["interpolation"])
     pixels = torch.stack([_channels(crop, channels) for crop in crops])
     mean, std = (torch.tensor(_per_channel(config[name], channels)).view(-1, 1, 1) for name in ("mean", "std"))
     return (pixels.float() / 255 - mean) / std

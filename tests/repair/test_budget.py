@@ -1,0 +1,190 @@
+"""The fewest keys that reach an agreement: against all there are, on images that chose and repaired nothing."""
+
+import copy
+import itertools
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_masterkeys as mk
+from timm_masterkeys.repair import budget as module
+from timm_masterkeys.repair.budget import order_steps, split_images
+
+BANK = torch.randn(4, 5, 5, generator=torch.Generator().manual_seed(5))
+
+
+def tiny(*keys_per_kernel, bank=BANK):
+    """A network whose layers' kernels are so many keys of the bank each, exactly."""
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, 12, 3, stride=2)]
+    for _ in keys_per_kernel:
+        layers += [nn.Conv2d(12, 12, 5, padding=2, groups=12), nn.ReLU(), nn.Conv2d(12, 12, 1)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 10)).eval()
+    for index, count in enumerate(keys_per_kernel):
+        mk.convert_to_masterkeys(model, bank, include=str(1 + 3 * index), keys_per_kernel=count, inplace=True)
+    for layer in model:
+        if isinstance(layer, mk.MasterKeyConv2d):
+            layer.scale.view(12, -1).normal_(std=0.4)
+            layer.shift.data.zero_()
+    with torch.no_grad():  # every class is the highest for some images
+        out = model(torch.randn(64, 3, 16, 16))
+        model[-1].weight.mul_(3 / out.std(0).unsqueeze(1))
+        model[-1].bias.copy_((model[-1].bias - out.mean(0)) * 3 / out.std(0))
+    return mk.fuse_masterkeys(model)
+
+
+def keys_of(model):
+    return {n: m.keys_per_kernel for n, m in model.named_modules() if isinstance(m, mk.MasterKeyConv2d)}
+
+
+@torch.no_grad()
+def agreement(model, dense, x):
+    return float((model(x).argmax(1) == dense(x).argmax(1)).double().mean())
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(160, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_each_prefix_is_the_best_that_so_many_keys_can_buy():
+    """Among all choices, where each key gains less than the one before it."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        kernels = dict(zip("abc", torch.randint(1, 9, (3,), generator=generator).tolist(), strict=True))
+        falls = torch.rand(3, 3, generator=generator).double().sort(1, descending=True).values
+        divergences = {}
+        for name, fall in zip("abc", falls, strict=True):
+            left = [float(fall[i:] @ torch.tensor([1.0, 2.0, 4.0]).double()[i:]) for i in range(4)]
+            divergences[name] = {count: value * kernels[name] for count, value in zip((1, 2, 4, 8), left, strict=True)}
+
+        def price(counts, kernels=kernels, divergences=divergences):
+            left = sum(divergences[name][count] for name, count in counts.items())
+            return sum(kernels[name] * count for name, count in counts.items()), left
+
+        every = [price(dict(zip("abc", c, strict=True))) for c in itertools.product((1, 2, 4, 8), repeat=3)]
+        steps = order_steps(kernels, divergences)
+        assert len(steps) == 9
+        for taken in range(10):
+            keys, left = price({**dict.fromkeys("abc", 1), **dict(steps[:taken])})
+            assert left <= min(other for spent, other in every if spent <= keys) + 1e-9
+
+
+def test_a_step_that_pays_only_as_a_whole_is_taken_as_a_whole():
+    steps = order_steps({"a": 1, "b": 1}, {"a": {1: 1.0, 2: 1.0, 4: 0.0}, "b": {1: 0.2, 2: 0.0, 4: 0.0}})
+    assert steps[:2] == [("a", 4), ("b", 2)]
+    assert order_steps({"a": 3}, {"a": {1: 0.5}}) == []
+
+
+@pytest.mark.parametrize("needed, choices", [((1, 2, 2), (1, 2)), ((2, 1, 2), (1, 2)), ((4, 1), (1, 2, 4))])
+def test_as_few_as_any_choice_of_keys_needs(images, needed, choices):
+    """Of all networks that could have been chosen."""
+    bank = BANK[: max(choices)]
+    dense = tiny(*needed, bank=bank)
+    fitted, held_out = split_images(images, dense)
+    reached = []
+    for counts in itertools.product(choices, repeat=len(needed)):
+        model = copy.deepcopy(dense)
+        for index, count in enumerate(counts):
+            mk.convert_to_masterkeys(model, bank, include=str(1 + 3 * index), keys_per_kernel=count, inplace=True)
+        mk.calibrate_masterkeys(model, dense, fitted)
+        if agreement(model, dense, held_out) >= 0.97:
+            reached.append((12 * sum(counts), counts))
+    model, budget = mk.convert_to_agreement(dense, 0.97, images, bank=bank)
+    assert budget.chosen.keys == min(reached)[0]
+    assert tuple(keys_of(model).values()) == needed == min(reached)[1]
+
+
+def test_the_report_tells_what_the_model_is(images):
+    dense = tiny(1, 4, 2)
+    model, budget = mk.convert_to_agreement(dense, 0.9, images, bank=BANK)
+    _, held_out = split_images(images, dense)
+    assert budget.chosen.keys_per_kernel == keys_of(model) and budget.chosen in budget.tried
+    assert budget.chosen.agreement == agreement(model, dense, held_out) >= 0.9
+    assert (budget.images, budget.held_out) == (120, 40) and budget.kernels == {"1": 12, "4": 12, "7": 12}
+    for one in budget.tried:
+        assert one.keys == 12 * sum(one.keys_per_kernel.values())
+        assert (one.agreement >= 0.9) == (one.keys >= budget.chosen.keys)
+    keys = [one.keys for one in budget.tried]
+    assert keys == sorted(set(keys)) and len(keys) >= 2
+    lines = str(budget).splitlines()
+    table, curve = lines[: lines.index("")], lines[lines.index("") + 1 : -1]
+    assert len({len(line) for line in table}) == 1 and [line.split()[-1] for line in table[1:]] == [
+        str(count) for count in keys_of(model).values()
+    ]
+    assert len({len(line.removesuffix("  chosen")) for line in curve}) == 1 and len(curve) == 1 + len(keys)
+    assert [line.split()[0] for line in curve if line.endswith("chosen")] == [str(budget.chosen.keys)]
+
+
+def test_what_is_held_out_neither_repairs_nor_chooses(images, monkeypatch):
+    dense, seen = tiny(1, 4), []
+    repair, choose = module.calibrate_masterkeys, module._divergences
+    monkeypatch.setattr(module, "calibrate_masterkeys", lambda m, d, x, **kw: seen.append(x) or repair(m, d, x, **kw))
+    monkeypatch.setattr(module, "_divergences", lambda d, layers, x, n: seen.append(x) or choose(d, layers, x, n))
+    mk.convert_to_agreement(dense, 0.5, images, bank=BANK)
+    used = torch.cat(seen).flatten(1).unique(dim=0)
+    assert len(seen) >= 2 and len(used) == 120
+    held_out = images[3::4].flatten(1)
+    assert torch.cdist(used, held_out).min() > 1
+    assert torch.equal(split_images(images, dense)[1], images[3::4])
+
+
+def test_built_in_crops_are_held_out_by_photograph():
+    dense = timm.create_model("test_efficientnet")
+    fitted, held_out = split_images("builtin", dense, 60)
+    assert torch.equal(fitted, mk.builtin_images(dense, 20, held_out=False))
+    assert torch.equal(held_out, mk.builtin_images(dense, 40, held_out=True))
+
+
+def test_a_timm_model_is_repaired_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    dense = timm.create_model("test_convnext", num_classes=10).train()
+    state, hooks = copy.deepcopy(dense.state_dict()), [len(m._forward_hooks) for m in dense.modules()]
+    images = torch.randn(40, 3, 32, 32)
+    model, budget = mk.convert_to_agreement(dense, 0.3, images, include="stages.3.*", trainable="affine")
+    assert all(torch.equal(value, state[name]) for name, value in dense.state_dict().items())
+    assert all(m.training for m in dense.modules()) and hooks == [len(m._forward_hooks) for m in dense.modules()]
+    assert set(keys_of(model)) == set(budget.kernels) and all(name.startswith("stages.3.") for name in budget.kernels)
+    assert all(m.trainable == "affine" for m in model.modules() if isinstance(m, mk.MasterKeyConv2d))
+    assert mk.conversion_report(model).calibration
+    mk.save_pretrained(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert keys_of(again) == budget.chosen.keys_per_kernel
+    assert torch.equal(again(images[:4]), model.eval()(images[:4]))
+
+
+def test_an_agreement_out_of_reach_is_an_error_that_names_the_best(images):
+    torch.manual_seed(0)
+    dense = tiny(4, 4)
+    with pytest.raises(
+        mk.CalibrationError, match=r"No network agrees on 100.0% of 40 .* with \d+ keys for 24 kernels, on \d\d.\d%"
+    ):
+        mk.convert_to_agreement(dense, 1, images, bank=torch.randn(2, 5, 5))
+    assert not keys_of(dense)
+
+
+@pytest.mark.parametrize("agreement", [0, -0.1, 1.01, 95, float("nan"), "0.9", True, None])
+def test_agreements_that_are_none(agreement, images):
+    with pytest.raises(mk.CalibrationError, match="expected more than 0, at most 1"):
+        mk.convert_to_agreement(tiny(1), agreement, images)
+
+
+def test_bad_input_is_found_before_the_work(images, monkeypatch):
+    monkeypatch.setattr(module, "_divergences", lambda *args: pytest.fail("work was begun"))
+    dense = tiny(1, 2)
+    for error, match, arguments in (
+        (mk.CalibrationError, "39 images, expected at least 40", {"images": images[:39]}),
+        (mk.CalibrationError, "max_images is 30, expected at least 40", {"images": images, "max_images": 30}),
+        (mk.CalibrationError, "cannot work with images", {"images": images[:, :2]}),
+        (mk.ConversionError, "one key per kernel", {"images": images, "trainable": "scales"}),
+        (mk.ConversionError, "matches none", {"images": images, "include": "nothing"}),
+        (mk.BankError, "nothing", {"images": images, "bank": "nothing"}),
+    ):
+        with pytest.raises(error, match=match):
+            mk.convert_to_agreement(dense, 0.9, **arguments)
+    with pytest.raises(mk.CalibrationError, match="expected the dense Conv2d"):
+        mk.convert_to_agreement(mk.convert_to_masterkeys(dense, BANK, include="1"), 0.9, images, bank=BANK)
+    with pytest.raises(mk.ConversionError, match="DataParallel"):
+        mk.convert_to_agreement(nn.DataParallel(dense), 0.9, images)
