@@ -72,10 +72,15 @@ def builtin_images(
 
 def photographs() -> list[Image.Image]:
     """The photographs, in the order of their names."""
-    found = []
+    return list(named_photographs().values())
+
+
+def named_photographs() -> dict[str, Image.Image]:
+    """The photographs by name, as in ``sources.csv`` without the suffix, in its order."""
+    found = {}
     for path in _files():
         with path.open("rb") as file, Image.open(file) as image:
-            found.append(image.convert("RGB"))
+            found[path.name.removesuffix(".webp")] = image.convert("RGB")
     return found
 
 
