@@ -721,7 +721,7 @@ def test_a_bom_is_no_part_of_a_readme(model, tmp_path):
     ],
 )
 def test_a_readme_that_cannot_be_kept_is_refused(model, tmp_path, readme, message):
-    for mark, text in ((b"%B", mk.card._BEGIN), (b"%E", mk.card._END)):
+    for mark, text in ((b"%B", mk.hub.card._BEGIN), (b"%E", mk.hub.card._END)):
         readme = readme.replace(mark, text.encode())
     (tmp_path / "README.md").write_bytes(readme)
     with pytest.raises(ConversionError, match=message):
@@ -743,7 +743,7 @@ def test_what_a_killed_save_left_is_removed(model, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX locks")
 def test_a_living_save_is_left_alone(model, tmp_path):
-    with mk.hub._saving(tmp_path) as other:
+    with mk.hub.publish._saving(tmp_path) as other:
         (other / "model.safetensors").write_text("being written")
         mk.save_pretrained(model, tmp_path)
         assert (other / "model.safetensors").read_text() == "being written"

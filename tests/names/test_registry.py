@@ -634,7 +634,7 @@ for name in ("convnext_atto.mk8", "convnext_atto.mk8_ours", "convnext_femto.mk8"
         print(name, "tried")
 timm.create_model("convnext_atto.mk8")
 mk.use_weights("convnext_atto.mk8", "org/name")
-assert not mk.registry._malformed.keys() & {"convnext_atto.mk8"}
+assert not mk.names.registry._malformed.keys() & {"convnext_atto.mk8"}
 """
 
 
@@ -660,7 +660,7 @@ ONE_NAME = """
 import timm
 from timm.models import _registry
 import timm_masterkeys as mk
-mk.registry._timm.wrap_entrypoint = lambda arch, wrap: print(arch)
+mk.names.registry._timm.wrap_entrypoint = lambda arch, wrap: print(arch)
 mk.register_names("test_convnext")
 """
 
