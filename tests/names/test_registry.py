@@ -23,7 +23,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm_masterkeys as mk
-from timm_masterkeys import MasterKeyConv2d
+from timm_masterkeys import CheckpointError, MasterKeyConv2d
 from timm_masterkeys.models import _timm
 from timm_masterkeys.models.surgery import flat_name
 
@@ -518,6 +518,12 @@ def test_what_stock_timm_saves_of_a_converted_model(weights, tmp_path):
     same(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), model)
 
 
+def test_a_converted_checkpoint_is_not_for_a_stock_name(weights):
+    overlay = {"state_dict": trained(weights).state_dict(), "num_classes": -1}  # timm would leave kernels random
+    with pytest.raises(CheckpointError, match="the name is a stock one"):
+        timm.create_model(MK8.partition(".")[0], pretrained=True, pretrained_cfg_overlay=overlay)
+
+
 def test_cache_dir_reaches_timms_loader(weights, tmp_path):
     torch.save(dict(weights), tmp_path / "dense.pth")
     overlay = {"hf_hub_id": None, "url": (tmp_path / "dense.pth").as_uri()}
@@ -634,7 +640,7 @@ for name in ("convnext_atto.mk8", "convnext_atto.mk8_ours", "convnext_femto.mk8"
         print(name, "tried")
 timm.create_model("convnext_atto.mk8")
 mk.use_weights("convnext_atto.mk8", "org/name")
-assert not mk.registry._malformed.keys() & {"convnext_atto.mk8"}
+assert not mk.names.registry._malformed.keys() & {"convnext_atto.mk8"}
 """
 
 
@@ -660,7 +666,7 @@ ONE_NAME = """
 import timm
 from timm.models import _registry
 import timm_masterkeys as mk
-mk.registry._timm.wrap_entrypoint = lambda arch, wrap: print(arch)
+mk.names.registry._timm.wrap_entrypoint = lambda arch, wrap: print(arch)
 mk.register_names("test_convnext")
 """
 
