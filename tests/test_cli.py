@@ -404,9 +404,10 @@ def config_as(change):
 def test_a_damaged_folder_is_one_line(run, model, tmp_path, spoil):
     folder = mk.save_pretrained(mk.convert_to_masterkeys(model), tmp_path / "out", license="mit")
     spoil(folder)
-    code, out, err = run("publish", folder, "me/model")
-    assert (code, out) == (1, "")
-    assert err.startswith("timm-masterkeys: error: ") and str(folder) in err and err.count("\n") == 1
+    for command in (("publish", folder, "me/model"), ("inspect", folder)):
+        code, out, err = run(*command)
+        assert (code, out) == (1, "")
+        assert err.startswith("timm-masterkeys: error: ") and str(folder) in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"\x80\x02}q\x00.", b"PK\x03\x04 cut off"])

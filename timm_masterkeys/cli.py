@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import timm
 from timm.models import load_checkpoint
@@ -400,12 +400,7 @@ def _print_match(bank: KeyBank | str, other: KeyBank | str, kernel_size: int = 7
 
 def _publish(args: argparse.Namespace) -> None:
     folder, config, readme = Path(args.model), {}, ""
-    try:
-        model = timm.create_model(f"local-dir:{folder}" if folder.is_dir() else args.model, pretrained=True)
-    except (MasterKeysError, OSError, RuntimeError):
-        raise
-    except Exception as error:  # timm's, of an odd config.json
-        raise CheckpointError(f"'{args.model}' cannot be loaded: {error!r}") from error
+    model = _load(f"local-dir:{folder}" if folder.is_dir() else args.model, pretrained=True)
     if folder.is_dir():
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = {key: value for key, value in saved.items() if key not in OWN_ENTRIES}
@@ -452,7 +447,7 @@ def _create(args: argparse.Namespace) -> nn.Module:
     classes = {} if args.num_classes is None else {"num_classes": args.num_classes}
     folder = _is_folder(args)
     name = f"local-dir:{args.model}" if folder else stock_name(args.model, args.pretrained)
-    model = timm.create_model(name, pretrained=args.pretrained or folder, **classes)
+    model = _load(name, pretrained=args.pretrained or folder, **classes)
     if args.checkpoint:
         if not os.path.isfile(args.checkpoint):
             raise CheckpointError(f"There is no file '{args.checkpoint}'.")
@@ -463,6 +458,15 @@ def _create(args: argparse.Namespace) -> nn.Module:
         except Exception as error:  # a damaged file: unpickling may raise anything
             raise CheckpointError(f"'{args.checkpoint}' is no readable checkpoint: {error!r}") from error
     return model
+
+
+def _load(name: str, **kwargs: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **kwargs)
+    except (MasterKeysError, OSError, RuntimeError):
+        raise
+    except Exception as error:  # timm's, of an odd config.json
+        raise CheckpointError(f"'{name}' cannot be loaded: {error!r}") from error
 
 
 def _is_converted(model: nn.Module, args: argparse.Namespace) -> bool:

@@ -1,8 +1,10 @@
 """MasterKeyConv2d against nn.Conv2d, timm's Conv2dSame and autograd."""
 
 import copy
+import os
 import pickle
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import Conv2dSame
 from timm.optim import param_groups_weight_decay
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.ao.quantization.quantize_fx import prepare_fx
 from torch.func import functional_call
 from torch.nn.utils import prune
@@ -20,9 +23,11 @@ from timm_masterkeys import (
     KeyBank,
     MasterKeyConv2d,
     ProjectionError,
+    fuse_masterkeys,
     get_bank,
     project_kernels,
 )
+from timm_masterkeys.models.checkpoint import save_compact
 
 BANK = get_bank("babaiee2025")
 COMPACT = {"keys", "key_index", "scale", "shift", "r2"}
@@ -712,12 +717,34 @@ def test_averages_keep_the_keys(way, decay):
 
 
 def test_averages_of_different_keys_are_refused():
-    a, b = (MasterKeyConv2d(8, 8, 7) for _ in range(2))
+    a, b = (nn.Sequential(MasterKeyConv2d(8, 8, 7)) for _ in range(2))
     averaged = torch.optim.swa_utils.AveragedModel(a, use_buffers=True)
     averaged.update_parameters(a)
     averaged.update_parameters(b)
     with pytest.raises(ConversionError, match="holds fractions"):
         averaged.eval()
+
+    for use in (lambda: fuse_masterkeys(averaged), lambda: save_compact(averaged, os.devnull)):
+        with pytest.raises(ConversionError, match="holds fractions"):
+            use()
+
+
+def test_an_average_of_many_updates_loads_without_eval():
+    model = nn.Sequential(MasterKeyConv2d(8, 8, 7))
+    averaged = timm.utils.ModelEmaV2(model, decay=0.9999)
+    for _ in range(3000):
+        averaged.update(model)
+    drift = (averaged.module[0].keys - model[0].keys).abs().max()
+    assert drift > 2 * torch.finfo(torch.float32).eps
+    twin = nn.Sequential(MasterKeyConv2d(8, 8, 7))
+    twin.load_state_dict(averaged.module.state_dict())
+    assert torch.equal(twin[0].keys, model[0].keys) and torch.equal(twin[0].key_index, model[0].key_index)
+
+
+@pytest.mark.parametrize("entries", [{"weight": 5}, {"weight": np.zeros((8, 1, 7, 7))}])
+def test_entries_that_are_no_tensors(entries):
+    with pytest.raises(RuntimeError, match=r"weight: got a .*, expected a tensor"):
+        MasterKeyConv2d(8, 8, 7).load_state_dict(entries)
 
 
 def writes(layer):
@@ -748,6 +775,47 @@ def test_reading_the_weight_warns_of_nothing():
     copy.deepcopy(layer)(torch.randn(1, 8, 5, 5))
     layer(torch.randn(1, 8, 5, 5))
     assert layer.shift.grad is not None
+
+
+class Reader(nn.Module):
+    """Uses the weight beside the layer, as a regulariser does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = MasterKeyConv2d(8, 8, 3)
+
+    def forward(self, x):
+        return self.conv(x) + self.conv.weight.square().mean()
+
+
+def test_reading_the_weight_wherever_tensors_are_no_plain_ones():
+    model, x = Reader(), torch.randn(1, 8, 5, 5)
+    expected = model(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+        assert torch.equal(Reader()(x).isfinite().all(), torch.tensor(True))
+    assert torch.equal(model(x), expected)
+    parameters = dict(model.named_parameters())
+    for _ in range(2):  # the second forward pass looks at what the first has read
+        gradients = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(parameters)
+        with torch.no_grad():
+            both = torch.vmap(lambda p: torch.func.functional_call(model, p, (x,)))(
+                {name: torch.stack([value, value]) for name, value in parameters.items()}
+            )
+    torch.testing.assert_close(both, torch.stack([expected, expected]))
+    expected.sum().backward()
+    torch.testing.assert_close(gradients["conv.shift"], model.conv.shift.grad)
+
+
+def test_reading_the_weight_compiles_nothing_anew():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    layer, x = MasterKeyConv2d(8, 8, 3), torch.randn(1, 8, 5, 5)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for _ in range(3):
+        compiled(x)
+        assert layer.weight.shape == (8, 1, 3, 3)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("keys_per_kernel", [1, 2])

@@ -237,3 +237,28 @@ def test_processes_that_start_at_once_repair_once(file):
     assert all(run.returncode == 0 for run in runs), outputs
     assert len({out for out, _ in outputs}) == 1
     assert sum("repairing" in error for _, error in outputs) == 1
+
+
+def test_whatever_mode_torch_is_in(file, cache):
+    plain = create(file, mk_calibrate=True)
+    for entry in cache.glob("[!.]*"):
+        entry.rename(cache.parent / "plain")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        create(file, mk_calibrate=True)
+    same(plain, create(file, mk_calibrate=True))
+    (entry,) = cache.glob("[!.]*")
+    entry.rename(cache.parent / "inference")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert next(create(file, mk_calibrate=True).parameters()).dtype == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    same(plain, create(file, mk_calibrate=True))
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter:UserWarning")
+def test_on_the_meta_device_nothing_is_repaired(file, repairs):
+    with torch.device("meta"):
+        model = create(file)
+    assert not repairs and all(parameter.is_meta for parameter in model.parameters())
+    assert any(isinstance(module, MasterKeyConv2d) for module in model.modules())

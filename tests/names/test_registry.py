@@ -23,7 +23,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm_masterkeys as mk
-from timm_masterkeys import MasterKeyConv2d
+from timm_masterkeys import CheckpointError, MasterKeyConv2d
 from timm_masterkeys.models import _timm
 from timm_masterkeys.models.surgery import flat_name
 
@@ -516,6 +516,12 @@ def test_what_stock_timm_saves_of_a_converted_model(weights, tmp_path):
     model.load_state_dict(trained(weights).state_dict())
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     same(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), model)
+
+
+def test_a_converted_checkpoint_is_not_for_a_stock_name(weights):
+    overlay = {"state_dict": trained(weights).state_dict(), "num_classes": -1}  # timm would leave kernels random
+    with pytest.raises(CheckpointError, match="the name is a stock one"):
+        timm.create_model(MK8.partition(".")[0], pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 def test_cache_dir_reaches_timms_loader(weights, tmp_path):

@@ -33,6 +33,7 @@ _COMPUTED = (
 )
 _kinds: dict[str, type["MasterKeyConv2d"]] = {}  # layers of another class, by what of them trains
 
+_DRIFT = 1e-3  # of equal keys in thousands of updates of an average, which are saved before train() or eval()
 _WHOLE = 0.05  # an average of equal key indices is a whole number up to rounding, far nearer than this
 
 
@@ -376,8 +377,13 @@ class MasterKeyConv2d(nn.Conv2d):
             self.groups,
         )
 
-    def _check_key_index(self) -> None:
-        """Raises if key indices of different networks were averaged."""
+    def check_keys(self) -> None:
+        """Gives the keys back their digits after an average, and checks the key indices.
+
+        Raises:
+            ConversionError: Networks with different keys were averaged.
+        """
+        self._restore_keys()
         if not self.key_index.is_meta and not torch.equal(self.key_index, self.key_index.round()):
             problem = self._index_problem(self.key_index)
             if problem:
@@ -430,13 +436,8 @@ class MasterKeyConv2d(nn.Conv2d):
         return input, (height // 2, width // 2)
 
     def train(self, mode: bool = True) -> "MasterKeyConv2d":
-        """As for any module; also gives the keys back their digits after an average, and checks the key indices.
-
-        Raises:
-            ConversionError: Networks with different keys were averaged.
-        """
-        self._restore_keys()
-        self._check_key_index()
+        """As for any module; also ``check_keys``."""
+        self.check_keys()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "MasterKeyConv2d":
@@ -465,7 +466,11 @@ class MasterKeyConv2d(nn.Conv2d):
 
         The output is the same bit for bit. The weight trains, unless scale or shift were frozen by hand. timm's
         ``reparameterize_model`` and its scripts' ``--reparam`` call this.
+
+        Raises:
+            ConversionError: Networks with different keys were averaged.
         """
+        self.check_keys()
         cls = Conv2dSame if self.same_padding else nn.Conv2d
         conv = cls.__new__(cls)
         conv.__dict__.update(self.__dict__)
@@ -502,6 +507,10 @@ class MasterKeyConv2d(nn.Conv2d):
         dense = state_dict.get(prefix + "weight")
         if dense is not None and given:
             return [f"{here}weight: given together with {', '.join(given)}. Keep the dense or the compact entries."]
+        for name in (*given, *(["weight"] if prefix + "weight" in state_dict else [])):
+            if not isinstance(state_dict[prefix + name], torch.Tensor):
+                kind = type(state_dict[prefix + name]).__name__
+                return [f"{here}{name}: got a {kind}, expected a tensor."]
         if dense is not None:
             shape = (self.out_channels, 1, *self.kernel_size)
             if tuple(dense.shape) != shape:
@@ -527,7 +536,8 @@ class MasterKeyConv2d(nn.Conv2d):
                 problems.append(f"{here}{name}: holds NaN or Inf; repair the checkpoint first.")
         keys = state_dict[prefix + "keys"]
         own_keys = self.bank.keys_for(self.kernel_size)  # type: ignore[arg-type]  # nn.Conv2d's is (int, int)
-        if not torch.allclose(keys.double().cpu(), own_keys.double(), rtol=0, atol=2 * torch.finfo(keys.dtype).eps):
+        rounding = max(2 * torch.finfo(keys.dtype).eps, _DRIFT)
+        if not torch.allclose(keys.double().cpu(), own_keys.double(), rtol=0, atol=rounding):
             problems.append(
                 f"{here}keys: the checkpoint was made with another bank than '{self.bank.name}'. "
                 "Convert with its bank, or load its dense weights."

@@ -38,13 +38,15 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: A ``.safetensors`` file.
 
     Raises:
-        ConversionError: The model holds no MasterKeyConv2d.
+        ConversionError: The model holds no MasterKeyConv2d, or is an average of networks with different keys.
         OSError: The file cannot be written.
     """
     model = unwrapped(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
     if not layers:
         raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
+    for layer in layers.values():
+        layer.check_keys()
     banks = {layer.bank.digest: layer.bank for layer in layers.values()}
     tensors = {f"banks.{digest}": torch.from_numpy(bank.keys.copy()) for digest, bank in banks.items()}
     for name, layer in layers.items():

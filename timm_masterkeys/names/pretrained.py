@@ -166,9 +166,15 @@ def _free_memory() -> float:
 
 
 def _undisturbed(work: Callable[[], nn.Module]) -> nn.Module:
-    """Does work without a trace in torch's random numbers: what follows is as if the cache had had it."""
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-        return work()
+    """Does work in float32, whatever mode torch is in, and without a trace in its random numbers."""
+    dtype = torch.get_default_dtype()
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(cuda), torch.inference_mode(False):
+        torch.set_default_dtype(torch.float32)
+        try:
+            return work()
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 def _source_sha256(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> str | None:

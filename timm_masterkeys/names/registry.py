@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError
 from timm.models import PretrainedCfg, load_model_config_from_hf, resolve_pretrained_cfg
 from torch import nn
@@ -126,7 +127,13 @@ def use_weights(name: str, source: str = "") -> None:
 
 
 def stock_name(name: str, pretrained: bool) -> str:
-    """The dense timm name that a ``.mk8`` name stands for; others, and those of published weights, as they are."""
+    """The dense timm name that a ``.mk8`` name stands for; others, and those of published weights, as they are.
+
+    Raises:
+        ConversionError: ``TIMM_MASTERKEYS_WEIGHTS`` means to point the name at weights, but is malformed.
+    """
+    if pretrained and name in _malformed:
+        raise ConversionError(_malformed[name])
     arch, _, tag = name.partition(".")
     if not is_masterkeys_tag(tag) or tag not in _timm.cfgs(arch) or (pretrained and name in _published):
         return name
@@ -160,7 +167,7 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
                 name: value for name, value in kwargs["pretrained_model_args"].items() if not name.startswith("mk_")
             }
         if pretrained:
-            images = calibration_images(asked)
+            images = calibration_images(asked) if torch.get_default_device().type != "meta" else None
             source = resolve_pretrained_cfg(arch, kwargs["pretrained_cfg"], kwargs.get("pretrained_cfg_overlay"))
             if images and not source.source and (source.has_weights or source.state_dict):
                 try:
@@ -252,8 +259,13 @@ def _take_compact(state_dict: dict[str, Any], model: nn.Module) -> None:
     """Converts the layers that a checkpoint of a converted model has in compact form; timm then loads it as it is."""
     settings = _creating.get()
     indices = {n.removesuffix(".key_index"): value for n, value in state_dict.items() if n.endswith(".key_index")}
-    if settings is None or not indices:
+    if not indices or (settings is None and any(f"{name}.keys" not in state_dict for name in indices)):
         return
+    if settings is None:
+        raise CheckpointError(
+            f"The weights are of a converted model (its layers have a key_index, as {min(indices)}), the name is a "
+            "stock one: create '<arch>.mk8' instead, or save fuse_masterkeys(model)."
+        )
     bank = get_bank(settings.get("bank", DEFAULT_BANK))
     patterns = {name: settings[name] for name in ("include", "exclude") if name in settings}
     planned = [layer.name for layer in plan_conversion(model, bank, **patterns).converted]

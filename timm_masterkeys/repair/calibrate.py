@@ -78,6 +78,7 @@ class CalibrationReport:
         )
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def calibrate_masterkeys(
     model: nn.Module,
@@ -154,7 +155,8 @@ def calibrate_masterkeys(
     batch_size = max(1, min(batch_size, len(tensor) // HELD_OUT))
     batches = [batch.contiguous(memory_format=torch.channels_last) for batch in tensor.split(batch_size)]
     state = copy.deepcopy(model.state_dict())
-    with evaluating(model, reference), freed_memory_kept():
+    plainly = torch.autocast(tensor.device.type, enabled=False)
+    with evaluating(model, reference), plainly, freed_memory_kept():
         for network in (reference, model):
             probe(network, batches[0][:2])
         try:
@@ -217,6 +219,8 @@ def check_models(model: nn.Module, reference: nn.Module) -> None:
         raise CalibrationError(
             f"The models are {first.dtype} on {first.device}; calibrate in float32 on CPU or CUDA, then cast and move."
         )
+    if any(parameter.is_inference() for parameter in (*model.parameters(), *reference.parameters())):
+        raise CalibrationError("The models were made in inference mode, which allows no change. Make them outside.")
     other = [name for name in own.keys() & given.keys() if not torch.equal(own[name], given[name])]
     if other and not conversion_report(model).calibration:
         _logger.warning(
