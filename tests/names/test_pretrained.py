@@ -135,6 +135,41 @@ def test_settings_make_networks_of_their_own(file, repairs):
     assert max(m.keys_per_kernel for m in four.modules() if isinstance(m, MasterKeyConv2d)) == 4
 
 
+def test_as_few_keys_as_an_agreement_needs(file, monkeypatch, caplog):
+    monkeypatch.setattr("timm_masterkeys.repair.budget.COUNT", 16)
+    found, convert = [], pretrained.convert_to_agreement
+    monkeypatch.setattr(pretrained, "convert_to_agreement", lambda *a, **k: found.append(convert(*a, **k)) or found[-1])
+    arguments = {"mk_agreement": 0.05, "mk_include": "blocks.3.*"}
+    model = create(file, **arguments, mk_trainable="affine", num_classes=7)
+    same(create(file, **arguments), create(file, **arguments))
+    ((chosen, budget),) = found
+    assert budget.asked == 0.05 and budget.chosen.agreement >= 0.05 and budget.summary() in caplog.text
+    keys = {n: m.keys_per_kernel for n, m in model.named_modules() if isinstance(m, MasterKeyConv2d)}
+    assert keys == budget.chosen.keys_per_kernel and all(name.startswith("blocks.3.") for name in keys)
+    assert all(torch.equal(v, chosen.state_dict()[n]) for n, v in create(file, **arguments).state_dict().items())
+    create(file, mk_agreement=0.06, mk_include="blocks.3.*")
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"mk_agreement": 0.9, "mk_keys_per_kernel": 2}, "drop mk_keys_per_kernel"),
+        ({"mk_agreement": 0.9, "mk_calibrate": False}, "it needs pretrained=True"),
+        ({"mk_agreement": 95}, "agreement is 95, expected more than 0, at most 1"),
+    ],
+)
+def test_agreements_that_cannot_be_asked_for(file, cache, settings, says):
+    with pytest.raises(mk.MasterKeysError, match=says):
+        create(file, **settings)
+    assert not list(cache.glob("[!.]*"))
+
+
+def test_an_agreement_without_weights():
+    with pytest.raises(mk.ConversionError, match="it needs pretrained=True"):
+        timm.create_model(NAME, mk_agreement=0.9)
+
+
 def test_other_weights_are_repaired_by_themselves(file, tmp_path, repairs):
     state = load_file(file)
     other = str(tmp_path / "other.safetensors")

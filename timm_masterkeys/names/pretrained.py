@@ -19,6 +19,7 @@ from ..files import file_sha256
 from ..hub.publish import save_pretrained
 from ..keys.banks import DEFAULT_BANK, get_bank
 from ..models.surgery import convert_to_masterkeys
+from ..repair.budget import KeyBudget, convert_to_agreement
 from ..repair.calibrate import FEWEST, CalibrationReport, calibrate_masterkeys
 from ..repair.images import BUILTIN, COUNT, photographs_sha256
 from .cache import cache_folder, load_or_make
@@ -29,6 +30,7 @@ CALIBRATE_VARIABLE = "TIMM_MASTERKEYS_CALIBRATE"
 REPAIR = 2  # counts up whenever the repair gives other networks
 SECONDS = 300.0  # a repair takes at most about so long on this machine
 PASSES = 12  # of an image through a network, about, that a repair takes
+TRIALS = 8  # repairs, about, that take as long as the choice of keys
 OFF = ("", "none", "false", "0", "no")
 
 
@@ -69,7 +71,7 @@ def load_repaired(
     Args:
         name: What is made, for the log.
         cfg: Of the stock weights.
-        settings: Arguments of ``convert_to_masterkeys``.
+        settings: Arguments of ``convert_to_masterkeys``, or with ``agreement`` of ``convert_to_agreement``.
         images: From ``calibration_images``.
         build: Makes the dense network with the stock weights.
         load: Loads a saved folder.
@@ -100,7 +102,9 @@ def load_repaired(
 
 def _repair(name: str, dense: nn.Module, settings: Mapping[str, Any], images: str) -> nn.Module:
     """Converts and repairs; where the machine is too small, only converts, and says so."""
-    model = convert_to_masterkeys(dense, **{"bank": DEFAULT_BANK, **settings})
+    settings = {"bank": DEFAULT_BANK, **settings}
+    agreement = settings.pop("agreement", None)
+    model = convert_to_masterkeys(dense, **settings)
     count, seconds = _affordable(dense)
     if count < FEWEST:
         _logger.warning(
@@ -113,9 +117,15 @@ def _repair(name: str, dense: nn.Module, settings: Mapping[str, Any], images: st
         "%s: repairing with %s, once, in about %.0f s; kept in the cache afterwards (mk_calibrate=False turns it off).",
         name,
         "photographs that ship with timm_masterkeys" if images == BUILTIN else images,
-        seconds,
+        seconds if agreement is None else TRIALS * seconds,
     )
-    report: CalibrationReport = calibrate_masterkeys(model, dense, images, max_images=count, time_budget=SECONDS)
+    report: CalibrationReport | KeyBudget
+    if agreement is None:
+        report = calibrate_masterkeys(model, dense, images, max_images=count, time_budget=SECONDS)
+    else:
+        model, report = convert_to_agreement(
+            dense, agreement, images, max_images=count, time_budget=SECONDS / TRIALS, **settings
+        )
     _logger.warning("%s: repaired in %.0f s %s.", name, report.seconds, report.summary())
     return model
 

@@ -39,7 +39,7 @@ _creating: ContextVar[dict[str, Any] | None] = ContextVar(
 )
 
 _SOURCE_FIELDS = ("source", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "num_classes")  # of a cfg
-_SETTINGS = ("bank", "keys_per_kernel", "trainable", "include", "exclude")
+_SETTINGS = ("bank", "keys_per_kernel", "trainable", "include", "exclude", "agreement")
 
 
 def list_architectures() -> list[str]:
@@ -162,6 +162,8 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
             kwargs["pretrained_cfg"] = timm.get_pretrained_cfg(f"{arch}.{cfg}")
         settings = {name: kwargs.pop(f"mk_{name}") for name in _SETTINGS if f"mk_{name}" in kwargs}
         asked = kwargs.pop("mk_calibrate", None)
+        if {"agreement", "keys_per_kernel"} <= settings.keys():
+            raise ConversionError("mk_agreement chooses the keys of each layer: drop mk_keys_per_kernel.")
         if isinstance(kwargs.get("pretrained_model_args"), dict):  # a published model's own arguments
             kwargs["pretrained_model_args"] = {
                 name: value for name, value in kwargs["pretrained_model_args"].items() if not name.startswith("mk_")
@@ -176,6 +178,11 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
                     pass  # which is loaded as it is
             elif given.get("source") == "local-dir":
                 check_dense(given["file"])
+        if "agreement" in settings:
+            raise ConversionError(
+                "mk_agreement chooses keys by a repair of stock weights: it needs pretrained=True, a name without "
+                "published weights, and images (no mk_calibrate=False)."
+            )
         model: Any = _build(f"{arch}.{tag}", stock, settings, pretrained, kwargs)
         if any(isinstance(module, MasterKeyConv2d) for module in model.modules()):
             return model  # from a checkpoint of a converted model

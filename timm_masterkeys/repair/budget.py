@@ -74,6 +74,14 @@ class KeyBudget:
     held_out: int
     seconds: float
 
+    def summary(self) -> str:
+        """The figures in one line."""
+        return (
+            f"on {self.images} images: {self.chosen.keys:,} keys for {sum(self.kernels.values()):,} kernels agree with "
+            f"the dense network on {self.chosen.agreement:.1%} of {self.held_out} held-out images, {self.asked:.1%} "
+            "asked for"
+        )
+
     def __str__(self) -> str:
         width = max(len(name) for name in [*self.kernels, "layer"])
         lines = [f"{'layer':<{width}}  kernels  keys per kernel"]
@@ -85,12 +93,7 @@ class KeyBudget:
             mark = "  chosen" if one == self.chosen else ""
             each = one.keys / total
             lines.append(f"{one.keys:>9,}  {each:>10.2f}  {one.agreement:>9.1%}  {one.divergence:>10.3f}{mark}")
-        lines.append(
-            f"{self.chosen.keys:,} keys for {total:,} kernels agree with the dense network on "
-            f"{self.chosen.agreement:.1%} of {self.held_out} held-out images ({self.asked:.1%} asked for); repaired "
-            f"with {self.images}, {self.seconds:.0f} s"
-        )
-        return "\n".join(lines)
+        return "\n".join([*lines, f"repaired {self.summary()}, {self.seconds:.0f} s"])
 
 
 @torch.no_grad()
@@ -104,7 +107,7 @@ def convert_to_agreement(
     exclude: Patterns = None,
     trainable: Trainable = "shift",
     batch_size: int = 8,
-    max_images: int = 400,
+    max_images: int = 300,
     time_budget: float | None = None,
 ) -> tuple[nn.Module, KeyBudget]:
     """Converts a model with as few keys as agree with it on so many images, and repairs it. ``dense`` stays as it is.
@@ -125,7 +128,7 @@ def convert_to_agreement(
         exclude: As for ``convert_to_masterkeys``.
         trainable: "none", "shift" or "affine", as for ``convert_to_masterkeys``.
         batch_size: Images at a time.
-        max_images: At most so many are used, held-out ones among them.
+        max_images: At most so many repair; a third as many are held out, of ``"builtin"`` more.
         time_budget: As for ``calibrate_masterkeys``, of each repair.
 
     Returns:
@@ -230,17 +233,15 @@ def _converted(dense: nn.Module, counts: Mapping[str, int], bank: KeyBank, train
     )
 
 
-def split_images(images: Images, dense: nn.Module, max_images: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
+def split_images(images: Images, dense: nn.Module, max_images: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
     """Images to repair with, and images to judge by; of the built-in ones, crops of different photographs."""
-    least = HELD_OUT * FEWEST
-    if max_images < least:
-        raise CalibrationError(f"max_images is {max_images}, expected at least {least}, as every fourth is held out.")
     if isinstance(images, str) and images == BUILTIN:
         held = COUNT // HELD_OUT  # photographs, which give many crops each, as they judge only
-        fitted = builtin_images(dense, min(COUNT - held, max_images // 3), held_out=False)
-        judging = builtin_images(dense, min(8 * held, max_images * 2 // 3), held_out=True)
-        return load_images(fitted, dense, max_images), load_images(judging, dense, max_images)
-    tensor = load_images(images, dense, max_images)
+        fitted = builtin_images(dense, min(COUNT - held, max_images), held_out=False)
+        judging = builtin_images(dense, 8 * held, held_out=True)
+        return load_images(fitted, dense, max_images), load_images(judging, dense, len(judging))
+    least = HELD_OUT * FEWEST
+    tensor = load_images(images, dense, max_images * HELD_OUT // (HELD_OUT - 1))
     if len(tensor) < least:
         raise CalibrationError(
             f"{len(tensor)} images, expected at least {least}, as every fourth is held out; some hundred are better."
