@@ -4,32 +4,51 @@ A worker is one Python process with timm and the plugin imported once; tests sen
 raised. Fresh caches are folders given as ``cache_dir``; processes of their own stand for "no plugin" and "offline".
 """
 
+import contextlib
+import io
 import json
-import subprocess
+import logging
+import multiprocessing
+import os
 import sys
 import textwrap
+import traceback
 
 import pytest
 from hub_server import HubServer
 
-WORKER = """
-import contextlib, io, json, logging, sys, traceback, warnings
-logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
-logging.getLogger("filelock").setLevel(logging.WARNING)
-import timm, torch
-torch.set_num_threads(1)  # outputs of two processes are compared bit for bit
-{plugin}
-names = dict(globals())
-answers = sys.stdout
-for line in sys.stdin:
-    out, error = io.StringIO(), None
-    try:
-        with contextlib.redirect_stdout(out):
-            exec(json.loads(line), names)
-    except BaseException as e:
-        error = [type(e).__name__, traceback.format_exc() if isinstance(e, AssertionError) else str(e)]
-    print(json.dumps([out.getvalue(), error]), file=answers, flush=True)
-"""
+# A server that has imported what no environment variable changes forks the workers.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torchvision", "PIL.Image", "safetensors.torch"])
+
+
+def serve(pipe, env, plugin):
+    """A worker: runs the code it is sent in an environment of its own, and sends what that printed or raised."""
+    os.environ.clear()
+    os.environ.update(env)
+    with open(env["HF_HOME"] + ".log", "a") as log:
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
+    logging.getLogger("filelock").setLevel(logging.WARNING)
+    assert not {"huggingface_hub", "timm", "timm_masterkeys"} & set(sys.modules)  # they read the environment
+    import timm
+    import torch
+
+    torch.set_num_threads(1)  # outputs of two processes are compared bit for bit
+    names = {"timm": timm, "torch": torch}
+    if plugin:
+        import timm_masterkeys
+
+        names["mk"] = timm_masterkeys
+    while code := pipe.recv():
+        out, error = io.StringIO(), None
+        try:
+            with contextlib.redirect_stdout(out):
+                exec(code, names)
+        except BaseException as e:
+            error = [type(e).__name__, traceback.format_exc() if isinstance(e, AssertionError) else str(e)]
+        pipe.send([out.getvalue(), error])
+
 
 MODEL = """
 import functools, os
@@ -60,26 +79,17 @@ x = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(3))
 
 class Worker:
     def __init__(self, env, plugin=True):
-        code = WORKER.format(plugin="import timm_masterkeys as mk" if plugin else "")
-        with open(env["HF_HOME"] + ".log", "a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                env=env,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+        self.pipe, theirs = FORKS.Pipe()
+        self.process = FORKS.Process(target=serve, args=(theirs, env, plugin))
+        self.process.start()
+        theirs.close()
         if plugin:
             self.run(MODEL)
 
     def run(self, code, raises=None):
         """What the code prints, or the message of the error it must raise."""
-        self.process.stdin.write(json.dumps(textwrap.dedent(code)) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        assert answer, "the worker died"
-        out, error = json.loads(answer)
+        self.pipe.send(textwrap.dedent(code))
+        out, error = self.pipe.recv()  # EOFError: the worker died
         if raises is None:
             assert error is None, f"{error[0]}: {error[1]}"
             return out.strip()
@@ -88,9 +98,11 @@ class Worker:
         return error[1]
 
     def stop(self):
-        self.process.stdin.close()
-        self.process.wait(30)
-        self.process.stdout.close()
+        self.pipe.send("")
+        self.process.join(30)
+        assert self.process.exitcode == 0
+        self.process.close()
+        self.pipe.close()
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +123,17 @@ def worker(hub, home):
     yield worker
     worker.stop()
     assert hub.token("alice") not in (home / "alice.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def others(hub, home):
+    """Workers of others than alice: without a token, with one that is none, with bob's."""
+    tokens = {"nobody": None, "mistyped": "hf_wrong", "bob": hub.token("bob")}
+    workers = {name: Worker(hub.env(home / name, token)) for name, token in tokens.items()}
+    yield workers
+    for name, other in workers.items():
+        other.stop()
+        assert tokens[name] is None or tokens[name] not in (home / f"{name}.log").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -224,11 +247,9 @@ def test_from_scratch_claims_no_source(hub, worker):
 
 
 def test_offline_with_a_warm_cache(hub, worker, published, home):
-    warm = Worker(hub.env(home / "warm"))
-    warm.run("timm.create_model('hf-hub:alice/base', pretrained=True)")
-    warm.stop()
+    worker.run("timm.create_model('hf-hub:alice/base', pretrained=True)")
     hub.requests.clear()
-    offline = Worker(hub.env(home / "warm", HF_HUB_OFFLINE="1"))
+    offline = Worker(hub.env(home / "alice", HF_HUB_OFFLINE="1"))
     offline.run("same(converted(), timm.create_model('hf-hub:alice/base', pretrained=True))")
     offline.stop()
     assert not hub.requests
@@ -262,10 +283,10 @@ def test_unknown_weights_have_no_licence(hub, worker):
     assert "license: mit" in hub.repos["alice/copy"].head().files["README.md"].decode()
 
 
-def test_dry_run_checks_the_account(hub, worker, published, home):
+def test_dry_run_checks_the_account(hub, worker, published, others):
     out = worker.run("print(mk.push_to_hub(model, 'alice/base', dry_run=True))")
     assert "account alice" in out and hub.count("GET", "/api/whoami") == 1
-    nobody, wrong = Worker(hub.env(home / "nobody")), Worker(hub.env(home / "mistyped", "hf_wrong"))
+    nobody, wrong = others["nobody"], others["mistyped"]
     out = nobody.run("print(mk.push_to_hub(converted(), 'alice/base', dry_run=True))")
     assert "no account: publishing needs `hf auth login`" in out
     message = nobody.run("mk.push_to_hub(converted(), 'alice/base')", raises="HubError")
@@ -275,8 +296,6 @@ def test_dry_run_checks_the_account(hub, worker, published, home):
     for dry_run in (True, False):
         message = wrong.run(f"mk.push_to_hub(converted(), 'alice/base', dry_run={dry_run})", raises="HubError")
         assert "Nothing was published" in message and "hf_wrong" not in message
-    nobody.stop()
-    wrong.stop()
 
 
 def test_dry_run(hub, worker, published):
@@ -318,17 +337,18 @@ def test_branch_and_pull_request(hub, worker, published):
     assert "revision" in message
 
 
-def test_private_and_rights(hub, worker, home, tmp_path):
+def test_private_and_rights(hub, worker, others, home, tmp_path):
     worker.run("mk.push_to_hub(converted(), 'alice/secret', private=True)")
     assert hub.repos["alice/secret"].private
     worker.run(
         f"same(converted(), timm.create_model('hf-hub:alice/secret', pretrained=True, cache_dir={str(tmp_path)!r}))"
     )
-    others = {"none": None, "wrong": "hf_wrong", "bob": hub.token("bob")}
-    for name, token in others.items():
-        other = Worker(hub.env(home / name, token))
+    tokens = {"nobody": None, "mistyped": "hf_wrong", "bob": hub.token("bob")}
+    for name, token in tokens.items():
         before = {repo_id: len(repo.branches["main"]) for repo_id, repo in hub.repos.items()}
-        out = other.run("""
+        out = (
+            others[name]
+            .run("""
             for act in (
                 lambda: mk.push_to_hub(converted(seed=9), "alice/secret"),
                 lambda: mk.push_to_hub(converted(), "alice/new"),
@@ -339,8 +359,9 @@ def test_private_and_rights(hub, worker, home, tmp_path):
                     print("no error")
                 except Exception as error:
                     print(type(error).__name__, "|", str(error).replace(chr(10), " "))
-        """).splitlines()
-        other.stop()
+        """)
+            .splitlines()
+        )
         assert [line.split(" | ")[0] for line in out[:2]] == ["HubError", "HubError"], out
         assert "Nothing was published" in out[0] and not any("no error" in line for line in out), out
         assert token is None or token not in "".join(out) + (home / f"{name}.log").read_text()

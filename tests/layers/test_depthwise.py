@@ -64,23 +64,23 @@ def pad_arg(layer, x):
     return pad_same_arg(x.shape[-2:], layer.kernel_size, layer.stride, layer.dilation)
 
 
-@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+@pytest.mark.parametrize(("trainable", "keys_per_kernel"), [("none", 1), ("shift", 1), ("affine", 1), ("affine", 2)])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("keys_per_kernel", [1, 2])
 def test_gradients_to_second_order(geometry, trainable, keys_per_kernel):
     layer = make(geometry, keys_per_kernel, trainable)
-    small = {"7x7", "strip", "even, string", "4x4, string, multiplier"}
-    x = torch.randn(2, 2, 4 if geometry in small else 5, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     inputs = (x, *layer.parameters())
     assert torch.autograd.gradcheck(as_function(layer), inputs)
-    assert torch.autograd.gradgradcheck(as_function(layer), inputs)
+    # The second order entry by entry where both ways of the backward pass are gone, else along random directions.
+    entries = trainable == "affine" and keys_per_kernel == 2 and geometry in ("3x3", "7x7")
+    assert torch.autograd.gradgradcheck(as_function(layer), inputs, fast_mode=not entries)
 
 
 def test_scale_near_and_at_zero():
     layer = make("3x3", 2, "affine")
     with torch.no_grad():
         layer.scale[0], layer.scale[1] = 0.0, 1e-12
-    x = torch.randn(2, 2, 7, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(as_function(layer), (x, *layer.parameters()))
 
 
@@ -121,7 +121,7 @@ def test_autocast(dtype, trainable):
 @pytest.mark.parametrize("padding_mode", ["reflect", "replicate", "circular"])
 def test_other_padding_modes(padding_mode):
     layer = make("3x3", 1, "affine", padding_mode=padding_mode)
-    x = torch.randn(2, 2, 7, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(as_function(layer), (x, *layer.parameters()))
 
 
@@ -157,10 +157,9 @@ def test_the_weight_gradient_of_large_kernels_is_never_computed():
         assert any(mask[1] for mask in spy.masks)  # the spy sees it where it is
 
 
-@pytest.mark.parametrize("trainable", ["shift", "affine"])
+@pytest.mark.parametrize(("trainable", "keys_per_kernel"), [("shift", 1), ("affine", 1), ("affine", 3)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("geometry", ["3x3", "stride", "SAME", "7x7", "strip", "dilation, multiplier"])
-@pytest.mark.parametrize("keys_per_kernel", [1, 3])
 def test_many_channels_and_images(geometry, memory_format, trainable, keys_per_kernel, monkeypatch):
     """The ways taken for large inputs: in parts, by pooling, and all keys of a kernel at once."""
     monkeypatch.setattr("timm_masterkeys.layers.depthwise.CACHED", 2**16)
@@ -205,8 +204,8 @@ def test_threads_that_run_and_switch_modes():
             return torch.equal(layer(x), wanted)
 
     with ThreadPoolExecutor(4) as pool:
-        modes = pool.submit(lambda: [layer.train(i % 2 == 0) for i in range(300)])
-        assert all(pool.map(run, range(600)))
+        modes = pool.submit(lambda: [layer.train(i % 2 == 0) for i in range(200)])
+        assert all(pool.map(run, range(400)))
         modes.result()
 
 
@@ -267,8 +266,15 @@ def test_forward_mode(geometry, trainable):
     torch.testing.assert_close(got, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
-@pytest.mark.parametrize("channels, memory_format", [(4, torch.contiguous_format), (64, torch.channels_last)])
+@pytest.mark.parametrize(
+    ("trainable", "channels", "memory_format"),
+    [  # the sums of windows are pooled with many channels in channels_last, if there are any to be taken
+        ("none", 4, torch.contiguous_format),
+        ("shift", 4, torch.contiguous_format),
+        ("shift", 64, torch.channels_last),
+        ("affine", 64, torch.channels_last),
+    ],
+)
 def test_compile_in_one_graph(trainable, channels, memory_format):
     layer = make("7x7", 1, trainable, channels=channels, dtype=torch.float32)
     x = torch.randn(2, channels, 9, 9).to(memory_format=memory_format).requires_grad_()

@@ -23,9 +23,9 @@ def nominal(method):
     return torch.tensor([float(s) for s in SIGMAS[method].split()], dtype=torch.float64).view(8, 2)
 
 
-def layer(trainable="scales", size=7, **settings):
+def layer(trainable="scales", size=7, channels=12, **settings):
     torch.manual_seed(0)
-    return mk.ScaledKeyConv2d(12, 12, size, padding=size // 2, bank=BANK, trainable=trainable, **settings)
+    return mk.ScaledKeyConv2d(channels, channels, size, padding=size // 2, bank=BANK, trainable=trainable, **settings)
 
 
 @pytest.mark.parametrize("method", ["a", "b", "c2", "d2"])
@@ -51,8 +51,8 @@ def test_gradients():
     assert torch.autograd.gradcheck(
         lambda s: scaled_kernels(torch.arange(8), s, 5, 5), (log_sigma.requires_grad_(),), atol=1e-6
     )
-    conv = layer().double()
-    x = torch.randn(2, 12, 6, 6, dtype=torch.float64)
+    conv = layer(channels=4).double()
+    x = torch.randn(2, 4, 4, 3, dtype=torch.float64)
     names = ["log_sigma", "shift", "bias"]
 
     def run(*values):

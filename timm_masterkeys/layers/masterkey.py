@@ -1,59 +1,30 @@
 """The depthwise convolution whose kernels are affine images of frozen keys. Knows nothing of models."""
 
 import os
-import sys
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NoReturn, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from timm.layers import Conv2dSame, pad_same
+from timm.layers import Conv2dSame
 from torch import nn
 
 from ..errors import ConversionError, ProjectionError
 from ..keys.banks import DEFAULT_BANK, KeyBank, get_bank
 from ..keys.projection import Projection, check_keys_per_kernel, project_kernels
+from .computed import ComputedConv2d, no_weight
 from .depthwise import affine_depthwise_conv2d
+from .state import entries_to_load, index_problem, state_problems
 
 Trainable = Literal["none", "shift", "affine", "scales"]
 
-# Named here, as torch.jit.script fails on a mypy comment in a forward.
-_is_scripting: Any = torch.jit.is_scripting  # type: ignore[attr-defined]
-_is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
-
 COMPACT_ENTRIES = ("keys", "key_index", "scale", "shift", "r2")
 
-_COMPUTED = (
-    "The weight of a MasterKeyConv2d is computed from frozen keys: it cannot be a parameter, be pruned, normalised, "
-    "parametrized or quantised. fuse_masterkeys(model) gives ordinary convolutions for that; assign a plain tensor "
-    "(layer.weight = tensor) to project other kernels on the keys."
-)
 _kinds: dict[str, type["MasterKeyConv2d"]] = {}  # layers of another class, by what of them trains
 
-_DRIFT = 1e-3  # of equal keys in thousands of updates of an average, which are saved before train() or eval()
-_WHOLE = 0.05  # an average of equal key indices is a whole number up to rounding, far nearer than this
 
-
-_Read = tuple[torch.Tensor, tuple[int, int]]
-
-
-def _state(weight: torch.Tensor) -> tuple[int, int]:
-    """What changes when a tensor is written to: its version, or through ``.data`` its memory, if it has its own."""
-    try:
-        return weight._version, weight.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # within vmap and grad, fake, on the meta device
-        return weight._version, 0
-
-
-def _no_weight() -> NoReturn:
-    """What is found where ``torch.nn.utils`` looks for the parameter "weight" that a stock convolution has."""
-    raise ConversionError(_COMPUTED)
-
-
-class MasterKeyConv2d(nn.Conv2d):
+class MasterKeyConv2d(ComputedConv2d):
     """A depthwise ``nn.Conv2d`` with kernels ``W[c] = sum_j scale[c, j] * keys[key_index[c, j]] + shift[c]``.
 
     The kernels are computed, the keys never train. Everything else is the convolution it replaces: the same geometry,
@@ -76,8 +47,7 @@ class MasterKeyConv2d(nn.Conv2d):
         dtype: As for ``nn.Conv2d``.
 
     Attributes:
-        weight: (out_channels, 1, kh, kw), computed at each access. Assigning a tensor of this shape projects it;
-            writing into what is read here changes nothing, and the next forward pass warns of it.
+        weight: (out_channels, 1, kh, kw), computed at each access; see ``ComputedConv2d``.
         keys: Buffer (K, kh, kw), the bank at this kernel size: its digits in every dtype, whatever casts and averages
             came before.
         key_index: Buffer (out_channels, r) float32, whole numbers: rows of ``keys``. Floats, as averages of weights cut
@@ -99,8 +69,6 @@ class MasterKeyConv2d(nn.Conv2d):
         torch.Size([1, 96, 14, 14])
     """
 
-    __jit_unused_properties__: ClassVar = ["weight", "parametrizations"]
-    __jit_ignored_attributes__: ClassVar = ["parametrizations"]
     compact_entries: ClassVar[tuple[str, ...]] = COMPACT_ENTRIES
 
     def __init_subclass__(cls, trains: str = "", **kwargs: Any) -> None:
@@ -114,7 +82,6 @@ class MasterKeyConv2d(nn.Conv2d):
     shift: torch.Tensor
     r2: torch.Tensor
     keys_per_kernel: int
-    same_padding: bool
 
     def __init__(
         self,
@@ -182,9 +149,7 @@ class MasterKeyConv2d(nn.Conv2d):
         if not fit:
             layer.reset_parameters(conv.weight)
         else:
-            with torch.no_grad():
-                for name, value in layer._fit(conv.weight).items():
-                    getattr(layer, name).copy_(value)
+            layer._take(conv.weight)
         return layer
 
     def _replace(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
@@ -198,13 +163,13 @@ class MasterKeyConv2d(nn.Conv2d):
         rows = min(keys_per_kernel, len(keys))
         self.__dict__.update(conv.__dict__)  # hooks stay the same objects, so handles to them keep working
         # torch.compile does not look into a class of our own here.
-        self._parameters = defaultdict(_no_weight, {n: p for n, p in conv._parameters.items() if n != "weight"})
+        self._parameters = defaultdict(no_weight, {n: p for n, p in conv._parameters.items() if n != "weight"})
         self._buffers = dict(conv._buffers)
         self._non_persistent_buffers_set = set(conv._non_persistent_buffers_set)
         self.bank = bank
         self.keys_per_kernel = rows
         self.same_padding = isinstance(conv, Conv2dSame)
-        self._read: _Read | None = None  # the weight last read, see _notice_writes
+        self._read = None
         self.register_buffer("keys", keys)
         index = torch.zeros(self.out_channels, rows, device=weight.device, dtype=torch.float32)
         self.register_buffer("key_index", index)
@@ -264,7 +229,7 @@ class MasterKeyConv2d(nn.Conv2d):
             if self.bias is not None:
                 bound = self.keys[0].numel() ** -0.5
                 nn.init.uniform_(self.bias, -bound, bound)
-        self.keys.copy_(self.bank.keys_for(self.kernel_size))  # type: ignore[arg-type]  # empty after meta, to_empty()
+        self.keys.copy_(self.own_keys())  # empty after meta, to_empty()
         draw = torch.rand(self.out_channels, len(self.keys), device=self.keys.device)
         self.key_index.copy_(draw.topk(self.keys_per_kernel).indices)
         norm = (weight - weight.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1).mean()
@@ -274,9 +239,29 @@ class MasterKeyConv2d(nn.Conv2d):
         self.scale.copy_((self.scale.view(self.out_channels, -1) * (norm / drawn)).flatten())
         self.r2.fill_(-1.0)  # nothing was fitted
 
-    def _fit(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def fitted(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """The compact entries but the keys, fitted to kernels (out_channels, 1, kh, kw)."""
         return fitted_entries(project_kernels(weight, self.bank, self.keys_per_kernel))
+
+    def own_keys(self) -> torch.Tensor:
+        """The bank's own digits of ``keys``, in its dtype on the CPU."""
+        return self.bank.keys_for(self.kernel_size)  # type: ignore[arg-type]  # nn.Conv2d's is (int, int)
+
+    def project_weight(self, weight: torch.Tensor) -> None:
+        """Projects kernels (out_channels, 1, kh, kw) on the keys. In place.
+
+        Raises:
+            ConversionError: Kernels of another shape, or NaN or Inf in them.
+        """
+        problems = self.check_state_dict({"weight": weight})
+        if problems:
+            raise ConversionError(problems[0])
+        self._take(weight.to(self.keys.device))
+
+    @torch.no_grad()
+    def _take(self, weight: torch.Tensor) -> None:
+        for name, value in self.fitted(weight).items():
+            getattr(self, name).copy_(value)
 
     def compose_weight(self) -> torch.Tensor:
         """The kernels (out_channels, 1, kh, kw); differentiable in scale and shift."""
@@ -294,78 +279,12 @@ class MasterKeyConv2d(nn.Conv2d):
             weight = torch.addcmul(weight, scale[:, j : j + 1], taps.index_select(0, rows[:, j]))
         return weight.view(self.out_channels, 1, self.kernel_size[0], self.kernel_size[1])
 
-    @property
-    def weight(self) -> torch.Tensor:  # computed; nn.Conv2d has a parameter here
-        weight = self.compose_weight()
-        if not torch.compiler.is_compiling():
-            if sys._getframe(1).f_globals["__name__"] == "torch.nn.utils.weight_norm":  # it deletes next, blindly
-                raise ConversionError(_COMPUTED)
-            self._notice_writes()
-            if not weight.is_inference():  # which have no version, and cannot be written to elsewhere
-                self._read = weight, _state(weight)
-        return weight
-
-    @weight.setter
-    @torch.no_grad()
-    def weight(self, weight: torch.Tensor) -> None:
-        problems = self.check_state_dict({"weight": weight})
-        if problems:
-            raise ConversionError(problems[0])
-        for name, value in self._fit(weight.to(self.keys.device)).items():
-            getattr(self, name).copy_(value)
-
-    def _notice_writes(self) -> None:
-        """Warns if the tensor that ``weight`` gave last was written to, which changes nothing."""
-        read, self._read = self._read, None
-        if read is not None and _state(read[0]) != read[1]:
-            warnings.warn(
-                "The weight of a MasterKeyConv2d was written to in place. It is computed, so the layer is unchanged: "
-                "assign the whole tensor (layer.weight = tensor) to project it on the keys, or call "
-                "layer.reset_parameters() to draw keys anew.",
-                stacklevel=3,
-            )
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As for any module, but a weight, or what ``torch.nn.utils`` makes of one, is refused (ConversionError)."""
-        if name.partition("_")[0] == "weight":
-            raise ConversionError(_COMPUTED)
-        super().register_parameter(name, param)
-
-    @property
-    def parametrizations(self) -> NoReturn:
-        """What ``torch.nn.utils.parametrize`` and ``torch.ao.quantization`` look for first; see ``_COMPUTED``."""
-        raise ConversionError(_COMPUTED)
-
-    def __dir__(self) -> list[str]:
-        names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
-        return [name for name in names if name != "parametrizations"]  # for those who read whatever is here
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.same_padding:
-            input = pad_same(input, self.kernel_size, self.stride, self.dilation)
-        if _is_scripting() or _is_tracing():
-            return self._conv_forward(input, self.compose_weight(), self.bias)
-        return self._fast_forward(input)
-
-    @torch.jit.unused
-    def _fast_forward(self, input: torch.Tensor) -> torch.Tensor:
-        given: Any = input
-        proxy = isinstance(given, torch.fx.Proxy)  # an FX tracer that does not know to keep the layer whole
-        if not torch.compiler.is_compiling() and self._read is not None:  # in this order: no guard on what was read
-            self._notice_writes()
-        if proxy and type(given.tracer).__module__.startswith("torch.ao.quantization"):
-            raise ConversionError(_COMPUTED)
+    def _trained_forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = self.key_rows()
-        weight = self._compose(rows)
-        if proxy or not torch.is_grad_enabled() or input.ndim != 4:  # 3: an image without a batch
-            return self._conv_forward(input, weight, self.bias)
-        return self._affine_forward(input, weight, rows)
-
-    def _affine_forward(self, input: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         input, padding = self._padded(input)
         return affine_depthwise_conv2d(
             input,
-            weight,
+            self._compose(rows),
             self.bias,
             self.scale,
             self.shift,
@@ -385,55 +304,9 @@ class MasterKeyConv2d(nn.Conv2d):
         """
         self._restore_keys()
         if not self.key_index.is_meta and not torch.equal(self.key_index, self.key_index.round()):
-            problem = self._index_problem(self.key_index)
+            problem = index_problem(self.key_index, len(self.keys))
             if problem:
                 raise ConversionError(f"key_index {problem}")
-
-    def _index_problem(self, key_index: torch.Tensor) -> str:
-        """What is wrong with key indices; empty if nothing is."""
-        index = key_index.cpu().double()
-        low, high = index.round().aminmax()
-        if not (index - index.round()).abs().max() < _WHOLE:  # NaN is refused too
-            return "holds fractions or NaN; average checkpoints of one conversion only."
-        if low < 0 or high >= len(self.keys):
-            return f"holds {low:.0f} to {high:.0f}, the bank has {len(self.keys)} keys."
-        return ""
-
-    def windows(self, input: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """What the kernel sees at some positions of the output.
-
-        Args:
-            input: (N, in_channels, H, W).
-            positions: (P,) int64, of the output's H' * W' in rows.
-
-        Returns:
-            (N, P, kh * kw, in_channels), so that ``weight.flatten(1) @ windows`` are the kernels' responses there.
-        """
-        if self.same_padding:
-            input = pad_same(input, self.kernel_size, self.stride, self.dilation)
-        input, (high, wide) = self._padded(input)
-        input = F.pad(input, (wide, wide, high, high))
-        spans = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        width = (input.shape[3] - spans[1] - 1) // self.stride[1] + 1
-        corners = positions // width * self.stride[0], positions % width * self.stride[1]
-        rows, columns = (
-            corner[:, None] + d * torch.arange(k, device=positions.device)
-            for corner, d, k in zip(corners, self.dilation, self.kernel_size, strict=True)
-        )
-        return input.permute(0, 2, 3, 1)[:, rows[:, :, None], columns[:, None, :]].flatten(2, 3)
-
-    def _padded(self, input: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """The input and the symmetric zero padding left to do; what is not of that kind is done here."""
-        if self.padding_mode != "zeros":
-            return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
-        if not isinstance(self.padding, str):
-            return input, self.padding  # type: ignore[return-value]
-        if self.padding == "valid":
-            return input, (0, 0)
-        height, width = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
-        if height % 2 or width % 2:  # "same" with an even kernel: the odd tap goes below and to the right
-            input = F.pad(input, (0, width % 2, 0, height % 2))
-        return input, (height // 2, width // 2)
 
     def train(self, mode: bool = True) -> "MasterKeyConv2d":
         """As for any module; also ``check_keys``."""
@@ -454,12 +327,9 @@ class MasterKeyConv2d(nn.Conv2d):
     def _restore_keys(self) -> None:
         """The bank's own digits in the keys' dtype."""
         if not self.keys.is_meta:
-            keys = self.bank.keys_for(self.kernel_size).to(self.keys)  # type: ignore[arg-type]
+            keys = self.own_keys().to(self.keys)
             if not torch.equal(keys, self.keys):
                 self.keys.copy_(keys)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_read": None}
 
     def fuse(self) -> nn.Conv2d:
         """The ordinary convolution with these kernels: a new module that shares bias and hooks; this one is unchanged.
@@ -502,50 +372,7 @@ class MasterKeyConv2d(nn.Conv2d):
         Either a dense ``weight`` (it will be projected) or the compact entries, of this bank, kernel size and channel
         count. Entries that are missing altogether are left to ``load_state_dict(strict=...)``.
         """
-        here = f"{prefix}" if prefix else "layer "
-        given = [name for name in self.compact_entries if prefix + name in state_dict]
-        dense = state_dict.get(prefix + "weight")
-        if dense is not None and given:
-            return [f"{here}weight: given together with {', '.join(given)}. Keep the dense or the compact entries."]
-        for name in (*given, *(["weight"] if prefix + "weight" in state_dict else [])):
-            if not isinstance(state_dict[prefix + name], torch.Tensor):
-                kind = type(state_dict[prefix + name]).__name__
-                return [f"{here}{name}: got a {kind}, expected a tensor."]
-        if dense is not None:
-            shape = (self.out_channels, 1, *self.kernel_size)
-            if tuple(dense.shape) != shape:
-                return [f"{here}weight: got shape {tuple(dense.shape)}, expected {shape}."]
-            if not dense.is_meta and not dense.isfinite().all():
-                channel = int((~dense.flatten(1).isfinite().all(1)).nonzero()[0])
-                return [f"{here}weight: channel {channel} holds NaN or Inf; repair the checkpoint first."]
-            return []
-        if "log_sigma" not in self.compact_entries and prefix + "log_sigma" in state_dict:
-            return [f"{here}log_sigma: made with trainable='scales'; convert with that, or load the dense weights."]
-        missing = [name for name in self.compact_entries if name not in given]
-        if given and missing:
-            return [f"{here}{given[0]}: given without {', '.join(missing)}. The compact entries belong together."]
-        problems = []
-        for name in given:
-            got, own = tuple(state_dict[prefix + name].shape), tuple(getattr(self, name).shape)
-            if got != own:
-                problems.append(f"{here}{name}: got shape {got}, expected {own} (another bank, size or channel count).")
-        if problems or not given or state_dict[prefix + "keys"].is_meta:
-            return problems
-        for name in ("scale", "shift"):
-            if not state_dict[prefix + name].isfinite().all():
-                problems.append(f"{here}{name}: holds NaN or Inf; repair the checkpoint first.")
-        keys = state_dict[prefix + "keys"]
-        own_keys = self.bank.keys_for(self.kernel_size)  # type: ignore[arg-type]  # nn.Conv2d's is (int, int)
-        rounding = max(2 * torch.finfo(keys.dtype).eps, _DRIFT)
-        if not torch.allclose(keys.double().cpu(), own_keys.double(), rtol=0, atol=rounding):
-            problems.append(
-                f"{here}keys: the checkpoint was made with another bank than '{self.bank.name}'. "
-                "Convert with its bank, or load its dense weights."
-            )
-        index_problem = self._index_problem(state_dict[prefix + "key_index"])
-        if index_problem:
-            problems.append(f"{here}key_index: {index_problem}")
-        return problems
+        return state_problems(self, state_dict, prefix)
 
     def _load_from_state_dict(
         self,
@@ -561,18 +388,7 @@ class MasterKeyConv2d(nn.Conv2d):
         if problems:
             error_msgs.extend(problems)
             return
-        entries = {name: value.detach() for name, value in state_dict.items() if name.startswith(prefix)}
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        dense = entries.pop(prefix + "weight", None)
-        if dense is not None:
-            dtype = dense.dtype if assign else torch.promote_types(dense.dtype, self.keys.dtype)
-            entries |= {prefix + name: value for name, value in self._fit(dense.to(dtype)).items()}
-        if prefix + "scale" in entries:
-            # Keys rounded to half precision or by an average, or none at all in a dense file: the bank's own digits.
-            target = entries[prefix + "scale"] if assign else self.keys
-            own_keys = self.bank.keys_for(self.kernel_size)  # type: ignore[arg-type]
-            entries[prefix + "keys"] = own_keys.to(target.device, target.dtype)
-            entries[prefix + "key_index"] = entries[prefix + "key_index"].round().float()
+        entries = entries_to_load(self, state_dict, prefix, local_metadata.get("assign_to_params_buffers", False))
         super()._load_from_state_dict(
             entries, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

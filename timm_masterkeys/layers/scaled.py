@@ -82,7 +82,7 @@ class ScaledKeyConv2d(MasterKeyConv2d, trains="scales"):
             return [f"{prefix}log_sigma: holds NaN or Inf; repair the checkpoint first."]
         return super().check_state_dict(state_dict, prefix)
 
-    def _fit(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def fitted(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         projection, log_sigma = fit_scales(weight, tuple(self.operators))
         return {**fitted_entries(projection), "log_sigma": log_sigma.flatten()}
 
@@ -91,6 +91,6 @@ class ScaledKeyConv2d(MasterKeyConv2d, trains="scales"):
         keys = scaled_kernels(operator, self.log_sigma.view(-1, 2), self.kernel_size[0], self.kernel_size[1])
         return (keys * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)).unsqueeze(1)
 
-    def _affine_forward(self, input: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _trained_forward(self, input: torch.Tensor) -> torch.Tensor:
         # The sigmas' gradient needs the whole weight gradient, so autograd it is.
-        return self._conv_forward(input, weight, self.bias)
+        return self._conv_forward(input, self.compose_weight(), self.bias)

@@ -1,0 +1,169 @@
+"""A convolution whose weight is computed: what reads the weight, refuses a parameter in its place, and the geometry."""
+
+import sys
+import warnings
+from typing import Any, ClassVar, NoReturn
+
+import torch
+import torch.nn.functional as F
+from timm.layers import pad_same
+from torch import nn
+
+from ..errors import ConversionError
+
+# Named here, as torch.jit.script fails on a mypy comment in a forward.
+_is_scripting: Any = torch.jit.is_scripting  # type: ignore[attr-defined]
+_is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
+
+_COMPUTED = (
+    "The weight of a MasterKeyConv2d is computed from frozen keys: it cannot be a parameter, be pruned, normalised, "
+    "parametrized or quantised. fuse_masterkeys(model) gives ordinary convolutions for that; assign a plain tensor "
+    "(layer.weight = tensor) to project other kernels on the keys."
+)
+
+_Read = tuple[torch.Tensor, tuple[int, int]]
+
+
+def _state(weight: torch.Tensor) -> tuple[int, int]:
+    """What changes when a tensor is written to: its version, or through ``.data`` its memory, if it has its own."""
+    try:
+        return weight._version, weight.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # within vmap and grad, fake, on the meta device
+        return weight._version, 0
+
+
+def no_weight() -> NoReturn:
+    """What is found where ``torch.nn.utils`` looks for the parameter "weight" that a stock convolution has."""
+    raise ConversionError(_COMPUTED)
+
+
+class ComputedConv2d(nn.Conv2d):
+    """An ``nn.Conv2d`` whose kernels come from ``compose_weight()``; who takes its weight for a parameter is refused.
+
+    Attributes:
+        weight: (out_channels, 1, kh, kw), computed at each access. Assigning a tensor of this shape projects it;
+            writing into what is read here changes nothing, and the next forward pass warns of it.
+        same_padding: Whether it pads as timm's ``Conv2dSame``.
+    """
+
+    __jit_unused_properties__: ClassVar = ["weight", "parametrizations"]
+    __jit_ignored_attributes__: ClassVar = ["parametrizations"]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in cls.__jit_unused_properties__:  # torch.jit knows of a class's own alone
+            setattr(cls, name, getattr(ComputedConv2d, name))
+
+    same_padding: bool
+    _read: _Read | None  # the weight last read, see _notice_writes
+
+    def compose_weight(self) -> torch.Tensor:
+        """The kernels (out_channels, 1, kh, kw), differentiable in what they are computed from."""
+        raise NotImplementedError
+
+    def project_weight(self, weight: torch.Tensor) -> None:
+        """Takes the nearest kernels to the given ones that can be computed. In place."""
+        raise NotImplementedError
+
+    def _trained_forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The convolution where gradients may be wanted; padding as timm's SAME is done."""
+        return self._conv_forward(input, self.compose_weight(), self.bias)
+
+    @property
+    def weight(self) -> torch.Tensor:  # computed; nn.Conv2d has a parameter here
+        weight = self.compose_weight()
+        if not torch.compiler.is_compiling():
+            if sys._getframe(1).f_globals["__name__"] == "torch.nn.utils.weight_norm":  # it deletes next, blindly
+                raise ConversionError(_COMPUTED)
+            self._notice_writes()
+            if not weight.is_inference():  # which have no version, and cannot be written to elsewhere
+                self._read = weight, _state(weight)
+        return weight
+
+    @weight.setter
+    def weight(self, weight: torch.Tensor) -> None:
+        self.project_weight(weight)
+
+    def _notice_writes(self) -> None:
+        """Warns if the tensor that ``weight`` gave last was written to, which changes nothing."""
+        read, self._read = self._read, None
+        if read is not None and _state(read[0]) != read[1]:
+            warnings.warn(
+                "The weight of a MasterKeyConv2d was written to in place. It is computed, so the layer is unchanged: "
+                "assign the whole tensor (layer.weight = tensor) to project it on the keys, or call "
+                "layer.reset_parameters() to draw keys anew.",
+                stacklevel=3,
+            )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As for any module, but a weight, or what ``torch.nn.utils`` makes of one, is refused (ConversionError)."""
+        if name.partition("_")[0] == "weight":
+            raise ConversionError(_COMPUTED)
+        super().register_parameter(name, param)
+
+    @property
+    def parametrizations(self) -> NoReturn:
+        """What ``torch.nn.utils.parametrize`` and ``torch.ao.quantization`` look for first; see ``_COMPUTED``."""
+        raise ConversionError(_COMPUTED)
+
+    def __dir__(self) -> list[str]:
+        names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
+        return [name for name in names if name != "parametrizations"]  # for those who read whatever is here
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.same_padding:
+            input = pad_same(input, self.kernel_size, self.stride, self.dilation)
+        if _is_scripting() or _is_tracing():
+            return self._conv_forward(input, self.compose_weight(), self.bias)
+        return self._fast_forward(input)
+
+    @torch.jit.unused
+    def _fast_forward(self, input: torch.Tensor) -> torch.Tensor:
+        given: Any = input
+        proxy = isinstance(given, torch.fx.Proxy)  # an FX tracer that does not know to keep the layer whole
+        if not torch.compiler.is_compiling() and self._read is not None:  # in this order: no guard on what was read
+            self._notice_writes()
+        if proxy and type(given.tracer).__module__.startswith("torch.ao.quantization"):
+            raise ConversionError(_COMPUTED)
+        if proxy or not torch.is_grad_enabled() or input.ndim != 4:  # 3: an image without a batch
+            return self._conv_forward(input, self.compose_weight(), self.bias)
+        return self._trained_forward(input)
+
+    def windows(self, input: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What the kernel sees at some positions of the output.
+
+        Args:
+            input: (N, in_channels, H, W).
+            positions: (P,) int64, of the output's H' * W' in rows.
+
+        Returns:
+            (N, P, kh * kw, in_channels), so that ``weight.flatten(1) @ windows`` are the kernels' responses there.
+        """
+        if self.same_padding:
+            input = pad_same(input, self.kernel_size, self.stride, self.dilation)
+        input, (high, wide) = self._padded(input)
+        input = F.pad(input, (wide, wide, high, high))
+        spans = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        width = (input.shape[3] - spans[1] - 1) // self.stride[1] + 1
+        corners = positions // width * self.stride[0], positions % width * self.stride[1]
+        rows, columns = (
+            corner[:, None] + d * torch.arange(k, device=positions.device)
+            for corner, d, k in zip(corners, self.dilation, self.kernel_size, strict=True)
+        )
+        return input.permute(0, 2, 3, 1)[:, rows[:, :, None], columns[:, None, :]].flatten(2, 3)
+
+    def _padded(self, input: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The input and the symmetric zero padding left to do; what is not of that kind is done here."""
+        if self.padding_mode != "zeros":
+            return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
+        if not isinstance(self.padding, str):
+            return input, self.padding  # type: ignore[return-value]
+        if self.padding == "valid":
+            return input, (0, 0)
+        height, width = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        if height % 2 or width % 2:  # "same" with an even kernel: the odd tap goes below and to the right
+            input = F.pad(input, (0, width % 2, 0, height % 2))
+        return input, (height // 2, width // 2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_read": None}

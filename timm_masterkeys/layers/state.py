@@ -1,0 +1,90 @@
+"""What a converted layer takes from a state dict, and what it refuses."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .masterkey import MasterKeyConv2d
+
+_DRIFT = 1e-3  # of equal keys in thousands of updates of an average, which are saved before train() or eval()
+_WHOLE = 0.05  # an average of equal key indices is a whole number up to rounding, far nearer than this
+
+
+def state_problems(layer: "MasterKeyConv2d", state_dict: dict[str, Any], prefix: str) -> list[str]:
+    """See ``MasterKeyConv2d.check_state_dict``."""
+    here = f"{prefix}" if prefix else "layer "
+    given = [name for name in layer.compact_entries if prefix + name in state_dict]
+    dense = state_dict.get(prefix + "weight")
+    if dense is not None and given:
+        return [f"{here}weight: given together with {', '.join(given)}. Keep the dense or the compact entries."]
+    for name in (*given, *(["weight"] if prefix + "weight" in state_dict else [])):
+        if not isinstance(state_dict[prefix + name], torch.Tensor):
+            return [f"{here}{name}: got a {type(state_dict[prefix + name]).__name__}, expected a tensor."]
+    if dense is not None:
+        problem = _dense_problem(dense, (layer.out_channels, 1, *layer.kernel_size))
+        return [f"{here}weight: {problem}"] if problem else []
+    if "log_sigma" not in layer.compact_entries and prefix + "log_sigma" in state_dict:
+        return [f"{here}log_sigma: made with trainable='scales'; convert with that, or load the dense weights."]
+    missing = [name for name in layer.compact_entries if name not in given]
+    if given and missing:
+        return [f"{here}{given[0]}: given without {', '.join(missing)}. The compact entries belong together."]
+    return [here + problem for problem in _compact_problems(layer, {n: state_dict[prefix + n] for n in given})]
+
+
+def entries_to_load(
+    layer: "MasterKeyConv2d", state_dict: dict[str, Any], prefix: str, assign: bool
+) -> dict[str, torch.Tensor]:
+    """A layer's entries to load, of a state dict without problems: dense kernels projected, keys its bank's."""
+    entries = {name: value.detach() for name, value in state_dict.items() if name.startswith(prefix)}
+    dense = entries.pop(prefix + "weight", None)
+    if dense is not None:
+        dtype = dense.dtype if assign else torch.promote_types(dense.dtype, layer.keys.dtype)
+        entries |= {prefix + name: value for name, value in layer.fitted(dense.to(dtype)).items()}
+    if prefix + "scale" in entries:
+        # Keys rounded to half precision or by an average, or none at all in a dense file: the bank's own digits.
+        target = entries[prefix + "scale"] if assign else layer.keys
+        entries[prefix + "keys"] = layer.own_keys().to(target.device, target.dtype)
+        entries[prefix + "key_index"] = entries[prefix + "key_index"].round().float()
+    return entries
+
+
+def _dense_problem(weight: torch.Tensor, shape: tuple[int, ...]) -> str:
+    if tuple(weight.shape) != shape:
+        return f"got shape {tuple(weight.shape)}, expected {shape}."
+    if not weight.is_meta and not weight.isfinite().all():
+        channel = int((~weight.flatten(1).isfinite().all(1)).nonzero()[0])
+        return f"channel {channel} holds NaN or Inf; repair the checkpoint first."
+    return ""
+
+
+def _compact_problems(layer: "MasterKeyConv2d", given: dict[str, torch.Tensor]) -> list[str]:
+    problems = []
+    for name, value in given.items():
+        got, own = tuple(value.shape), tuple(getattr(layer, name).shape)
+        if got != own:
+            problems.append(f"{name}: got shape {got}, expected {own} (another bank, size or channel count).")
+    if problems or not given or given["keys"].is_meta:
+        return problems
+    for name in ("scale", "shift"):
+        if not given[name].isfinite().all():
+            problems.append(f"{name}: holds NaN or Inf; repair the checkpoint first.")
+    keys, own_keys = given["keys"].cpu().double(), layer.own_keys().double()
+    if not torch.allclose(keys, own_keys, rtol=0, atol=max(2 * torch.finfo(given["keys"].dtype).eps, _DRIFT)):
+        problems.append(
+            f"keys: the checkpoint was made with another bank than '{layer.bank.name}'. "
+            "Convert with its bank, or load its dense weights."
+        )
+    problem = index_problem(given["key_index"], len(layer.keys))
+    return [*problems, f"key_index: {problem}"] if problem else problems
+
+
+def index_problem(key_index: torch.Tensor, keys: int) -> str:
+    """What is wrong with the key indices of a layer of so many keys; empty if nothing is."""
+    index = key_index.cpu().double()
+    low, high = index.round().aminmax()
+    if not (index - index.round()).abs().max() < _WHOLE:  # NaN is refused too
+        return "holds fractions or NaN; average checkpoints of one conversion only."
+    if low < 0 or high >= keys:
+        return f"holds {low:.0f} to {high:.0f}, the bank has {keys} keys."
+    return ""
