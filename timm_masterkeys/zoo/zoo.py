@@ -13,7 +13,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import timm
 import torch
 from filelock import FileLock, Timeout
+from huggingface_hub import get_token
 from torch import nn
 
 from ..errors import ZooError
@@ -159,7 +160,7 @@ def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
         zoo: What to do.
 
     Raises:
-        ZooError: The output folder is of a zoo with other settings.
+        ZooError: The output folder is of a zoo with other settings, or there is no token. Nothing was done.
     """
     started = time.time()
     _open(zoo)
@@ -190,6 +191,10 @@ def _open(zoo: Zoo) -> None:
         raise ZooError(
             f"'{zoo.output}' holds a zoo with other settings ({', '.join(differing)}), see {SETTINGS} there: their "
             "results do not belong in one table. Give the same settings, or another output folder."
+        )
+    if not zoo.dry_run and not get_token():
+        raise ZooError(
+            "There is no token to publish with. Log in with `hf auth login`, set HF_TOKEN, or try a dry run."
         )
 
 
@@ -337,7 +342,9 @@ def _our_columns(model: nn.Module) -> dict[str, Any]:
 def _write_tables(output: Path) -> None:
     """Writes results.csv and names.txt anew from the networks' own files."""
     with _lock(output / ".zoo.lock"):
-        found = [read_result(path) for path in sorted((output / "models").glob("*/result.json"))]
-        results = [result for result in found if result]
+        results = []
+        for path in sorted((output / "models").glob("*/result.json")):
+            with suppress(ZooError):  # told as the network's own failure
+                results += filter(None, [read_result(path)])
         write_table(output / TABLE, results)
         write_names(output / NAMES, results)
