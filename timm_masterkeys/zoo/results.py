@@ -102,7 +102,7 @@ def read_result(path: Path) -> Result | None:
     try:
         return Result(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ZooError(f"'{path}' is damaged ({error}): remove it, and the model is made again.") from None
+        raise ZooError(f"'{path}' is damaged; remove it, and the network is made again. ({error})") from None
 
 
 def write_result(path: Path, result: Result) -> None:

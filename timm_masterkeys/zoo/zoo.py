@@ -260,7 +260,7 @@ def _make(name: str, zoo: Zoo) -> Result:
     )
     own = _own_name(name)
     result = Result(
-        **_timm_columns(own, repaired, measured),
+        **timm_columns(own, repaired, measured),
         dense_top1=measured.accuracies[1].top1,
         dense_top5=measured.accuracies[1].top5,
         plain_top1=measured.accuracies[2].top1,
@@ -316,7 +316,7 @@ def _license(name: str, zoo: Zoo) -> str:
     return inherited_license({"license": cfg.license}, None if cfg.license else zoo.license)
 
 
-def _timm_columns(own: str, model: nn.Module, measured: Measurement) -> dict[str, Any]:
+def timm_columns(own: str, model: nn.Module, measured: Measurement) -> dict[str, Any]:
     """The columns of timm's results files."""
     best = measured.accuracies[0]
     return {
@@ -342,7 +342,7 @@ def _our_columns(model: nn.Module) -> dict[str, Any]:
 def _write_tables(output: Path) -> None:
     """Writes results.csv and names.txt anew from the networks' own files."""
     with _lock(output / ".zoo.lock"):
-        results = []
+        results: list[Result] = []
         for path in sorted((output / "models").glob("*/result.json")):
             with suppress(ZooError):  # told as the network's own failure
                 results += filter(None, [read_result(path)])
