@@ -18,7 +18,7 @@ import timm_masterkeys as mk
 from timm_masterkeys.cli import main
 
 ARCH = "test_convnext3"  # depthwise kernels 7x7, 5x5, 5x5 and 3x3
-COMMANDS = ["list", "inspect", "convert", "discover", "plot", "compare", "publish"]
+COMMANDS = ["list", "inspect", "convert", "discover", "plot", "compare", "publish", "zoo"]
 
 
 @pytest.fixture(scope="module")

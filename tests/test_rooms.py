@@ -8,7 +8,8 @@ import timm_masterkeys
 HOUSE = Path(timm_masterkeys.__file__).parent
 
 # From the ground up: a room imports from the rooms before it alone.
-ROOMS = ["version", "errors", "files", "keys", "layers", "models", "repair", "hub", "names", "__init__", "study", "cli"]
+ROOMS = ["version", "errors", "files", "keys", "layers", "models", "repair", "hub", "names", "__init__"]
+ROOMS += ["study", "zoo", "cli"]
 DOORS = ["__main__", "launch"]
 
 

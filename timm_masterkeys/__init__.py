@@ -8,6 +8,7 @@ from .errors import (
     HubError,
     MasterKeysError,
     ProjectionError,
+    ZooError,
 )
 from .hub.publish import Publication, push_to_hub, save_pretrained
 from .keys.banks import KeyBank, get_bank, list_banks
@@ -51,6 +52,7 @@ __all__ = [
     "ScaledKeyConv2d",
     "Spending",
     "StageReport",
+    "ZooError",
     "__version__",
     "builtin_images",
     "calibrate_masterkeys",

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import timm
+import torch
 from timm.models import load_checkpoint
 from torch import nn
 
-from .errors import CheckpointError, MasterKeysError
+from .errors import CheckpointError, MasterKeysError, ZooError
 from .files import atomic_path
 from .hub.card import read_readme
 from .hub.publish import OWN_ENTRIES, push_to_hub, save_pretrained
@@ -29,10 +30,14 @@ from .names.pretrained import calibration_images
 from .names.registry import list_architectures, stock_name
 from .repair.budget import convert_to_agreement
 from .repair.calibrate import STAGES, WITHOUT_GRADIENTS, calibrate_masterkeys
+from .repair.images import BUILTIN
 from .study.analysis import compare_networks
 from .study.discovery import collect_kernels, discover_bank, match_banks
 from .study.kernels import name_sources
 from .version import __version__
+from .zoo.evaluate import find_labels
+from .zoo.results import TABLE
+from .zoo.zoo import Zoo, make_zoo, plan_zoo
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,6 +54,7 @@ _EXAMPLES = """examples:
   timm-masterkeys compare convnext_tiny tf_efficientnet_lite0
   timm-masterkeys discover convnext_tiny mine.safetensors --hold-out mine.safetensors --output bank.safetensors
   timm-masterkeys publish out me/convnext_tiny.mk8 --dry-run
+  timm-masterkeys zoo 'convnext*' --org my-team --images photographs --evaluate imagenet/val --dry-run
 """
 
 
@@ -202,6 +208,32 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--message", default="Publish a master key filters model", help="title of the commit")
     command.add_argument("--dry-run", action="store_true", help="check everything, show what would change")
     command.set_defaults(run=_publish)
+
+    command = add(
+        "zoo",
+        "convert, repair, measure and publish every timm network that matches; run again, it goes on where it was",
+        "zoo 'convnext*' --org my-team --images photographs --evaluate imagenet/val --dry-run",
+        [settings],
+    )
+    command.add_argument("pattern", nargs="+", help="timm names with weights, as 'convnext*' or convnext_tiny.fb_in1k")
+    command.add_argument("--org", required=True, help="user or organisation on the Hub: ORG/<arch>.mk8_<tag>")
+    command.add_argument("--images", default=BUILTIN, metavar="DIR", help="to repair with (default: those that ship)")
+    command.add_argument(
+        "--evaluate", required=True, metavar="DIR", help="labelled images: a folder for each class, named after it"
+    )
+    command.add_argument(
+        "--class-map", default="", metavar="FILE", help="the names of all classes in order (default: ImageNet-1k's)"
+    )
+    command.add_argument("--dataset", default="", metavar="NAME", help="what cards call them (default: their folder)")
+    command.add_argument("--output", default="zoo", metavar="DIR", help="results.csv, names.txt, work (default: zoo)")
+    command.add_argument("--license", help="for source weights whose licence is unknown; without it they fail")
+    command.add_argument("--private", action="store_true", default=None, help="make new repositories private")
+    command.add_argument("--dry-run", action="store_true", help="everything but publishing; a later run publishes")
+    command.add_argument("--keep-weights", action="store_true", help="keep downloads and published networks on disk")
+    command.add_argument("--batch-size", type=int, default=64, metavar="N", help="when measuring (default: 64)")
+    command.add_argument("--workers", type=int, default=4, metavar="N", help="that read images (default: 4)")
+    command.add_argument("--device", help="(default: a GPU if there is one, under torchrun one a process)")
+    command.set_defaults(run=_zoo)
 
     command = add("cache", "the networks that pretrained=True has repaired and keeps on disk", "cache --clear", [])
     command.add_argument("--clear", action="store_true", help="remove them")
@@ -431,6 +463,42 @@ def _cache(args: argparse.Namespace) -> None:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         print(f"{entry.path.name:<{width}}  {entry.size / 1e6:>8,.1f} MB  used {used}")
     print(f"{len(entries)} in {root}")
+
+
+def _zoo(args: argparse.Namespace) -> None:
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    labels = find_labels(args.evaluate, args.class_map)
+    zoo = Zoo(
+        args.org,
+        labels,
+        Path(args.output),
+        images=args.images,
+        conversion={name: getattr(args, name) for name in ("bank", "keys_per_kernel", "min_r2", "include", "exclude")},
+        dataset=args.dataset,
+        license=args.license,
+        private=args.private,
+        dry_run=args.dry_run,
+        keep_weights=args.keep_weights,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        device=args.device or (gpu if torch.cuda.is_available() else "cpu"),
+    )
+    names, left = plan_zoo(args.pattern, labels.num_classes)
+    for name, reason in left.items():
+        print(f"{name}  left out: {reason}")
+    print(f"{len(names)} networks, {labels.images:,} images of {labels.classes:,} classes", flush=True)
+    failed = []
+    for outcome in make_zoo(names, zoo):
+        if outcome.fresh:
+            print(outcome, flush=True)
+        if outcome.error:
+            failed.append(f"{outcome.name} ({outcome.error})")
+    print(f"{len(names) - len(failed)} of {len(names)} networks done, see {zoo.output / TABLE}")
+    if failed:
+        raise ZooError(
+            f"{len(failed)} of {len(names)} networks failed: {'; '.join(failed)}. What was done stays; run again to "
+            f"try these once more. More in {zoo.output}/models/NAME/failure.txt."
+        )
 
 
 def _is_folder(args: argparse.Namespace) -> bool:

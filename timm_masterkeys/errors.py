@@ -27,3 +27,7 @@ class CheckpointError(MasterKeysError, RuntimeError):
 
 class HubError(MasterKeysError, RuntimeError):
     """A publication that did not happen, or could not be confirmed; the message says which."""
+
+
+class ZooError(MasterKeysError, ValueError):
+    """A zoo that cannot be made as asked, or of which some models could not be made; those that were stay."""

@@ -662,6 +662,43 @@ def test_a_malformed_variable_is_an_error_where_it_matters(value, names):
     assert told == names and "is left out" in done.stderr
 
 
+def test_a_list_of_names(tmp_path, monkeypatch):
+    """All of its names or none; what is not a pair is passed over if it is meant to be."""
+    monkeypatch.setattr(mk.names.registry, "_published", published := {})
+    names = tmp_path / "names.txt"
+    names.write_text(f"# our zoo\n\n{ARCH}.mk8_zoo1=org/a@0a1b\n  {ARCH}.mk8_zoo2=org/b\n")
+    mk.use_weights(names)
+    assert published == {f"{ARCH}.mk8_zoo1": "org/a@0a1b", f"{ARCH}.mk8_zoo2": "org/b"}
+    assert timm.get_pretrained_cfg(f"{ARCH}.mk8_zoo1").hf_hub_id == "org/a@0a1b"
+    names.write_text(f"{ARCH}.mk8_zoo3=org/c\n{ARCH}.zoo4=org/d\n")
+    with pytest.raises(mk.ConversionError, match="zoo4"):
+        mk.use_weights(str(names))
+    assert not timm.is_model_pretrained(f"{ARCH}.mk8_zoo3") and len(published) == 2
+    names.write_bytes(b"\xff")
+    with pytest.raises(mk.ConversionError, match="cannot be read"):
+        mk.use_weights(names)
+    with pytest.raises(mk.ConversionError, match=r"Got the name 'nowhere\.txt'.* path of a list"):
+        mk.use_weights("nowhere.txt")
+
+
+def test_a_list_in_the_variable(tmp_path):
+    """Beside pairs; with a blank in its path on its own. One that is missing is an error for whatever it may hold."""
+    (tmp_path / "my zoo").mkdir()
+    names = tmp_path / "my zoo" / "names.txt"
+    names.write_text("convnext_atto.mk8_ours=org/a\nconvnext_femto.mk8=nonsense\n")
+    plain = tmp_path / "names.txt"
+    plain.write_text(names.read_text())
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    for value, tried in (
+        (str(names), ["convnext_atto.mk8", "convnext_atto.mk8_ours", "convnext_pico.mk8"]),
+        (f"convnext_atto.mk8=org/b {plain}", ["convnext_atto.mk8", "convnext_atto.mk8_ours", "convnext_pico.mk8"]),
+        (f"convnext_atto.mk8=org/b {tmp_path}/none.txt", ["convnext_atto.mk8"]),
+    ):
+        done = run(ENVIRONMENT, env={**env, "TIMM_MASTERKEYS_WEIGHTS": value})
+        assert [line.split()[0] for line in done.stdout.splitlines() if line.endswith(" tried")] == tried
+        assert done.stdout.count("TIMM_MASTERKEYS_WEIGHTS holds") == 4 - len(tried), done.stdout
+
+
 ONE_NAME = """
 import timm
 from timm.models import _registry

@@ -3,6 +3,7 @@
 Marked ``scripts``: the scripts are not on PyPI. ``TIMM_SCRIPTS=checkout pytest -m scripts`` points at a checkout.
 """
 
+import csv
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import timm_masterkeys as mk
+from timm_masterkeys.zoo.evaluate import find_labels, measure
+from timm_masterkeys.zoo.zoo import timm_columns
 
 pytestmark = [
     pytest.mark.scripts,
@@ -177,3 +180,35 @@ def test_weights_are_read_without_the_plugin(data, tmp_path):
     args = ["--model", f"local-dir:{tmp_path / 'published'}", "--pretrained", "--data-dir", data, "--device", "cpu"]
     text = run("validate.py", *args, *SMALL[:4], "-b", 4, "--split", "validation", cwd=tmp_path, plugin=False)
     assert '"top1"' in text
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("test_size", [None, (3, 64, 64)])
+def test_the_zoo_measures_what_validate_measures(data, dense, tmp_path, test_size):
+    """Every column of timm's results file, of a network with a class that has no image; at its test size, if any."""
+    (tmp_path / "classes.txt").write_text("bright\ndark\nlight\n")
+    torch.manual_seed(1)
+    cfg = {"test_input_size": test_size, "test_crop_pct": test_size and 1.0}
+    model = timm.create_model(MODEL, num_classes=3, pretrained_cfg_overlay=cfg)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": MODEL, "num_classes": 3, "pretrained_cfg": {**model.pretrained_cfg, "num_classes": 3}}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    given = [
+        "--data-dir",
+        data,
+        "--class-map",
+        tmp_path / "classes.txt",
+        "--device",
+        "cpu",
+        "-b",
+        "3",
+        "--workers",
+        "1",
+    ]
+    given += ["--model", f"local-dir:{tmp_path}", "--pretrained", "--results-file", tmp_path / "results.csv"]
+    run("validate.py", *given, cwd=tmp_path, plugin=False)
+    with open(tmp_path / "results.csv", newline="") as file:
+        [expected] = csv.DictReader(file)
+    measured = measure([model], find_labels(data, tmp_path / "classes.txt"), batch_size=3, workers=0)
+    row = timm_columns(expected["model"], model, measured)
+    assert {name: str(value) for name, value in row.items()} == expected

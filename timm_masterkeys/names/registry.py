@@ -34,6 +34,7 @@ WEIGHTS_VARIABLE = "TIMM_MASTERKEYS_WEIGHTS"
 
 _published: dict[str, str] = {}  # names pointed at published weights
 _malformed: dict[str, str] = {}  # names that WEIGHTS_VARIABLE means to point at some, and what is wrong
+_ANY = "*"  # in _malformed: whatever name a list that cannot be read holds
 _creating: ContextVar[dict[str, Any] | None] = ContextVar(
     "the settings of the .mk8 model timm is building", default=None
 )
@@ -83,47 +84,87 @@ def register_names(architectures: str | Sequence[str] | None = None) -> None:
         arch = (new or "").partition(".")[0]
         if arch in registered:
             _timm.wrap_entrypoint(old, functools.partial(_masterkeys_entrypoint, arch))
-    for pair in os.environ.get(WEIGHTS_VARIABLE, "").split():
-        try:
-            use_weights(*pair.split("=", 1))
-        except ConversionError as error:
-            _logger.warning("%s: '%s' is left out. %s", WEIGHTS_VARIABLE, pair, error)
-            for name in re.findall(r"(?<![\w./-])\w+\.mk8\w*", pair):
-                _malformed.setdefault(name, f"{WEIGHTS_VARIABLE} holds '{pair}': {error}")
+    _use_variable(os.environ.get(WEIGHTS_VARIABLE, ""))
 
 
-def use_weights(name: str, source: str = "") -> None:
-    """Points a ``.mk8`` name at published weights: a team's own, repaired or fine-tuned.
+def use_weights(name: str | os.PathLike[str], source: str = "") -> None:
+    """Points a ``.mk8`` name, or all names of a list, at published weights: a team's own, repaired or fine-tuned.
 
     ``pretrained=True`` then loads them, with the classes, preprocessing and arguments they were published with. The
-    environment variable ``TIMM_MASTERKEYS_WEIGHTS`` does the same on import: ``name=source`` pairs parted by blanks. A
-    pair that is none is told on import, and an error when weights of the name it meant are asked for.
+    environment variable ``TIMM_MASTERKEYS_WEIGHTS`` does the same on import: ``name=source`` pairs and paths of lists,
+    parted by blanks. A pair that is none is told on import, and an error when weights of the name it meant are asked
+    for; so is a list that cannot be read, for every ``.mk8`` name that nothing else points at weights.
 
     Args:
-        name: ``<arch>.mk8``, or ``<arch>.mk8_<anything>`` for a new name.
+        name: ``<arch>.mk8``, or ``<arch>.mk8_<anything>`` for a new name. Or, without a source, the path of a list such
+            as ``timm-masterkeys zoo`` writes: ``name=source`` a line; empty lines and those with # are passed over.
         source: ``org/name`` or ``org/name@revision`` on the Hub, published by ``push_to_hub``.
 
     Raises:
-        ConversionError: Not such a name, an architecture without depthwise convolutions, or no such source.
+        ConversionError: Not such a name, an architecture without depthwise convolutions, no such source, or a list that
+            cannot be read or holds one of these; none of its names is then pointed anywhere.
 
     Example:
         >>> use_weights("convnext_tiny.mk8_ours", "org/convnext_tiny.mk8@4f2a91c")
         >>> model = timm.create_model("convnext_tiny.mk8_ours", pretrained=True)
+        >>> use_weights("zoo/names.txt")
     """
+    if source or not os.path.isfile(name):
+        pairs = [(os.fspath(name), source)]
+    else:
+        pairs = [_pair(line) for line in _read_list(name)]
+    for pair in pairs:
+        _check_pair(*pair)
+    for own, published in pairs:
+        arch, _, tag = own.partition(".")
+        stock = timm.get_pretrained_cfg(arch) or PretrainedCfg(architecture=arch)
+        cfg = replace(stock, url=None, hf_hub_id=published, hf_hub_filename=DENSE_NAME, tag=tag, license=None)
+        _timm.add_tag(arch, tag, cfg)
+        _published[own] = published
+        _malformed.pop(own, None)
+
+
+def _use_variable(value: str) -> None:
+    """Does what WEIGHTS_VARIABLE asks for; what cannot be done is told, and noted for the names it is about."""
+    for part in [value] if os.path.isfile(value) else value.split():
+        try:
+            pairs = _read_list(part) if os.path.isfile(part) or part.endswith(".txt") else [part]
+        except ConversionError as error:
+            _logger.warning("%s: '%s' is left out. %s", WEIGHTS_VARIABLE, part, error)
+            _malformed.setdefault(_ANY, f"{WEIGHTS_VARIABLE} holds '{part}': {error}")
+            continue
+        for pair in pairs:
+            try:
+                use_weights(*_pair(pair))
+            except ConversionError as error:
+                _logger.warning("%s: '%s' is left out. %s", WEIGHTS_VARIABLE, pair, error)
+                for name in re.findall(r"(?<![\w./-])\w+\.mk8\w*", pair):
+                    _malformed.setdefault(name, f"{WEIGHTS_VARIABLE} holds '{pair}': {error}")
+
+
+def _read_list(path: str | os.PathLike[str]) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"The list of names '{path}' cannot be read: {error}.") from None
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, source = text.partition("=")
+    return name, source
+
+
+def _check_pair(name: str, source: str) -> None:
     arch, _, tag = name.partition(".")
     if not is_masterkeys_tag(tag) or arch not in list_architectures():
         raise ConversionError(
             f"Got the name '{name}', expected '<arch>.mk8' or '<arch>.mk8_<name>', the architecture one of "
-            "list_architectures()."
+            "list_architectures(); or the path of a list of them."
         )
     repo_id, _, revision = source.partition("@")
     if repo_id.count("/") != 1 or not all(repo_id.split("/")) or ("@" in source and not revision):
         raise ConversionError(f"Got the source '{source}' for {name}, expected 'org/name' or 'org/name@revision'.")
-    stock = timm.get_pretrained_cfg(arch) or PretrainedCfg(architecture=arch)
-    cfg = replace(stock, url=None, hf_hub_id=source, hf_hub_filename=DENSE_NAME, tag=tag, license=None)
-    _timm.add_tag(arch, tag, cfg)
-    _published[name] = source
-    _malformed.pop(name, None)
 
 
 def stock_name(name: str, pretrained: bool) -> str:
@@ -156,6 +197,8 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
             return dense
         if pretrained and f"{arch}.{tag}" in _malformed:
             raise ConversionError(_malformed[f"{arch}.{tag}"])
+        if pretrained and isinstance(cfg, str) and _ANY in _malformed and f"{arch}.{cfg}" not in _published:
+            raise ConversionError(_malformed[_ANY])
         if pretrained and isinstance(cfg, str) and f"{arch}.{cfg}" in _published:
             _take_published(arch, _published[f"{arch}.{cfg}"], kwargs)
         elif isinstance(cfg, str):

@@ -1,0 +1,129 @@
+"""Labels that cannot shift, and accuracies as a plain loop counts them."""
+
+import pickle
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, resolve_data_config
+
+from timm_masterkeys import ZooError
+from timm_masterkeys.zoo.evaluate import find_labels, measure
+
+pytestmark = [  # timm's ImageDataset leaves files open
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+SYNSETS = ImageNetInfo().label_names()
+
+
+def picture(path, seed):
+    """A blurred picture of random colours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colours = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+    Image.fromarray(colours).resize((210, 180), Image.Resampling.BICUBIC).save(path)
+
+
+def folder(root, **labels):
+    """An ImageFolder: how many pictures each label has."""
+    for label, count in labels.items():
+        for i in range(count):
+            picture(root / label / f"{i}.png", [i, *label.encode()])
+    return root
+
+
+def test_labels_do_not_shift_where_classes_are_missing(tmp_path):
+    synsets = find_labels(folder(tmp_path / "synsets", **{SYNSETS[7]: 2, SYNSETS[999]: 1}))
+    assert (synsets.num_classes, synsets.images, synsets.classes) == (1000, 3, 2)
+    assert [synsets.class_to_idx[name] for name in (SYNSETS[7], SYNSETS[999])] == [7, 999]
+    numbers = find_labels(folder(tmp_path / "numbers", **{"7": 1, "31": 1, "100": 1}))
+    assert (numbers.class_to_idx["31"], numbers.num_classes, numbers.classes) == (31, 1000, 3)
+    (tmp_path / "map.txt").write_text("cat\ndog\nbee\n")
+    mapped = find_labels(folder(tmp_path / "pets", dog=1), tmp_path / "map.txt")
+    assert (mapped.class_to_idx["dog"], mapped.num_classes, mapped.classes) == (1, 3, 1)
+    (tmp_path / "map.pkl").write_bytes(pickle.dumps({"dog": 0, "cat": 1}))
+    assert find_labels(tmp_path / "pets", tmp_path / "map.pkl").class_to_idx == {"dog": 0, "cat": 1}
+
+
+def test_the_split_is_found_as_timm_finds_it(tmp_path):
+    folder(tmp_path / "train", **{"5": 3})
+    folder(tmp_path / "validation", **{"5": 1})
+    assert find_labels(tmp_path).images == 1
+
+
+def test_what_names_the_images_is_in_their_checksum(tmp_path):
+    first = find_labels(folder(tmp_path / "a", **{"1": 2, "2": 1})).sha256
+    assert first == find_labels(folder(tmp_path / "b", **{"1": 2, "2": 1})).sha256
+    (tmp_path / "b" / "2").rename(tmp_path / "b" / "3")
+    assert first != find_labels(tmp_path / "b").sha256
+
+
+@pytest.mark.parametrize(
+    ("labels", "class_map", "message"),
+    [
+        ({"cat": 1, SYNSETS[0]: 1}, None, "name no class: 'cat'"),
+        ({"1000": 1, "999": 1}, None, "name no class: '1000'"),
+        ({"07": 1}, None, "name no class: '07'"),
+        ({"7": 1, SYNSETS[0]: 1}, None, "name no class"),
+        ({}, None, "Found 0 images"),
+        ({"cat": 1, "mouse": 1}, "cat\ndog\n", "'.*map.txt' does not name: 'mouse'"),
+        ({"cat": 1}, "cat\ndog\ncat\n", "expected 0 to 1, each once"),
+        ({"cat": 1}, "", "gives 0 names"),
+    ],
+)
+def test_labels_that_mean_nothing_are_refused(tmp_path, labels, class_map, message):
+    root = folder(tmp_path / "images", **labels)
+    root.mkdir(exist_ok=True)
+    if class_map is not None:
+        (tmp_path / "map.txt").write_text(class_map)
+    with pytest.raises(ZooError, match=message):
+        find_labels(root, tmp_path / "map.txt" if class_map is not None else "")
+
+
+def test_no_folder_no_class_map(tmp_path):
+    with pytest.raises(ZooError, match="There is no folder"):
+        find_labels(tmp_path / "none")
+    root = folder(tmp_path / "images", cat=1)
+    for name in ("none.txt", "map.json"):
+        (tmp_path / "map.json").write_text("{}")
+        with pytest.raises(ZooError, match=rf"class map '.*{name}' cannot be read"):
+            find_labels(root, tmp_path / name)
+    picture(root / "stray.png", 0)
+    (tmp_path / "map.txt").write_text("cat\n")
+    with pytest.raises(ZooError, match="does not name: ''"):
+        find_labels(root, tmp_path / "map.txt")
+
+
+@pytest.mark.parametrize("test_size", [None, (3, 96, 96)])
+def test_accuracy_is_what_a_plain_loop_counts(tmp_path, test_size):
+    """At the test size of a network that has one, each network for itself, modes as they were."""
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(timm.create_model("test_efficientnet", num_classes=10))
+        models[-1].pretrained_cfg |= {"test_input_size": test_size, "test_crop_pct": test_size and 1.0}
+    (tmp_path / "map.txt").write_text("\n".join(map(str, range(10))))
+    labels = find_labels(folder(tmp_path / "images", **{str(i): 4 for i in range(0, 10, 2)}), tmp_path / "map.txt")
+    measured = measure(models, labels, batch_size=3, workers=0)
+    assert all(model.training for model in models)
+    assert measured.img_size == (96 if test_size else 160) and measured.crop_pct == (1.0 if test_size else 0.95)
+    transform = create_transform(**resolve_data_config(model=models[0], use_test_size=True))
+    for model, accuracy in zip(models, measured.accuracies, strict=True):
+        right = {1: 0, 5: 0}
+        for path in (tmp_path / "images").rglob("*.png"):
+            with torch.no_grad():
+                out = model.eval()(transform(Image.open(path).convert("RGB"))[None])[0]
+            order = out.argsort(descending=True).tolist()
+            for k in right:
+                right[k] += int(path.parent.name) in order[:k]
+        assert (accuracy.top1, accuracy.top5) == (right[1] / 20 * 100, right[5] / 20 * 100)
+    assert 0 < measured.accuracies[0].top5 < 100
+
+
+def test_other_classes_are_refused(tmp_path):
+    labels = find_labels(folder(tmp_path / "images", **{"3": 1}))
+    with pytest.raises(ZooError, match=r"10 classes, the labels are of 1000"):
+        measure([timm.create_model("test_efficientnet", num_classes=10)], labels)

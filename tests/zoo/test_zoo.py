@@ -1,0 +1,356 @@
+"""The command ``zoo`` from end to end: the real client and the real timm in processes, a Hub on loopback, faults."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hub_server import HubServer
+from lite0 import lite0_state_dict
+from PIL import Image
+from safetensors.torch import save
+from test_evaluate import SYNSETS, picture
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+
+import timm_masterkeys as mk
+from timm_masterkeys.cli import main
+from timm_masterkeys.zoo.evaluate import Labels
+from timm_masterkeys.zoo.results import Result, write_names, write_table
+from timm_masterkeys.zoo.zoo import Zoo, make_zoo, plan_zoo
+
+ARCHS = ["test_convnext", "test_convnext3", "test_efficientnet"]
+BROKEN = "test_convnext2"  # its weights lack a tensor
+NAMES = [f"{arch}.mk8_r160_in1k" for arch in ARCHS]
+
+
+def weights(arch):
+    """A state dict that stands for trained weights."""
+    torch.manual_seed(len(arch))
+    model = timm.create_model(arch)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        for arch in [*ARCHS, BROKEN]:
+            server.add_repo(f"timm/{arch}.r160_in1k", {"model.safetensors": save(weights(arch))})
+        whole = weights(BROKEN)
+        whole.pop("head.fc.bias")
+        server.add_repo(f"timm/{BROKEN}.r160_in1k", {"model.safetensors": save(whole)})
+        yield server
+        assert not server.leaks
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Ten to repair with; and three in four of eight labelled as the dense test_convnext sees them."""
+    root = tmp_path_factory.mktemp("pictures")
+    for i in range(10):
+        picture(root / "repair" / f"{i}.png", i)
+    model = timm.create_model("test_convnext").eval()
+    model.load_state_dict(weights("test_convnext"))
+    transform = create_transform(**resolve_data_config(model=model))
+    for i in range(8):
+        with torch.no_grad():
+            seen = int(model(transform(Image.open(root / "repair" / f"{i}.png"))[None]).argmax())
+        picture(root / "validation" / SYNSETS[seen if i % 4 else (seen + 1) % 1000] / f"{i}.png", i)
+    return root
+
+
+@pytest.fixture(scope="module")
+def command(hub, pictures, tmp_path_factory):
+    """Starts the command on all four networks, or others, in a process of its own."""
+
+    def start(output, *arguments, names=(*ARCHS, BROKEN), org="alice", **env):
+        given = [*names, "--org", org, "--output", output, "--workers", "0"]
+        given += ["--images", pictures / "repair", "--evaluate", pictures / "validation", *arguments]
+        return subprocess.Popen(
+            [sys.executable, "-m", "timm_masterkeys", "zoo", *map(str, given)],
+            env=hub.env(tmp_path_factory.mktemp("home"), hub.token("alice"), OMP_NUM_THREADS="1", **env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(autouse=True)
+def _fresh(hub):
+    """No fault and no request of one test reaches into another."""
+    hub.requests.clear()
+    yield
+    hub.faults.clear()
+
+
+@pytest.fixture(scope="module")
+def dry(hub, command, tmp_path_factory):
+    """The folder of a dry run of the three networks that work."""
+    output = tmp_path_factory.mktemp("dry") / "zoo"
+    before = set(hub.repos)
+    hub.requests.clear()
+    code, _, err = finish(command(output, "--dry-run", names=ARCHS, org="lab"))
+    assert (code, err) == (0, "") and set(hub.repos) == before
+    assert {r.path.partition("?")[0] for r in hub.select("POST|PUT|DELETE")} <= {"/api/validate-yaml"}
+    return output
+
+
+def finish(process):
+    """(exit code, stdout, stderr)"""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def rows(folder):
+    with open(folder / "results.csv", newline="") as file:
+        return {row["model"]: row for row in csv.DictReader(file)}
+
+
+def measured(row):
+    """A row without what differs from run to run."""
+    return {name: value for name, value in row.items() if name not in ("seconds", "repo", "sha")}
+
+
+def remade(out):
+    """The networks that a process says it has made or published."""
+    return sorted(line.split()[0] for line in out.splitlines() if "repaired" in line)
+
+
+def commits(hub, org="alice"):
+    return {repo: len(r.branches["main"]) - 1 for repo, r in hub.repos.items() if repo.startswith(f"{org}/")}
+
+
+def test_two_processes_a_broken_model_and_a_hub_that_fails(hub, command, tmp_path):
+    """What can be done is done, once; what failed is told by both; a second run does that and nothing else."""
+    once = hub.fail(("POST", "test_efficientnet.*/commit/"), 500)
+    hub.fail(("POST", "test_convnext3.*/preupload/"), 403, times=None)
+    both = [command(tmp_path / "zoo", RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    ended = [finish(process) for process in both]
+    assert [code for code, _, _ in ended] == [1, 1], ended
+    assert once.hits == 1
+    hub.faults.clear()
+    first, failures = rows(tmp_path / "zoo"), tmp_path / "zoo" / "models"
+    assert sorted(first) == NAMES
+    assert [name for name, row in first.items() if not row["sha"]] == ["test_convnext3.mk8_r160_in1k"]
+    for _, _, err in ended:
+        assert "2 of 4 networks failed" in err and "test_convnext2.r160_in1k (" in err and "head.fc.bias" in err
+        assert "test_convnext3.r160_in1k (Nothing was" in err and "Traceback" not in err
+    assert "Traceback" in (failures / "test_convnext2.r160_in1k" / "failure.txt").read_text()
+    downloads = [hub.count("GET", rf"timm/{arch}\..*filename=model.safetensors") for arch in ARCHS]
+    assert downloads == [1, 1, 1]
+    assert not list(failures.glob("*/download"))
+    assert [path.parent.name for path in failures.glob("*/weights")] == ["test_convnext3.r160_in1k"]
+
+    repo = hub.repos[f"timm/{BROKEN}.r160_in1k"]
+    hub.add_repo(repo.id, {"model.safetensors": save(weights(BROKEN))})
+    code, out, err = finish(command(tmp_path / "zoo"))
+    assert (code, err) == (0, ""), err
+    second = rows(tmp_path / "zoo")
+    assert sorted(second) == sorted([*NAMES, f"{BROKEN}.mk8_r160_in1k"]) and all(row["sha"] for row in second.values())
+    assert all(measured(second[name]) == measured(first[name]) for name in NAMES)
+    assert remade(out) == ["test_convnext2.r160_in1k", "test_convnext3.r160_in1k"]
+    assert set(commits(hub).values()) == {1} and len(commits(hub)) == 4
+    assert not list(failures.glob("*/weights")) and not list(failures.glob("*/failure.txt"))
+    check_published(hub, tmp_path / "zoo", second)
+
+
+def check_published(hub, folder, table):
+    """The commits, the cards and the list of names say the same as the table."""
+    lines = (folder / "names.txt").read_text().splitlines()
+    for name, row in table.items():
+        head = hub.repos[f"alice/{name}"].head()
+        assert row["sha"] == head.sha and row["repo"] == f"alice/{name}"
+        assert f"{name}=alice/{name}@{head.sha}" in lines
+        assert f"{name.partition('.')[0]}.mk8=alice/{name}@{head.sha}" in lines  # timm's default weights
+        card, config = head.files["README.md"].decode(), json.loads(head.files["config.json"])
+        assert f"base_model: timm/{row['source']}" in card and "license: apache-2.0" in card
+        assert f"value: {row['top1']}\n      name: Top 1 Accuracy" in card
+        assert f"value: {row['top5']}\n      name: Top 5 Accuracy" in card
+        assert "name: validation" in card and "images: 8" in card
+        assert str(config["evaluation"]["dense_top1"]) == row["dense_top1"]
+    assert len(lines) == 8
+    assert table["test_convnext.mk8_r160_in1k"]["dense_top1"] == "75.0"  # as the pictures were labelled
+    code = """
+import sys, timm, torch, timm_masterkeys
+for name in sys.argv[1:]:
+    names = f"{name.partition('.')[0]}.mk8", f"hf-hub:alice/{name}"
+    ours, theirs = (timm.create_model(name, pretrained=True).state_dict() for name in names)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+"""
+    env = hub.env(folder / "home", TIMM_MASTERKEYS_WEIGHTS=str(folder / "names.txt"))
+    subprocess.run([sys.executable, "-c", code, *table], env=env, check=True, timeout=300)
+
+
+def test_a_dry_run_measures_and_the_next_run_publishes(hub, command, dry):
+    """Nothing is downloaded or made again."""
+    table = rows(dry)
+    assert sorted(table) == NAMES and not any(row["sha"] for row in table.values())
+    assert (dry / "names.txt").read_text() == ""
+    code, out, err = finish(command(dry, "--private", names=ARCHS, org="lab"))
+    assert (code, err) == (0, "") and remade(out) == [f"{arch}.r160_in1k" for arch in ARCHS]
+    assert hub.count("GET", "/timm/") == 0 and commits(hub, "lab") == dict.fromkeys((f"lab/{n}" for n in NAMES), 1)
+    assert {n: measured(row) for n, row in rows(dry).items()} == {n: measured(row) for n, row in table.items()}
+    assert all(hub.repos[f"lab/{name}"].private for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", r"timm/test_convnext\..*filename=model\.safetensors"),
+        ("GET", r"lab/test_convnext\..*/revision/[0-9a-f]{40}"),
+    ],
+)
+def test_killed_and_run_again(hub, command, dry, tmp_path, method, path):
+    """In a download, and between a commit and the note of it: nothing is lost or done twice, the table is the same."""
+    for name in NAMES:
+        hub.repos.pop(f"lab/{name}", None)
+    hub.stall((method, path), 600)
+    process = command(tmp_path / "zoo", names=ARCHS, org="lab")
+    while not hub.select(method, path):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    assert len(rows(tmp_path / "zoo")) == 1
+    hub.requests.clear()
+    code, out, err = finish(command(tmp_path / "zoo", names=ARCHS, org="lab"))
+    assert (code, err) == (0, "") and remade(out) == ["test_convnext.r160_in1k", "test_efficientnet.r160_in1k"]
+    downloads = hub.count("GET", r"timm/test_convnext\..*filename=model\.safetensors")
+    assert downloads == ("filename" in path)
+    assert commits(hub, "lab") == dict.fromkeys((f"lab/{n}" for n in NAMES), 1)
+    table = rows(tmp_path / "zoo")
+    assert {n: measured(row) for n, row in table.items()} == {n: measured(row) for n, row in rows(dry).items()}
+    assert all(table[name]["sha"] == hub.repos[f"lab/{name}"].head().sha for name in NAMES)
+    assert not list((tmp_path / "zoo").rglob("*.safetensors"))
+
+
+LABELS = {  # of photographs that ship
+    "bee": "n02206856",
+    "brushes": "n03876231",
+    "chelsea": "n02123045",  # a tabby; Lite0 says an Egyptian cat
+    "citrus": "n07749582",
+    "coffee": "n07920052",
+    "coral": "n09256479",
+    "egret": "n02009912",
+    "oakland_zoo_otters": "n02444819",
+    "tiger": "n02129604",
+}
+
+
+def test_efficientnet_lite0(hub, command, tmp_path):
+    """Real weights and real labels: the dense network knows eight of nine pictures, the repaired one fewer."""
+    state = {name: value.contiguous() for name, value in lite0_state_dict().items()}
+    hub.add_repo("timm/tf_efficientnet_lite0.in1k", {"model.safetensors": save(state)})
+    others = 0
+    for path in sorted((Path(mk.__file__).parent / "repair" / "data" / "photographs").glob("*.webp")):
+        place = tmp_path / "val" / LABELS[path.stem] if path.stem in LABELS else tmp_path / "others"
+        others += place.name == "others"
+        if others <= 10 or path.stem in LABELS:
+            place.mkdir(parents=True, exist_ok=True)
+            Image.open(path).save(place / f"{path.stem}.png")
+    given = ["--dry-run", "--images", tmp_path / "others", "--evaluate", tmp_path / "val"]
+    code, _, err = finish(command(tmp_path / "zoo", *given, names=["tf_efficientnet_lite0"]))
+    assert (code, err) == (0, "")
+    row = rows(tmp_path / "zoo")["tf_efficientnet_lite0.mk8_in1k"]
+    assert (row["dense_top1"], row["dense_top5"], row["keys"]) == ("88.8889", "100.0", "1.0")
+    assert (row["images"], row["classes"], row["repair_images"]) == ("9", "9", "10")
+    model = timm.create_model(f"local-dir:{tmp_path}/zoo/models/tf_efficientnet_lite0.in1k/weights", pretrained=True)
+    transform, right = create_transform(**resolve_data_config(model=model)), 0
+    for path in (tmp_path / "val").rglob("*.png"):
+        with torch.no_grad(), Image.open(path) as image:
+            seen = int(model.eval()(transform(image.convert("RGB"))[None]).argmax())
+        right += SYNSETS[seen] == path.parent.name
+    assert row["top1"] == str(round(right / 9 * 100, 4)) and float(row["plain_top1"]) < float(row["top1"]) < 88.9
+
+
+# --- Its parts
+
+
+def test_plan():
+    """Networks with weights, depthwise convolutions and the labels' classes; .mk8 names are not networks of timm's."""
+    names, left = plan_zoo(["test_*", "convnext_tiny*", "mobilenetv3_large_100.ra_in1k"], 1000)
+    assert {"test_convnext.r160_in1k", "convnext_tiny.fb_in1k", "mobilenetv3_large_100.ra_in1k"} <= set(names)
+    assert left["test_resnet.r160_in1k"] == "no depthwise convolutions"
+    assert left["convnext_tiny.fb_in22k"] == "21841 classes, the labels are of 1000"
+    assert not any(".mk8" in name for name in [*names, *left])
+    with pytest.raises(mk.ZooError, match=r"of test_resnet.* no depthwise convolutions"):
+        plan_zoo(["test_resnet"], 1000)
+    with pytest.raises(mk.ZooError, match=r"of convnext_tiny\.mk8;"):
+        plan_zoo(["convnext_tiny.mk8"], 1000)
+
+
+def result(**values):
+    given = {name: 0 for name in Result.__dataclass_fields__} | values
+    return Result(**given)
+
+
+def test_table_and_names(tmp_path):
+    """The columns of timm first, the best first; only what is published has a name to load it by."""
+    results = [
+        result(model="convnext_tiny.mk8_fb_in1k", top1=70.0, source="convnext_tiny.fb_in1k", repo="o/a", sha="1a"),
+        result(model="convnext_tiny.mk8_in12k_ft_in1k", source="convnext_tiny.in12k_ft_in1k", repo="o/b", sha="2b"),
+        result(model="convnext_nano.mk8_in12k_ft_in1k", top1=71.5, source="convnext_nano.in12k_ft_in1k", sha=""),
+    ]
+    write_table(tmp_path / "results.csv", results)
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    timms = "model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation"  # as in its results files
+    assert lines[0].startswith(f"{timms},dense_top1,")
+    assert [line.partition(",")[0] for line in lines[1:]] == [
+        "convnext_nano.mk8_in12k_ft_in1k",
+        "convnext_tiny.mk8_fb_in1k",
+        "convnext_tiny.mk8_in12k_ft_in1k",
+    ]
+    write_names(tmp_path / "names.txt", results)
+    assert (tmp_path / "names.txt").read_text().splitlines() == [
+        "convnext_tiny.mk8=o/b@2b",
+        "convnext_tiny.mk8_fb_in1k=o/a@1a",
+        "convnext_tiny.mk8_in12k_ft_in1k=o/b@2b",
+    ]
+
+
+def test_a_licence_that_is_missing_comes_before_the_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", None)
+    labels = Labels(tmp_path, {}, 1000, 1, 1, "")
+    [outcome] = make_zoo(["cpubone_b0_bfrobust.r224_in1k"], Zoo("me", labels, tmp_path / "zoo", dry_run=True))
+    assert outcome.result is None and "licence" in outcome.error
+    assert (tmp_path / "zoo" / "results.csv").read_text().count("\n") == 1
+
+
+def test_other_settings_need_another_folder(dry, pictures, capsys):
+    table = rows(dry)
+    given = ["--org", "lab", "--images", pictures / "repair", "--evaluate", pictures / "validation", "--output", dry]
+    for changed, name in (("--keys-per-kernel=2", "conversion"), ("--images=builtin", "images"), ("--org=me", "org")):
+        assert main(list(map(str, ["zoo", *ARCHS, *given, changed]))) == 1
+        assert f"other settings ({name})" in capsys.readouterr().err
+    assert rows(dry) == table
+
+
+def test_a_damaged_result_is_that_networks_failure(tmp_path):
+    zoo = Zoo("me", Labels(tmp_path, {}, 1000, 1, 1, ""), tmp_path / "zoo", dry_run=True)
+    folder = zoo.folder("test_convnext.r160_in1k")
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("{}")
+    [outcome] = make_zoo(["test_convnext.r160_in1k"], zoo)
+    assert "is damaged" in outcome.error and "remove it" in outcome.error
+
+
+def test_no_token_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("timm_masterkeys.zoo.zoo.get_token", lambda: None)
+    with pytest.raises(mk.ZooError, match="no token"):
+        list(make_zoo(["test_convnext.r160_in1k"], Zoo("me", Labels(tmp_path, {}, 1000, 1, 1, ""), tmp_path / "zoo")))
+
+
+def test_no_folder_to_repair_with(tmp_path):
+    zoo = Zoo("me", Labels(tmp_path, {}, 1000, 1, 1, ""), tmp_path / "zoo", images=str(tmp_path / "none"))
+    with pytest.raises(mk.ZooError, match=r"no folder '.*none' of images"):
+        list(make_zoo(["test_convnext.r160_in1k"], zoo))

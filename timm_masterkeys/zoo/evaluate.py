@@ -1,0 +1,189 @@
+"""Top-1 and top-5 accuracy of networks on labelled images, measured as timm's validate.py does."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
+from timm.data.readers.class_map import load_class_map
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from torch import nn
+
+from ..errors import ZooError
+
+IMAGENET = 1000  # classes, where no class map says otherwise
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A folder of labelled images, checked.
+
+    Attributes:
+        folder: With a folder of images for each class in it.
+        class_to_idx: The index of each class by the name of its folder, of those too that have no folder.
+        num_classes: Classes that a network must have.
+        images: How many images there are,
+        classes: and of how many classes.
+        sha256: Of the files' names, sizes and labels.
+    """
+
+    folder: Path
+    class_to_idx: Mapping[str, int]
+    num_classes: int
+    images: int
+    classes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Percent of the images whose label is the highest output, and among the five highest."""
+
+    top1: float
+    top5: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The accuracy of some networks on the same images, and how these were prepared, as in timm's results files."""
+
+    accuracies: tuple[Accuracy, ...]
+    img_size: int
+    crop_pct: float
+    interpolation: str
+
+
+def find_labels(folder: str | os.PathLike[str], class_map: str | os.PathLike[str] = "") -> Labels:
+    """Finds the images in a folder and their labels, and checks that these mean what a network's outputs mean.
+
+    timm numbers the folders it finds, so that the labels shift where a class is missing. Here a folder's name says its
+    class: it is in the class map, or without one it is an ImageNet-1k synset (n01440764) or class index (0 to 999), the
+    same kind for all. Classes without images are no matter.
+
+    Args:
+        folder: An ImageFolder, or one whose ``validation`` or ``val`` folder is one, as timm takes them.
+        class_map: A file as timm's ``--class-map``: a class name a line, in the order of the network's outputs, or a
+            pickled dict of names to indices. It must name every class.
+
+    Raises:
+        ZooError: No images, folders that name no class, or a class map that cannot be read or leaves out classes.
+    """
+    if not os.path.isdir(folder):
+        raise ZooError(f"There is no folder '{os.fspath(folder)}' to evaluate with.")
+    try:
+        root = Path(create_dataset("", root=os.fspath(folder), split="validation").reader.root)
+    except RuntimeError as error:  # timm found no images
+        raise ZooError(str(error)) from None
+    found, names = find_images_and_targets(str(root))
+    class_to_idx = _class_map(root, class_map) if class_map else _imagenet(root, names)
+    unknown = sorted(set(names) - set(class_to_idx))
+    if unknown:
+        raise ZooError(f"'{root}' has images in folders that '{class_map}' does not name: {_some(unknown)}.")
+    places = {index: name for name, index in names.items()}
+    listing = [
+        (os.path.relpath(path, root), os.path.getsize(path), class_to_idx[places[label]]) for path, label in found
+    ]
+    digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return Labels(root, class_to_idx, len(class_to_idx), len(found), len(names), digest)
+
+
+def _class_map(root: Path, path: str | os.PathLike[str]) -> dict[str, int]:
+    try:
+        given = {str(name): int(index) for name, index in load_class_map(os.fspath(path), str(root)).items()}
+    except Exception as error:  # a file that is none: timm asserts, unpickling may raise anything
+        raise ZooError(f"The class map '{os.fspath(path)}' cannot be read: {error}.") from None
+    if not given or sorted(given.values()) != list(range(len(given))):
+        raise ZooError(
+            f"The class map '{os.fspath(path)}' gives {len(given)} names the indices {_some(sorted(given.values()))}, "
+            f"expected 0 to {len(given) - 1}, each once: it names every class of the network, and none twice."
+        )
+    return given
+
+
+def _imagenet(root: Path, names: Mapping[str, int]) -> dict[str, int]:
+    kinds = [{name: i for i, name in enumerate(ImageNetInfo().label_names())}, {str(i): i for i in range(IMAGENET)}]
+    for kind in kinds:
+        if set(names) <= set(kind):
+            return kind
+    unknown = sorted(set(names) - set(min(kinds, key=lambda kind: len(set(names) - set(kind)))))
+    raise ZooError(
+        f"'{root}' has images in folders that name no class: {_some(unknown)}. Expected ImageNet-1k synsets "
+        f"(n01440764) or class indices (0 to {IMAGENET - 1}), or give a class map (--class-map FILE)."
+    )
+
+
+def _some(names: Sequence[Any]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:5])
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+
+
+@torch.inference_mode()
+def measure(
+    models: Sequence[nn.Module],
+    labels: Labels,
+    *,
+    batch_size: int = 64,
+    workers: int = 4,
+    device: torch.device | str = "cpu",
+) -> Measurement:
+    """Measures networks that take the same images, in one pass over these.
+
+    The images are prepared by the first network's ``pretrained_cfg``, at its test size if it has one; in float32.
+
+    Args:
+        models: On the device. Their modes come back as they were.
+        labels: From ``find_labels``.
+        batch_size: Images at a time.
+        workers: Processes that read images; 0 for none.
+        device: Where the models are.
+
+    Raises:
+        ZooError: Networks with another number of classes than the labels have.
+    """
+    first: Any = models[0]
+    if first.num_classes != labels.num_classes:
+        raise ZooError(f"The network has {first.num_classes} classes, the labels are of {labels.num_classes}.")
+    config = resolve_data_config(model=first, use_test_size=True)
+    dataset = create_dataset(
+        "",
+        root=str(labels.folder),
+        search_split=False,
+        class_map=dict(labels.class_to_idx),
+        input_img_mode="RGB" if config["input_size"][0] == 3 else "L",
+    )
+    loader = create_loader(
+        dataset,
+        input_size=config["input_size"],
+        batch_size=batch_size,
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+        num_workers=workers,
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+        device=torch.device(device),
+    )
+    modes = [model.training for model in models]
+    hits = torch.zeros(len(models), 2, dtype=torch.long)
+    try:
+        for model in models:
+            model.eval()
+        for images, targets in loader:
+            for i, model in enumerate(models):
+                highest = model(images).topk(min(5, labels.num_classes), 1).indices == targets[:, None]
+                hits[i] += torch.stack([highest[:, 0].sum(), highest.sum()]).cpu()
+    finally:
+        for model, training in zip(models, modes, strict=True):
+            model.train(training)
+    share = (100 * hits.double() / len(dataset)).tolist()
+    return Measurement(
+        tuple(Accuracy(round(top1, 4), round(top5, 4)) for top1, top5 in share),
+        config["input_size"][-1],
+        config["crop_pct"],
+        config["interpolation"],
+    )
