@@ -18,7 +18,6 @@ from timm_masterkeys import (
     ConversionError,
     KeyBank,
     MasterKeyConv2d,
-    checkpoint,
     convert_to_masterkeys,
     fuse_masterkeys,
     get_bank,
@@ -26,6 +25,7 @@ from timm_masterkeys import (
     load_compact,
     save_compact,
 )
+from timm_masterkeys.models import checkpoint
 
 ARCH = "test_convnext3"  # depthwise kernels 7x7, 5x5, 5x5 and 3x3
 LAYER = "stages.1.blocks.0.conv_dw"
