@@ -486,6 +486,10 @@ def added_module(model):
     model.extra = nn.Linear(3, 3)
 
 
+def another_activation(model):
+    model.stages[0].blocks[0].mlp.act = nn.ReLU()
+
+
 def nan(model):
     model.head.fc.weight.data[0, 0] = torch.nan
 
@@ -500,6 +504,7 @@ def nan_kernel(model):
         (replaced_head, "does not load again.*as timm.create_model made it"),
         (another_head, "does not load again.*as timm.create_model made it"),
         (added_module, "does not load again.*as timm.create_model made it"),
+        (another_activation, "the same weights, but other outputs"),
         (nan, "^head.fc.weight holds NaN or Inf"),
         (nan_kernel, "shift holds NaN or Inf"),
     ],

@@ -35,6 +35,7 @@ from ..models.checkpoint import COMPACT_NAME, DENSE_NAME, FORMAT_VERSION, save_c
 from ..models.provenance import SOURCE_NOTE, TAG, is_known, is_masterkeys_tag
 from ..models.report import conversion_report
 from ..models.surgery import fuse_masterkeys, unwrapped
+from ..repair.calibrate import evaluating
 from ..version import __version__
 from .card import inherited_license, make_card, read_readme
 
@@ -436,6 +437,24 @@ def _check_reload(model: nn.Module, directory: Path) -> None:
         raise ConversionError(
             f"What would be saved does not load as the same model: {', '.join(differing[:3])} differ. {_STRUCTURE}"
         )
+    if not _same_outputs(model, again):
+        raise ConversionError(f"What would be saved loads with the same weights, but other outputs. {_STRUCTURE}")
+
+
+@torch.no_grad()
+def _same_outputs(model: nn.Module, again: nn.Module) -> bool:
+    """Whether both put out the same for an image, as they do not with an activation replaced by hand."""
+    first = next(model.parameters())
+    if first.dtype != torch.float32 or first.is_meta:
+        return True
+    cfg: Any = model.pretrained_cfg
+    image = torch.rand(1, *cfg["input_size"], generator=torch.Generator().manual_seed(0), device="cpu").to(first.device)
+    with evaluating(model, again):
+        try:
+            out, back = model(image), again.to(first.device)(image)
+        except Exception:  # it takes other images than its cfg says
+            return True
+    return not isinstance(out, torch.Tensor) or torch.allclose(out, back, rtol=1e-3, atol=1e-4)
 
 
 _STRUCTURE = "Is the model's structure as timm.create_model made it?"
