@@ -1,0 +1,112 @@
+"""The front door: short, its links lead somewhere, its Python compiles, its tables say what the raw files say."""
+
+import ast
+import csv
+import itertools
+import re
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README, MEASURED = ROOT / "README.md", ROOT / "examples" / "README.md"
+PAGES = [README, MEASURED, *sorted((ROOT / "examples" / "how-to").glob("*.md"))]
+RESULTS = ROOT / "examples" / "results"
+
+
+def section(page, title):
+    """The text of a page under a heading."""
+    _, found, text = page.read_text(encoding="utf-8").partition(f"\n## {title}\n")
+    assert found, f"{page} has no section '{title}'"
+    return text.partition("\n## ")[0]
+
+
+def rows(text):
+    """The cells of every row of the tables in a text, without bold."""
+    lines = [line.replace("**", "") for line in text.splitlines() if line.startswith("|")]
+    return [{cell.strip() for cell in line.split("|")} for line in lines]
+
+
+def anchors(page):
+    """What a page's headings are linked by."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def groups(name, *columns):
+    """The rows of a raw file that have the same values in these columns."""
+    with (RESULTS / name).open(newline="") as file:
+        found = sorted(csv.DictReader(file), key=lambda row: [row[column] for column in columns])
+    return {key: list(group) for key, group in itertools.groupby(found, lambda row: tuple(row[c] for c in columns))}
+
+
+def written(values, digits):
+    """A mean and its spread, as the tables have it."""
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}"
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 220
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not link.startswith(("http:", "https:")):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_compiles_and_examples_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        ast.parse(block)
+    for program in re.findall(r"examples/\w+\.py", text):
+        assert (ROOT / program).exists(), program
+
+
+def test_the_front_door_says_what_the_linked_sections_say():
+    table = [line for line in README.read_text(encoding="utf-8").splitlines() if re.match(r"\|.*\]\(examples", line)]
+    assert 2 < len(table) <= 8
+    for line in table:
+        title = re.search(r"\[(.+)\]\(examples/README", line)[1]
+        figures = {cell for cell in rows(line)[0] if re.match(r"\d+\.\d", cell)}
+        text = section(MEASURED, title)
+        assert any(figures <= row for row in rows(text)) or all(f"{figure} %" in text for figure in figures), line
+
+
+def test_built_in_photographs_say_what_was_measured():
+    table, front = rows(section(MEASURED, "Built-in photographs")), rows(README.read_text(encoding="utf-8"))
+    for key, draws in groups("builtin_images.csv", "network", "keys", "setting", "images").items():
+        columns = ([float(row[name]) for row in draws] for name in ("top1", "agreement", "kl"))
+        top1, agreement, divergence = (written(v, digits) for v, digits in zip(columns, (1, 1, 2), strict=True))
+        assert any({key[1], top1, agreement, divergence} <= row for row in table), (key, top1, agreement, divergence)
+        if key[0] == "lite0" and key[2] == "default":
+            assert any({"photographs that ship", top1, agreement} <= row for row in front), (key, top1, agreement)
+
+
+def test_fidelity_says_what_was_measured():
+    table = rows(section(MEASURED, "Fidelity"))
+    names = {"none": "none", "all in closed form": "all three"}
+    for key, draws in groups("repair_ablation.csv", "network", "bank", "keys", "repair").items():
+        top1, agreement, divergence = (mean(float(row[name]) for row in draws) for name in ("top1", "agreement", "kl"))
+        if key[3] == "dense":
+            assert f"dense\n{top1:.1f} %" in section(MEASURED, "Fidelity")
+        else:
+            cells = {key[2], names[key[3]], f"{top1:.1f}", f"{agreement:.1f}", f"{divergence:.2f}"}
+            assert any(cells <= row for row in table), (key, cells)
+
+
+def test_the_key_budget_says_what_was_measured():
+    if not (RESULTS / "key_budget.csv").exists():
+        pytest.skip("not measured yet")
+    table = rows(section(MEASURED, "Key budget"))
+    for key, [*_, row] in groups("key_budget.csv", "network", "keys chosen", "keys").items():
+        if row["top1"]:
+            cells = {f"{int(row['keys']):,}", *(f"{float(row[name]):.1f}" for name in ("top1", "agreement"))}
+            assert any(cells <= cell for cell in table), (key, cells)
