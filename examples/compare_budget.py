@@ -1,10 +1,12 @@
 """Keys where the network needs them against as many for every kernel: how few agree with the dense network.
 
-All networks are repaired with crops of the same photographs that ship and judged by crops of the others. FOLDER holds
-photographs with a FOLDER/labels.csv (columns file and class_index), used for nothing but to measure. Of the networks
-that the search tries, only the one it returns is measured on them. Rows go into a CSV file.
+FOLDER holds photographs with a FOLDER/labels.csv (columns file and class_index). All networks are repaired with the same
+crops of photographs that ship and judged by crops of others; with --own, with three quarters of every other photograph of
+FOLDER and by the fourth quarter. The others (all, without --own) are only measured on; of the networks that the search
+tries, only the one it returns is. Rows are added to a CSV file.
 
-    python examples/compare_budget.py FOLDER --network lite0 --agreement 0.95
+    python examples/compare_budget.py FOLDER --network lite0 --agreement 0.8
+    python examples/compare_budget.py FOLDER --network lite0 --agreement 0.95 --own
 """
 
 import argparse
@@ -18,7 +20,7 @@ from torch import nn
 
 import timm_masterkeys as mk
 from timm_masterkeys.repair.budget import split_images
-from timm_masterkeys.repair.calibrate import output_agreement, output_divergence
+from timm_masterkeys.repair.calibrate import Images, output_agreement, output_divergence
 
 COLUMNS = [
     "network",
@@ -40,18 +42,22 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--network", default="lite0", help="lite0, a timm name, or FILE.safetensors")
     parser.add_argument("--agreement", type=float, default=0.95)
+    parser.add_argument("--own", action="store_true", help="repair with half of the photographs of FOLDER")
     parser.add_argument("--keys-per-kernel", nargs="*", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "key_budget.csv")
     args = parser.parse_args()
     benchmark = Benchmark(args.network, args.folder)
     dense, every = benchmark.dense, torch.arange(len(benchmark.images.x))
-    images, crops = split_images("builtin", dense)
+    images: Images = "builtin"
+    if args.own:
+        images, every = benchmark.images.x[::2], every[1::2]
+    fitted, held_out = split_images(images, dense)
 
     def photographs(model: nn.Module) -> list[str]:
         return [f"{value:.3f}" for value in benchmark.measure(benchmark.outputs(model, every), every)]
 
     def write(chosen: str, keys: int, figures: list[str]) -> None:
-        row = [benchmark.name, chosen, str(keys), f"{keys / kernels:.2f}", *figures]
+        row = [benchmark.name, "own" if args.own else "builtin", chosen, str(keys), f"{keys / kernels:.2f}", *figures]
         print(f"| {' | '.join(row)} |", flush=True)
         with args.results.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -59,20 +65,20 @@ def main() -> None:
 
     kernels = sum(layer.out_channels for layer in mk.plan_conversion(dense).converted)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    model, budget = mk.convert_to_agreement(dense, args.agreement)
+    model, budget = mk.convert_to_agreement(dense, args.agreement, images)
     for one in budget.tried:
         figures = [f"{100 * one.agreement:.3f}", f"{one.divergence:.3f}"]
         figures += [*photographs(model), f"{budget.seconds:.0f}"] if one == budget.chosen else [""] * 4
         write(f"for {args.agreement:.1%}" if one == budget.chosen else "tried", one.keys, figures)
     print(f"\n{budget}\n", flush=True)
     with torch.no_grad():
-        wanted = torch.cat([dense(x) for x in crops.split(8)])
+        wanted = torch.cat([dense(x) for x in held_out.split(8)])
         for count in args.keys_per_kernel:
             start = time.perf_counter()
             model = mk.convert_to_masterkeys(dense, keys_per_kernel=count)
-            mk.calibrate_masterkeys(model, dense, images)
+            mk.calibrate_masterkeys(model, dense, fitted)
             seconds = time.perf_counter() - start
-            out = torch.cat([model(x) for x in crops.split(8)])
+            out = torch.cat([model(x) for x in held_out.split(8)])
             figures = [f"{100 * output_agreement(out, wanted):.3f}", f"{output_divergence(out, wanted):.3f}"]
             write("uniform", count * kernels, [*figures, *photographs(model), f"{seconds:.0f}"])
 

@@ -97,6 +97,15 @@ def test_as_few_as_any_choice_of_keys_needs(images, needed, choices):
     assert tuple(keys_of(model).values()) == needed == min(reached)[1]
 
 
+def test_a_layer_that_no_keys_meet_stays_dense(images):
+    dense = tiny(2, 2, 1)
+    nn.init.normal_(dense[4].weight, std=0.4)
+    model, budget = mk.convert_to_agreement(dense, 0.97, images, bank=BANK)
+    assert budget.chosen.keys_per_kernel == {"1": 2, "4": 0, "7": 1} and budget.chosen.keys == 12 * (2 + 25 + 1)
+    assert type(model[4]) is nn.Conv2d and torch.equal(model[4].weight, dense[4].weight)
+    assert str(budget).splitlines()[2].split() == ["4", "12", "dense"]
+
+
 def test_the_report_tells_what_the_model_is(images):
     dense = tiny(1, 4, 2)
     model, budget = mk.convert_to_agreement(dense, 0.9, images, bank=BANK)
@@ -105,7 +114,7 @@ def test_the_report_tells_what_the_model_is(images):
     assert budget.chosen.agreement == agreement(model, dense, held_out) >= 0.9
     assert (budget.images, budget.held_out) == (120, 40) and budget.kernels == {"1": 12, "4": 12, "7": 12}
     for one in budget.tried:
-        assert one.keys == 12 * sum(one.keys_per_kernel.values())
+        assert one.keys == 12 * sum(count or 25 for count in one.keys_per_kernel.values())
         assert (one.agreement >= 0.9) == (one.keys >= budget.chosen.keys)
     keys = [one.keys for one in budget.tried]
     assert keys == sorted(set(keys)) and len(keys) >= 2

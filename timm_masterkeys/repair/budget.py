@@ -39,10 +39,10 @@ class Spending:
     """A network that was tried.
 
     Attributes:
-        keys: Keys of all its kernels.
+        keys: Keys of all its kernels; of a dense kernel, its taps.
         agreement: Share of the held-out images on which it and the dense network have the same highest output.
         divergence: Kullback-Leibler divergence of its softmaxed outputs from the dense network's, on the same.
-        keys_per_kernel: By the name of a layer.
+        keys_per_kernel: By the name of a layer; 0 where it stays dense.
     """
 
     keys: int
@@ -86,7 +86,7 @@ class KeyBudget:
         width = max(len(name) for name in [*self.kernels, "layer"])
         lines = [f"{'layer':<{width}}  kernels  keys per kernel"]
         for name, count in self.chosen.keys_per_kernel.items():
-            lines.append(f"{name:<{width}}  {self.kernels[name]:>7,}  {count:>15}")
+            lines.append(f"{name:<{width}}  {self.kernels[name]:>7,}  {count or 'dense':>15}")
         lines += ["", "     keys  per kernel  agreement  divergence"]
         total = sum(self.kernels.values())
         for one in self.tried:
@@ -112,17 +112,19 @@ def convert_to_agreement(
 ) -> tuple[nn.Module, KeyBudget]:
     """Converts a model with as few keys as agree with it on so many images, and repairs it. ``dense`` stays as it is.
 
-    Layers get one, two, four or all keys per kernel. First it is measured how far the network's output moves when one
-    layer alone has so many keys. Where another key brings the output nearest, per key of a kernel, keys are spent
-    first. How far along that order is found by bisection: each network tried is converted, repaired with
-    ``calibrate_masterkeys`` and judged by images that neither chose its keys nor repaired it. About six are tried, so
-    it takes about seven times as long as one repair.
+    Layers get one, two, four or all keys per kernel, or stay dense, which counts as a key a tap. First it is measured
+    how far the network's output moves when one layer alone has so many keys. Where another key brings the output
+    nearest, per key of a kernel, keys are spent first. How far along that order is found by bisection: each network
+    tried is converted, repaired with ``calibrate_masterkeys`` and judged by images that neither chose its keys nor
+    repaired it. About six are tried, so it takes about seven times as long as one repair.
 
     Args:
         dense: A timm model or any other that ``calibrate_masterkeys`` takes, not converted in any layer.
         agreement: In (0, 1]: the share of held-out images with the same highest output.
         images: As for ``calibrate_masterkeys``. Every fourth is held out (give no two of the same thing), of
-            ``"builtin"`` all crops of every fourth photograph. At least 40.
+            ``"builtin"`` all crops of every fourth photograph. At least 40. A network is less sure of the built-in crops
+            than of the photographs it was trained for, so the same keys agree on fewer of them: give photographs of
+            the task to spend no more keys than it needs.
         bank: Anything ``get_bank`` takes.
         include: As for ``convert_to_masterkeys``.
         exclude: As for ``convert_to_masterkeys``.
@@ -160,16 +162,19 @@ def convert_to_agreement(
         judges = fitted[:: max(1, len(fitted) // JUDGES)]
         steps = order_steps(kernels, _divergences(dense, layers, judges, batch_size))
     tried: dict[int, Spending] = {}
-    least, most, best = 0, len(steps), None
+    nothing_left = all(None in choices.values() for choices in layers.values())  # after the last step
+    least, most, best = 0, len(steps) - nothing_left, None
     while best is None or least < most:
         taken = (least + most) // 2
         counts = {**fewest, **dict(steps[:taken])}
-        model = _converted(dense, counts, bank, trainable)
+        keyed = {name: count for name, count in counts.items() if layers[name][count] is not None}
+        model = _converted(dense, keyed, bank, trainable)
         calibrate_masterkeys(model, dense, fitted, batch_size=batch_size, time_budget=time_budget)
         with evaluating(model):
             out = _outputs(model, held_out, batch_size)
         spent = sum(kernels[name] * count for name, count in counts.items())
-        tried[taken] = Spending(spent, output_agreement(out, wanted), output_divergence(out, wanted), counts)
+        each = {name: 0 if layers[name][count] is None else count for name, count in counts.items()}
+        tried[taken] = Spending(spent, output_agreement(out, wanted), output_divergence(out, wanted), each)
         _logger.info("%d keys: agreement %.1f %%.", spent, 100 * tried[taken].agreement)
         if tried[taken].agreement >= agreement:
             best, most = model, taken
@@ -177,8 +182,8 @@ def convert_to_agreement(
             top = max(tried.values(), key=lambda one: one.agreement)
             raise CalibrationError(
                 f"No network agrees on {agreement:.1%} of {len(held_out)} held-out images: the best, with {top.keys:,} "
-                f"keys for {sum(kernels.values()):,} kernels, on {top.agreement:.1%}. Ask for less, give more images, "
-                "or leave layers dense (exclude)."
+                f"keys for {sum(kernels.values()):,} kernels, on {top.agreement:.1%}. Ask for less, or give more "
+                "images."
             )
         else:
             least = taken + 1
@@ -218,11 +223,13 @@ def order_steps(kernels: Mapping[str, int], divergences: Mapping[str, Mapping[in
         counts.update(steps[-1:])
 
 
-def _choices(conv: Any, bank: KeyBank) -> dict[int, MasterKeyConv2d]:
-    """A layer with one, two, four, ... and all keys per kernel, by their number."""
+def _choices(conv: Any, bank: KeyBank) -> dict[int, MasterKeyConv2d | None]:
+    """A layer with one, two, four, ... and all keys per kernel, or dense (None), by the numbers that shape a kernel."""
     numbers = [2**power for power in range(len(bank).bit_length()) if 2**power < len(bank)]
     found = [MasterKeyConv2d.from_conv(conv, bank, number) for number in [*numbers, len(bank)]]
-    return {layer.keys_per_kernel: layer for layer in found}
+    choices: dict[int, MasterKeyConv2d | None] = {layer.keys_per_kernel: layer for layer in found}
+    taps = conv.weight[0].numel()
+    return {**choices, taps: None} if taps > max(choices) + 1 else choices  # else all keys and the shift are as good
 
 
 def _converted(dense: nn.Module, counts: Mapping[str, int], bank: KeyBank, trainable: Trainable) -> nn.Module:
@@ -255,13 +262,16 @@ def _outputs(model: nn.Module, images: torch.Tensor, batch_size: int) -> torch.T
 
 
 def _divergences(
-    dense: nn.Module, layers: Mapping[str, Mapping[int, MasterKeyConv2d]], images: torch.Tensor, batch_size: int
+    dense: nn.Module, layers: Mapping[str, Mapping[int, MasterKeyConv2d | None]], images: torch.Tensor, batch_size: int
 ) -> dict[str, dict[int, float]]:
     """How far the output moves when one layer has so many keys, by layer and number."""
     wanted = _outputs(dense, images, batch_size)
     found: dict[str, dict[int, float]] = {name: {} for name in layers}
     for name, choices in tqdm(layers.items(), desc="keys", unit="layer", leave=False, disable=None):
         for count, layer in choices.items():
+            if layer is None:
+                found[name][count] = 0.0
+                continue
 
             def replace(module: nn.Module, args: Any, output: torch.Tensor, layer: MasterKeyConv2d = layer) -> Any:
                 ours = layer.forward(args[0])  # without the hooks, which it has in common with the dense one
