@@ -212,3 +212,15 @@ def test_the_zoo_measures_what_validate_measures(data, dense, tmp_path, test_siz
     measured = measure([model], find_labels(data, tmp_path / "classes.txt"), batch_size=3, workers=0)
     row = timm_columns(expected["model"], model, measured)
     assert {name: str(value) for name, value in row.items()} == expected
+
+
+def test_train_from_a_repaired_network(data, dense, tmp_path, monkeypatch):
+    """``--pretrained`` alone repairs, once; the second run starts from the cache."""
+    monkeypatch.setenv("TIMM_MASTERKEYS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TIMM_MASTERKEYS_CALIBRATE", "builtin")
+    weights = ["--pretrained", "--pretrained-path", dense]
+    for _ in range(2):
+        state = train(data, tmp_path, *weights)["state_dict"]
+        (entry,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+        repaired = timm.create_model(f"local-dir:{entry}", pretrained=True, num_classes=2)
+        assert all(torch.equal(state[name], value) for name, value in frozen(repaired.state_dict(), repaired).items())
