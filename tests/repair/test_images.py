@@ -65,12 +65,25 @@ def test_small_and_readable():
         assert np.asarray(picture.convert("L")).std() > 5  # shows something
 
 
-def test_the_wheel_holds_them():
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    patterns = ast.literal_eval(re.search(r"\[tool\.setuptools\.package-data\]\n.\*. = (.*)", text)[1])
-    package = FOLDER.parents[2]
-    held = {path for pattern in patterns for path in package.glob(f"*/{pattern}")}
-    assert {path for path in package.glob("*/data/**/*") if path.is_file()} <= held
+def test_the_wheel_holds_them_and_all_licences():
+    root = FOLDER.parents[3]
+    text = (root / "pyproject.toml").read_text()
+    data, licences = (
+        ast.literal_eval(re.search(rf"(?m)^{key} = (\[.*\])$", text)[1]) for key in (r'"\*"', "license-files")
+    )
+    packages = [path.parent for path in (root / "timm_masterkeys").rglob("__init__.py")]
+    held = {path for package in packages for pattern in data for path in package.glob(pattern)}
+    assert {path for package in packages for path in package.glob("data/**/*") if path.is_file()} <= held
+    kept = {path for pattern in licences for path in root.glob(pattern)}
+    folders = {path.parent for path in held} - {FOLDER, root / "timm_masterkeys" / "names" / "data"}  # a list of names
+    assert kept >= {root / "LICENSE", *(folder / "LICENSE.txt" for folder in folders if folder.name == "data")}
+
+
+def test_authors_who_ask_for_credit_get_it_beside_the_photographs():
+    note = (FOLDER.parent / "LICENSE.txt").read_text()
+    for row in rows():
+        if row["licence"] in CREDITED:
+            assert re.search(rf"(?m)^ +{re.escape(row['file'])} .*by {re.escape(row['author'])}", note), row
 
 
 # --- builtin_images
