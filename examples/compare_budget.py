@@ -1,9 +1,9 @@
 """Keys where the network needs them against as many for every kernel: how few agree with the dense network.
 
-FOLDER holds photographs with a FOLDER/labels.csv (columns file and class_index). All networks are repaired with the same
-crops of photographs that ship and judged by crops of others; with --own, with three quarters of every other photograph of
-FOLDER and by the fourth quarter. The others (all, without --own) are only measured on; of the networks that the search
-tries, only the one it returns is. Rows are added to a CSV file.
+FOLDER holds photographs with a FOLDER/labels.csv (columns file and class_index). All networks are repaired with the
+same crops of photographs that ship and judged by crops of others; with --own, with three quarters of every other
+photograph of FOLDER and by the fourth quarter. The others (all, without --own) are only measured on; of the networks
+that the search tries, only the one it returns is. Rows are added to a CSV file.
 
     python examples/compare_budget.py FOLDER --network lite0 --agreement 0.8
     python examples/compare_budget.py FOLDER --network lite0 --agreement 0.95 --own

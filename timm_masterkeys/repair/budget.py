@@ -122,9 +122,9 @@ def convert_to_agreement(
         dense: A timm model or any other that ``calibrate_masterkeys`` takes, not converted in any layer.
         agreement: In (0, 1]: the share of held-out images with the same highest output.
         images: As for ``calibrate_masterkeys``. Every fourth is held out (give no two of the same thing), of
-            ``"builtin"`` all crops of every fourth photograph. At least 40. A network is less sure of the built-in crops
-            than of the photographs it was trained for, so the same keys agree on fewer of them: give photographs of
-            the task to spend no more keys than it needs.
+            ``"builtin"`` all crops of every fourth photograph. At least 40. A network is less sure of the built-in
+            crops than of photographs of its task, so the same keys agree on fewer of them: give photographs of the
+            task to spend no more keys than it needs.
         bank: Anything ``get_bank`` takes.
         include: As for ``convert_to_masterkeys``.
         exclude: As for ``convert_to_masterkeys``.
