@@ -229,9 +229,20 @@ def flip(path):
 
 def test_without_memory_it_is_only_converted_and_says_so(file, monkeypatch, repairs, caplog):
     monkeypatch.setattr(pretrained, "_free_memory", lambda: 1e6)
-    model = create(file)
-    assert not repairs and "NOT repaired" in caplog.text
-    same(model, create(file, mk_calibrate=False))
+    for _ in range(2):
+        caplog.clear()
+        model = create(file)
+        assert not repairs and "NOT repaired" in caplog.text and "One-shot conversion costs accuracy" in caplog.text
+        same(model, create(file, mk_calibrate=False))
+    monkeypatch.setattr(pretrained, "_free_memory", lambda: 1e12)
+    create(file)
+    assert len(repairs) == 1
+
+
+def test_a_repair_out_of_time_says_so(file, monkeypatch, caplog):
+    monkeypatch.setattr(pretrained, "SECONDS", 1e-9)
+    create(file)
+    assert "steps of the repair did not fit" in caplog.text
 
 
 def test_a_converted_checkpoint_is_taken_as_it_is(file, tmp_path, repairs):

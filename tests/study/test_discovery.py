@@ -199,3 +199,9 @@ def test_match_banks_against_every_assignment():
         assert sum(pair[2] for pair in match_banks(*banks)) == pytest.approx(best)
     same = match_banks("babaiee2025", "babaiee2025")
     assert all(i == j and c == pytest.approx(1) for i, j, c in same) and len(same) == 8
+
+
+def test_agreement_score_on_photographs_that_ship():
+    model = timm.create_model("test_efficientnet")
+    keys = torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert agreement_score(model, "builtin")(keys) == agreement_score(model, mk.builtin_images(model))(keys)

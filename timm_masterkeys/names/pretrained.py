@@ -22,6 +22,7 @@ from ..models.surgery import convert_to_masterkeys
 from ..repair.budget import KeyBudget, convert_to_agreement
 from ..repair.calibrate import FEWEST, CalibrationReport, calibrate_masterkeys
 from ..repair.images import BUILTIN, COUNT, photographs_sha256
+from ..repair.walk import OVER
 from .cache import cache_folder, load_or_make
 
 _logger = logging.getLogger(__name__)
@@ -32,6 +33,10 @@ SECONDS = 300.0  # a repair takes at most about so long on this machine
 PASSES = 12  # of an image through a network, about, that a repair takes
 TRIALS = 8  # repairs, about, that take as long as the choice of keys
 OFF = ("", "none", "false", "0", "no")
+
+
+class NotRepairedError(Exception):
+    """What was asked for is taken as it is, or only converted: never kept as a repaired network."""
 
 
 def calibration_images(given: Any = None) -> str | None:
@@ -76,6 +81,9 @@ def load_repaired(
         build: Makes the dense network with the stock weights.
         load: Loads a saved folder.
         cache_dir: As given to ``create_model``: where the weights are, and the cache unless a variable says otherwise.
+
+    Raises:
+        NotRepairedError: The machine has too little memory.
     """
     source = _source_sha256(cfg, cache_dir)
     dense: list[nn.Module] = []
@@ -101,18 +109,14 @@ def load_repaired(
 
 
 def _repair(name: str, dense: nn.Module, settings: Mapping[str, Any], images: str) -> nn.Module:
-    """Converts and repairs; where the machine is too small, only converts, and says so."""
+    """Converts and repairs."""
     settings = {"bank": DEFAULT_BANK, **settings}
     agreement = settings.pop("agreement", None)
     model = convert_to_masterkeys(dense, **settings)
     count, seconds = _affordable(dense)
     if count < FEWEST:
-        _logger.warning(
-            "%s is converted, but NOT repaired: this machine has too little memory for it. So it has lost much of "
-            "its accuracy: repair it elsewhere (timm-masterkeys convert), or fine-tune it.",
-            name,
-        )
-        return model
+        _logger.warning("%s is NOT repaired: this machine has too little memory for it.", name)
+        raise NotRepairedError
     _logger.warning(
         "%s: repairing with %s, once, in about %.0f s; kept in the cache afterwards (mk_calibrate=False turns it off).",
         name,
@@ -127,6 +131,9 @@ def _repair(name: str, dense: nn.Module, settings: Mapping[str, Any], images: st
             dense, agreement, images, max_images=count, time_budget=SECONDS / TRIALS, **settings
         )
     _logger.warning("%s: repaired in %.0f s %s.", name, report.seconds, report.summary())
+    late = sum(why == OVER for stage in getattr(report, "stages", ()) for why in stage.left.values())
+    if late:
+        _logger.warning("%s: %d steps of the repair did not fit into %.0f s and were left out.", name, late, SECONDS)
     return model
 
 

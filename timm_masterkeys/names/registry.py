@@ -26,7 +26,7 @@ from ..models.checkpoint import DENSE_NAME, check_dense, restore_masterkeys
 from ..models.provenance import SOURCE_NOTE, TAG, is_masterkeys_tag, set_known
 from ..models.report import conversion_report
 from ..models.surgery import convert_to_masterkeys, initialize_masterkeys, plan_conversion, replace_layers
-from .pretrained import calibration_images, load_repaired
+from .pretrained import NotRepairedError, calibration_images, load_repaired
 
 _logger = logging.getLogger(__name__)
 
@@ -217,8 +217,8 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
             if images and not source.source and (source.has_weights or source.state_dict):
                 try:
                     return _repaired(f"{arch}.{tag}", stock, create, source, settings, images, kwargs)
-                except _ConvertedBeforeError:
-                    pass  # which is loaded as it is
+                except NotRepairedError:
+                    pass  # weights of a converted network, or a machine too small
             elif given.get("source") == "local-dir":
                 check_dense(given["file"])
         if "agreement" in settings:
@@ -262,10 +262,6 @@ def _build(
     return model
 
 
-class _ConvertedBeforeError(Exception):
-    """The weights to repair are those of a converted network."""
-
-
 def _repaired(
     name: str,
     stock: _timm.Entrypoint,
@@ -282,7 +278,7 @@ def _repaired(
     def build() -> nn.Module:
         dense = _build(name, stock, settings, True, {**whole, "cache_dir": kwargs.get("cache_dir")})
         if any(isinstance(module, MasterKeyConv2d) for module in dense.modules()):
-            raise _ConvertedBeforeError
+            raise NotRepairedError
         return dense
 
     def load(folder: Path) -> nn.Module:

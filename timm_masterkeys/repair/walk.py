@@ -18,6 +18,7 @@ from .gather import Moments, Rows
 from .pair import Pair
 from .stages import absorb, heal, match, project
 
+OVER = "the time budget was over"
 HELD_OUT = 5  # every fifth batch gives the report's figures: nothing is fitted to it or chosen by it
 ROWS = 100_000  # positions of all images together that a pointwise layer and a norm are fitted to,
 KERNEL_ROWS = 20_000  # and a kernel
@@ -104,7 +105,7 @@ class Walk:
             if self.time_budget is not None and self._seconds(start) > self.time_budget:
                 for stage in ledgers.keys() - {"statistics"}:
                     names = [part.pointwise] if stage == "absorption" and part.pointwise else part.converted
-                    ledgers[stage].left.update(dict.fromkeys(names, "the time budget was over"))
+                    ledgers[stage].left.update(dict.fromkeys(names, OVER))
                 ledgers = {stage: ledger for stage, ledger in ledgers.items() if stage == "statistics"}
             pair = Pair(index, self.ours, self.reference, self.norms, self.held_out)
             self.ours.outputs = self._repair(pair, ledgers)

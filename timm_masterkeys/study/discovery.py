@@ -23,6 +23,7 @@ from ..errors import BankError
 from ..files import atomic_path
 from ..keys.banks import DEFAULT_BANK, KeyBank, get_bank
 from ..models.surgery import Bank, convert_to_masterkeys, plan_conversion
+from ..repair.images import builtin_images
 from .kernels import Kernels, collect_kernels
 
 __all__ = [
@@ -304,12 +305,12 @@ def match_banks(bank: Bank, other: Bank, kernel_size: tuple[int, int] = (7, 7)) 
     return sorted(pairs, key=lambda pair: -pair[2])
 
 
-def agreement_score(model: nn.Module, images: torch.Tensor) -> Score:
+def agreement_score(model: nn.Module, images: torch.Tensor | Literal["builtin"]) -> Score:
     """A score for ``discover_bank``: the share of images to which the converted network gives the class of the dense.
 
     Args:
         model: A network with depthwise convolutions that returns logits. Not changed.
-        images: (N, 3, H, W), normalised, on the model's device.
+        images: (N, 3, H, W), normalised, on the model's device; or "builtin": ``builtin_images(model)``.
 
     Returns:
         A function of keys (K, kh, kw) to [0, 1]; 0 where some layer cannot be converted with these keys.
@@ -318,10 +319,11 @@ def agreement_score(model: nn.Module, images: torch.Tensor) -> Score:
         >>> found = discover_bank(kernels, score=agreement_score(model, images), resume="scores.json")
     """
     model = copy.deepcopy(model).eval()
+    shown = images if isinstance(images, torch.Tensor) else builtin_images(model)
 
     @torch.inference_mode()
     def classes(network: nn.Module) -> torch.Tensor:
-        return torch.cat([network(batch).argmax(1) for batch in images.split(50)])
+        return torch.cat([network(batch).argmax(1) for batch in shown.split(50)])
 
     wanted = classes(model)
     layers = len(plan_conversion(model).converted)
