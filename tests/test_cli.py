@@ -144,20 +144,22 @@ def test_convert(run, weights, model, tmp_path):
     assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.pt*"))
 
 
-def test_convert_and_calibrate(run, weights, model, tmp_path):
+def test_convert_and_calibrate(run, weights, model, tmp_path, caplog):
+    caplog.set_level("INFO", "timm_masterkeys")  # as -v shows it
     for i in range(12):
         noise = np.random.default_rng(i).integers(0, 256, (160, 160, 3)).astype(np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{i}.png")
     options = ["--calibrate", tmp_path, "--min-r2", "0.3"]
     code, out, err = run("convert", ARCH, *weights, *options, "--output", tmp_path / "out")
     assert code == 0 and "fine-tune before use" not in out
+    assert "absorption" in caplog.text and "healing" not in caplog.text
     expected = mk.convert_to_masterkeys(model, min_r2=0.3)
     mk.calibrate_masterkeys(expected, model, tmp_path)
     assert str(mk.conversion_report(expected)) in out and "calibrated on 12 images: agreement" in out
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in expected.state_dict().items())
-    out = run("convert", ARCH, *weights, *options, "--heal", "0.02", "--output", tmp_path / "out")[1]
-    assert "healing" in out
+    assert run("convert", ARCH, *weights, *options, "--heal", "0.02", "--output", tmp_path / "out")[0] == 0
+    assert "healing" in caplog.text
     code, out, err = run("convert", ARCH, *weights, "--heal", "1", "--output", tmp_path / "other")
     assert code == 1 and "--heal needs images: leave out --calibrate none" in err and not (tmp_path / "other").exists()
 
