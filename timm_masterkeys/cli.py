@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import difflib
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -44,17 +46,11 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """examples:
   timm-masterkeys list 'convnext*'
-  timm-masterkeys inspect convnext_tiny
-  timm-masterkeys inspect tf_efficientnet_lite0 --checkpoint lite0.safetensors --keys-per-kernel 2
+  timm-masterkeys inspect convnext_tiny --pretrained
   timm-masterkeys convert convnext_tiny --pretrained --output out
-  timm-masterkeys convert convnext_tiny --pretrained --agreement .95 --output out
-  timm-masterkeys convert convnext_tiny --checkpoint mine.safetensors --calibrate photographs --output out
-  timm-masterkeys inspect convnext_tiny --pretrained --html report.html
-  timm-masterkeys plot convnext_tiny --pretrained --output pictures
-  timm-masterkeys compare convnext_tiny tf_efficientnet_lite0
-  timm-masterkeys discover convnext_tiny mine.safetensors --hold-out mine.safetensors --output bank.safetensors
   timm-masterkeys publish out me/convnext_tiny.mk8 --dry-run
-  timm-masterkeys zoo 'convnext*' --org my-team --images photographs --evaluate imagenet/val --dry-run
+
+timm-masterkeys COMMAND --help tells the options of a command
 """
 
 
@@ -69,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.ERROR, format="%(name)s: %(message)s")
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     try:
         args.run(args)
         sys.stdout.flush()
@@ -81,10 +78,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MasterKeysError, RuntimeError, ValueError, OSError, ImportError) as error:
         if args.verbose:
             raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        print(f"timm-masterkeys: error: {' '.join(lines[:3])}", file=sys.stderr)
+        print(f"timm-masterkeys: error: {_told(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _told(error: Exception) -> str:
+    """An error in one line; the names of a state dict alone would fill pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[:3])
+    unknown = re.search(r"Unknown model \((\S+)\)$", text)
+    near = difflib.get_close_matches(unknown[1], timm.list_models(), cutoff=0.8) if unknown else []
+    if near:
+        return f"{text}. Is it {' or '.join(near)}?"
+    return text if len(text) <= 600 else f"{text[:500]} ... (-v tells all)"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add(
         "inspect",
-        "what conversion does to a model: every convolution, and with weights the fit of each layer",
+        "what conversion does to a model: the plan, or with weights the fit of each layer",
         "inspect convnext_tiny --pretrained --json",
         [settings],
     )
@@ -132,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add(
         "convert",
-        "convert a model, repair it with unlabelled images, and save it as safetensors and config.json for timm",
+        "convert a model, repair it with unlabelled images, and save it for timm",
         "convert convnext_tiny --pretrained --keys-per-kernel 4 --output out",
         [settings],
     )
@@ -273,7 +280,7 @@ def _inspect(args: argparse.Namespace) -> None:
         return
     plan = plan_conversion(model, args.bank, include=args.include, exclude=args.exclude)
     if not args.json:
-        print(plan)
+        print(str(plan).splitlines()[-1] if _has_weights(args) else plan)
     if _has_weights(args):
         converted = _converted(model, args)
         report = conversion_report(converted, reference=model)
@@ -285,14 +292,14 @@ def _inspect(args: argparse.Namespace) -> None:
                 print(f"\nsaved to {args.html}")
     elif args.json:
         print(json.dumps(dataclasses.asdict(plan), indent=2))
-    else:
+    elif plan.converted:
         print("random weights have no fit to report: add --pretrained or --checkpoint FILE")
 
 
 def _convert(args: argparse.Namespace) -> None:
     if not _has_weights(args):
         raise MasterKeysError("Nothing to convert: add --pretrained or --checkpoint FILE.")
-    images = calibration_images(args.calibrate)
+    images = calibration_images(args.calibrate, "--calibrate")
     for option in ("heal", "agreement"):
         if getattr(args, option) is not None and not images:
             raise MasterKeysError(f"--{option} needs images: leave out --calibrate none.")
@@ -320,7 +327,7 @@ def _convert(args: argparse.Namespace) -> None:
         model = _converted(dense, args)
         if images:
             stages = WITHOUT_GRADIENTS if args.heal is None else STAGES
-            print(calibrate_masterkeys(model, dense, images, stages=stages, heal_minutes=args.heal or 0), end="\n\n")
+            calibrate_masterkeys(model, dense, images, stages=stages, heal_minutes=args.heal or 0)
     directory = save_pretrained(model, args.output)
     print(conversion_report(model))
     print(f"\nsaved to {directory}: timm.create_model('local-dir:{directory}', pretrained=True) loads it")

@@ -39,12 +39,13 @@ class NotRepairedError(Exception):
     """What was asked for is taken as it is, or only converted: never kept as a repaired network."""
 
 
-def calibration_images(given: Any = None) -> str | None:
+def calibration_images(given: Any = None, option: str = "mk_calibrate") -> str | None:
     """What to repair with: ``"builtin"``, the path of a folder, or None for no repair.
 
     Args:
         given: What the caller asked for, as ``mk_calibrate``: "builtin", True, False, "none" or a folder; if None, the
             environment variable ``TIMM_MASTERKEYS_CALIBRATE`` is asked, and then it is "builtin".
+        option: What the caller knows it by, for errors.
 
     Raises:
         ConversionError: No such folder.
@@ -55,7 +56,7 @@ def calibration_images(given: Any = None) -> str | None:
     if asked is False or (isinstance(asked, str) and asked.lower() in OFF):
         return None
     if not isinstance(asked, (str, os.PathLike)) or not os.path.isdir(asked):
-        name = "mk_calibrate" if given is not None else CALIBRATE_VARIABLE
+        name = option if given is not None else CALIBRATE_VARIABLE
         raise ConversionError(
             f"{name} is {asked!r}, expected a folder of images, 'builtin', or 'none' (False) for no repair."
         )

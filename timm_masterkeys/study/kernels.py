@@ -150,7 +150,7 @@ def read_kernels(source: Source) -> list[torch.Tensor]:
     if isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
         if not os.path.isfile(path):
-            if path.endswith(_FILES):
+            if path.endswith(_FILES) or (os.path.isabs(path) and not os.path.isdir(path)):
                 raise BankError(f"Cannot read kernels from '{path}': there is no such file.")
             if os.path.isdir(path):
                 raise BankError(f"'{path}' is a folder. Give its file of dense weights, as model.safetensors.")
