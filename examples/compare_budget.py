@@ -24,11 +24,12 @@ from timm_masterkeys.repair.calibrate import Images, output_agreement, output_di
 
 COLUMNS = [
     "network",
+    "images",
     "keys chosen",
     "keys",
     "per kernel",
-    "agreement crops",
-    "kl crops",
+    "agreement held out",
+    "kl held out",
     "top1",
     "agreement",
     "kl",
