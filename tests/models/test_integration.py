@@ -20,21 +20,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_masterkeys as mk
 
-NETWORKS = [
-    "convnext_atto",
-    "convnextv2_atto",
-    "tf_efficientnet_lite0",  # SAME padding
-    "mobilenetv3_small_050",
-    "mobilenetv4_conv_small_035",
-    "fastvit_t8",  # re-parameterises itself
-    "inception_next_atto",  # strips
-    "edgenext_xx_small",  # attention beside convolutions
-]
+NETWORKS = {  # the smallest that have what is named, where timm lets one choose
+    "convnext_atto": {"depths": (1, 1, 2, 1)},
+    "convnextv2_atto": {"depths": (1, 1, 2, 1)},
+    "tf_efficientnet_lite0": {},  # SAME padding
+    "mobilenetv3_small_050": {},
+    "mobilenetv4_conv_small_035": {},
+    "fastvit_t8": {"layers": (1, 1, 2, 1)},  # re-parameterises itself
+    "inception_next_atto": {"depths": (1, 1, 2, 1)},  # strips
+    "edgenext_xx_small": {"depths": (2, 2, 2, 2)},  # attention beside convolutions
+}
+# What takes seconds a network is done with these by default, with all in the sweep.
+SLOW = ("compile", "export", "trace", "script")
+FEW = ("convnext_atto", "tf_efficientnet_lite0", "inception_next_atto")  # plain, padded, strips
 
 
 def build(name, **kwargs):
     torch.manual_seed(0)
-    return timm.create_model(f"{name}.mk8", num_classes=7, **kwargs)
+    return timm.create_model(f"{name}.mk8", num_classes=7, **NETWORKS.get(name, {}), **kwargs)
 
 
 def images(count=2):
@@ -198,8 +201,14 @@ DONE = {name.removeprefix("do_"): function for name, function in list(globals().
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.jit and the exporters: deprecations, constants while tracing
-@pytest.mark.parametrize("what", DONE)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        pytest.param(name, what, marks=[pytest.mark.sweep] if what in SLOW and name not in FEW else [])
+        for name in NETWORKS
+        for what in DONE
+    ],
+)
 def test(name, what):
     DONE[what](build(name).eval())
 
