@@ -22,7 +22,8 @@ from torch import nn
 from .errors import CheckpointError, MasterKeysError, ZooError
 from .files import atomic_path
 from .hub.card import read_readme
-from .hub.publish import OWN_ENTRIES, push_to_hub, save_pretrained
+from .hub.publish import push_to_hub
+from .hub.save import OWN_ENTRIES, save_pretrained
 from .keys.banks import DEFAULT_BANK, KeyBank, get_bank
 from .layers import MasterKeyConv2d, Trainable
 from .models.report import conversion_report
