@@ -10,7 +10,8 @@ from .errors import (
     ProjectionError,
     ZooError,
 )
-from .hub.publish import Publication, push_to_hub, save_pretrained
+from .hub.publish import Publication, push_to_hub
+from .hub.save import save_pretrained
 from .keys.banks import KeyBank, get_bank, list_banks
 from .keys.projection import Projection, project_kernels
 from .layers import MasterKeyConv2d, ScaledKeyConv2d

@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -22,7 +22,8 @@ from torch import nn
 from .errors import CheckpointError, MasterKeysError, ZooError
 from .files import atomic_path
 from .hub.card import read_readme
-from .hub.publish import OWN_ENTRIES, push_to_hub, save_pretrained
+from .hub.publish import push_to_hub
+from .hub.save import OWN_ENTRIES, save_pretrained
 from .keys.banks import DEFAULT_BANK, KeyBank, get_bank
 from .layers import MasterKeyConv2d, Trainable
 from .models.report import conversion_report
@@ -43,6 +44,8 @@ from .zoo.zoo import Zoo, make_zoo, plan_zoo
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_Add = Callable[[str, str, str, Sequence[argparse.ArgumentParser]], argparse.ArgumentParser]
 
 _EXAMPLES = """examples:
   timm-masterkeys list 'convnext*'
@@ -121,11 +124,29 @@ def _parser() -> argparse.ArgumentParser:
             parents=[*parents, verbose],
         )
 
+    for arguments in (
+        _list_arguments,
+        _inspect_arguments,
+        _convert_arguments,
+        _discover_arguments,
+        _plot_arguments,
+        _compare_arguments,
+        _publish_arguments,
+        _zoo_arguments,
+        _cache_arguments,
+    ):
+        arguments(add, settings)
+    return parser
+
+
+def _list_arguments(add: _Add, settings: argparse.ArgumentParser) -> None:
     command = add("list", "list the .mk8 names", "list 'mobilenet*' --pretrained", [])
     command.add_argument("pattern", nargs="?", default="*", help="fnmatch pattern on architectures (default: all)")
     command.add_argument("--pretrained", action="store_true", help="every name that has pretrained weights")
     command.set_defaults(run=_list)
 
+
+def _inspect_arguments(add: _Add, settings: argparse.ArgumentParser) -> None:
     command = add(
         "inspect",
         "what conversion does to a model: the plan, or with weights the fit of each layer",
@@ -137,6 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--html", metavar="FILE", help="and write it, with pictures, as a page (needs matplotlib)")
     command.set_defaults(run=_inspect)
 
+
+def _convert_arguments(add: _Add, settings: argparse.ArgumentParser) -> None:
     command = add(
         "convert",
         "convert a model, repair it with unlabelled images, and save it for timm",
@@ -161,6 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--heal", type=float, metavar="MINUTES", help="and train each block towards the dense one's")
     command.set_defaults(run=_convert)
 
+
+def _discover_arguments(add: _Add, settings: argparse.ArgumentParser) -> None:
     command = add(
         "discover",
         "search the keys that fit the depthwise kernels of some networks",
@@ -180,6 +205,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--plot", metavar="FILE", help="and draw the curve of scores (needs matplotlib)")
     command.set_defaults(run=_discover)
 
+
+def _plot_arguments(add: _Add, settings: argparse.ArgumentParser) -> None:
     command = add(
         "plot",
         "pictures of what conversion does to a model's kernels (needs matplotlib)",
@@ -190,6 +217,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write PNG files into")
     command.set_defaults(run=_plot)
 
+
+def _compare_arguments(add: _Add, settings: argparse.ArgumentParser) -> None:
     command = add(
         "compare",
         "how well banks meet the depthwise kernels of networks, size by size",
@@ -200,6 +229,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--bank", action="append", default=[], help="name or .safetensors file; may be repeated")
     command.set_defaults(run=_compare)
 
+
+def _publish_arguments(add: _Add, settings: argparse.ArgumentParser) -> None:
     command = add(
         "publish",
         "publish a converted model to the Hugging Face Hub, in one checked commit",
@@ -216,6 +247,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dry-run", action="store_true", help="check everything, show what would change")
     command.set_defaults(run=_publish)
 
+
+def _zoo_arguments(add: _Add, settings: argparse.ArgumentParser) -> None:
     command = add(
         "zoo",
         "convert, repair, measure and publish every timm network that matches; run again, it goes on where it was",
@@ -242,10 +275,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", help="(default: a GPU if there is one, under torchrun one a process)")
     command.set_defaults(run=_zoo)
 
+
+def _cache_arguments(add: _Add, settings: argparse.ArgumentParser) -> None:
     command = add("cache", "the networks that pretrained=True has repaired and keeps on disk", "cache --clear", [])
     command.add_argument("--clear", action="store_true", help="remove them")
     command.set_defaults(run=_cache)
-    return parser
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

@@ -358,7 +358,7 @@ def full(*args, **kwargs):
 def test_a_failed_save_leaves_the_folder_as_it_was(model, folder, tmp_path, monkeypatch, function):
     for name in FILES:
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    monkeypatch.setattr(f"timm_masterkeys.hub.publish.{function}", full)
+    monkeypatch.setattr(f"timm_masterkeys.hub.save.{function}", full)
     with pytest.raises(OSError, match="No space left on device"):
         mk.save_pretrained(converted(seed=1), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
@@ -383,7 +383,7 @@ def test_a_save_that_fails_half_way_never_mixes_two_models(model, folder, tmp_pa
         calls.append(path)
         return atomic(path) if len(calls) <= first else full()
 
-    monkeypatch.setattr("timm_masterkeys.hub.publish.atomic_path", sometimes)
+    monkeypatch.setattr("timm_masterkeys.hub.save.atomic_path", sometimes)
     with pytest.raises(OSError, match="No space left on device"):
         mk.save_pretrained(new, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == FILES
@@ -748,7 +748,7 @@ def test_what_a_killed_save_left_is_removed(model, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX locks")
 def test_a_living_save_is_left_alone(model, tmp_path):
-    with mk.hub.publish._saving(tmp_path) as other:
+    with mk.hub.save._saving(tmp_path) as other:
         (other / "model.safetensors").write_text("being written")
         mk.save_pretrained(model, tmp_path)
         assert (other / "model.safetensors").read_text() == "being written"

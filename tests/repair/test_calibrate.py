@@ -30,10 +30,18 @@ FAMILIES = {  # with the pointwise layer that ends a block
 }
 
 
+SHALLOW = {  # where timm lets one choose
+    "inception_next_atto": {"depths": (1, 1, 2, 1)},
+    "starnet_s1": {"depths": (1, 1, 2, 1)},
+    "fastvit_t8": {"layers": (1, 1, 2, 1)},
+    "edgenext_xx_small": {"depths": (2, 2, 2, 2)},
+}
+
+
 def pair(name, keys_per_kernel=1):
     """A model with random weights whose kernels are all keys, and the dense network that equals it."""
     torch.manual_seed(0)
-    stock = timm.create_model(name, num_classes=20).eval()
+    stock = timm.create_model(name, num_classes=20, **SHALLOW.get(name, {})).eval()
     for module in stock.modules():
         if isinstance(getattr(module, "gamma", None), nn.Parameter):
             nn.init.constant_(module.gamma, 0.5)  # LayerScale, nearly off before training

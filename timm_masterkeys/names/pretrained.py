@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import ConversionError
 from ..files import file_sha256
-from ..hub.publish import save_pretrained
+from ..hub.save import save_pretrained
 from ..keys.banks import DEFAULT_BANK, get_bank
 from ..models.surgery import convert_to_masterkeys
 from ..repair.budget import KeyBudget, convert_to_agreement

@@ -27,7 +27,8 @@ from torch import nn
 from ..errors import ZooError
 from ..files import atomic_path
 from ..hub.card import inherited_license
-from ..hub.publish import push_to_hub, save_pretrained
+from ..hub.publish import push_to_hub
+from ..hub.save import save_pretrained
 from ..keys.banks import DEFAULT_BANK, get_bank
 from ..layers import MasterKeyConv2d
 from ..models.provenance import TAG, is_masterkeys_tag
