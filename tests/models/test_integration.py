@@ -270,6 +270,7 @@ if hasattr(fsdp, "fully_shard"):  # public from torch 2.6
     for name, value in sharded.state_dict().items():
         value = value.full_tensor() if isinstance(value, DTensor) else value
         torch.testing.assert_close(value, after[name], rtol=1e-4, atol=1e-5)
+dist.barrier()  # whoever leaves first would take the other's connections down
 dist.destroy_process_group()
 print("all equal")
 """
