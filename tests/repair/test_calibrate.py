@@ -237,7 +237,9 @@ def test_choose_keys_against_brute_force(count, keys_per_kernel):
     for c, channel in enumerate(rows - rows.mean(1, keepdims=True)):
 
         def fit(chosen, channel=channel):
-            solution, (missed,), *_ = np.linalg.lstsq(channel[:, [0, *(k + 1 for k in chosen)]], channel[:, -1])
+            solution, (missed,), *_ = np.linalg.lstsq(
+                channel[:, [0, *(k + 1 for k in chosen)]], channel[:, -1], rcond=None
+            )
             return missed, solution
 
         if count == 5:

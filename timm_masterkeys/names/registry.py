@@ -212,7 +212,7 @@ def _masterkeys_entrypoint(arch: str, stock: _timm.Entrypoint) -> _timm.Entrypoi
                 name: value for name, value in kwargs["pretrained_model_args"].items() if not name.startswith("mk_")
             }
         if pretrained:
-            images = calibration_images(asked) if torch.get_default_device().type != "meta" else None
+            images = None if torch.empty(0).is_meta else calibration_images(asked)
             source = resolve_pretrained_cfg(arch, kwargs["pretrained_cfg"], kwargs.get("pretrained_cfg_overlay"))
             if images and not source.source and (source.has_weights or source.state_dict):
                 try:
