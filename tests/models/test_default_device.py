@@ -70,6 +70,8 @@ def test_layers(dense, trainable):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_calibration(dense, stage):
+    if stage == "healing" and torch.__version__ < "2.6":
+        pytest.skip("torch 2.5's own Adam makes its step count on the default device")
     x = torch.randn(15, 3, 32, 32)
 
     def work():
