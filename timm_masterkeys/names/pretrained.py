@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 CALIBRATE_VARIABLE = "TIMM_MASTERKEYS_CALIBRATE"
 REPAIR = 2  # counts up whenever the repair gives other networks
 SECONDS = 300.0  # a repair takes at most about so long on this machine
-PASSES = 12  # of an image through a network, about, that a repair takes
+PASSES = 7  # of an image through a network, about, that a repair takes
 TRIALS = 8  # repairs, about, that take as long as the choice of keys
 OFF = ("", "none", "false", "0", "no")
 
