@@ -84,7 +84,7 @@ def load_or_make(
         try:
             root.mkdir(parents=True, exist_ok=True)
             Path(tempfile.mkdtemp(dir=root, prefix=f".{name}.")).rmdir()
-            stack.enter_context(_lock(root / f".{name}.lock"))
+            stack.callback(_acquired(root / f".{name}.lock").release)
         except OSError as error:
             _logger.warning("%s cannot be written (%s): what is made now will be made again next time.", root, error)
             return _load_from_temporary(make(), name, save, load)
@@ -126,13 +126,14 @@ def clear_entries(root: Path) -> int:
     return len(entries)
 
 
-def _lock(path: Path) -> BaseFileLock:
+def _acquired(path: Path) -> BaseFileLock:
     """Held until released, or until the process ends."""
     lock = FileLock(path)
     try:
         lock.acquire()
     except NotImplementedError:  # a file system without locks: a killed process leaves this one behind
         lock = SoftFileLock(path)
+        lock.acquire()
     return lock
 
 
