@@ -22,7 +22,7 @@ from torch import nn
 
 from ..errors import HubError, MasterKeysError
 from ..files import file_sha256
-from ..models.surgery import unwrapped
+from ..models.wrapped import unwrapped
 from ..version import __version__
 from .card import inherited_license, read_readme
 from .save import FILES, in_short, save_pretrained, timm_cfg

@@ -12,16 +12,17 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import CalibrationError, ConversionError
-from ..keys.banks import DEFAULT_BANK, KeyBank, get_bank
+from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
 from ..layers import MasterKeyConv2d, Trainable
-from ..models.surgery import Bank, Patterns, convert_to_masterkeys, replace_layers
+from ..models.plan import Patterns
+from ..models.surgery import convert_to_masterkeys, replace_layers
+from ..models.wrapped import evaluating
 from .blocks import hooked
 from .calibrate import (
     FEWEST,
     Images,
     calibrate_masterkeys,
     check_models,
-    evaluating,
     load_images,
     output_agreement,
     output_divergence,

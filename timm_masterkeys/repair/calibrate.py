@@ -6,8 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,7 +22,7 @@ from ..errors import CalibrationError
 from ..layers import MasterKeyConv2d
 from ..models.provenance import keeping
 from ..models.report import CALIBRATION_NOTE, conversion_report
-from ..models.surgery import is_sharded, unwrapped
+from ..models.wrapped import evaluating, is_sharded, unwrapped
 from .images import BUILTIN, COUNT, builtin_images
 from .memory import freed_memory_kept
 from .walk import HELD_OUT, StageReport, Walk
@@ -312,23 +311,6 @@ def _preparation(model: nn.Module) -> tuple[str, Any]:
 def _spread(count: int, most: int) -> torch.Tensor:
     """Indices, evenly spread, at most so many."""
     return torch.arange(min(count, most), device="cpu") * count // min(count, most)
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode, and nothing compiled, as that passes by hooks; every module gets its own mode back."""
-    before = [(m, m.training, m._compiled_call_impl) for model in models for m in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        for module, _, compiled in before:
-            if compiled is not None:
-                module._compiled_call_impl = None
-        yield
-    finally:
-        for module, module.training, compiled in before:
-            if compiled is not None:
-                module._compiled_call_impl = compiled
 
 
 def _finite(model: nn.Module, out: Any) -> torch.Tensor:

@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 
 from ..errors import BankError
 from ..files import atomic_path
-from ..keys.banks import DEFAULT_BANK, KeyBank, get_bank
-from ..models.surgery import Bank, convert_to_masterkeys, plan_conversion
+from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
+from ..models.plan import plan_conversion
+from ..models.surgery import convert_to_masterkeys
 from ..repair.images import builtin_images
 from .kernels import Kernels, collect_kernels
 

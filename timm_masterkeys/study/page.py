@@ -16,7 +16,8 @@ from torch import nn
 from ..keys.banks import get_bank
 from ..layers import MasterKeyConv2d
 from ..models.report import ConversionReport, LayerReport, conversion_report
-from ..models.surgery import convert_to_masterkeys, unwrapped
+from ..models.surgery import convert_to_masterkeys
+from ..models.wrapped import unwrapped
 from .plotting import plot_bank, plot_coverage, plot_kernels, plot_keys, plot_r2
 
 if TYPE_CHECKING:
