@@ -165,7 +165,7 @@ def test_convert_and_calibrate(run, weights, model, tmp_path, caplog):
 
 
 def test_convert_and_calibrate_with_photographs_that_ship(run, weights, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("timm_masterkeys.repair.calibrate.COUNT", 12)
+    monkeypatch.setattr("timm_masterkeys.repair.images.COUNT", 12)
     monkeypatch.delenv("TIMM_MASTERKEYS_CALIBRATE")
     code, out, _ = run("convert", ARCH, *weights, "--output", tmp_path / "out")
     expected = mk.convert_to_masterkeys(model)

@@ -19,16 +19,13 @@ from ..models.surgery import convert_to_masterkeys, replace_layers
 from ..models.wrapped import evaluating
 from .blocks import hooked
 from .calibrate import (
-    FEWEST,
-    Images,
     calibrate_masterkeys,
     check_models,
-    load_images,
     output_agreement,
     output_divergence,
     probe,
 )
-from .images import BUILTIN, COUNT, HELD_OUT, builtin_images
+from .images import BUILTIN, COUNT, FEWEST, HELD_OUT, Images, builtin_images, load_images
 
 _logger = logging.getLogger(__name__)
 
