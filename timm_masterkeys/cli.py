@@ -571,6 +571,8 @@ def _create(args: argparse.Namespace) -> nn.Module:
 
 
 def _load(name: str, **kwargs: Any) -> nn.Module:
+    if "/" in name and ":" not in name:
+        raise CheckpointError(f"There is no folder '{name}'. Of the Hub? Then it is 'hf-hub:{name}'.")
     try:
         return timm.create_model(name, **kwargs)
     except (MasterKeysError, OSError, RuntimeError):

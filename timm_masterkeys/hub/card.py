@@ -80,10 +80,10 @@ def make_card(
         report: The conversion's report.
         repo_id: ``org/name`` (or a folder's name), as it appears in the examples.
         license: From ``inherited_license``; None if unknown.
-        base_model: The Hub id of the source weights.
-        datasets: Hub ids of training data.
-        tags: More tags.
-        metrics: Measured results, for the model-index; none are made up.
+        base_model: As for ``save_pretrained``; None if unknown.
+        datasets: As for ``save_pretrained``.
+        tags: As for ``save_pretrained``.
+        metrics: As for ``save_pretrained``; none are made up.
         existing: The README there is: its text outside this package's marks and its own metadata stay.
 
     Raises:

@@ -95,12 +95,12 @@ def push_to_hub(
         token: Hub token; the one of ``hf auth login`` or HF_TOKEN if None.
         commit_message: Title of the commit or pull request.
         dry_run: Check and compare, but change nothing on the Hub.
-        license: Needed if the source weights' licence is unknown (see ``save_pretrained``).
-        base_model: Hub id of the source weights; that of the model's cfg if None.
-        datasets: Hub ids of training data, for the card.
-        tags: More tags for the card.
-        metrics: Measured results for the card's model-index.
-        config: More top-level entries for config.json, such as ``label_names``.
+        license: As for ``save_pretrained``; here the weights must have one.
+        base_model: As for ``save_pretrained``.
+        datasets: As for ``save_pretrained``.
+        tags: As for ``save_pretrained``.
+        metrics: As for ``save_pretrained``.
+        config: As for ``save_pretrained``.
         readme: A README whose hand-written part and metadata to keep, where the repository has none yet.
 
     Returns:

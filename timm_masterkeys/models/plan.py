@@ -69,9 +69,8 @@ def plan_conversion(
     Args:
         model: Any module, wrapped or not.
         bank: Anything ``get_bank`` takes.
-        include: fnmatch pattern(s) on module names; only layers that match one are converted. In a ``features_only``
-            model, names as in the whole model match too.
-        exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
+        include: As for ``convert_to_masterkeys``.
+        exclude: As for ``convert_to_masterkeys``.
 
     Raises:
         BankError: No such bank.

@@ -39,7 +39,8 @@ def convert_to_masterkeys(
     Args:
         model: Any module that holds depthwise ``nn.Conv2d`` or timm ``Conv2dSame``.
         bank: Anything ``get_bank`` takes.
-        include: fnmatch pattern(s) on module names; only layers that match one are converted.
+        include: fnmatch pattern(s) on module names; only layers that match one are converted. In a ``features_only``
+            model, names as in the whole model match too.
         exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
         keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where fewer have a shape. All eight at
             3x3 cancel each other with large scales: fuse such a model before it is cast to half precision.
