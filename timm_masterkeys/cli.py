@@ -26,8 +26,9 @@ from .hub.publish import push_to_hub
 from .hub.save import OWN_ENTRIES, save_pretrained
 from .keys.banks import DEFAULT_BANK, KeyBank, get_bank
 from .layers import MasterKeyConv2d, Trainable
+from .models.plan import plan_conversion
 from .models.report import conversion_report
-from .models.surgery import convert_to_masterkeys, plan_conversion
+from .models.surgery import convert_to_masterkeys
 from .names.cache import cache_folder, clear_entries, list_entries
 from .names.pretrained import calibration_images
 from .names.registry import list_architectures, stock_name
@@ -578,6 +579,8 @@ def _create(args: argparse.Namespace) -> nn.Module:
 
 
 def _load(name: str, **kwargs: Any) -> nn.Module:
+    if "/" in name and ":" not in name:
+        raise CheckpointError(f"There is no folder '{name}'. Of the Hub? Then it is 'hf-hub:{name}'.")
     try:
         return timm.create_model(name, **kwargs)
     except (MasterKeysError, OSError, RuntimeError):

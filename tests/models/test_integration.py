@@ -21,13 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_masterkeys as mk
 
 NETWORKS = {  # the smallest that have what is named, where timm lets one choose
-    "convnext_atto": {"depths": (1, 1, 1, 1)},
-    "convnextv2_atto": {"depths": (1, 1, 1, 1)},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)},
+    "convnextv2_atto": {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)},
     "test_efficientnet": {"pad_type": "same"},
     "mobilenetv3_small_050": {},
     "mobilenetv4_conv_small_035": {},
-    "fastvit_t8": {"layers": (1, 1, 1, 1)},  # re-parameterises itself
-    "inception_next_atto": {"depths": (1, 1, 1, 1)},  # strips
+    "fastvit_t8": {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128)},  # re-parameterises itself
+    "inception_next_atto": {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)},  # strips
     "edgenext_xx_small": {"depths": (2, 2, 2, 2)},  # attention beside convolutions
 }
 # What takes seconds a network is done with these by default, with all in the sweep.

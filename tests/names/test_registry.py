@@ -26,7 +26,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import timm_masterkeys as mk
 from timm_masterkeys import CheckpointError, MasterKeyConv2d
 from timm_masterkeys.models import _timm
-from timm_masterkeys.models.surgery import flat_name
+from timm_masterkeys.models.plan import flat_name
 
 ARCH = "test_convnext"  # timm's own miniature: 9 7x7 depthwise layers, 0.27 million parameters, stock tag r160_in1k
 MK8 = f"{ARCH}.mk8"

@@ -221,7 +221,10 @@ def list_banks() -> list[str]:
     return [DEFAULT_BANK, COMPACT_BANK, *(f"scale-space-{method}" for method in SIGMAS), "random8:<seed>"]
 
 
-def get_bank(bank: "str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray" = DEFAULT_BANK) -> KeyBank:
+Bank = str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray  # what ``get_bank`` takes
+
+
+def get_bank(bank: Bank = DEFAULT_BANK) -> KeyBank:
     """Returns a bank by name, from a file, or from keys at hand.
 
     Args:

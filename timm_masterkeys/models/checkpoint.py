@@ -19,7 +19,9 @@ from ..errors import CheckpointError, ConversionError
 from ..files import atomic_path, file_sha256
 from ..keys.banks import KeyBank
 from ..layers import MasterKeyConv2d, ScaledKeyConv2d, Trainable
-from .surgery import check_unwrapped, flat_name, is_feature_extractor, replace_layers, unwrapped
+from .plan import flat_name, is_feature_extractor
+from .surgery import replace_layers
+from .wrapped import check_unwrapped, unwrapped
 
 DENSE_NAME = "model.safetensors"
 COMPACT_NAME = "masterkeys.safetensors"
