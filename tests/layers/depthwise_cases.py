@@ -8,6 +8,8 @@ from torch.func import functional_call
 
 from timm_masterkeys import MasterKeyConv2d
 
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
 GEOMETRIES = {  # kernel, stride, padding, dilation, multiplier, bias
     "3x3": (3, 1, 1, 1, 1, True),
     "stride": (3, 2, 1, 1, 1, False),

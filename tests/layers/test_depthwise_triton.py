@@ -5,15 +5,15 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from depthwise_cases import GEOMETRIES, as_function, make, plain
+from depthwise_cases import GEOMETRIES, LAYOUTS, as_function, make, plain
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from timm_masterkeys.layers import depthwise
 
 pytest.importorskip("triton")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
+pytestmark = [pytest.mark.cuda] if DEVICE == "cuda" else []
 
 
 @pytest.fixture
