@@ -1,6 +1,6 @@
 """The gradients of scale and shift in one reduction over input and output gradient, as a Triton kernel.
 
-Imports Triton, so it is imported where a kernel is about to run, never before (``depthwise.kernel_runs``). Tested in
+Imports Triton, so it is imported where a kernel is about to run, never before (``depthwise._kernel_runs``). Tested in
 Triton's interpreter only: no figure of it was measured, and nothing takes it unless ``TIMM_MASTERKEYS_TRITON=1``.
 """
 
