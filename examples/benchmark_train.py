@@ -1,7 +1,8 @@
 """What training costs with frozen keys, against dense: layers, whole steps (time and memory) and inference.
 
 Everything is compared side by side: the variants take turns, step by step, and medians are printed with their ratio
-to the dense network. On CUDA where there is one. Run it on an idle machine: a busy one flatters whatever computes less.
+to the dense network. On CUDA where there is one (``examples/gpu.sh`` measures all there). Run it on an idle machine: a
+busy one flatters whatever computes less.
 
     python examples/benchmark_train.py
     python examples/benchmark_train.py --only layers
@@ -10,10 +11,15 @@ to the dense network. On CUDA where there is one. Run it on an idle machine: a b
 
 import argparse
 import copy
+import csv
 import gc
+import os
+import resource
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import timm
 import torch
@@ -21,7 +27,8 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame, pad_same
 from torch import nn
 
-from timm_masterkeys import MasterKeyConv2d, convert_to_masterkeys, fuse_masterkeys
+from timm_masterkeys import MasterKeyConv2d, calibrate_masterkeys, convert_to_masterkeys, fuse_masterkeys
+from timm_masterkeys.layers.depthwise import takes_kernel
 from timm_masterkeys.models.surgery import replace_layers
 
 GRID = [  # batch, channels, side, kernel, stride: stages of ConvNeXt, StarNet, EfficientNet and MobileNetV3
@@ -40,8 +47,14 @@ GRID = [  # batch, channels, side, kernel, stride: stages of ConvNeXt, StarNet, 
 ]
 NETWORKS = {"convnext_tiny": 4, "convnext_atto": 16, "convnextv2_atto": 16, "efficientnet_lite0": 8}
 NETWORKS |= {"mobilenetv3_large_100": 8, "starnet_s1": 8}
+REPAIRED = {"tf_efficientnet_lite0": 250, "convnext_base": 76}  # images
 VARIANTS = ("dense", "frozen", "autograd", "none", "shift", "affine")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cuda":
+    NETWORKS = dict.fromkeys(["convnext_tiny", "convnext_base", "convnextv2_atto", "inception_next_tiny"], 128)
+    NETWORKS |= dict.fromkeys(["efficientnet_b0", "mobilenetv3_large_100", "starnet_s1"], 128)
+    VARIANTS = ("dense", "none", "shift", "affine", "shift+kernel", "affine+kernel")
+    torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True  # as timm's train.py has it
 
 
 class PlainKeyConv2d(nn.Conv2d):
@@ -63,7 +76,8 @@ class PlainKeyConv2d(nn.Conv2d):
 
 
 def variant(dense: nn.Module, name: str) -> nn.Module:
-    """A copy of a dense network (or convolution) in one of the variants."""
+    """A copy of a dense network (or convolution) in one of the variants; ``+kernel`` is left to ``interleaved``."""
+    name = name.removesuffix("+kernel")
     if name == "dense":
         return copy.deepcopy(dense)
     if name == "frozen":
@@ -80,12 +94,13 @@ def variant(dense: nn.Module, name: str) -> nn.Module:
 
 
 def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each run in every round; the runs take turns, and the first turn of all is not counted."""
+    """Milliseconds of each run in every round; the runs take turns, and the first turns of all are not counted."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
+    for turn in range(-3 if DEVICE.type == "cuda" else -1, rounds):
         for name, run in runs.items():
+            os.environ["TIMM_MASTERKEYS_TRITON"] = "1" if name.endswith("+kernel") else "0"
             milliseconds = run()
-            if turn:
+            if turn >= 0:
                 times[name].append(milliseconds)
     return times
 
@@ -109,43 +124,98 @@ def table(rows: Sequence[Sequence[str]]) -> None:
     print()
 
 
-def layers(rounds: int) -> None:
+def write(args: argparse.Namespace, rows: Sequence[dict[str, object]]) -> None:
+    """Adds rows to the file of results, if there is one, each with where it was measured."""
+    if args.results is None:
+        return
+    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    settings = {"rounds": args.rounds, "device": where, "torch": torch.__version__, "timm": timm.__version__}
+    settings = {"precision": args.precision, "compiled": args.compile, **settings}
+    columns = ["part", "what", "batch", "px", "layout", "variant", "ms", "MB", *settings]
+    new = not args.results.exists()
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    with args.results.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if new:
+            writer.writeheader()
+        writer.writerows({**row, **settings} for row in rows)
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """The context that forward runs in."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def grid(args: argparse.Namespace) -> list[tuple[int, int, int, int | tuple[int, int], int]]:
+    """Shapes of depthwise layers: a few on CPU; on CUDA, or if models are chosen, all of theirs, each once."""
+    if DEVICE.type != "cuda" and not args.models:
+        return list(GRID)  # type: ignore[arg-type]
+    found: dict[tuple[int, int, int, int | tuple[int, int], int], None] = {}
+    for name, size in ((name, size) for name in args.models or NETWORKS for size in args.sizes):
+        batch = args.batch_size or NETWORKS.get(name, 8)
+
+        def note(module: nn.Module, inputs: tuple[torch.Tensor], out: torch.Tensor, batch: int = batch) -> None:
+            if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 == module.weight.shape[1]:
+                kernel = module.kernel_size if module.kernel_size[0] != module.kernel_size[1] else module.kernel_size[0]
+                found[batch, module.in_channels, inputs[0].shape[3], kernel, module.stride[0]] = None  # type: ignore[index]
+
+        with torch.device("meta"):
+            model = timm.create_model(name).eval()
+            for module in model.modules():
+                module.register_forward_hook(note)
+            model(torch.empty(1, 3, size, size))
+    return list(found)
+
+
+def layers(args: argparse.Namespace) -> None:
     """Backward of one depthwise convolution: dense in milliseconds, the others by how many times they are faster."""
-    others = VARIANTS[1:]
+    others = args.variants[1:]
     rows = [["batch, channels, side, kernel, stride", "layout", "dense ms", *others]]
-    for batch, channels, side, kernel, stride in GRID:
+    for batch, channels, side, kernel, stride in grid(args):
+        padding = tuple(k // 2 for k in kernel) if isinstance(kernel, tuple) else kernel // 2
         for layout in (torch.contiguous_format, torch.channels_last):
             torch.manual_seed(0)
-            conv = nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels).to(DEVICE)
+            conv = nn.Conv2d(channels, channels, kernel, stride, padding, groups=channels).to(DEVICE)
             x = torch.randn(batch, channels, side, side, device=DEVICE).to(memory_format=layout).requires_grad_()
 
             def backward(layer: nn.Module, x: torch.Tensor = x) -> float:
                 inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
-                out = layer(x)
+                with autocast(args):
+                    out = layer(x)
                 grad = torch.ones_like(out)
                 return clock(lambda: torch.autograd.grad(out, inputs, grad))
 
-            made = {name: variant(conv, name) for name in VARIANTS}
-            times = interleaved({n: lambda layer=layer: backward(layer) for n, layer in made.items()}, rounds)
+            made = {name: variant(conv, name) for name in args.variants}
+            times = interleaved({n: lambda layer=layer: backward(layer) for n, layer in made.items()}, args.rounds)
             m = {name: median(values) for name, values in times.items()}
             gains = [f"{m['dense'] / m[name]:.1f}x" for name in others]
             shape = f"{batch}, {channels}, {side}, {kernel}, {stride}"
             layout_name = "NCHW" if layout is torch.contiguous_format else "channels_last"
             rows.append([shape, layout_name, f"{m['dense']:.2f}", *gains])
+            about = {"part": "layer", "what": f"{channels} channels, kernel {kernel}, stride {stride}", "batch": batch}
+            about |= {"px": side, "layout": layout_name}
+            write(args, [{**about, "variant": name, "ms": f"{m[name]:.4f}"} for name in args.variants])
     table(rows)
 
 
-def trainer(dense: nn.Module, kind: str, batch: int, size: int, channels_last: bool) -> Callable[[], float]:
+def trainer(dense: nn.Module, kind: str, batch: int, size: int, args: argparse.Namespace) -> Callable[[], float]:
     """A function that takes one training step and returns its milliseconds."""
-    form = torch.channels_last if channels_last else torch.contiguous_format
+    form = torch.channels_last if args.channels_last else torch.contiguous_format
     model = variant(dense, kind).train().to(DEVICE, memory_format=form)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     x = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=form)
     y = torch.randint(100, (batch,), device=DEVICE)
+    forward: Callable[[torch.Tensor], torch.Tensor] = model
+    if args.compile:  # code of its own, or one variant would be given what was compiled for another of the same shapes
+        names: dict[str, Any] = {"model": model}
+        exec("def forward(x): return model(x)", names)
+        forward = torch.compile(names["forward"])
 
     def step() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+        with autocast(args):
+            loss = F.cross_entropy(forward(x), y)
+        loss.backward()
         optimizer.step()
 
     return lambda: clock(step)
@@ -170,63 +240,130 @@ def kept(dense: nn.Module, kind: str, batch: int, size: int) -> float:
     return megabytes
 
 
-def steps(names: Sequence[str], sizes: Sequence[int], batch: int | None, channels_last: bool, rounds: int) -> None:
-    """Whole training steps: milliseconds, how many times faster than dense, and the memory kept for backward."""
-    others = VARIANTS[1:]
+def peak(run: Callable[[], object]) -> float:
+    """Megabytes that a run takes on a GPU beyond what was held before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def steps(args: argparse.Namespace) -> None:
+    """Whole training steps: milliseconds, how many times faster than dense, and the memory they take.
+
+    On CUDA that of a step beyond weights and the optimiser's state, on CPU what is kept for backward.
+    """
+    others = args.variants[1:]
     rows = [["network", "batch, px", "dense ms", *others, "dense MB", *(f"{kind} MB" for kind in others)]]
-    for name in names:
-        for size in sizes:
-            images = batch or NETWORKS.get(name, 8)
-            dense = timm.create_model(name, num_classes=100)
-            runs = {kind: trainer(dense, kind, images, size, channels_last) for kind in VARIANTS}
-            m = {kind: median(values) for kind, values in interleaved(runs, rounds).items()}
-            del runs
+    for name, size in ((name, size) for name in args.models or NETWORKS for size in args.sizes):
+        images = args.batch_size or NETWORKS.get(name, 8)
+        dense = timm.create_model(name, num_classes=100)
+        torch.compiler.reset()
+        try:
+            runs = {kind: trainer(dense, kind, images, size, args) for kind in args.variants}
+            m = {kind: median(values) for kind, values in interleaved(runs, args.rounds).items()}
+            if DEVICE.type == "cuda":
+                peaks = {kind: lambda run=run: peak(run) for kind, run in runs.items()}
+                memory = {kind: median(values) for kind, values in interleaved(peaks, 1).items()}
+        except torch.OutOfMemoryError:
+            print(f"{name} {size}: out of memory", flush=True)
+            continue
+        finally:
+            runs = {}
             gc.collect()
-            memory = {kind: kept(dense, kind, images, size) for kind in VARIANTS}
-            more = [f"{memory['dense']:.0f}", *(f"{memory[kind] / memory['dense'] - 1:+.1%}" for kind in others)]
-            gains = [f"{m['dense'] / m[kind]:.2f}x" for kind in others]
-            rows.append([name, f"{images}, {size}", f"{m['dense']:.0f}", *gains, *more])
-            print(f"{name} {size}: " + ", ".join(f"{k} {v:.0f}" for k, v in m.items()), flush=True)
+        if DEVICE.type != "cuda":
+            memory = {kind: kept(dense, kind.removesuffix("+kernel"), images, size) for kind in args.variants}
+        more = [f"{memory['dense']:.0f}", *(f"{memory[kind] / memory['dense'] - 1:+.1%}" for kind in others)]
+        gains = [f"{m['dense'] / m[kind]:.2f}x" for kind in others]
+        rows.append([name, f"{images}, {size}", f"{m['dense']:.0f}", *gains, *more])
+        print(f"{name} {size}: " + ", ".join(f"{k} {v:.0f}" for k, v in m.items()), flush=True)
+        about = {"part": "step", "what": name, "batch": images, "px": size}
+        about["layout"] = "channels_last" if args.channels_last else "NCHW"
+        write(args, [{**about, "variant": k, "ms": f"{m[k]:.3f}", "MB": f"{memory[k]:.1f}"} for k in args.variants])
     table(rows)
 
 
-def inference(names: Sequence[str], sizes: Sequence[int], batch: int | None, channels_last: bool, rounds: int) -> None:
+def profile(args: argparse.Namespace) -> None:
+    """Where the time of a training step goes, by kernel."""
+    for name, kind in ((name, kind) for name in args.models or NETWORKS for kind in args.variants):
+        images = args.batch_size or NETWORKS.get(name, 8)
+        run = trainer(timm.create_model(name, num_classes=100), kind, images, args.sizes[-1], args)
+        interleaved({kind: run}, 1)
+        with torch.profiler.profile() as profiled:
+            run()
+        order = "self_device_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
+        print(
+            f"{name}, {kind}\n" + profiled.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=80)
+        )
+
+
+def repair(args: argparse.Namespace) -> None:
+    """Seconds and memory of the repair of a network with weights drawn at random, from noise."""
+    rows = [["network", "images, px", "s", "MB"]]
+    for name in args.models or REPAIRED:
+        images, size = args.batch_size or REPAIRED.get(name, 76), args.sizes[-1]
+        dense = timm.create_model(name).eval().to(DEVICE)
+        model, x = convert_to_masterkeys(dense), torch.randn(images, 3, size, size)
+        run = lambda model=model, dense=dense, x=x: clock(lambda: calibrate_masterkeys(model, dense, x))  # noqa: E731
+        seconds = []
+        if DEVICE.type == "cuda":
+            memory = peak(lambda run=run, seconds=seconds: seconds.append(run() / 1e3))
+        else:
+            seconds, memory = [run() / 1e3], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        rows.append([name, f"{images}, {size}", f"{seconds[0]:.1f}", f"{memory:.0f}"])
+        about = {"part": "repair", "what": name, "batch": images, "px": size, "MB": f"{memory:.1f}"}
+        write(args, [{**about, "ms": f"{seconds[0] * 1e3:.0f}"}])
+    table(rows)
+
+
+def inference(args: argparse.Namespace) -> None:
     """Inference: dense milliseconds, and what the converted network takes more, as it is and fused."""
     rows = [["network", "batch, px", "dense ms", "unfused", "fused"]]
-    form = torch.channels_last if channels_last else torch.contiguous_format
-    for name in names:
-        for size in sizes:
-            images = batch or NETWORKS.get(name, 8)
-            models = {"dense": timm.create_model(name, num_classes=100).eval().to(DEVICE, memory_format=form)}
-            models["unfused"] = convert_to_masterkeys(models["dense"])
-            models["fused"] = fuse_masterkeys(models["unfused"])
-            x = torch.randn(images, 3, size, size, device=DEVICE).to(memory_format=form)
-            runs = {kind: lambda model=model, x=x: clock(lambda: model(x)) for kind, model in models.items()}
-            with torch.inference_mode():
-                times = interleaved(runs, 5 * rounds)
-            dense = times.pop("dense")
-            more = [median(b / a for a, b in zip(dense, other, strict=True)) - 1 for other in times.values()]
-            rows.append([name, f"{images}, {size}", f"{median(dense):.0f}", *(f"{m:+.1%}" for m in more)])
+    form = torch.channels_last if args.channels_last else torch.contiguous_format
+    for name, size in ((name, size) for name in args.models or NETWORKS for size in args.sizes):
+        images = args.batch_size or NETWORKS.get(name, 8)
+        models = {"dense": timm.create_model(name, num_classes=100).eval().to(DEVICE, memory_format=form)}
+        models["unfused"] = convert_to_masterkeys(models["dense"])
+        models["fused"] = fuse_masterkeys(models["unfused"])
+        x = torch.randn(images, 3, size, size, device=DEVICE).to(memory_format=form)
+        runs = {kind: lambda model=model, x=x: clock(lambda: model(x)) for kind, model in models.items()}
+        with torch.inference_mode(), autocast(args):
+            times = interleaved(runs, 5 * args.rounds)
+        dense = times.pop("dense")
+        more = [median(b / a for a, b in zip(dense, other, strict=True)) - 1 for other in times.values()]
+        rows.append([name, f"{images}, {size}", f"{median(dense):.0f}", *(f"{m:+.1%}" for m in more)])
     table(rows)
+
+
+PARTS = {"layers": layers, "steps": steps, "inference": inference, "profile": profile, "repair": repair}
 
 
 def main() -> None:
     """Runs the chosen parts."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", choices=["layers", "steps", "inference"], help="one part (default: all three)")
-    parser.add_argument("--models", nargs="+", default=list(NETWORKS), help="timm architectures")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[160, 224], help="image sizes (default: 160 224)")
-    parser.add_argument("--batch-size", type=int, help="images a step (default: 4 to 16, by network)")
-    parser.add_argument("--channels-last", action="store_true", help="for steps and inference")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS)[:3], help="(default: the first three)")
+    parser.add_argument("--models", nargs="+", help=f"timm architectures (default: {', '.join(NETWORKS)})")
+    parser.add_argument("--sizes", nargs="+", type=int, help="image sizes (default: 160 224, on CUDA 224)")
+    parser.add_argument("--batch-size", type=int, help="images a step (default: 4 to 16, by network; on CUDA 128)")
+    parser.add_argument("--channels-last", action="store_true", help="for steps, profile and inference")
+    parser.add_argument("--precision", choices=["float32", "bf16"], default="float32", help="bf16: by autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, for steps and profile")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
+    parser.add_argument("--results", type=Path, metavar="CSV", help="rows are added to it")
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, timm {timm.__version__}, {DEVICE}, {torch.get_num_threads()} threads\n")
-    if args.only in (None, "layers"):
-        layers(args.rounds)
-    if args.only in (None, "steps"):
-        steps(args.models, args.sizes, args.batch_size, args.channels_last, args.rounds)
-    if args.only in (None, "inference"):
-        inference(args.models, args.sizes, args.batch_size, args.channels_last, args.rounds)
+    args.sizes = args.sizes or ([224] if DEVICE.type == "cuda" else [160, 224])
+    if args.variants[0] != "dense":
+        parser.error("the first variant is what the others are compared with: dense")
+    os.environ["TIMM_MASTERKEYS_TRITON"] = "1"
+    if DEVICE.type == "cuda" and not takes_kernel("cuda", ((7, 7), (1, 1), False, 0)):
+        args.variants = [name for name in args.variants if not name.endswith("+kernel")]
+        print("Triton does not run here: no kernels are measured.")
+    print(f"torch {torch.__version__}, timm {timm.__version__}, {DEVICE}, {torch.get_num_threads()} threads")
+    layout = "channels_last" if args.channels_last else "NCHW"
+    print(f"{args.precision}, {layout}, {'compiled' if args.compile else 'eager'}\n")
+    for part in args.only:
+        PARTS[part](args)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """What holds for every test: a fixed seed, no repair unless it is asked for, and one thread, as threads cost tiny
-tensors more than they give.
+tensors more than they give. Without a GPU Triton's kernels are interpreted, which it has to know before it is imported.
 """
 
 import os
@@ -8,6 +8,8 @@ import pytest
 import torch
 
 os.environ["TIMM_MASTERKEYS_CALIBRATE"] = "none"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items):
@@ -23,3 +25,19 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def cuda():
+    """A GPU, for tests marked ``cuda``; ``TIMM_MASTERKEYS_TEST_DEVICE=cpu`` tries their bodies without one."""
+    device = os.environ.get("TIMM_MASTERKEYS_TEST_DEVICE", "cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.backends.cudnn.allow_tf32 = False
+    return device
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Where a test runs that should give the same on CPU and, with ``-m cuda``, on a GPU."""
+    return "cpu" if request.param == "cpu" else request.getfixturevalue("cuda")

@@ -5,63 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.nn.functional as F
-from timm.layers import Conv2dSame
-from torch import nn
+from depthwise_cases import GEOMETRIES, as_function, make, plain
 from torch.func import functional_call
-
-from timm_masterkeys import MasterKeyConv2d
-
-GEOMETRIES = {  # kernel, stride, padding, dilation, multiplier, bias
-    "3x3": (3, 1, 1, 1, 1, True),
-    "stride": (3, 2, 1, 1, 1, False),
-    "SAME": (3, 2, "SAME", 1, 1, True),
-    "dilation, multiplier": (3, 1, 2, 2, 2, True),
-    "strip": ((1, 5), 1, (0, 2), 1, 1, True),
-    "2x2, stride 2": (2, 2, 0, 1, 1, True),
-    "even, string": (2, 1, "same", 1, 1, True),
-    "4x4, string, multiplier": (4, 1, "same", 1, 2, False),
-    "valid": (3, 1, "valid", 1, 1, True),
-    "7x7": (7, 1, 3, 1, 1, True),
-}
-
-
-def make(geometry, keys_per_kernel=1, trainable="shift", channels=2, dtype=torch.float64, padding_mode="zeros"):
-    kernel, stride, padding, dilation, multiplier, bias = GEOMETRIES[geometry]
-    torch.manual_seed(0)
-    same = padding == "SAME"
-    conv = (Conv2dSame if same else nn.Conv2d)(
-        channels,
-        channels * multiplier,
-        kernel,
-        stride,
-        0 if same else padding,
-        dilation,
-        channels,
-        bias,
-    )
-    conv.padding_mode = padding_mode
-    return MasterKeyConv2d.from_conv(conv.to(dtype), keys_per_kernel=keys_per_kernel, trainable=trainable)
-
-
-def as_function(layer):
-    """The layer as a function of its input and parameters, for gradcheck."""
-    names = [name for name, _ in layer.named_parameters()]
-    return lambda x, *values: functional_call(layer, dict(zip(names, values, strict=True)), (x,))
-
-
-def plain(layer, x):
-    """The same output through autograd's own convolution."""
-    padding = layer.padding
-    if layer.same_padding:
-        x, padding = F.pad(x, pad_arg(layer, x)), 0
-    return F.conv2d(x, layer.compose_weight(), layer.bias, layer.stride, padding, layer.dilation, layer.groups)
-
-
-def pad_arg(layer, x):
-    from timm.layers.padding import pad_same_arg
-
-    return pad_same_arg(x.shape[-2:], layer.kernel_size, layer.stride, layer.dilation)
 
 
 @pytest.mark.parametrize(("trainable", "keys_per_kernel"), [("none", 1), ("shift", 1), ("affine", 1), ("affine", 2)])

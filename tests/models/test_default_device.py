@@ -16,16 +16,22 @@ from timm_masterkeys.repair.calibrate import STAGES
 from timm_masterkeys.study.discovery import collect_kernels
 
 
-def both(work):
-    """What some work gives as usual and with tensors made on "meta" unless told otherwise."""
-    results = []
-    for context in (contextlib.nullcontext(), torch.device("meta")):
-        _chance.cache_clear()
-        _tables.cache_clear()
-        torch.manual_seed(0)
-        with context:
-            results.append(work())
-    return results
+@pytest.fixture(params=["meta", pytest.param("cuda", marks=pytest.mark.cuda)])
+def both(request):
+    """A function: what some work gives as usual and with tensors made on another device unless told otherwise."""
+    device = request.param if request.param == "meta" else request.getfixturevalue("cuda")
+
+    def run(work):
+        results = []
+        for context in (contextlib.nullcontext(), torch.device(device)):
+            _chance.cache_clear()
+            _tables.cache_clear()
+            torch.manual_seed(0)
+            with context:
+                results.append(work())
+        return results
+
+    return run
 
 
 def same(a, b):
@@ -40,14 +46,14 @@ def dense():
 
 @pytest.mark.parametrize("bank", ["babaiee2025", "scale-space-b", "random8:0", "keys"])
 @pytest.mark.parametrize("r", [1, 2, 8])
-def test_projection(bank, r):
+def test_projection(bank, r, both):
     weight, keys = torch.randn(20, 1, 5, 5), torch.randn(20, 5, 5)
     one, other = both(lambda: vars(mk.project_kernels(weight, keys if bank == "keys" else bank, r)))
     assert same(one, other)
 
 
 @pytest.mark.parametrize("trainable", ["none", "shift", "affine", "scales"])
-def test_layers(dense, trainable):
+def test_layers(dense, trainable, both):
     bank, x = "scale-space-b" if trainable == "scales" else "babaiee2025", torch.randn(2, 3, 32, 32)
 
     def work():
@@ -69,7 +75,7 @@ def test_layers(dense, trainable):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_calibration(dense, stage):
+def test_calibration(dense, stage, both):
     if stage == "healing" and torch.__version__ < "2.6":
         pytest.skip("torch 2.5's own Adam makes its step count on the default device")
     x = torch.randn(15, 3, 32, 32)
@@ -84,7 +90,7 @@ def test_calibration(dense, stage):
     assert str(report.stages[0].before) == str(again.stages[0].before)
 
 
-def test_images_of_a_folder(dense, tmp_path):
+def test_images_of_a_folder(dense, tmp_path, both):
     for i in range(12):
         noise = np.random.default_rng(i).integers(0, 256, (40, 40, 3)).astype(np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{i}.png")
@@ -97,7 +103,7 @@ def test_images_of_a_folder(dense, tmp_path):
     assert same(*both(work))
 
 
-def test_kernels_for_a_search(dense):
+def test_kernels_for_a_search(dense, both):
     data = np.random.default_rng(0).standard_normal((9, 3, 3))
     one, other = both(lambda: collect_kernels({"a": dense, "b": data}, 3))
     rest, apart = both(lambda: one.split("b")[0])

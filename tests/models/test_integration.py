@@ -40,8 +40,9 @@ def build(name, **kwargs):
     return timm.create_model(f"{name}.mk8", num_classes=7, **NETWORKS.get(name, {}), **kwargs)
 
 
-def images(count=2):
-    return torch.randn(count, 3, 64, 64)
+def images(model, count=2):
+    """Noise, where the model is."""
+    return torch.randn(count, 3, 64, 64).to(next(model.parameters()).device)
 
 
 def layers(model):
@@ -54,7 +55,7 @@ def assert_same(a, b, x, tolerance=1e-4):
 
 
 def do_deepcopy(model):
-    assert_same(copy.deepcopy(model), model, images(), 0)
+    assert_same(copy.deepcopy(model), model, images(model), 0)
 
 
 def do_ema(model):
@@ -69,7 +70,7 @@ def do_ema(model):
 
 
 def do_pickle(model):
-    assert_same(pickle.loads(pickle.dumps(model)), model, images(), 0)
+    assert_same(pickle.loads(pickle.dumps(model)), model, images(model), 0)
 
 
 def do_safetensors(model):
@@ -78,13 +79,13 @@ def do_safetensors(model):
     for layer in layers(other):
         layer.reset_parameters()
     other.load_state_dict(state)
-    assert_same(other, model, images(), 0)
+    assert_same(other, model, images(model), 0)
 
 
 def do_compile(model):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    x, parameters = images(), [p for p in model.parameters() if p.requires_grad]
+    x, parameters = images(model), [p for p in model.parameters() if p.requires_grad]
     for _ in range(3):
         gradients = torch.autograd.grad(compiled(x).square().sum(), parameters)
     assert counter.frame_count == 1
@@ -94,46 +95,46 @@ def do_compile(model):
 
 
 def do_export(model):
-    assert_same(torch.export.export(model, (images(),)).module(), model, images())
+    assert_same(torch.export.export(model, (images(model),)).module(), model, images(model))
 
 
 def do_onnx(model):
-    file, x = io.BytesIO(), images()
+    file, x = io.BytesIO(), images(model)
     with torch.no_grad():
         torch.onnx.export(model, (x,), file, input_names=["x"], dynamo=False)
         session = onnxruntime.InferenceSession(file.getvalue())
-        torch.testing.assert_close(
-            torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), model(x), rtol=1e-3, atol=1e-4
-        )
+        out = torch.from_numpy(session.run(None, {"x": x.cpu().numpy()})[0])
+        torch.testing.assert_close(out, model(x).cpu(), rtol=1e-3, atol=1e-4)
 
 
 def do_trace(model):
     with torch.no_grad():
-        assert_same(torch.jit.trace(model, images()), model, images())
+        assert_same(torch.jit.trace(model, images(model)), model, images(model))
 
 
 def do_script(model):
-    assert_same(torch.jit.script(model), model, images())
+    assert_same(torch.jit.script(model), model, images(model))
 
 
 def do_amp(model):
     model.train()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model(images())
+    x = images(model)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        out = model(x)
     out.float().sum().backward()
     for layer in layers(model):
         assert layer.shift.grad.dtype == torch.float32 and layer.shift.grad.isfinite().all()
 
 
 def do_channels_last(model):
-    assert_same(copy.deepcopy(model).to(memory_format=torch.channels_last), model, images())
+    assert_same(copy.deepcopy(model).to(memory_format=torch.channels_last), model, images(model))
 
 
 def do_grad_checkpointing(model):
     for module in model.train().modules():
         if isinstance(module, nn.BatchNorm2d):  # forward runs twice: statistics would be updated twice
             module.eval()
-    x, gradients = images(), []
+    x, gradients = images(model), []
     for checkpointing in (False, True):
         model.set_grad_checkpointing(checkpointing)
         torch.manual_seed(0)  # drop path
@@ -145,12 +146,12 @@ def do_grad_checkpointing(model):
 def do_sync_batchnorm(model):
     converted = convert_sync_batchnorm(copy.deepcopy(model))
     assert len(layers(converted)) == len(layers(model))
-    assert_same(converted, model, images())
+    assert_same(converted, model, images(model))
 
 
 def do_split_batchnorm(model):
     split = convert_splitbn_model(copy.deepcopy(model), 2).train()
-    split(images(4)).sum().backward()
+    split(images(model, 4)).sum().backward()
     assert all(layer.shift.grad is not None for layer in layers(split))
 
 
@@ -159,40 +160,40 @@ def do_meta(model):
         empty = build(model.pretrained_cfg["architecture"])
     assert all(tensor.is_meta for tensor in empty.state_dict().values())
     empty.load_state_dict(model.state_dict(), assign=True)
-    assert_same(empty.eval(), model, images(), 0)
+    assert_same(empty.eval(), model, images(model), 0)
 
 
 def do_half(model):
     for dtype in (torch.bfloat16, torch.float16):
         half = copy.deepcopy(model).to(dtype)
         with torch.no_grad():
-            out = half(images().to(dtype))
+            out = half(images(model).to(dtype))
         assert out.dtype == dtype and out.isfinite().all()
         assert all(layer.key_index.dtype == torch.float32 for layer in layers(half))
 
 
 def do_features_only(model):
     features = build(model.pretrained_cfg["architecture"], features_only=True).eval()
-    out = features(images())
+    out = features(images(features))
     assert layers(features) and [f.shape[1] for f in out] == features.feature_info.channels()
 
 
 def do_forward_intermediates(model):
-    final, intermediates = model.forward_intermediates(images())
+    final, intermediates = model.forward_intermediates(images(model))
     assert final.isfinite().all() and intermediates
 
 
 def do_reparameterize(model):
     dense = reparameterize_model(model)
     assert not layers(dense) and layers(model)
-    assert_same(dense, model, images(), 1e-3)
+    assert_same(dense, model, images(model), 1e-3)
 
 
 def do_count_flops(model):
     counts = []
     for counted in (model, mk.fuse_masterkeys(model)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            counted(images())
+            counted(images(model))
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
 
@@ -209,14 +210,15 @@ DONE = {name.removeprefix("do_"): function for name, function in list(globals().
         for what in DONE
     ],
 )
-def test(name, what):
-    DONE[what](build(name).eval())
+def test(name, what, device):
+    DONE[what](build(name).eval().to(device))
 
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5's newer exporter fails on the stock model as well")
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_by_the_newer_exporter():
-    model, x, file = build("test_efficientnet").eval(), images(), io.BytesIO()
+    model, file = build("test_efficientnet").eval(), io.BytesIO()
+    x = images(model)
     with torch.no_grad():
         torch.onnx.export(model, (x,), input_names=["x"], dynamo=True, verbose=False).save(file)
         out = onnxruntime.InferenceSession(file.getvalue()).run(None, {"x": x.numpy()})[0]
@@ -224,17 +226,20 @@ def test_onnx_by_the_newer_exporter():
 
 
 DISTRIBUTED = """
-import os, timm, torch, torch.distributed as dist
+import os, sys, timm, torch, torch.distributed as dist
 import timm_masterkeys as mk
 from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 
-dist.init_process_group("gloo")
+device = sys.argv[1]
+if device == "cuda":
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+dist.init_process_group("nccl" if device == "cuda" else "gloo")
 rank = dist.get_rank()
 
 def make():
     torch.manual_seed(0)  # as train.py does, with the rank added only after the model is made
-    return timm.create_model("test_convnext.mk8", num_classes=4)
+    return timm.create_model("test_convnext.mk8", num_classes=4).to(device)
 
 def everywhere_equal(tensor):
     tensors = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
@@ -246,7 +251,7 @@ def train(model):
     for step in range(2):
         torch.manual_seed(10 * step + rank)
         optimizer.zero_grad()
-        model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+        model(torch.randn(2, 3, 64, 64).to(device)).square().mean().backward()
         optimizer.step()
 
 model = make()
@@ -277,12 +282,13 @@ os._exit(0)  # gloo's threads may ask for a lock of an interpreter that is being
 """
 
 
-def test_ddp_and_fsdp2_on_two_processes(tmp_path):
-    """Also ``torchrun -m timm_masterkeys.launch``."""
+def test_ddp_and_fsdp2(tmp_path, device):
+    """On two processes, or one a GPU. Also ``torchrun -m timm_masterkeys.launch``."""
+    count = 2 if device == "cpu" else torch.cuda.device_count()
     (tmp_path / "script.py").write_text(DISTRIBUTED)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "timm_masterkeys.launch", str(tmp_path / "script.py")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command = [*torchrun, "-m", "timm_masterkeys.launch", str(tmp_path / "script.py"), device]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("all equal") == 2
+    assert done.stdout.count("all equal") == count

@@ -47,19 +47,19 @@ def assert_equal(got, wanted):
 
 
 @pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
-def test_what_is_frozen_stays_bit_for_bit(trainable):
-    model = build(trainable)
+def test_what_is_frozen_stays_bit_for_bit(trainable, device):
+    model = build(trainable).to(device)
     ema = ModelEmaV3(model, decay=0.5)
     before, shift, scale = frozen(model), shifts(model), model.stages[0].blocks[0].conv_dw.scale.detach().clone()
     names = {name.rpartition(".")[2] for name in before}
     assert names >= {"none": {"keys", "key_index", "scale", "shift"}, "shift": {"scale"}, "affine": {"keys"}}[trainable]
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.1)
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=3)
-    task, scaler = ClassificationTask(model.train()), NativeScaler(device="cpu")
+    task, scaler = ClassificationTask(model.train()), NativeScaler(device=device)
     for step, (x, y) in enumerate(batches(3)):
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = task(x, y)["loss"]
+        with torch.autocast(device, torch.bfloat16):
+            loss = task(x.to(device), y.to(device))["loss"]
         scaler(loss, optimizer, clip_grad=1.0, parameters=model.parameters())
         scheduler.step(step)
         ema.update(model, step=step)

@@ -1,6 +1,7 @@
 """Timm's own train.py, validate.py, benchmark.py, inference.py and onnx_export.py, unmodified, on ``.mk8`` models.
 
-Marked ``scripts``: the scripts are not on PyPI. ``TIMM_SCRIPTS=checkout pytest -m scripts`` points at a checkout.
+Marked ``scripts``: the scripts are not on PyPI. ``TIMM_SCRIPTS=checkout pytest -m scripts`` points at a checkout. Where
+there is a GPU they run on it, and are marked ``cuda`` as well.
 """
 
 import csv
@@ -22,9 +23,12 @@ import timm_masterkeys as mk
 from timm_masterkeys.zoo.evaluate import find_labels, measure
 from timm_masterkeys.zoo.zoo import timm_columns
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 pytestmark = [
     pytest.mark.scripts,
     pytest.mark.skipif("TIMM_SCRIPTS" not in os.environ, reason="TIMM_SCRIPTS names no checkout of timm"),
+    *([pytest.mark.cuda] if DEVICE == "cuda" else []),
 ]
 
 MODEL = "test_convnext"  # of timm's tiny architectures, one with 7x7 depthwise layers
@@ -70,7 +74,7 @@ def run(script, *args, cwd, plugin=True):
 def train(data, folder, *args, model=f"{MODEL}.mk8", epochs=1):
     """Trains by ``--device-modules``; the last checkpoint's state dict."""
     plugin = ["--device-modules", "timm_masterkeys", "--data-dir", data]
-    settings = ["--device", "cpu", "--epochs", epochs, "--warmup-epochs", 0, "--workers", 1]
+    settings = ["--device", DEVICE, "--epochs", epochs, "--warmup-epochs", 0, "--workers", 1]
     output = ["--output", folder, "--experiment", "run", "--opt", "adamw", "--lr", "1e-3"]
     text = run("train.py", *plugin, *settings, *output, "--model", model, *SMALL, *args, cwd=folder, plugin=False)
     assert "nan" not in text.lower().replace("nanmean", "")
@@ -87,6 +91,7 @@ VARIANTS = {
     "ema": ["--model-ema", "--model-ema-decay", "0.5"],
     "bf16": ["--amp", "--amp-dtype", "bfloat16"],
     "channels last": ["--channels-last"],
+    "bf16, channels last": ["--amp", "--amp-dtype", "bfloat16", "--channels-last"],
     "checkpointing": ["--grad-checkpointing"],
     "layer decay": ["--layer-decay", "0.7"],
     "accumulation": ["--grad-accum-steps", "2"],
@@ -145,7 +150,7 @@ def test_averaged_checkpoints_validate_infer_and_export(data, tmp_path):
     assert index and all(torch.equal(value, last[name]) for name, value in index.items())
 
     ours = ["--model", f"{MODEL}.mk8", "--checkpoint", tmp_path / "mean.safetensors", *SMALL[:6]]
-    data_args = ["--data-dir", data, "--device", "cpu", "-b", 4, "--workers", 1]
+    data_args = ["--data-dir", data, "--device", DEVICE, "-b", 4, "--workers", 1]
     top1 = []
     for extra in ([], ["--reparam"]):
         text = run("validate.py", *ours, *data_args, "--split", "validation", *extra, cwd=tmp_path)
@@ -161,7 +166,7 @@ def test_averaged_checkpoints_validate_infer_and_export(data, tmp_path):
     pytest.importorskip("pandas")
     run("inference.py", *ours, *data_args, "--results-dir", tmp_path, cwd=tmp_path)
     assert list(tmp_path.glob("*.csv"))
-    bench = ["--model", f"{MODEL}.mk8", "--img-size", 64, "-b", 2, "--device", "cpu", "--num-bench-iter", 5]
+    bench = ["--model", f"{MODEL}.mk8", "--img-size", 64, "-b", 2, "--device", DEVICE, "--num-bench-iter", 5]
     text = run("benchmark.py", *bench, "--num-warm-iter", 1, cwd=tmp_path)
     assert "infer_samples_per_sec" in text and "train_samples_per_sec" in text
 
@@ -177,7 +182,7 @@ def test_weights_are_read_without_the_plugin(data, tmp_path):
     model = timm.create_model(f"{MODEL}.mk8", num_classes=2, checkpoint_path=str(tmp_path / "run" / "last.pth.tar"))
     mk.save_pretrained(model, tmp_path / "published", license="apache-2.0")
     assert "stages.0.blocks.0.conv_dw.weight" in load_file(tmp_path / "published" / "model.safetensors")
-    args = ["--model", f"local-dir:{tmp_path / 'published'}", "--pretrained", "--data-dir", data, "--device", "cpu"]
+    args = ["--model", f"local-dir:{tmp_path / 'published'}", "--pretrained", "--data-dir", data, "--device", DEVICE]
     text = run("validate.py", *args, *SMALL[:4], "-b", 4, "--split", "validation", cwd=tmp_path, plugin=False)
     assert '"top1"' in text
 

@@ -1,7 +1,9 @@
 """A depthwise convolution with kernels affine in frozen keys, and a backward pass without their weight gradient."""
 
+import functools
 import inspect
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +15,10 @@ from torch.autograd.forward_ad import unpack_dual
 Pair = tuple[int, int]
 
 CACHED = 2 << 20  # bytes of input worked on at a time
+
+# Where the Triton kernel was measured to be faster at every size that examples/benchmark_train.py tries, as
+# (kernel size, stride, whether in channels_last, keys per kernel with a scale that trains): nowhere yet.
+MEASURED: frozenset[tuple[Pair, Pair, bool, int]] = frozenset()
 
 
 def affine_depthwise_conv2d(
@@ -103,9 +109,14 @@ class _AffineDepthwise(torch.autograd.Function):
         geometry = ctx.geometry
         needs_input, _, needs_bias, needs_scale, needs_shift, *_ = ctx.needs_input_grad
         grad_input = grad_bias = grad_scale = grad_shift = None
+        size = keys.shape[1], keys.shape[2]
+        scales = key_index.shape[1] if needs_scale else 0
+        kernel = (needs_scale or needs_shift) and takes_kernel(
+            grad.device.type, (size, tuple(geometry[0]), ctx.memory_format is torch.channels_last, scales)
+        )
         # Where the whole weight gradient costs less than filtering the input, scale and shift come from it.
-        if (needs_shift and max(keys.shape[1:]) <= 3) or (
-            needs_scale and (keys[0].numel() < 16 or key_index.shape[1] > 2)
+        if not kernel and (
+            (needs_shift and max(size) <= 3) or (needs_scale and (keys[0].numel() < 16 or key_index.shape[1] > 2))
         ):
             mask = [needs_input, True, needs_bias]
             grad_input, grad_weight, grad_bias = _convolution_backward(grad, input, weight, geometry, mask)
@@ -123,13 +134,14 @@ class _AffineDepthwise(torch.autograd.Function):
                 grad_input = _input_gradient(grad, like, ctx.memory_format, weight, geometry)
             if needs_bias:
                 grad_bias = grad.sum((0, 2, 3))
-            if needs_scale:
-                columns = [_correlation(grad, input, partial(_filter, keys[i], geometry)) for i in key_index.unbind(1)]
-                grad_scale = torch.stack(columns, 1).flatten()
-            if needs_shift:
-                grad_shift = _correlation(
-                    grad, input, partial(_window_sums, keys.shape[1:], ctx.memory_format, geometry)
-                )
+            if kernel:
+                sums = affine_sums(grad, input, keys, key_index[:, :scales], *geometry[:3])
+                grad_shift = sums[:, 0] if needs_shift else None
+                grad_scale = sums[:, 1:].flatten() if needs_scale else None
+            elif needs_scale:
+                grad_scale = torch.stack(_key_responses(grad, input, keys, key_index, geometry), 1).flatten()
+            if needs_shift and not kernel:
+                grad_shift = _correlation(grad, input, partial(_window_sums, size, ctx.memory_format, geometry))
         types = ctx.types
         grad_scale = grad_scale if grad_scale is None else grad_scale.to(types[0])
         grad_shift = grad_shift if grad_shift is None else grad_shift.to(types[1])
@@ -138,6 +150,87 @@ class _AffineDepthwise(torch.autograd.Function):
 
 # PyTorch asks for it at every call; computing it anew costs more than all else around the convolution.
 _AffineDepthwise.forward.__signature__ = inspect.signature(_AffineDepthwise.forward)  # type: ignore[attr-defined]
+
+
+def takes_kernel(device: str, case: tuple[Pair, Pair, bool, int]) -> bool:
+    """Whether the sums of a case of ``MEASURED`` are left to the Triton kernel; decided once where it is compiled.
+
+    ``TIMM_MASTERKEYS_TRITON=1`` leaves them to it wherever it runs, ``0`` nowhere. vmap and its like get the plain way.
+    """
+    wanted = os.environ.get("TIMM_MASTERKEYS_TRITON", "")
+    if wanted == "0" or (wanted != "1" and case not in MEASURED) or torch._C._are_functorch_transforms_active():
+        return False
+    return _kernel_runs(device)
+
+
+torch.compiler.assume_constant_result(takes_kernel)
+
+
+@functools.cache
+def _kernel_runs(device: str) -> bool:
+    """Registers the kernel for a kind of device if Triton is installed and runs there, which are two things."""
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return False
+    try:
+        from . import depthwise_triton
+
+        depthwise_triton.check_driver(device)
+    except Exception:  # not installed; no driver; one that Triton does not know
+        return False
+    affine_sums.register_kernel(device, depthwise_triton.affine_sums)
+    return True
+
+
+def plain_sums(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    keys: torch.Tensor,
+    key_index: torch.Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> torch.Tensor:
+    """The gradients of shift and scales, (C, 1 + r), from an output gradient (N, C, H', W') and an input.
+
+    Per output channel the sum of the gradient times the input summed over the window, then, key by key, times the input
+    filtered with the key; in float32, or float64. ``key_index`` is (C, r); with r = 0, the shifts' gradient alone.
+    """
+    geometry, size = (stride, padding, dilation, input.shape[1]), (keys.shape[1], keys.shape[2])
+    sums = _correlation(grad, input, partial(_window_sums, size, torch.contiguous_format, geometry))
+    return torch.stack([sums, *_key_responses(grad, input, keys, key_index, geometry)], 1)
+
+
+affine_sums = torch.library.custom_op(  # what has a kernel; see ``_kernel_runs``
+    "timm_masterkeys::affine_sums",
+    plain_sums,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor input, Tensor keys, Tensor key_index, int[] stride, int[] padding, int[] dilation)"
+    " -> Tensor",
+)
+
+
+@affine_sums.register_fake
+def _(grad: torch.Tensor, _: torch.Tensor, keys: torch.Tensor, key_index: torch.Tensor, *geometry: Any) -> torch.Tensor:
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    return grad.new_empty(grad.shape[1], 1 + key_index.shape[1], dtype=dtype)
+
+
+def _setup_sums(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, ctx.stride, ctx.padding, ctx.dilation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _sums_backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The sums are linear in either: a convolution with the kernels of which ``cotangent`` is shift and scales."""
+    grad, input, keys, key_index = ctx.saved_tensors
+    geometry = (ctx.stride, ctx.padding, ctx.dilation, input.shape[1])
+    kernels = cotangent[:, 0, None, None] + (cotangent[:, 1:, None, None] * keys[key_index]).sum(1)
+    weight = kernels.unsqueeze(1).to(input.dtype)
+    grad_input = _convolution_backward(grad, input, weight, geometry, [True, False, False])[0]
+    return F.conv2d(input, weight, None, *geometry), grad_input, *[None] * 5
+
+
+affine_sums.register_autograd(_sums_backward, setup_context=_setup_sums)
 
 
 def _convolution_backward(
@@ -180,14 +273,19 @@ def _correlation(
     return total
 
 
+def _key_responses(
+    grad: torch.Tensor, input: torch.Tensor, keys: torch.Tensor, key_index: torch.Tensor, geometry: Any
+) -> list[torch.Tensor]:
+    """Per output channel the sums of ``grad`` times the input filtered with each of its keys, r times (C,)."""
+    return [_correlation(grad, input, partial(_filter, keys[i], geometry)) for i in key_index.unbind(1)]
+
+
 def _filter(kernels: torch.Tensor, geometry: Any, input: torch.Tensor) -> torch.Tensor:
     """The input filtered with one kernel (kh, kw) per output channel."""
     return F.conv2d(input, kernels.unsqueeze(1).to(input.dtype), None, *geometry)
 
 
-def _window_sums(
-    size: torch.Size, memory_format: torch.memory_format, geometry: Any, input: torch.Tensor
-) -> torch.Tensor:
+def _window_sums(size: Pair, memory_format: torch.memory_format, geometry: Any, input: torch.Tensor) -> torch.Tensor:
     """The sums of the input over the kernel's window at every place of the output, (N, groups, H', W')."""
     stride, padding, dilation, groups = geometry
     pools = dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, size, strict=True))

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# All that is tested and measured on a GPU, in parts: examples/gpu.sh [PART ...]; PYTHON, MODELS and RESULTS may be set.
+# The figures go to examples/results/gpu.csv. Every part but `compiled` is meant to take less than ten minutes; `steps`,
+# `layers` and `compiled` take MODELS, so that they can be cut smaller.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python="${PYTHON:-.venv/bin/python}"
+results="${RESULTS:-examples/results/gpu.csv}"
+train() {
+  # shellcheck disable=SC2086  # several words
+  "$python" examples/benchmark_train.py ${MODELS:+--models $MODELS} --results "$results" "$@"
+}
+
+for part in "${@:-tests kernel profile steps small layers repair discovery compiled}"; do
+  for name in $part; do
+    echo "== $name"
+    case $name in
+      tests) "$python" -m pytest -q -m cuda ;;  # with TIMM_SCRIPTS=checkout timm's scripts as well
+      kernel) "$python" -m pytest -q -m cuda tests/layers ;;
+      profile)
+        train --only profile --models convnext_tiny --precision bf16 --channels-last --variants dense shift shift+kernel
+        ;;
+      steps | small | compiled)
+        options=(--only steps)
+        [[ $name == small ]] && options+=(--batch-size 8)
+        [[ $name == compiled ]] && options+=(--compile)
+        for precision in bf16 float32; do
+          train "${options[@]}" --precision $precision --channels-last
+          train "${options[@]}" --precision $precision
+        done
+        ;;
+      layers) for precision in bf16 float32; do train --only layers --precision $precision; done ;;
+      repair) MODELS="" train --only repair ;;
+      discovery) "$python" examples/benchmark_discover.py --kernels 2500 10000 ;;
+      *) echo "no part $name" >&2; exit 1 ;;
+    esac
+  done
+done

@@ -1,0 +1,186 @@
+"""Whole networks on a GPU: compiled, captured, mixed precision, saved; no waiting for the device; repair, discovery.
+
+What should be the same on CPU and GPU is in the other files, which run there with ``-m cuda`` as well.
+"""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch._dynamo.utils import counters
+
+import timm_masterkeys as mk
+from timm_masterkeys.study.discovery import collect_kernels, discover_bank
+
+pytestmark = pytest.mark.cuda
+MODEL = "test_convnext"
+
+
+@pytest.fixture(params=["1", "0"], ids=["kernel", "plain"])
+def kernel(request, monkeypatch, cuda):
+    if request.param == "1" and cuda == "cpu":
+        pytest.skip("Triton's interpreter takes minutes for a network")
+    monkeypatch.setenv("TIMM_MASTERKEYS_TRITON", request.param)
+
+
+def build(device, trainable="affine", channels_last=True):
+    torch.manual_seed(0)
+    dense = timm.create_model(MODEL, num_classes=4)
+    for module in dense.modules():
+        if isinstance(getattr(module, "gamma", None), torch.nn.Parameter):
+            torch.nn.init.constant_(module.gamma, 0.5)  # LayerScale, nearly off before training
+    model = mk.convert_to_masterkeys(dense, trainable=trainable)
+    return model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format).train()
+
+
+def batch(device, channels_last=True):
+    x = torch.randn(4, 3, 64, 64, device=device)
+    return x.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def gradients(f, model, x):
+    return torch.autograd.grad(f(x).square().sum(), [p for p in model.parameters() if p.requires_grad])
+
+
+def assert_near(got, wanted, tolerance=1e-3):
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()) + 1e-7)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_inductor(mode, channels_last, kernel, cuda):
+    """One graph, compiled once, with CUDA graphs as well."""
+    model = build(cuda, "shift", channels_last)
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(model, mode=mode, fullgraph=True)
+    for _ in range(4):  # CUDA graphs: a warm-up, a recording, replays
+        x = batch(cuda, channels_last)
+        torch.compiler.cudagraph_mark_step_begin()
+        assert_near([g.clone() for g in gradients(compiled, model, x)], gradients(model, model, x))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert mode == "default" or cuda == "cpu" or not counters["inductor"]["cudagraph_skips"]
+    torch.compiler.reset()
+
+
+def test_a_training_step_never_waits_for_the_device(kernel, cuda):
+    model, x = build(cuda), batch(cuda)
+    y = torch.randint(4, (4,), device=cuda)
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, foreach=True)
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast(cuda, torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+
+    step()  # the optimiser's state, the kernel's compilation
+    if cuda == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            step()
+    finally:
+        if cuda == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_float16_with_a_grad_scaler_and_averages(kernel, cuda):
+    """A step whose gradients overflow is left out; the next ones train shift and scale, averaged beside the model."""
+    model = build(cuda)
+    ema, start = ModelEmaV3(model, decay=0.5), copy.deepcopy(model.state_dict())
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3)
+    scaler = torch.amp.GradScaler(cuda, init_scale=2.0**40)
+    scales = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        with torch.autocast(cuda, torch.float16 if cuda == "cuda" else torch.bfloat16):
+            loss = model(batch(cuda)).float().square().mean()
+        scaler.scale(loss).backward()
+        if cuda == "cpu" and not scales:  # bfloat16 overflows later
+            model.head.fc.weight.grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        if len(scales) == 1:
+            assert all(torch.equal(v, start[n]) for n, v in model.state_dict().items() if "conv_dw" in n)
+        if len(scales) > 3 and scales[-1] == scales[-2]:
+            break
+    ema.update(model)
+    assert scales[0] < 2.0**40 and scales[-1] == scales[-2]
+    for name, value in model.state_dict().items():
+        assert value.isfinite().all(), name
+        if name.endswith(("conv_dw.scale", "conv_dw.shift")):
+            assert not torch.equal(value, start[name])
+            torch.testing.assert_close(ema.module.state_dict()[name], (value + start[name]) / 2)
+        elif name.endswith(("conv_dw.keys", "conv_dw.key_index")):
+            assert torch.equal(value, start[name]) and torch.equal(ema.module.state_dict()[name], value)
+
+
+@pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled:UserWarning")
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_deterministic_algorithms(channels_last, kernel, cuda, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        model, x = build(cuda, channels_last=channels_last), batch(cuda, channels_last)
+        for a, b in zip(gradients(model, model, x), gradients(model, model, x), strict=True):
+            assert torch.equal(a, b)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_saved_on_one_device_loaded_on_the_other(cuda, tmp_path):
+    model, x = build(cuda).eval(), batch("cpu")
+    mk.save_pretrained(model, tmp_path / "gpu", license="apache-2.0")
+    mk.save_compact(model, tmp_path / "compact.safetensors")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    again = timm.create_model(f"local-dir:{tmp_path / 'gpu'}", pretrained=True)
+    other = mk.initialize_masterkeys(timm.create_model(MODEL, num_classes=4), trainable="affine")
+    other.load_state_dict(torch.load(tmp_path / "model.pt", map_location="cpu", weights_only=True))
+    loaded = mk.fuse_masterkeys(model)
+    mk.load_compact(loaded, tmp_path / "compact.safetensors")
+    with torch.no_grad():
+        wanted = model(x.to(cuda)).cpu()
+        for network in (again, other, copy.deepcopy(loaded).cpu(), mk.fuse_masterkeys(model).cpu()):
+            torch.testing.assert_close(network.eval()(x), wanted, rtol=1e-3, atol=1e-4)
+    for name, value in model.state_dict().items():
+        for state in (again.state_dict(), other.state_dict(), loaded.state_dict()):
+            assert torch.equal(state[name].cpu(), value.cpu()), name
+
+
+@pytest.mark.parametrize("stages", [("projection", "statistics", "absorption"), ("healing",)])
+def test_repair(stages, cuda):
+    """On the GPU as on the CPU, within rounding."""
+    reports = []
+    for device in ("cpu", cuda):
+        torch.manual_seed(0)
+        dense = timm.create_model("test_efficientnet", num_classes=5).eval().to(device)
+        model = mk.convert_to_masterkeys(dense, keys_per_kernel=2)
+        x = torch.randn(40, 3, 32, 32).to(device)
+        reports.append(mk.calibrate_masterkeys(model, dense, x, stages=stages, heal_minutes=0.02))
+        assert {t.device.type for t in model.state_dict().values()} == {device}
+        assert all(p.isfinite().all() for p in model.parameters())
+    first, second = (report.stages[-1] for report in reports)
+    if stages != ("healing",):  # as much of it as the time allows
+        assert first.changed == second.changed and second.after == pytest.approx(first.after, rel=0.05)
+    assert second.after < second.before
+
+
+def test_discovery(cuda):
+    torch.manual_seed(0)
+    dense = timm.create_model(MODEL, num_classes=4)
+    kernels, moved = (collect_kernels({"a": copy.deepcopy(dense).to(device)}) for device in ("cpu", cuda))
+    assert torch.equal(kernels.values, moved.values)
+    one, other = (discover_bank(k, keys=3, method="lines").bank.keys for k in (kernels, moved))
+    assert (one == other).all()
+    report, there = (
+        mk.conversion_report(mk.convert_to_masterkeys(d), d) for d in (dense, copy.deepcopy(dense).to(cuda))
+    )
+    assert str(report) == str(there)
