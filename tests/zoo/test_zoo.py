@@ -3,15 +3,13 @@
 import copy
 import csv
 import json
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from forked import Python, run
 from hub_server import HubServer
 from lite0 import lite0_state_dict
 from PIL import Image
@@ -29,7 +27,7 @@ from timm_masterkeys.zoo.zoo import Zoo, make_zoo, plan_zoo
 ARCHS = ["test_convnext", "test_convnext3", "test_efficientnet"]
 BROKEN = "test_convnext2"  # its weights lack a tensor
 NAMES = [f"{arch}.mk8_r160_in1k" for arch in ARCHS]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 
 
 def weights(arch):
@@ -76,13 +74,8 @@ def command(hub, pictures, tmp_path_factory):
     def start(output, *arguments, names=(*ARCHS, BROKEN), org="alice", launcher=(), **env):
         given = [*names, "--org", org, "--output", output, "--workers", "0"]
         given += ["--images", pictures / "repair", "--evaluate", pictures / "validation", *arguments]
-        return subprocess.Popen(
-            [sys.executable, *launcher, "-m", "timm_masterkeys", "zoo", *map(str, given)],
-            env=hub.env(tmp_path_factory.mktemp("home"), hub.token("alice"), OMP_NUM_THREADS="1", **env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        own = hub.env(tmp_path_factory.mktemp("home"), hub.token("alice"), **env)
+        return Python("-m", *launcher, "timm_masterkeys", "zoo", *given, env=own)
 
     return start
 
@@ -109,7 +102,7 @@ def dry(hub, command, tmp_path_factory):
 
 def finish(process):
     """(exit code, stdout, stderr)"""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate()
     return process.returncode, out, err
 
 
@@ -187,7 +180,8 @@ for name in sys.argv[1:]:
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 """
     env = hub.env(folder / "home", TIMM_MASTERKEYS_WEIGHTS=str(folder / "names.txt"))
-    subprocess.run([sys.executable, "-c", code, *table], env=env, check=True, timeout=300)
+    done = run("-c", code, *table, env=env)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_dry_run_measures_and_the_next_run_publishes(hub, command, dry):
@@ -213,7 +207,7 @@ def test_killed_twice_and_run_again(hub, command, dry, tmp_path):
         while not hub.select("GET", path):
             assert process.poll() is None
             time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         finish(process)
         assert len(rows(tmp_path / "zoo")) == 1
     code, out, err = finish(command(tmp_path / "zoo", names=ARCHS, org="lab"))

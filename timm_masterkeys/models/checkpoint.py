@@ -107,11 +107,12 @@ def _apply(
             raise CheckpointError(f"{here} is converted already; '{path}' goes with the dense model.")
         mode = trainable or settings["trainable"]
         scaled = f"{name}.log_sigma" in tensors
-        new[here] = layer = MasterKeyConv2d.from_conv(
-            conv, banks[settings["bank"]], settings["keys_per_kernel"], "scales" if scaled else mode, fit=values
+        new[here] = layer = MasterKeyConv2d.unfitted(
+            conv, banks[settings["bank"]], settings["keys_per_kernel"], "scales" if scaled else mode
         )
         layer.set_trainable(mode, requires_grad=conv.weight.requires_grad)
         if not values:
+            layer.reset_parameters(conv.weight)
             continue
         entries = {e: tensors[f"{name}.{e}"] for e in layer.compact_entries if f"{name}.{e}" in tensors}
         missing = [entry for entry in layer.compact_entries if entry not in entries]
