@@ -13,6 +13,7 @@ Run again, it goes on where it was broken off. What comes after ``--`` goes to t
 
 import argparse
 import csv
+import hashlib
 import json
 import re
 import shutil
@@ -68,7 +69,9 @@ class Study:
     """All runs of one recipe, and the files they leave."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.work, self.results = args, args.work.resolve(), args.results
+        self.args, self.results = args, args.results
+        recipe = hashlib.sha256(" ".join(self.recipe()).encode()).hexdigest()[:8]
+        self.work: Path = (args.work / f"{args.model or 'lite0'}-{recipe}").resolve()  # of this recipe alone
         self.work.mkdir(parents=True, exist_ok=True)
         self.classes = sorted(path.name for path in (args.folder / "train").iterdir() if path.is_dir())
         (self.work / "classes.txt").write_text("".join(f"{name}\n" for name in self.classes))
@@ -113,6 +116,7 @@ class Study:
         given = ["--data-dir", self.data(run), "--class-map", self.work / "classes.txt", "--seed", run.seed]
         given += ["--model", f"local-dir:{started}", "--pretrained", "--num-classes", len(self.classes)]
         given += [*self.recipe(), "--lr", run.lr, "--device", self.args.device, "--workers", self.args.workers]
+        given += ["--channels-last"]  # no other network, but faster
         given += ["--output", folder.parent, "--experiment", folder.name, "--checkpoint-hist", 1, "--log-interval", 20]
         if run.arm.keys:
             given += ["--model-kwargs", f"mk_trainable={run.arm.trainable}"]
@@ -164,8 +168,7 @@ class Study:
 
     def place(self, run: Run) -> Path:
         """The folder of a run."""
-        name = f"{run.arm.name}-seed{run.seed}-lr{run.lr:g}-{self.args.epochs}epochs-{self.args.size}px"
-        return self.work / run.split.replace(" ", "_") / name
+        return self.work / run.split.replace(" ", "_") / f"{run.arm.name}-seed{run.seed}-lr{run.lr:g}"
 
     def network(self, run: Run) -> Path:
         """Where a run's trained network lies, as it would be published."""
@@ -175,7 +178,7 @@ class Study:
         """The images of a run; those to choose a learning rate by are links to training images, a fifth held out."""
         if run.split == ALL:
             return Path(self.args.folder)
-        folder: Path = self.work / "images"
+        folder = self.work / "images"
         if not folder.exists():
             for name in self.classes:
                 for i, path in enumerate(sorted((self.args.folder / "train" / name).iterdir())):
@@ -190,10 +193,10 @@ class Study:
         """A folder with what a run starts from: ImageNet weights; converted, and repaired on its training images."""
         arm = run.arm
         kind = f"{arm.keys}-{'repaired' if arm.repaired else 'plain'}" if arm.keys else "dense"
-        folder: Path = self.work / run.split.replace(" ", "_") / f"start-{kind}-{self.args.size}px"
+        folder = self.work / run.split.replace(" ", "_") / f"start-{kind}"
         if not folder.exists():
             model: Any = timm.create_model(self.args.model, pretrained=True) if self.args.model else lite0()
-            model.pretrained_cfg |= {"input_size": (3, self.args.size, self.args.size), "crop_pct": 1.0}
+            model.pretrained_cfg |= self.preparation()
             saving = folder.with_name(f"{folder.name}.tmp")
             shutil.rmtree(saving, ignore_errors=True)
             if arm.keys:
@@ -213,11 +216,16 @@ class Study:
             f"local-dir:{started}", pretrained=True, num_classes=len(self.classes), **trainable
         )
         load_checkpoint(model, str(checkpoint))
-        model.pretrained_cfg |= {"input_size": (3, self.args.size, self.args.size), "crop_pct": 1.0}
+        model.pretrained_cfg |= self.preparation()
         if run.arm.keys:
             mk.save_pretrained(model, self.network(run), license=self.license(), config={"label_names": self.classes})
         else:
             save_for_hf(model, str(self.network(run)), safe_serialization=True)
+
+    def preparation(self) -> dict[str, Any]:
+        """Of images, for training, repair and tests alike."""
+        size = (3, self.args.size, self.args.size)
+        return {"input_size": size, "crop_pct": 1.0, "test_input_size": None, "test_crop_pct": None}
 
     def license(self) -> str | None:
         """Lite0's, as its file came from PyPI; timm knows those of its own."""
@@ -239,18 +247,21 @@ class Study:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """The arms, the mean and spread of their seeds after the last epoch, and beside the dense network."""
-    ended: dict[str, list[dict[str, str]]] = {}
+    """A line an arm: mean and spread of its seeds after one epoch, half of them and all, and how far below dense."""
+    rows = [row for row in rows if row["measured on"] == ALL]
+    last = max(int(row["epoch"]) for row in rows)
+    shown = sorted({1, (last + 1) // 2, last})
+    found: dict[str, dict[int, dict[str, float]]] = {}  # arm, epoch, seed
     for row in rows:
-        if row["epoch"] == row["epochs"] and row["measured on"] == ALL:
-            ended.setdefault(row["arm"], []).append(row)
-    dense = {row["seed"]: float(row["top1"]) for row in ended.get("dense", [])}
-    lines = ["| network | top-1 | below dense | top-5 | learning rate | seeds |", "|---|---|---|---|---|---|"]
-    for arm, found in ended.items():
-        below = [dense[row["seed"]] - float(row["top1"]) for row in found if arm != "dense" and row["seed"] in dense]
-        cells = [_written([float(row["top1"]) for row in found]), _written(below) if below else ""]
-        cells += [_written([float(row["top5"]) for row in found]), " ".join(sorted({row["lr"] for row in found}))]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {len(found)} |")
+        found.setdefault(row["arm"], {}).setdefault(int(row["epoch"]), {})[row["seed"]] = float(row["top1"])
+    titles = ["network", *(f"top-1 after {epoch}" for epoch in shown), "below dense", "seeds"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    dense = found.get("dense", {}).get(last, {})
+    for arm, epochs in found.items():
+        ended = epochs[last]
+        below = [dense[seed] - top1 for seed, top1 in ended.items() if arm != "dense" and seed in dense]
+        cells = [*(_written(list(epochs[epoch].values())) for epoch in shown), _written(below) if below else ""]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {len(ended)} |")
     return "\n".join(lines)
 
 
@@ -289,7 +300,9 @@ def main() -> None:
         for arm in args.arms:
             row = study.last(Run(arm, seed, study.rate(arm)))
             print(json.dumps({name: row[name] for name in ("arm", "seed", "lr", "top1", "top5")}), flush=True)
-    print(table(study.rows()))
+    own = study.settings(Run(args.arms[0], args.seeds[0], args.lr))
+    same = {name: str(own[name]) for name in ("model", "arguments")}  # the file may hold other recipes too
+    print(table([row for row in study.rows() if same.items() <= row.items()]))
 
 
 if __name__ == "__main__":

@@ -159,13 +159,13 @@ def test_the_example_goes_on_where_it_was(scripts, folder, start, shell):
     )
     command += " --epochs 3 --batch-size 4 --workers 1 --device cpu"
     process = start(command)
-    while not list(folder.glob("finetune/validation/dense*/last.pth.tar")):
+    while not list(folder.glob("finetune/*/validation/dense*/last.pth.tar")):
         assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     told = shell(command)
-    log = next(folder.glob("finetune/validation/dense*/train.py.log")).read_text()
+    log = next(folder.glob("finetune/*/validation/dense*/train.py.log")).read_text()
     assert "Loaded checkpoint" in log and log.count("Train: 0 [   0/6") == 1
     with (folder / "finetune.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

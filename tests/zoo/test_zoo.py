@@ -3,8 +3,6 @@
 import copy
 import csv
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from timm_masterkeys.zoo.zoo import Zoo, make_zoo, plan_zoo
 ARCHS = ["test_convnext", "test_convnext3", "test_efficientnet"]
 BROKEN = "test_convnext2"  # its weights lack a tensor
 NAMES = [f"{arch}.mk8_r160_in1k" for arch in ARCHS]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 
 
 def weights(arch):
@@ -77,11 +75,7 @@ def command(hub, pictures, tmp_path_factory):
         given = [*names, "--org", org, "--output", output, "--workers", "0"]
         given += ["--images", pictures / "repair", "--evaluate", pictures / "validation", *arguments]
         own = hub.env(tmp_path_factory.mktemp("home"), hub.token("alice"), **env)
-        what = ["-m", "timm_masterkeys", "zoo", *map(str, given)]
-        if not launcher:
-            return Python(*what, env=own)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, *launcher, *what], env={**own, "OMP_NUM_THREADS": "1"}, **pipes)
+        return Python("-m", *launcher, "timm_masterkeys", "zoo", *given, env=own)
 
     return start
 
