@@ -20,7 +20,8 @@ from torch import nn
 
 import timm_masterkeys as mk
 from timm_masterkeys.repair.budget import split_images
-from timm_masterkeys.repair.calibrate import Images, output_agreement, output_divergence
+from timm_masterkeys.repair.calibrate import output_agreement, output_divergence
+from timm_masterkeys.repair.images import Images
 
 COLUMNS = [
     "network",

@@ -165,7 +165,7 @@ def test_convert_and_calibrate(run, weights, model, tmp_path, caplog):
 
 
 def test_convert_and_calibrate_with_photographs_that_ship(run, weights, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("timm_masterkeys.repair.calibrate.COUNT", 12)
+    monkeypatch.setattr("timm_masterkeys.repair.images.COUNT", 12)
     monkeypatch.delenv("TIMM_MASTERKEYS_CALIBRATE")
     code, out, _ = run("convert", ARCH, *weights, "--output", tmp_path / "out")
     expected = mk.convert_to_masterkeys(model)
@@ -351,7 +351,7 @@ def bad(*args, says):
     [
         bad("inspect", "nope", says="Unknown model (nope)"),
         bad("inspect", "convnext_tni", says="Unknown model (convnext_tni). Is it convnext_tiny"),
-        bad("inspect", "org/name", says="Use 'hf-hub:org/name'"),
+        bad("inspect", "org/name", says="There is no folder 'org/name'. Of the Hub? Then it is 'hf-hub:org/name'."),
         bad("inspect", f"{ARCH}.nope", says=f"Invalid pretrained tag (nope) for {ARCH}"),
         bad("inspect", f"{ARCH}.mk8_nope", says=f"Invalid pretrained tag (mk8_nope) for {ARCH}"),
         bad("inspect", "ghostnet_050", "--pretrained", says="No pretrained weights exist for ghostnet_050"),
@@ -360,6 +360,7 @@ def bad(*args, says):
         bad("inspect", ARCH, "--include", "blocks.*", says="Pattern 'blocks.*' matches none of the 8"),
         bad("inspect", ARCH, "--checkpoint", "nope.pth", says="There is no file 'nope.pth'"),
         bad("publish", "nope", "me/model", says="Unknown model (nope)"),
+        bad("publish", "./nope", "me/model", says="There is no folder './nope'"),
         bad("compare", "/nope", says="Cannot read kernels from '/nope': there is no such file."),
         bad("convert", ARCH, "--output", "out", says="Nothing to convert: add --pretrained or --checkpoint FILE"),
         bad("convert", ARCH, "--pretrained", "--calibrate", "gone", "--output", "out", says="--calibrate is 'gone'"),

@@ -1,9 +1,15 @@
 """``python -m timm_masterkeys.launch`` runs a script as if it ran alone, with the names registered."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+
+import pytest
+from forked import run
+
+from timm_masterkeys import launch
 
 SCRIPT = """
 import json, os, sys
@@ -15,19 +21,13 @@ if __name__ == "__main__":
 """
 
 
-def launch(args, **kwargs):
-    command = [sys.executable, "-m", "timm_masterkeys.launch", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
-
-
 def test_as_if_the_script_ran_alone(tmp_path):
-    import json
-
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "beside.py").write_text("VALUE = 7")
     script = tmp_path / "scripts" / "train.py"
     script.write_text(SCRIPT)
-    done = launch(["scripts/train.py", "3", "--model", "a b"], cwd=tmp_path)
+    command = [sys.executable, "-m", "timm_masterkeys.launch", "scripts/train.py", "3", "--model", "a b"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 3, done.stderr
     argv, cwd, value, registered, file = json.loads(done.stdout)
     assert argv == ["scripts/train.py", "3", "--model", "a b"]
@@ -37,15 +37,23 @@ def test_as_if_the_script_ran_alone(tmp_path):
     assert value == 7 and registered
 
 
-def test_errors_and_help(tmp_path):
-    missing = launch([str(tmp_path / "no.py")])
-    assert missing.returncode == 2 and "no.py" in missing.stderr and "Traceback" not in missing.stderr
-    assert launch([]).returncode == 2
-    shown = launch(["--help"])
-    assert shown.returncode == 0 and "SCRIPT" in shown.stdout
+@pytest.mark.parametrize(
+    ("arguments", "code", "out", "err"),
+    [(["no.py"], 2, "", "no.py"), ([], 2, "", "SCRIPT"), (["--help"], 0, "SCRIPT", "")],
+)
+def test_errors_and_help(monkeypatch, capsys, arguments, code, out, err):
+    monkeypatch.setattr(sys, "argv", ["launch", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        launch.main()
+    told = capsys.readouterr()
+    assert ended.value.code == code
+    assert all(text in said if text else not said for text, said in ((out, told.out), (err, told.err)))
+
+
+def test_an_error_of_the_script(tmp_path):
     (tmp_path / "fails.py").write_text("raise ValueError('of the script')")
-    failed = launch([str(tmp_path / "fails.py")])
-    assert failed.returncode == 1 and "of the script" in failed.stderr
+    failed = run("-m", "timm_masterkeys.launch", tmp_path / "fails.py")
+    assert failed.returncode == 1 and "ValueError: of the script" in failed.stderr
 
 
 def test_ctrl_c(tmp_path):

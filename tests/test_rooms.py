@@ -24,9 +24,19 @@ def imports():
                     yield path, inside[0].removesuffix(".py"), (*above, *name.split("."))
 
 
+def room_of(module):
+    return module[0] if (HOUSE / module[0]).exists() or (HOUSE / f"{module[0]}.py").exists() else "__init__"
+
+
+def test_few_ways_lead_from_room_to_room():
+    """Those to the ground floor apart, which everybody stands on."""
+    ways = {(room, room_of(module)) for _, room, module in imports()}
+    assert len([way for way in ways if way[0] != way[1] and way[1] not in ("version", "errors", "files")]) < 40
+
+
 def test_nobody_imports_upward():
     for path, room, module in imports():
-        other = module[0] if (HOUSE / module[0]).exists() or (HOUSE / f"{module[0]}.py").exists() else "__init__"
+        other = room_of(module)
         if room != other and room not in DOORS:
             assert ROOMS.index(other) < ROOMS.index(room), f"{path} imports {'.'.join(module)}"
 

@@ -16,15 +16,9 @@ from .keys.banks import KeyBank, get_bank, list_banks
 from .keys.projection import Projection, project_kernels
 from .layers import MasterKeyConv2d, ScaledKeyConv2d
 from .models.checkpoint import load_compact, save_compact
+from .models.plan import ConversionPlan, PlannedLayer, plan_conversion
 from .models.report import ConversionReport, LayerReport, conversion_report
-from .models.surgery import (
-    ConversionPlan,
-    PlannedLayer,
-    convert_to_masterkeys,
-    fuse_masterkeys,
-    initialize_masterkeys,
-    plan_conversion,
-)
+from .models.surgery import convert_to_masterkeys, fuse_masterkeys, initialize_masterkeys
 from .names.registry import list_architectures, register_names, use_weights
 from .repair.budget import KeyBudget, Spending, convert_to_agreement
 from .repair.calibrate import CalibrationReport, calibrate_masterkeys

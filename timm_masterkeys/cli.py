@@ -26,8 +26,9 @@ from .hub.publish import push_to_hub
 from .hub.save import OWN_ENTRIES, save_pretrained
 from .keys.banks import DEFAULT_BANK, KeyBank, get_bank
 from .layers import MasterKeyConv2d, Trainable
+from .models.plan import plan_conversion
 from .models.report import conversion_report
-from .models.surgery import convert_to_masterkeys, plan_conversion
+from .models.surgery import convert_to_masterkeys
 from .names.cache import cache_folder, clear_entries, list_entries
 from .names.pretrained import calibration_images
 from .names.registry import list_architectures, stock_name
@@ -175,12 +176,7 @@ def _convert_arguments(add: _Add, settings: argparse.ArgumentParser) -> None:
         help="images to repair with, some hundred of the task's own are best; 'none': no repair (default: "
         "photographs that ship)",
     )
-    command.add_argument(
-        "--agreement",
-        type=float,
-        metavar="SHARE",
-        help="as few keys, layer by layer, as agree with the dense network on this share (.95) of held-out images",
-    )
+    _add_agreement(command)
     command.add_argument("--heal", type=float, metavar="MINUTES", help="and train each block towards the dense one's")
     command.set_defaults(run=_convert)
 
@@ -258,6 +254,7 @@ def _zoo_arguments(add: _Add, settings: argparse.ArgumentParser) -> None:
     command.add_argument("pattern", nargs="+", help="timm names with weights, as 'convnext*' or convnext_tiny.fb_in1k")
     command.add_argument("--org", required=True, help="user or organisation on the Hub: ORG/<arch>.mk8_<tag>")
     command.add_argument("--images", default=BUILTIN, metavar="DIR", help="to repair with (default: those that ship)")
+    _add_agreement(command)
     command.add_argument(
         "--evaluate", required=True, metavar="DIR", help="labelled images: a folder for each class, named after it"
     )
@@ -288,6 +285,15 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     weights.add_argument("--pretrained", action="store_true", help="take timm's pretrained weights")
     weights.add_argument("--checkpoint", metavar="FILE", help="take the weights of a checkpoint")
     command.add_argument("--num-classes", type=int, metavar="N", help="classes of the checkpoint's head")
+
+
+def _add_agreement(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--agreement",
+        type=float,
+        metavar="SHARE",
+        help="as few keys, layer by layer, as agree with the dense network on this share (.95) of held-out images",
+    )
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -507,6 +513,9 @@ def _cache(args: argparse.Namespace) -> None:
 
 
 def _zoo(args: argparse.Namespace) -> None:
+    if args.agreement is not None and (args.keys_per_kernel, args.min_r2) != (1, None):
+        raise MasterKeysError("--agreement chooses the keys of each layer: drop --keys-per-kernel and --min-r2.")
+    numbers = ("keys_per_kernel", "min_r2") if args.agreement is None else ("agreement",)
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     labels = find_labels(args.evaluate, args.class_map)
     zoo = Zoo(
@@ -514,7 +523,7 @@ def _zoo(args: argparse.Namespace) -> None:
         labels,
         Path(args.output),
         images=args.images,
-        conversion={name: getattr(args, name) for name in ("bank", "keys_per_kernel", "min_r2", "include", "exclude")},
+        conversion={name: getattr(args, name) for name in ("bank", *numbers, "include", "exclude")},
         dataset=args.dataset,
         license=args.license,
         private=args.private,
@@ -570,6 +579,8 @@ def _create(args: argparse.Namespace) -> nn.Module:
 
 
 def _load(name: str, **kwargs: Any) -> nn.Module:
+    if "/" in name and ":" not in name:
+        raise CheckpointError(f"There is no folder '{name}'. Of the Hub? Then it is 'hf-hub:{name}'.")
     try:
         return timm.create_model(name, **kwargs)
     except (MasterKeysError, OSError, RuntimeError):

@@ -3,12 +3,12 @@
 import copy
 import json
 import re
-import subprocess
 import sys
 
 import pytest
 import timm
 import torch
+from forked import run
 from huggingface_hub import ModelCard
 from lite0 import DATA_CONFIG, lite0
 from safetensors.torch import load_file, save_file
@@ -284,7 +284,6 @@ WITHOUT = """
 import json, sys
 import timm, torch
 from safetensors.torch import load_file
-torch.set_num_threads(1)
 for folder, tensors in json.loads(sys.argv[1]):
     given = load_file(tensors)
     for case, kwargs in (
@@ -316,9 +315,7 @@ def test_stock_timm_loads_the_same_outputs(model, folder, trained, trained_folde
         given |= {f"features {i}": feature for i, feature in enumerate(features)}
         save_file({key: value.contiguous() for key, value in given.items()}, tmp_path / f"{name}.safetensors")
         cases.append([str(saved), str(tmp_path / f"{name}.safetensors")])
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, json.dumps(cases)], capture_output=True, text=True, timeout=300
-    )
+    done = run("-c", WITHOUT, json.dumps(cases))
     assert done.returncode == 0, done.stderr
 
 
@@ -692,7 +689,8 @@ assert "timm_masterkeys" not in sys.modules
 def test_a_pickled_stock_model_needs_no_plugin(tmp_path):
     model = timm.create_model(ARCH, pretrained=True)
     torch.save(model, tmp_path / "model.pth")
-    subprocess.run([sys.executable, "-c", PICKLED, str(tmp_path / "model.pth")], check=True, timeout=120)
+    done = run("-c", PICKLED, tmp_path / "model.pth")
+    assert done.returncode == 0, done.stderr
     again = torch.load(tmp_path / "model.pth", weights_only=False)
     assert "license" not in saved_cfg(mk.convert_to_masterkeys(again), tmp_path / "out")  # nobody knows any more
 

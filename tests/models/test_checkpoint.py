@@ -2,12 +2,12 @@
 
 import copy
 import json
-import subprocess
 import sys
 
 import pytest
 import timm
 import torch
+from forked import run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.optim import create_optimizer_v2
@@ -375,7 +375,6 @@ def test_saving_changes_nothing(converted, tmp_path):
 DISK = """
 import resource, sys
 import timm, torch, timm_masterkeys as mk
-torch.set_num_threads(1)
 model = timm.create_model("test_convnext3.mk8")
 bank = mk.KeyBank("large", torch.randn(40, 31, 31))
 resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, resource.RLIM_INFINITY))
@@ -395,6 +394,6 @@ for write in (
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
 def test_a_full_disk_is_an_oserror(tmp_path):
     """A file that may not grow stands for it: safetensors says so in an exception of its own."""
-    done = subprocess.run([sys.executable, "-c", DISK, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = run("-c", DISK, tmp_path)
     assert done.stdout.splitlines() == ["27 File too large"] * 3, done.stdout + done.stderr
     assert not list(tmp_path.iterdir())

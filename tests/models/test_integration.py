@@ -21,18 +21,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_masterkeys as mk
 
 NETWORKS = {  # the smallest that have what is named, where timm lets one choose
-    "convnext_atto": {"depths": (1, 1, 2, 1)},
-    "convnextv2_atto": {"depths": (1, 1, 2, 1)},
-    "tf_efficientnet_lite0": {},  # SAME padding
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)},
+    "convnextv2_atto": {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)},
+    "test_efficientnet": {"pad_type": "same"},
     "mobilenetv3_small_050": {},
     "mobilenetv4_conv_small_035": {},
-    "fastvit_t8": {"layers": (1, 1, 2, 1)},  # re-parameterises itself
-    "inception_next_atto": {"depths": (1, 1, 2, 1)},  # strips
+    "fastvit_t8": {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128)},  # re-parameterises itself
+    "inception_next_atto": {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)},  # strips
     "edgenext_xx_small": {"depths": (2, 2, 2, 2)},  # attention beside convolutions
 }
 # What takes seconds a network is done with these by default, with all in the sweep.
 SLOW = ("compile", "export", "trace", "script")
-FEW = ("convnext_atto", "tf_efficientnet_lite0", "inception_next_atto")  # plain, padded, strips
+FEW = ("convnext_atto", "test_efficientnet", "inception_next_atto")  # plain, padded, strips
 
 
 def build(name, **kwargs):

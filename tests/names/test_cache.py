@@ -2,9 +2,12 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -97,6 +100,21 @@ def test_threads_make_it_once(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(lambda _: slowly(tmp_path, counter), range(8))) == {"made"}
     assert counter.value == 1
+
+
+def test_who_comes_while_another_clears_rubbish_does_not_think_the_cache_unwritable(tmp_path, monkeypatch):
+    made, steps = [], {name: getattr(tempfile, name) for name in ("mkdtemp", "TemporaryFile")}
+
+    def cleared(name, *args, **kwargs):
+        done = steps[name](*args, **kwargs)
+        for rubbish in () if made else tmp_path.glob(".net.*/"):
+            shutil.rmtree(rubbish)
+        return done
+
+    for name in steps:
+        monkeypatch.setattr(tempfile, name, partial(cleared, name))
+    assert load_or_make(tmp_path, "net", lambda: made.append(1) or "made", save, load) == "made"
+    assert (tmp_path / "net").is_dir()
 
 
 def test_a_killed_process_leaves_no_lock_and_its_rubbish_goes(tmp_path):

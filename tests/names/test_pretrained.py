@@ -4,12 +4,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
+from forked import run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -292,13 +291,7 @@ assert not any([os.waitpid(child, 0)[1] for child in children])
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX processes")
 def test_processes_that_start_at_once_repair_once(file):
-    done = subprocess.run(
-        [sys.executable, "-c", PROCESSES, file],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run("-c", PROCESSES, file)
     assert done.returncode == 0, done.stderr
     outputs = done.stdout.split()
     assert len(outputs) == 4 and len(set(outputs)) == 1

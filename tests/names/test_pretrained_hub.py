@@ -1,13 +1,9 @@
 """Repaired names with weights from a Hub on loopback: once online, then from the cache, offline, after a kill."""
 
-import os
-import signal
-import subprocess
-import sys
-
 import pytest
 import timm
 import torch
+from forked import Python
 from hub_server import HubServer
 from safetensors.torch import save
 from torch import nn
@@ -35,18 +31,12 @@ def hub():
 
 @pytest.fixture
 def env(hub, tmp_path):
-    own = {"OMP_NUM_THREADS": "1", "TIMM_MASTERKEYS_CALIBRATE": "builtin", "HF_HUB_DISABLE_XET": "1"}
-    return hub.env(tmp_path / "home", **own)
-
-
-def start(env, **arguments):
-    command = [sys.executable, "-c", CODE, repr(arguments)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return hub.env(tmp_path / "home", TIMM_MASTERKEYS_CALIBRATE="builtin")
 
 
 def run(env, **arguments):
-    process = start(env, **arguments)
-    out, error = process.communicate(timeout=300)
+    process = Python("-c", CODE, repr(arguments), env=env)
+    out, error = process.communicate()
     assert process.returncode == 0, error
     return out, error
 
@@ -64,11 +54,11 @@ def test_repaired_online_then_loaded_without_a_request(hub, env):
 
 
 def test_killed_half_way_and_again(env, tmp_path):
-    process = start(env)
+    process = Python("-c", CODE, "{}", env=env)
     for line in process.stderr:
         if "repairing" in line:
             break
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.communicate()
     cache = tmp_path / "home" / "assets" / "timm_masterkeys"
     assert not [path for path in cache.glob("[!.]*") if path.is_dir()]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from forked import run
 from safetensors.torch import save_file
 from timm.data import resolve_data_config, resolve_model_data_config
 from timm.models import get_notrace_modules
@@ -25,7 +26,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import timm_masterkeys as mk
 from timm_masterkeys import CheckpointError, MasterKeyConv2d
 from timm_masterkeys.models import _timm
-from timm_masterkeys.models.surgery import flat_name
+from timm_masterkeys.models.plan import flat_name
 
 ARCH = "test_convnext"  # timm's own miniature: 9 7x7 depthwise layers, 0.27 million parameters, stock tag r160_in1k
 MK8 = f"{ARCH}.mk8"
@@ -71,11 +72,11 @@ def same(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def run(code, *args, **kwargs):
-    """What a fresh process printed; nothing may go wrong in it."""
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=300, **kwargs)
+def told(code, *args, **kwargs):
+    """What a process of its own printed, and logged; nothing may go wrong in it."""
+    done = run("-c", code, *args, **kwargs)
     assert done.returncode == 0, done.stderr
-    return done
+    return done.stdout, done.stderr
 
 
 # --- Registration
@@ -151,8 +152,9 @@ assert type(timm.create_model("my_net").dw) is nn.Conv2d
 
 
 def test_import_adds_names_and_changes_nothing_else():
-    done = run(REGISTRATION + ARCHITECTURE_OF_ONES_OWN)
-    assert done.stdout == "" and done.stderr == ""  # not a word, on any level
+    command = [sys.executable, "-c", REGISTRATION + ARCHITECTURE_OF_ONES_OWN]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")  # not a word, on any level
 
 
 def test_every_name_is_there():
@@ -669,9 +671,9 @@ def test_a_malformed_variable_is_an_error_where_it_matters():
         "convnext_atto.mk8_ours=a/b/convnext_femto.mk8": ["convnext_atto.mk8_ours"],
     }
     env = {**os.environ, "TIMM_MASTERKEYS_WEIGHTS": next(iter(cases)), "HF_HUB_OFFLINE": "1"}
-    done = run(ENVIRONMENT, *cases, env=env)
-    assert [json.loads(line) for line in done.stdout.splitlines()] == list(cases.values())
-    assert done.stderr.count("is left out") == sum(len(value.split()) for value in cases)
+    out, log = told(ENVIRONMENT, *cases, env=env)
+    assert [json.loads(line) for line in out.splitlines()] == list(cases.values())
+    assert log.count("is left out") == sum(len(value.split()) for value in cases)
 
 
 def test_a_list_of_names(tmp_path, monkeypatch):
@@ -710,8 +712,8 @@ def test_a_list_in_the_variable(tmp_path):
         str(names): ["convnext_femto.mk8"],
     }
     env = {**os.environ, "TIMM_MASTERKEYS_WEIGHTS": next(iter(cases)), "HF_HUB_OFFLINE": "1"}
-    done = run(ENVIRONMENT, *cases, env=env)
-    assert [json.loads(line) for line in done.stdout.splitlines()] == list(cases.values())
+    out, _ = told(ENVIRONMENT, *cases, env=env)
+    assert [json.loads(line) for line in out.splitlines()] == list(cases.values())
 
 
 ONE_NAME = """
@@ -724,7 +726,7 @@ mk.register_names("test_convnext")
 
 
 def test_one_name_to_register():
-    assert run(ONE_NAME).stdout.split() == [ARCH]
+    assert told(ONE_NAME)[0].split() == [ARCH]
 
 
 # --- FX
@@ -802,9 +804,9 @@ print(json.dumps(told))
 
 
 def test_a_timm_that_moved_its_registry():
-    told = json.loads(run(MOVED).stdout)
-    assert told[-1] == ["error", "Invalid pretrained tag (mk8) for test_convnext."]
-    (level, message), *others = [line for line in told[:-1] if line[0] == "WARNING"]
+    *records, error = json.loads(told(MOVED)[0])
+    assert error == ["error", "Invalid pretrained tag (mk8) for test_convnext."]
+    (level, message), *others = [line for line in records if line[0] == "WARNING"]
     assert level == "WARNING" and not others
     assert "_model_has_pretrained" in message and f"timm {timm.__version__} moved" in message
     assert "No .mk8 names; convert_to_masterkeys(model) works all the same." in message

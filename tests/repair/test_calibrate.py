@@ -30,10 +30,10 @@ FAMILIES = {  # with the pointwise layer that ends a block
 }
 
 
-SHALLOW = {  # where timm lets one choose
-    "inception_next_atto": {"depths": (1, 1, 2, 1)},
-    "starnet_s1": {"depths": (1, 1, 2, 1)},
-    "fastvit_t8": {"layers": (1, 1, 2, 1)},
+SMALL = {  # where timm lets one choose
+    "inception_next_atto": {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)},
+    "starnet_s1": {"depths": (1, 1, 1, 1)},
+    "fastvit_t8": {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128)},
     "edgenext_xx_small": {"depths": (2, 2, 2, 2)},
 }
 
@@ -41,7 +41,7 @@ SHALLOW = {  # where timm lets one choose
 def pair(name, keys_per_kernel=1):
     """A model with random weights whose kernels are all keys, and the dense network that equals it."""
     torch.manual_seed(0)
-    stock = timm.create_model(name, num_classes=20, **SHALLOW.get(name, {})).eval()
+    stock = timm.create_model(name, num_classes=20, **SMALL.get(name, {})).eval()
     for module in stock.modules():
         if isinstance(getattr(module, "gamma", None), nn.Parameter):
             nn.init.constant_(module.gamma, 0.5)  # LayerScale, nearly off before training

@@ -134,14 +134,15 @@ def test_a_planted_bank_is_discovered(method, tmp_path, monkeypatch):
 
 
 def test_a_score_of_ones_own_and_resuming(tmp_path, monkeypatch):
-    monkeypatch.setattr(discovery, "STEPS", 100)
+    for name, value in (("STEPS", 100), ("CODES", 20), ("LOCAL", 5)):  # two rounds of some 200 calls each
+        monkeypatch.setattr(discovery, name, value)
     data = collect_kernels([planted(3)[0]])
-    wanted = torch.randn(7, 7, generator=torch.Generator().manual_seed(5)).double()
+    wanted = torch.randn(7, 7, generator=torch.Generator().manual_seed(4)).double()
     calls = []
 
     def score(keys):
         calls.append(len(keys))
-        if len(calls) == 2000:
+        if len(calls) == 300:
             raise KeyboardInterrupt
         return float((keys * wanted).sum((1, 2)).abs().max() / wanted.norm())
 

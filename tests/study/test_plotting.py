@@ -1,12 +1,10 @@
 """Pictures: they draw the numbers they should."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import timm
 import torch
+from forked import run
 
 import timm_masterkeys as mk
 from timm_masterkeys.study import plotting
@@ -85,6 +83,6 @@ def test_the_package_does_not_import_matplotlib_and_says_what_to_install():
         "from timm_masterkeys.cli import main\n"
         "main(['plot', 'test_convnext', '--pretrained', '--output', 'x'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run("-c", code)
     assert done.returncode == 0, done.stderr
     assert "Pictures need matplotlib: pip install timm_masterkeys[plot]" in done.stderr

@@ -1,8 +1,8 @@
 """The command ``zoo`` from end to end: the real client and the real timm in processes, a Hub on loopback, faults."""
 
+import copy
 import csv
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from forked import Python, run
 from hub_server import HubServer
 from lite0 import lite0_state_dict
 from PIL import Image
@@ -28,6 +29,7 @@ from timm_masterkeys.zoo.zoo import Zoo, make_zoo, plan_zoo
 ARCHS = ["test_convnext", "test_convnext3", "test_efficientnet"]
 BROKEN = "test_convnext2"  # its weights lack a tensor
 NAMES = [f"{arch}.mk8_r160_in1k" for arch in ARCHS]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def weights(arch):
@@ -71,16 +73,15 @@ def pictures(tmp_path_factory):
 def command(hub, pictures, tmp_path_factory):
     """Starts the command on all four networks, or others, in a process of its own."""
 
-    def start(output, *arguments, names=(*ARCHS, BROKEN), org="alice", **env):
+    def start(output, *arguments, names=(*ARCHS, BROKEN), org="alice", launcher=(), **env):
         given = [*names, "--org", org, "--output", output, "--workers", "0"]
         given += ["--images", pictures / "repair", "--evaluate", pictures / "validation", *arguments]
-        return subprocess.Popen(
-            [sys.executable, "-m", "timm_masterkeys", "zoo", *map(str, given)],
-            env=hub.env(tmp_path_factory.mktemp("home"), hub.token("alice"), OMP_NUM_THREADS="1", **env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        own = hub.env(tmp_path_factory.mktemp("home"), hub.token("alice"), **env)
+        what = ["-m", "timm_masterkeys", "zoo", *map(str, given)]
+        if not launcher:
+            return Python(*what, env=own)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([sys.executable, *launcher, *what], env={**own, "OMP_NUM_THREADS": "1"}, **pipes)
 
     return start
 
@@ -107,7 +108,7 @@ def dry(hub, command, tmp_path_factory):
 
 def finish(process):
     """(exit code, stdout, stderr)"""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate()
     return process.returncode, out, err
 
 
@@ -130,21 +131,18 @@ def commits(hub, org="alice"):
     return {repo: len(r.branches["main"]) - 1 for repo, r in hub.repos.items() if repo.startswith(f"{org}/")}
 
 
-def test_two_processes_a_broken_model_and_a_hub_that_fails(hub, command, tmp_path):
-    """What can be done is done, once; what failed is told by both; a second run does that and nothing else."""
+def test_torchrun_a_broken_model_and_a_hub_that_fails(hub, command, tmp_path):
+    """What can be done is done, once; what failed is told; a second run does that and nothing else."""
     once = hub.fail(("POST", "test_efficientnet.*/commit/"), 500)
     hub.fail(("POST", "test_convnext3.*/preupload/"), 403, times=None)
-    both = [command(tmp_path / "zoo", RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
-    ended = [finish(process) for process in both]
-    assert [code for code, _, _ in ended] == [1, 1], ended
-    assert once.hits == 1
+    code, out, told = finish(command(tmp_path / "zoo", launcher=TORCHRUN))
+    assert code == 1 and once.hits == 1, told
     hub.faults.clear()
     first, failures = rows(tmp_path / "zoo"), tmp_path / "zoo" / "models"
     assert sorted(first) == NAMES
     assert [name for name, row in first.items() if not row["sha"]] == ["test_convnext3.mk8_r160_in1k"]
-    for _, _, err in ended:
-        assert "2 of 4 networks failed" in err and "test_convnext2.r160_in1k (" in err and "head.fc.bias" in err
-        assert "test_convnext3.r160_in1k (Nothing was" in err and "Traceback" not in err
+    assert "2 of 4 networks failed" in told and "test_convnext2.r160_in1k (" in told and "head.fc.bias" in told
+    assert "test_convnext3.r160_in1k (Nothing was" in told  # by the first to end: torchrun then ends the other
     assert "Traceback" in (failures / "test_convnext2.r160_in1k" / "failure.txt").read_text()
     downloads = [hub.count("GET", rf"timm/{arch}\..*filename=model.safetensors") for arch in ARCHS]
     assert downloads == [1, 1, 1]
@@ -188,7 +186,8 @@ for name in sys.argv[1:]:
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 """
     env = hub.env(folder / "home", TIMM_MASTERKEYS_WEIGHTS=str(folder / "names.txt"))
-    subprocess.run([sys.executable, "-c", code, *table], env=env, check=True, timeout=300)
+    done = run("-c", code, *table, env=env)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_dry_run_measures_and_the_next_run_publishes(hub, command, dry):
@@ -214,7 +213,7 @@ def test_killed_twice_and_run_again(hub, command, dry, tmp_path):
         while not hub.select("GET", path):
             assert process.poll() is None
             time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         finish(process)
         assert len(rows(tmp_path / "zoo")) == 1
     code, out, err = finish(command(tmp_path / "zoo", names=ARCHS, org="lab"))
@@ -226,6 +225,51 @@ def test_killed_twice_and_run_again(hub, command, dry, tmp_path):
     assert {n: measured(row) for n, row in table.items()} == {n: measured(row) for n, row in rows(dry).items()}
     assert all(table[name]["sha"] == hub.repos[f"lab/{name}"].head().sha for name in NAMES)
     assert not list((tmp_path / "zoo").rglob("*.safetensors"))
+
+
+def test_as_few_keys_as_agree(hub, command, tmp_path):
+    """Layers have the keys that ``convert_to_agreement`` chose, in the plain network too; the table has their mean."""
+    for i in range(40):
+        picture(tmp_path / f"{i}.png", i)
+    torch.manual_seed(0)
+    dense = timm.create_model("test_efficientnet")
+    transform = create_transform(**resolve_data_config(model=dense))
+    images = torch.stack([transform(Image.open(tmp_path / f"{i}.png")) for i in range(40)])
+    with torch.no_grad():
+        for _ in range(20):
+            dense(images)  # its norms' statistics: it then sees several classes in these pictures
+        labels = dense.eval()(images).argmax(1).tolist()
+    for i, label in enumerate(labels):
+        place = tmp_path / "pictures" / SYNSETS[label] / f"{i}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{i}.png").rename(place)
+    kept = hub.repos["timm/test_efficientnet.r160_in1k"]
+    hub.add_repo(kept.id, {"model.safetensors": save(dense.state_dict())})
+    given = ["--images", tmp_path / "pictures", "--evaluate", tmp_path / "pictures", "--agreement", "0.9", "--dry-run"]
+    code, _, err = finish(command(tmp_path / "zoo", *given, names=["test_efficientnet"]))
+    hub.repos[kept.id] = kept
+    assert (code, err) == (0, "")
+    [row] = rows(tmp_path / "zoo").values()
+    repaired = timm.create_model(f"local-dir:{tmp_path}/zoo/models/{row['source']}/weights", pretrained=True)
+    layers = mk.conversion_report(repaired).layers
+    plain = copy.deepcopy(dense)
+    for layer in layers:
+        mk.convert_to_masterkeys(plain, include=layer.name, keys_per_kernel=layer.keys_per_kernel, inplace=True)
+    assert row["dense_top1"] == "100.0" and float(row["agreement"]) >= 90
+    for name, model in (("plain_top1", plain), ("top1", repaired)):
+        with torch.no_grad():
+            right = model.eval()(images).argmax(1) == torch.tensor(labels)
+        assert float(row[name]) == 100 * float(right.double().mean())
+    keys = sum(layer.keys_per_kernel * layer.channels for layer in layers) / sum(layer.channels for layer in layers)
+    assert float(row["keys"]) == round(keys, 2) > 1
+    assert json.loads((tmp_path / "zoo" / "zoo.json").read_text())["conversion"]["agreement"] == 0.9
+
+
+@pytest.mark.parametrize("also", ["--keys-per-kernel=2", "--min-r2=0.9"])
+def test_an_agreement_chooses_the_keys_alone(also, tmp_path, capsys):
+    given = ["--org", "me", "--evaluate", str(tmp_path), "--output", str(tmp_path / "zoo"), "--agreement", "0.9", also]
+    assert main(["zoo", "test_convnext", *given]) == 1
+    assert "drop --keys-per-kernel and --min-r2" in capsys.readouterr().err
 
 
 LABELS = {  # of photographs that ship

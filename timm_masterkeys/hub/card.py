@@ -80,10 +80,10 @@ def make_card(
         report: The conversion's report.
         repo_id: ``org/name`` (or a folder's name), as it appears in the examples.
         license: From ``inherited_license``; None if unknown.
-        base_model: The Hub id of the source weights.
-        datasets: Hub ids of training data.
-        tags: More tags.
-        metrics: Measured results, for the model-index; none are made up.
+        base_model: As for ``save_pretrained``; None if unknown.
+        datasets: As for ``save_pretrained``.
+        tags: As for ``save_pretrained``.
+        metrics: As for ``save_pretrained``; none are made up.
         existing: The README there is: its text outside this package's marks and its own metadata stay.
 
     Raises:
@@ -179,6 +179,20 @@ def _measured(report: ConversionReport) -> str:
     return f"{before}:\n\n{measured}."
 
 
+def _histogram(counts: Sequence[int]) -> str:
+    """A bar a key."""
+    most = max(*counts, 1)
+    return "\n".join(f"key {i + 1}  {n:>8,}  {'#' * round(40 * n / most)}".rstrip() for i, n in enumerate(counts))
+
+
+def _layer_rows(report: ConversionReport) -> str:
+    return "\n".join(
+        f"| {layer.name} | {layer.kernel_size[0]}x{layer.kernel_size[1]} | {layer.channels:,} | {layer.mean_r2:.3f} "
+        f"| {layer.worst_r2:.3f} | {' '.join(map(str, layer.key_histogram))} |"
+        for layer in report.layers
+    )
+
+
 def _body(
     config: Mapping[str, Any], report: ConversionReport, repo_id: str, license: str | None, base_model: str | None
 ) -> str:
@@ -188,18 +202,6 @@ def _body(
     source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else _source(cfg)
     inherited = ", inherited from them" if base_model else ""
     total = report.total
-    rows = [
-        f"| {layer.name} | {layer.kernel_size[0]}x{layer.kernel_size[1]} | {layer.channels:,} | {layer.mean_r2:.3f} "
-        f"| {layer.worst_r2:.3f} | {' '.join(map(str, layer.key_histogram))} |"
-        for layer in report.layers
-    ]
-    most = max(total.key_histogram)
-    bars = [
-        f"key {i + 1}  {n:>8,}  {'#' * round(40 * n / max(most, 1))}".rstrip()
-        for i, n in enumerate(total.key_histogram)
-    ]
-    histogram = "\n".join(bars)
-    table = "\n".join(rows)
     return f"""
 A timm `{config["architecture"]}` whose {total.channels:,} depthwise kernels are affine images `a*x + b` of the
 {len(total.key_histogram)} frozen *master keys* of the bank `{report.bank}`, converted with
@@ -246,14 +248,14 @@ std {tuple(cfg["std"])}; {config["num_classes"]} classes.
 How many kernels have each key:
 
 ```
-{histogram}
+{_histogram(total.key_histogram)}
 ```
 
 <details><summary>Layer by layer</summary>
 
 | layer | kernel | channels | mean R2 | worst | kernels of each key |
 |---|---|---|---|---|---|
-{table}
+{_layer_rows(report)}
 
 </details>
 

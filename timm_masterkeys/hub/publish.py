@@ -22,7 +22,7 @@ from torch import nn
 
 from ..errors import HubError, MasterKeysError
 from ..files import file_sha256
-from ..models.surgery import unwrapped
+from ..models.wrapped import unwrapped
 from ..version import __version__
 from .card import inherited_license, read_readme
 from .save import FILES, in_short, save_pretrained, timm_cfg
@@ -95,12 +95,12 @@ def push_to_hub(
         token: Hub token; the one of ``hf auth login`` or HF_TOKEN if None.
         commit_message: Title of the commit or pull request.
         dry_run: Check and compare, but change nothing on the Hub.
-        license: Needed if the source weights' licence is unknown (see ``save_pretrained``).
-        base_model: Hub id of the source weights; that of the model's cfg if None.
-        datasets: Hub ids of training data, for the card.
-        tags: More tags for the card.
-        metrics: Measured results for the card's model-index.
-        config: More top-level entries for config.json, such as ``label_names``.
+        license: As for ``save_pretrained``; here the weights must have one.
+        base_model: As for ``save_pretrained``.
+        datasets: As for ``save_pretrained``.
+        tags: As for ``save_pretrained``.
+        metrics: As for ``save_pretrained``.
+        config: As for ``save_pretrained``.
         readme: A README whose hand-written part and metadata to keep, where the repository has none yet.
 
     Returns:
@@ -141,7 +141,7 @@ def push_to_hub(
             )
             _check_card(api, directory / "README.md")
             files = _compare(directory, info or default)
-            changed = [name for name, state in files.items() if state != "unchanged"]
+            changed = _changed(files)
             if dry_run or (info and not changed):
                 sha = info.sha if info else None
                 return Publication(repo_id, branch, sha, files, committed=False, account=account)
@@ -151,9 +151,7 @@ def push_to_hub(
             if not changed:  # a new branch of a repository that has these very files
                 return Publication(repo_id, branch, info.sha, files, committed=False, account=account)
             files = _compare(directory, info)
-            operations = [
-                CommitOperationAdd(name, str(directory / name)) for name, s in files.items() if s != "unchanged"
-            ]
+            operations = [CommitOperationAdd(name, str(directory / name)) for name in _changed(files)]
         sha, url, ref = _commit(api, repo_id, branch, create_pr, commit_message, operations, info.sha, directory)
         _confirm(api, repo_id, sha, directory)
     _logger.info("Published hf-hub:%s@%s", repo_id, sha)
@@ -179,7 +177,7 @@ def _new_branch(api: HfApi, repo_id: str, branch: str, asked: str | None) -> Mod
 def _confirm(api: HfApi, repo_id: str, sha: str, directory: Path) -> None:
     """Raises unless the commit holds the very files."""
     with _telling(f"Commit {sha} was made in {repo_id}, but could not be confirmed"):
-        differing = [n for n, s in _compare(directory, _remote(api, repo_id, sha)).items() if s != "unchanged"]
+        differing = _changed(_compare(directory, _remote(api, repo_id, sha)))
         if differing:
             raise HubError(f"{repo_id}@{sha} holds other bytes than were sent: {', '.join(differing)}. Publish again.")
 
@@ -203,11 +201,10 @@ def _commit(
             time.sleep(2.0 ** (attempt - 1))
         try:
             if attempt:  # an answer was lost: was the commit made?
-                refs = _pulls(api, repo_id) if create_pr else {branch}
-                for ref in refs - pulls:
+                for ref in _pulls(api, repo_id) - pulls if create_pr else {branch}:
                     info = _remote(api, repo_id, ref)
                     if info and info.sha and info.sha != parent:
-                        if all(state == "unchanged" for state in _compare(directory, info).values()):
+                        if not _changed(_compare(directory, info)):
                             return info.sha, f"{api.endpoint}/{repo_id}/commit/{info.sha}", ref
                         if not create_pr:
                             raise HubError(f"{repo_id} was changed by somebody else meanwhile. Run again.")
@@ -266,6 +263,10 @@ def _compare(directory: Path, info: ModelInfo | None) -> dict[str, str]:
             blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
             states[name] = "unchanged" if blob == sibling.blob_id else "changed"
     return states
+
+
+def _changed(states: Mapping[str, str]) -> list[str]:
+    return [name for name, state in states.items() if state != "unchanged"]
 
 
 @contextlib.contextmanager

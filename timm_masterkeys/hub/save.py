@@ -23,8 +23,8 @@ from ..models import _timm
 from ..models.checkpoint import COMPACT_NAME, DENSE_NAME, FORMAT_VERSION, save_compact
 from ..models.provenance import SOURCE_NOTE, TAG, is_known, is_masterkeys_tag
 from ..models.report import conversion_report
-from ..models.surgery import fuse_masterkeys, unwrapped
-from ..repair.calibrate import evaluating
+from ..models.surgery import fuse_masterkeys
+from ..models.wrapped import evaluating, unwrapped
 from ..version import __version__
 from .card import inherited_license, make_card, read_readme
 

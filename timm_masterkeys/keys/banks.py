@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -27,6 +27,9 @@ _REPEATED = 0.98  # a key correlated more than this with an earlier one, sign ap
 _TWIN = (
     0.995  # the same for cropped keys: keys 7 and 8 of the scale-space banks, .98 alike at 3x3, are both worth having
 )
+
+
+_AtSize = tuple[np.ndarray, list[int], dict[int, str]]  # normalised keys, which are kept, why others are not
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,7 @@ class KeyBank:
     source: str = ""
     licence: str = ""
     resize: str = "fold"
+    _sizes: dict[tuple[int, int], _AtSize] = field(default_factory=dict, init=False, repr=False)  # computed once
 
     def __post_init__(self) -> None:
         given = self.keys.detach().cpu().double().numpy() if isinstance(self.keys, torch.Tensor) else self.keys
@@ -131,11 +135,17 @@ class KeyBank:
         """
         return dict(self._at(kernel_size)[2])
 
-    def _at(self, kernel_size: tuple[int, int]) -> tuple[np.ndarray, list[int], dict[int, str]]:
+    def _at(self, kernel_size: tuple[int, int]) -> _AtSize:
         whole = np.shape(kernel_size) == (2,) and np.asarray(kernel_size).dtype.kind in "iu"
         if not whole or min(kernel_size) < 1 or max(kernel_size) < 2:
             raise BankError(f"No keys for kernel size {kernel_size}: expected (height, width) with more than one tap.")
-        (height, width), (own_height, own_width) = kernel_size, self.keys.shape[1:]
+        size = int(kernel_size[0]), int(kernel_size[1])
+        if size not in self._sizes:
+            self._sizes[size] = self._resized(*size)
+        return self._sizes[size]
+
+    def _resized(self, height: int, width: int) -> _AtSize:
+        own_height, own_width = self.keys.shape[1:]
         shrink = _fold if self.resize == "fold" else _crop
         keys = _normalised(self.keys)[0]
         keys = shrink(own_height, min(own_height, height)) @ keys @ shrink(own_width, min(own_width, width)).T
@@ -211,7 +221,10 @@ def list_banks() -> list[str]:
     return [DEFAULT_BANK, COMPACT_BANK, *(f"scale-space-{method}" for method in SIGMAS), "random8:<seed>"]
 
 
-def get_bank(bank: "str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray" = DEFAULT_BANK) -> KeyBank:
+Bank = str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray  # what ``get_bank`` takes
+
+
+def get_bank(bank: Bank = DEFAULT_BANK) -> KeyBank:
     """Returns a bank by name, from a file, or from keys at hand.
 
     Args:

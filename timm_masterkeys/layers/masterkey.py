@@ -143,13 +143,25 @@ class MasterKeyConv2d(ComputedConv2d):
         Example:
             >>> layer = MasterKeyConv2d.from_conv(nn.Conv2d(96, 96, 7, padding=3, groups=96))
         """
-        kind = _kinds.get(trainable, cls)
-        layer = kind.__new__(kind)
-        layer._replace(conv, get_bank(bank), keys_per_kernel, trainable)
+        layer = cls.unfitted(conv, bank, keys_per_kernel, trainable)
         if not fit:
             layer.reset_parameters(conv.weight)
         else:
             layer._take(conv.weight)
+        return layer
+
+    @classmethod
+    def unfitted(
+        cls,
+        conv: nn.Conv2d,
+        bank: str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray = DEFAULT_BANK,
+        keys_per_kernel: int = 1,
+        trainable: Trainable = "shift",
+    ) -> "MasterKeyConv2d":
+        """As ``from_conv``, with kernels of zeros: for compact entries to be loaded into it."""
+        kind = _kinds.get(trainable, cls)
+        layer = kind.__new__(kind)
+        layer._replace(conv, get_bank(bank), keys_per_kernel, trainable)
         return layer
 
     def _replace(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:

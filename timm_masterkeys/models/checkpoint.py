@@ -19,7 +19,9 @@ from ..errors import CheckpointError, ConversionError
 from ..files import atomic_path, file_sha256
 from ..keys.banks import KeyBank
 from ..layers import MasterKeyConv2d, ScaledKeyConv2d, Trainable
-from .surgery import check_unwrapped, flat_name, is_feature_extractor, replace_layers, unwrapped
+from .plan import flat_name, is_feature_extractor
+from .surgery import replace_layers
+from .wrapped import check_unwrapped, unwrapped
 
 DENSE_NAME = "model.safetensors"
 COMPACT_NAME = "masterkeys.safetensors"
@@ -107,11 +109,12 @@ def _apply(
             raise CheckpointError(f"{here} is converted already; '{path}' goes with the dense model.")
         mode = trainable or settings["trainable"]
         scaled = f"{name}.log_sigma" in tensors
-        new[here] = layer = MasterKeyConv2d.from_conv(
-            conv, banks[settings["bank"]], settings["keys_per_kernel"], "scales" if scaled else mode, fit=values
+        new[here] = layer = MasterKeyConv2d.unfitted(
+            conv, banks[settings["bank"]], settings["keys_per_kernel"], "scales" if scaled else mode
         )
         layer.set_trainable(mode, requires_grad=conv.weight.requires_grad)
         if not values:
+            layer.reset_parameters(conv.weight)
             continue
         entries = {e: tensors[f"{name}.{e}"] for e in layer.compact_entries if f"{name}.{e}" in tensors}
         missing = [entry for entry in layer.compact_entries if entry not in entries]

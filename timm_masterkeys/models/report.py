@@ -13,7 +13,8 @@ from torch import nn
 from ..errors import ConversionError
 from ..keys.operators import OPERATORS, fit_operators
 from ..layers import MasterKeyConv2d
-from .surgery import plan_conversion, stage_of, unwrapped
+from .plan import plan_conversion, stage_of
+from .wrapped import unwrapped
 
 COVERAGE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # R^2 of the coverage curve
 _NONE = (math.nan,) * 3

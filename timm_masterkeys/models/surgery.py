@@ -1,134 +1,21 @@
-"""Finds the depthwise convolutions of a model, converts them, fuses them back."""
+"""Converts the depthwise convolutions of a model, fuses them back."""
 
 import copy
 import logging
-import os
-import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
-import numpy as np
-import torch
-from timm.layers import Conv2dSame
-from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
-from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
-from ..errors import BankError, CheckpointError, ConversionError, ProjectionError
-from ..keys.banks import DEFAULT_BANK, KeyBank, get_bank
+from ..errors import CheckpointError, ConversionError, ProjectionError
+from ..keys.banks import DEFAULT_BANK, Bank, get_bank
 from ..keys.projection import check_keys_per_kernel, keys_needed
 from ..layers import MasterKeyConv2d, Trainable, check_trainable
+from .plan import ConversionPlan, Patterns, plan_conversion
+from .wrapped import check_unwrapped, unwrapped
 
 _logger = logging.getLogger(__name__)
-
-Bank = str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray
-Patterns = str | Sequence[str] | None
-
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel, ModelEmaV2, ModelEmaV3)
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """One convolution of a model: will be converted if ``reason`` is empty, else why not."""
-
-    name: str
-    kind: str
-    kernel_size: tuple[int, ...]
-    in_channels: int
-    out_channels: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class ConversionPlan:
-    """Every convolution of a model and what conversion would do with it; ``str()`` is a table."""
-
-    layers: tuple[PlannedLayer, ...]
-
-    @property
-    def converted(self) -> tuple[PlannedLayer, ...]:
-        """The layers that would be converted."""
-        return tuple(layer for layer in self.layers if not layer.reason)
-
-    @property
-    def skipped(self) -> tuple[PlannedLayer, ...]:
-        """The layers that would stay as they are."""
-        return tuple(layer for layer in self.layers if layer.reason)
-
-    def __str__(self) -> str:
-        name = max([len(layer.name) for layer in self.layers] + [5])
-        kind = max([len(layer.kind) for layer in self.layers] + [4])
-        lines = [f"{'layer':<{name}}  {'type':<{kind}}  {'kernel':>7}  {'channels':>12}  action"]
-        for layer in self.layers:
-            channels = f"{layer.in_channels} -> {layer.out_channels}"
-            action = f"skip: {layer.reason}" if layer.reason else "convert"
-            lines.append(f"{layer.name:<{name}}  {layer.kind:<{kind}}  {_size(layer):>7}  {channels:>12}  {action}")
-        kernels = sum(layer.out_channels for layer in self.converted)
-        lines.append(f"{len(self.converted)} of {len(self.layers)} convolutions to convert, {kernels:,} kernels")
-        return "\n".join(lines)
-
-
-def plan_conversion(
-    model: nn.Module, bank: Bank = DEFAULT_BANK, *, include: Patterns = None, exclude: Patterns = None
-) -> ConversionPlan:
-    """Lists every convolution of a model: converted, or skipped and why. A dry run: nothing is changed.
-
-    Args:
-        model: Any module, wrapped or not.
-        bank: Anything ``get_bank`` takes.
-        include: fnmatch pattern(s) on module names; only layers that match one are converted. In a ``features_only``
-            model, names as in the whole model match too.
-        exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
-
-    Raises:
-        BankError: No such bank.
-        ConversionError: A pattern that matches no convolution (in a ``features_only`` model, which may lack its stage,
-            that is a warning).
-
-    Example:
-        >>> print(plan_conversion(timm.create_model("convnext_atto"), exclude="stages.0.*"))
-    """
-    model, bank = unwrapped(model), get_bank(bank)
-    include, exclude = _patterns(include), _patterns(exclude)
-    convs = [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvNd)]
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-
-    reasons = {name: _obstacle(name, conv, bank, owners) for name, conv in convs}
-    candidates = [name for name, reason in reasons.items() if not reason]
-    features = is_feature_extractor(model)
-
-    def matches(name: str, pattern: str) -> bool:
-        return fnmatchcase(name, pattern) or (features and fnmatchcase(flat_name(name), flat_name(pattern)))
-
-    for pattern in (*include, *exclude):
-        if not any(matches(name, pattern) for name in reasons):
-            message = f"Pattern '{pattern}' matches none of the {len(reasons)} convolutions. {_named(candidates)}"
-            if not features:
-                raise ConversionError(message)
-            _logger.warning("%s Features come without the stages after them.", message)
-    for name in candidates:
-        hit = next((pattern for pattern in exclude if matches(name, pattern)), None)
-        if include and not any(matches(name, pattern) for pattern in include):
-            reasons[name] = "not included"
-        elif hit:
-            reasons[name] = f"excluded by '{hit}'"
-    return ConversionPlan(
-        tuple(
-            PlannedLayer(
-                name, type(conv).__name__, tuple(conv.kernel_size), conv.in_channels, conv.out_channels, reasons[name]
-            )
-            for name, conv in convs
-        )
-    )
 
 
 def convert_to_masterkeys(
@@ -152,7 +39,8 @@ def convert_to_masterkeys(
     Args:
         model: Any module that holds depthwise ``nn.Conv2d`` or timm ``Conv2dSame``.
         bank: Anything ``get_bank`` takes.
-        include: fnmatch pattern(s) on module names; only layers that match one are converted.
+        include: fnmatch pattern(s) on module names; only layers that match one are converted. In a ``features_only``
+            model, names as in the whole model match too.
         exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
         keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where fewer have a shape. All eight at
             3x3 cancel each other with large scales: fuse such a model before it is cast to half precision.
@@ -313,42 +201,6 @@ def replace_layers(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
     return model
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of ``torch.compile``, (Distributed)DataParallel and averages of weights."""
-    inner: Any = model
-    while True:
-        if isinstance(inner, _WRAPPERS):
-            inner = inner.module
-        elif isinstance(inner, ModelEma):
-            inner = inner.ema
-        elif hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        else:
-            return inner
-
-
-def check_unwrapped(model: nn.Module) -> None:
-    """Raises ConversionError if layers replaced now would escape a wrapper that has the old ones."""
-    kind = type(model).__name__
-    if unwrapped(model) is not model:
-        raise ConversionError(
-            f"Got a {kind}, which has taken hold of the layers as they are, expected the model in it. Convert or fuse "
-            "that, then wrap, compile or average it anew."
-        )
-    if is_sharded(model):
-        raise ConversionError(
-            f"The parameters of this {kind} are sharded, expected whole ones. Convert or fuse a model first, then "
-            "shard it; a sharded one's full state dict can be loaded into one that is not."
-        )
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP has taken the model's parameters apart."""
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters()) or any(
-        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
-    )
-
-
 def _check_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Refuses a checkpoint that does not fit before any layer, converted or not, has been touched."""
     modules = module.named_modules(remove_duplicate=False)
@@ -363,60 +215,6 @@ def _check_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix:
         )
 
 
-def _obstacle(name: str, conv: nn.Module, bank: KeyBank, owners: dict[int, list[str]]) -> str:
-    """Why a convolution cannot be converted; empty if it can."""
-    if isinstance(conv, MasterKeyConv2d):
-        return f"converted already (bank {conv.bank.name})"
-    if not isinstance(conv, nn.Conv2d):
-        return "not a Conv2d"
-    if not conv.in_channels == conv.groups > 1:
-        return f"not depthwise (groups {conv.groups})"
-    if max(conv.kernel_size) == 1:
-        return "1x1 kernel has no spatial structure"
-    if "weight" not in conv._parameters:
-        return "its weight is computed (a parametrization)"
-    if "forward" in conv.__dict__:
-        return "its forward is replaced"
-    if type(conv) not in (nn.Conv2d, Conv2dSame):
-        return "a subclass with a rule of its own"
-    others = [owner for owner in owners[id(conv.weight)] if owner != name]
-    if others:
-        return f"shares its weight with {others[0]}"
-    try:
-        bank.keys_for(conv.kernel_size)  # type: ignore[arg-type]  # nn.Conv2d's is (int, int)
-    except BankError as error:
-        return str(error)
-    return ""
-
-
-def _named(candidates: list[str]) -> str:
-    """Names and a pattern to take instead of one that does not match."""
-    if not candidates:
-        return "None of them can be converted."
-    more = ", ..." if len(candidates) > 3 else ""
-    stage = stage_of(candidates[0])
-    whole = f"; a whole stage is '{stage}.*'" if stage != candidates[0] else ""
-    return f"Depthwise are {', '.join(candidates[:3])}{more}{whole}."
-
-
-def stage_of(layer: str) -> str:
-    """A layer's name up to its first number."""
-    found = re.match(r"(?:.*?\.)?\d+(?=\.)", layer)
-    return found[0] if found else layer
-
-
-def is_feature_extractor(model: nn.Module) -> bool:
-    """Whether a model is one of timm's ``features_only`` kinds."""
-    return hasattr(model, "feature_info") and not hasattr(model, "get_classifier")
-
-
-def flat_name(name: str) -> str:
-    """A module name free of what ``features_only`` changes: ``model.stages.0.x``, ``stages_0.x`` -> ``stages_0_x``."""
-    for prefix in ("model.", "graph_module.", "body."):  # the getter, fx and hook extractors
-        name = name.removeprefix(prefix)
-    return name.replace(".", "_")
-
-
 def _nothing_to_convert(model: nn.Module, plan: ConversionPlan) -> str:
     found = Counter(layer.reason for layer in plan.layers)
     reasons = ", ".join(f"{count} {reason}" for reason, count in found.most_common(4)) or "no convolution at all"
@@ -425,11 +223,3 @@ def _nothing_to_convert(model: nn.Module, plan: ConversionPlan) -> str:
         f"larger than 1x1; found {reasons}. plan_conversion(model) lists them all; fuse_masterkeys(model) undoes a "
         "conversion."
     )
-
-
-def _patterns(patterns: Patterns) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
-
-
-def _size(layer: PlannedLayer) -> str:
-    return "x".join(map(str, layer.kernel_size))

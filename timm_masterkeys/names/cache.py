@@ -83,7 +83,7 @@ def load_or_make(
     with contextlib.ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            Path(tempfile.mkdtemp(dir=root, prefix=f".{name}.")).rmdir()
+            tempfile.TemporaryFile(dir=root).close()  # not a folder: whoever has the lock removes those as rubbish
             stack.callback(_acquired(root / f".{name}.lock").release)
         except OSError as error:
             _logger.warning("%s cannot be written (%s): what is made now will be made again next time.", root, error)

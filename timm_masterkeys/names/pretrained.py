@@ -20,8 +20,8 @@ from ..hub.save import save_pretrained
 from ..keys.banks import DEFAULT_BANK, get_bank
 from ..models.surgery import convert_to_masterkeys
 from ..repair.budget import KeyBudget, convert_to_agreement
-from ..repair.calibrate import FEWEST, CalibrationReport, calibrate_masterkeys
-from ..repair.images import BUILTIN, COUNT, photographs_sha256
+from ..repair.calibrate import CalibrationReport, calibrate_masterkeys
+from ..repair.images import BUILTIN, COUNT, FEWEST, photographs_sha256
 from ..repair.walk import OVER
 from .cache import cache_folder, load_or_make
 

@@ -23,9 +23,10 @@ from ..keys.banks import DEFAULT_BANK, get_bank
 from ..layers import MasterKeyConv2d, Trainable
 from ..models import _timm
 from ..models.checkpoint import DENSE_NAME, check_dense, restore_masterkeys
+from ..models.plan import plan_conversion
 from ..models.provenance import SOURCE_NOTE, TAG, is_masterkeys_tag, set_known
 from ..models.report import conversion_report
-from ..models.surgery import convert_to_masterkeys, initialize_masterkeys, plan_conversion, replace_layers
+from ..models.surgery import convert_to_masterkeys, initialize_masterkeys, replace_layers
 from .pretrained import NotRepairedError, calibration_images, load_repaired
 
 _logger = logging.getLogger(__name__)

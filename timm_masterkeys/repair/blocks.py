@@ -38,7 +38,25 @@ class Reached(Exception):
     """Ends a forward pass that has gone far enough."""
 
 
-@torch.no_grad()
+@dataclass
+class _Pass:
+    """What was seen of the modules in one forward pass, by their names.
+
+    Attributes:
+        ran: Pointwise and converted layers, in their order, as often as they ran.
+        positions: As in ``Part``.
+        clock: A name when a module begins, and again when it ends.
+        shapes: Of what a module gives for one image.
+        norms: By a layer's name that of the norm after it.
+    """
+
+    ran: list[str] = field(default_factory=list)
+    positions: dict[str, int] = field(default_factory=dict)
+    clock: list[str] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    norms: dict[str, str] = field(default_factory=dict)
+
+
 def find_parts(model: nn.Module, images: torch.Tensor) -> tuple[list[Part], dict[str, str]]:
     """The parts in the order of execution, and by a layer's name that of the BatchNorm, frozen or not, after it.
 
@@ -46,18 +64,37 @@ def find_parts(model: nn.Module, images: torch.Tensor) -> tuple[list[Part], dict
     layer, unless it holds several blocks of other layers. Layers that run more than once are left out.
     """
     modules = dict(model.named_modules())
-    ran: list[str] = []
-    positions: dict[str, int] = {}
-    clock: list[str] = []  # a name when a module begins, and again when it ends
-    shapes: dict[str, tuple[int, ...]] = {}
+    seen = _watch(model, modules, images)
+    once = [name for name in seen.ran if seen.ran.count(name) == 1]
+    blocks = _find_blocks(modules, once, seen.positions)
+    parts: dict[str, Part] = {}
+    for name in once:
+        owner = next((b for b in blocks if name == b or name.startswith(f"{b}.")), name)
+        part = parts.setdefault(owner, Part(owner))
+        part.positions[name] = seen.positions[name]
+        if isinstance(modules[name], MasterKeyConv2d):
+            part.converted.append(name)
+        elif owner == name or seen.positions[name] > 1:
+            part.pointwise = name  # the last one stays
+    for part in parts.values():
+        before = seen.clock[: seen.clock.index(part.name)]
+        done = [name for name in dict.fromkeys(before) if seen.clock.count(name) == before.count(name) == 2 and name]
+        outermost = [name for name in done if not any(name.startswith(f"{other}.") for other in done)]
+        part.done = {name: seen.shapes[name] for name in outermost if name in seen.shapes}
+    return list(parts.values()), seen.norms
+
+
+@torch.no_grad()
+def _watch(model: nn.Module, modules: dict[str, nn.Module], images: torch.Tensor) -> _Pass:
+    """Runs the model under hooks."""
+    seen = _Pass()
     made: dict[int, tuple[str, torch.Tensor, int]] = {}  # by storage, as a norm may take a view
-    norms: dict[str, str] = {}
 
     def layer_hook(name: str) -> Hook:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
             channels = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
-            ran.append(name)
-            positions[name] = output.numel() // channels // len(output)
+            seen.ran.append(name)
+            seen.positions[name] = output.numel() // channels // len(output)
             made[output.untyped_storage().data_ptr()] = name, output, output._version  # kept, so that no other gets it
 
         return hook
@@ -66,19 +103,19 @@ def find_parts(model: nn.Module, images: torch.Tensor) -> tuple[list[Part], dict
         def hook(module: nn.Module, args: Any) -> None:
             layer, output, version = made.get(args[0].untyped_storage().data_ptr(), ("", args[0], -1))
             if args[0]._version == version and args[0].numel() == output.numel():  # nothing has written to it meanwhile
-                norms[layer] = name
+                seen.norms[layer] = name
 
         return hook
 
     def end_hook(name: str) -> Hook:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            clock.append(name)
+            seen.clock.append(name)
             if isinstance(output, torch.Tensor):
-                shapes[name] = tuple(output.shape[1:])
+                seen.shapes[name] = tuple(output.shape[1:])
 
         return hook
 
-    begins = [module.register_forward_pre_hook(lambda *_, n=name: clock.append(n)) for name, module in modules.items()]
+    begins = [m.register_forward_pre_hook(lambda *_, n=name: seen.clock.append(n)) for name, m in modules.items()]
     hooks: list[tuple[nn.Module, Hook]] = []
     for name, module in modules.items():
         if is_pointwise(module) or isinstance(module, MasterKeyConv2d):
@@ -92,22 +129,24 @@ def find_parts(model: nn.Module, images: torch.Tensor) -> tuple[list[Part], dict
     finally:
         for handle in begins:
             handle.remove()
+    return seen
 
-    once = [name for name in ran if ran.count(name) == 1]
-    converted = [name for name in once if isinstance(modules[name], MasterKeyConv2d)]
-    pointwise = [name for name in once if is_pointwise(modules[name])]
+
+def _find_blocks(modules: dict[str, nn.Module], once: list[str], positions: dict[str, int]) -> set[str]:
+    """The outermost blocks around the converted ones of these layers."""
 
     def block(layer: str) -> str:
-        name, later = layer, once[once.index(layer) :]
+        later = [n for n in once[once.index(layer) :] if is_pointwise(modules[n]) and positions[n] > 1]
+        name = layer
         while "." in name:
             name = name.rpartition(".")[0]
             if not isinstance(modules[name], (nn.Sequential, nn.ModuleList)) and any(
-                p.startswith(f"{name}.") and positions[p] > 1 for p in later if p in pointwise
+                n.startswith(f"{name}.") for n in later
             ):
                 return name
         return layer
 
-    found = {layer: block(layer) for layer in converted}
+    found = {layer: block(layer) for layer in once if isinstance(modules[layer], MasterKeyConv2d)}
     for layer, own in found.items():  # a lone layer between blocks does not make their stage a block
         inside = {
             other for other in found.values() if other.startswith(f"{own}.") and not layer.startswith(f"{other}.")
@@ -115,22 +154,7 @@ def find_parts(model: nn.Module, images: torch.Tensor) -> tuple[list[Part], dict
         if sum(not any(one.startswith(f"{other}.") for other in inside) for one in inside) > 1:
             found[layer] = layer
     blocks = set(found.values())
-    blocks = {b for b in blocks if not any(b.startswith(f"{other}.") for other in blocks)}
-    parts: dict[str, Part] = {}
-    for name in once:
-        owner = next((b for b in blocks if name == b or name.startswith(f"{b}.")), name)
-        part = parts.setdefault(owner, Part(owner))
-        part.positions[name] = positions[name]
-        if name in converted:
-            part.converted.append(name)
-        elif owner == name or positions[name] > 1:
-            part.pointwise = name  # the last one stays
-    for part in parts.values():
-        before = clock[: clock.index(part.name)]
-        done = [name for name in dict.fromkeys(before) if clock.count(name) == before.count(name) == 2 and name]
-        outermost = [name for name in done if not any(name.startswith(f"{other}.") for other in done)]
-        part.done = {name: shapes[name] for name in outermost if name in shapes}
-    return list(parts.values()), norms
+    return {b for b in blocks if not any(b.startswith(f"{other}.") for other in blocks)}
 
 
 class PartwiseNetwork:

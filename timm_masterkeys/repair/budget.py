@@ -3,7 +3,7 @@
 import copy
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +12,20 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import CalibrationError, ConversionError
-from ..keys.banks import DEFAULT_BANK, KeyBank, get_bank
+from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
 from ..layers import MasterKeyConv2d, Trainable
-from ..models.surgery import Bank, Patterns, convert_to_masterkeys, replace_layers
+from ..models.plan import Patterns
+from ..models.surgery import convert_to_masterkeys, replace_layers
+from ..models.wrapped import evaluating
 from .blocks import hooked
 from .calibrate import (
-    FEWEST,
-    Images,
     calibrate_masterkeys,
     check_models,
-    evaluating,
-    load_images,
     output_agreement,
     output_divergence,
     probe,
 )
-from .images import BUILTIN, COUNT, HELD_OUT, builtin_images
+from .images import BUILTIN, COUNT, FEWEST, HELD_OUT, Images, builtin_images, load_images
 
 _logger = logging.getLogger(__name__)
 
@@ -161,11 +159,9 @@ def convert_to_agreement(
         wanted = _outputs(dense, held_out, batch_size)
         judges = fitted[:: max(1, len(fitted) // JUDGES)]
         steps = order_steps(kernels, _divergences(dense, layers, judges, batch_size))
-    tried: dict[int, Spending] = {}
-    nothing_left = all(None in choices.values() for choices in layers.values())  # after the last step
-    least, most, best = 0, len(steps) - nothing_left, None
-    while best is None or least < most:
-        taken = (least + most) // 2
+
+    def attempt(taken: int) -> tuple[nn.Module, Spending]:
+        """The network after so many steps, repaired and judged."""
         counts = {**fewest, **dict(steps[:taken])}
         keyed = {name: count for name, count in counts.items() if layers[name][count] is not None}
         model = _converted(dense, keyed, bank, trainable)
@@ -174,28 +170,48 @@ def convert_to_agreement(
             out = _outputs(model, held_out, batch_size)
         spent = sum(kernels[name] * count for name, count in counts.items())
         each = {name: 0 if layers[name][count] is None else count for name, count in counts.items()}
-        tried[taken] = Spending(spent, output_agreement(out, wanted), output_divergence(out, wanted), each)
-        _logger.info("%d keys: agreement %.1f %%.", spent, 100 * tried[taken].agreement)
-        if tried[taken].agreement >= agreement:
-            best, most = model, taken
-        elif least == most:
-            top = max(tried.values(), key=lambda one: one.agreement)
-            raise CalibrationError(
-                f"No network agrees on {agreement:.1%} of {len(held_out)} held-out images: the best, with {top.keys:,} "
-                f"keys for {sum(kernels.values()):,} kernels, on {top.agreement:.1%}. Ask for less, or give more "
-                "images."
-            )
-        else:
-            least = taken + 1
-    return best, KeyBudget(
+        return model, Spending(spent, output_agreement(out, wanted), output_divergence(out, wanted), each)
+
+    nothing_left = all(None in choices.values() for choices in layers.values())  # after the last step
+    best, tried = _fewest_steps(attempt, len(steps) - nothing_left, agreement)
+    if best is None:
+        top = max(tried, key=lambda one: one.agreement)
+        raise CalibrationError(
+            f"No network agrees on {agreement:.1%} of {len(held_out)} held-out images: the best, with {top.keys:,} "
+            f"keys for {sum(kernels.values()):,} kernels, on {top.agreement:.1%}. Ask for less, or give more "
+            "images."
+        )
+    model, chosen = best
+    return model, KeyBudget(
         agreement,
-        tried[most],
-        tuple(sorted(tried.values(), key=lambda one: one.keys)),
+        chosen,
+        tuple(sorted(tried, key=lambda one: one.keys)),
         kernels,
         len(fitted),
         len(held_out),
         time.perf_counter() - start,
     )
+
+
+def _fewest_steps(
+    attempt: Callable[[int], tuple[nn.Module, Spending]], most: int, agreement: float
+) -> tuple[tuple[nn.Module, Spending] | None, list[Spending]]:
+    """By bisection what the fewest steps give that agrees, None if nothing does; and the figures of all attempts."""
+    best: tuple[nn.Module, Spending] | None = None
+    tried: list[Spending] = []
+    least = 0
+    while best is None or least < most:
+        taken = (least + most) // 2
+        model, spending = attempt(taken)
+        tried.append(spending)
+        _logger.info("%d keys: agreement %.1f %%.", spending.keys, 100 * spending.agreement)
+        if spending.agreement >= agreement:
+            best, most = (model, spending), taken
+        elif least == most:
+            break
+        else:
+            least = taken + 1
+    return best, tried
 
 
 def order_steps(kernels: Mapping[str, int], divergences: Mapping[str, Mapping[int, float]]) -> list[tuple[str, int]]:

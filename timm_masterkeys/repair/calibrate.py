@@ -3,39 +3,29 @@
 import copy
 import logging
 import math
-import os
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from timm.data import create_transform, is_img_extension, resolve_model_data_config
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..errors import CalibrationError
 from ..layers import MasterKeyConv2d
 from ..models.provenance import keeping
 from ..models.report import CALIBRATION_NOTE, conversion_report
-from ..models.surgery import is_sharded, unwrapped
-from .images import BUILTIN, COUNT, builtin_images
+from ..models.wrapped import evaluating, is_sharded, unwrapped
+from .images import Images, load_images
 from .memory import freed_memory_kept
 from .walk import HELD_OUT, StageReport, Walk
 
 _logger = logging.getLogger(__name__)
 
 Stage = Literal["projection", "statistics", "absorption", "healing"]
-Images = torch.Tensor | Iterable[Any] | str | os.PathLike[str]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 WITHOUT_GRADIENTS = STAGES[:3]
-
-FEWEST = 10  # images
 
 
 @dataclass(frozen=True)
@@ -229,106 +219,6 @@ def check_models(model: nn.Module, reference: nn.Module) -> None:
             len(other),
             min(other),
         )
-
-
-def load_images(images: Images, model: nn.Module, max_images: int) -> torch.Tensor:
-    """All images, of whatever ``calibrate_masterkeys`` takes, as one tensor like the model's parameters."""
-    if max_images < FEWEST:
-        raise CalibrationError(f"max_images is {max_images}, expected at least {FEWEST}.")
-    if isinstance(images, str) and images == BUILTIN:
-        images = builtin_images(model, min(COUNT, max_images))
-    elif isinstance(images, (str, os.PathLike)):
-        images = _load_folder(os.fspath(images), model, max_images)
-    elif not isinstance(images, torch.Tensor):
-        parts: list[torch.Tensor] = []
-        part: Any
-        for part in images:
-            parts.append(part[0] if isinstance(part, (tuple, list)) else part)
-            if len(parts) * len(parts[0]) >= max_images:
-                break
-        shapes = {tuple(part.shape[1:]) if isinstance(part, torch.Tensor) else type(part).__name__ for part in parts}
-        if len(shapes) > 1 or not all(isinstance(part, torch.Tensor) for part in parts):
-            raise CalibrationError(f"images come as {shapes}, expected batches (N, channels, H, W) of one size.")
-        images = torch.cat(parts)[:max_images] if parts else torch.empty(0, 3, 1, 1)
-    if images.ndim != 4 or not images.is_floating_point():
-        raise CalibrationError(
-            f"images are {tuple(images.shape)} {images.dtype}, expected (N, channels, H, W), normalised floats."
-        )
-    if len(images) < FEWEST:
-        raise CalibrationError(f"{len(images)} images, expected at least {FEWEST}; some hundred are better.")
-    images = images[_spread(len(images), max_images)]
-    if not images.isfinite().all():
-        raise CalibrationError("images hold NaN or Inf.")
-    return images.to(next(model.parameters()))
-
-
-def _load_folder(folder: str, model: nn.Module, max_images: int) -> torch.Tensor:
-    if not os.path.isdir(folder):
-        raise CalibrationError(f"There is no folder '{folder}'.")
-    found = sorted(path for path in Path(folder).rglob("*") if is_img_extension(path.suffix.lower()))
-    files = [p for p in found if p.is_file() and not any(n.startswith(".") for n in p.relative_to(folder).parts)]
-    if not files:
-        raise CalibrationError(f"There are no images in '{folder}'.")
-    first = _spread(len(files), max_images).tolist()
-    others = sorted(set(range(len(files))).difference(first))  # in place of those that cannot be read
-    tensors: list[torch.Tensor] = []
-    bar = tqdm(total=len(first), desc="images", leave=False, disable=None)
-    with bar, warnings.catch_warnings(), torch.device("cpu"):
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        mode, transform = _preparation(model)
-        for i in [*first, *others]:
-            if len(tensors) == len(first):
-                break
-            try:
-                with Image.open(files[i]) as image:
-                    tensors.append(transform(image.convert(mode)))
-            except Exception as error:  # a damaged file: decoders may raise anything
-                _logger.warning("'%s' is left out: %s", files[i], " ".join(str(error).split()) or repr(error))
-            else:
-                bar.update()
-    if len(tensors) < FEWEST:
-        raise CalibrationError(
-            f"{len(tensors)} of {len(files)} images in '{folder}' can be read, expected at least {FEWEST}."
-        )
-    return torch.stack(tensors)
-
-
-def _preparation(model: nn.Module) -> tuple[str, Any]:
-    """The mode of images (PIL's) and what makes tensors of them, by a model's cfg and its first convolution."""
-    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
-    if channels not in (1, 3):
-        raise CalibrationError(
-            f"{type(model).__name__} takes images of {channels} channels, a folder gives 3 or 1: give a tensor of "
-            "images or a DataLoader."
-        )
-    config = resolve_model_data_config(model)
-    if channels == 1:  # the cfg may be of the weights in colour
-        config["input_size"] = (1, *config["input_size"][1:])
-        for name in ("mean", "std"):
-            config[name] = (sum(config[name]) / len(config[name]),)
-    return "L" if channels == 1 else "RGB", create_transform(**config)
-
-
-def _spread(count: int, most: int) -> torch.Tensor:
-    """Indices, evenly spread, at most so many."""
-    return torch.arange(min(count, most), device="cpu") * count // min(count, most)
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode, and nothing compiled, as that passes by hooks; every module gets its own mode back."""
-    before = [(m, m.training, m._compiled_call_impl) for model in models for m in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        for module, _, compiled in before:
-            if compiled is not None:
-                module._compiled_call_impl = None
-        yield
-    finally:
-        for module, module.training, compiled in before:
-            if compiled is not None:
-                module._compiled_call_impl = compiled
 
 
 def _finite(model: nn.Module, out: Any) -> torch.Tensor:

@@ -1,22 +1,32 @@
-"""Images to repair with where there are none of one's own: crops of photographs that ship with this package."""
+"""Images to repair with: of a folder, a tensor, a loader; or crops of photographs that ship with this package."""
 
 import hashlib
+import logging
 import math
+import os
 import random
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import resolve_data_config
+from timm.data import create_transform, is_img_extension, resolve_data_config, resolve_model_data_config
 from timm.data.transforms import str_to_pil_interp
 from timm.models import PretrainedCfg
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..errors import CalibrationError
 
+_logger = logging.getLogger(__name__)
+
+Images = torch.Tensor | Iterable[Any] | str | os.PathLike[str]
+
+FEWEST = 10  # images
 BUILTIN = "builtin"  # is their name wherever a folder of images is taken
 COUNT = 76  # as many as there are photographs: none is both fitted to and measured by
 HELD_OUT = 4  # every fourth photograph can be kept for judging
@@ -155,3 +165,86 @@ def _per_channel(values: Any, channels: int) -> list[float]:
     if channels == 1:
         return [sum(values) / len(values)]
     return [values[i % len(values)] for i in range(channels)]
+
+
+def load_images(images: Images, model: nn.Module, max_images: int) -> torch.Tensor:
+    """All images, of whatever ``calibrate_masterkeys`` takes, as one tensor like the model's parameters."""
+    if max_images < FEWEST:
+        raise CalibrationError(f"max_images is {max_images}, expected at least {FEWEST}.")
+    if isinstance(images, str) and images == BUILTIN:
+        images = builtin_images(model, min(COUNT, max_images))
+    elif isinstance(images, (str, os.PathLike)):
+        images = _load_folder(os.fspath(images), model, max_images)
+    elif not isinstance(images, torch.Tensor):
+        parts: list[torch.Tensor] = []
+        part: Any
+        for part in images:
+            parts.append(part[0] if isinstance(part, (tuple, list)) else part)
+            if len(parts) * len(parts[0]) >= max_images:
+                break
+        shapes = {tuple(part.shape[1:]) if isinstance(part, torch.Tensor) else type(part).__name__ for part in parts}
+        if len(shapes) > 1 or not all(isinstance(part, torch.Tensor) for part in parts):
+            raise CalibrationError(f"images come as {shapes}, expected batches (N, channels, H, W) of one size.")
+        images = torch.cat(parts)[:max_images] if parts else torch.empty(0, 3, 1, 1)
+    if images.ndim != 4 or not images.is_floating_point():
+        raise CalibrationError(
+            f"images are {tuple(images.shape)} {images.dtype}, expected (N, channels, H, W), normalised floats."
+        )
+    if len(images) < FEWEST:
+        raise CalibrationError(f"{len(images)} images, expected at least {FEWEST}; some hundred are better.")
+    images = images[_spread(len(images), max_images)]
+    if not images.isfinite().all():
+        raise CalibrationError("images hold NaN or Inf.")
+    return images.to(next(model.parameters()))
+
+
+def _load_folder(folder: str, model: nn.Module, max_images: int) -> torch.Tensor:
+    if not os.path.isdir(folder):
+        raise CalibrationError(f"There is no folder '{folder}'.")
+    found = sorted(path for path in Path(folder).rglob("*") if is_img_extension(path.suffix.lower()))
+    files = [p for p in found if p.is_file() and not any(n.startswith(".") for n in p.relative_to(folder).parts)]
+    if not files:
+        raise CalibrationError(f"There are no images in '{folder}'.")
+    first = _spread(len(files), max_images).tolist()
+    others = sorted(set(range(len(files))).difference(first))  # in place of those that cannot be read
+    tensors: list[torch.Tensor] = []
+    bar = tqdm(total=len(first), desc="images", leave=False, disable=None)
+    with bar, warnings.catch_warnings(), torch.device("cpu"):
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        mode, transform = _preparation(model)
+        for i in [*first, *others]:
+            if len(tensors) == len(first):
+                break
+            try:
+                with Image.open(files[i]) as image:
+                    tensors.append(transform(image.convert(mode)))
+            except Exception as error:  # a damaged file: decoders may raise anything
+                _logger.warning("'%s' is left out: %s", files[i], " ".join(str(error).split()) or repr(error))
+            else:
+                bar.update()
+    if len(tensors) < FEWEST:
+        raise CalibrationError(
+            f"{len(tensors)} of {len(files)} images in '{folder}' can be read, expected at least {FEWEST}."
+        )
+    return torch.stack(tensors)
+
+
+def _preparation(model: nn.Module) -> tuple[str, Any]:
+    """The mode of images (PIL's) and what makes tensors of them, by a model's cfg and its first convolution."""
+    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    if channels not in (1, 3):
+        raise CalibrationError(
+            f"{type(model).__name__} takes images of {channels} channels, a folder gives 3 or 1: give a tensor of "
+            "images or a DataLoader."
+        )
+    config = resolve_model_data_config(model)
+    if channels == 1:  # the cfg may be of the weights in colour
+        config["input_size"] = (1, *config["input_size"][1:])
+        for name in ("mean", "std"):
+            config[name] = (sum(config[name]) / len(config[name]),)
+    return "L" if channels == 1 else "RGB", create_transform(**config)
+
+
+def _spread(count: int, most: int) -> torch.Tensor:
+    """Indices, evenly spread, at most so many."""
+    return torch.arange(min(count, most), device="cpu") * count // min(count, most)

@@ -24,7 +24,7 @@ def project(pair: Pair, wanted: Tap[Rows]) -> str:
     """Chooses keys, scale and shift of a converted layer by what it puts out."""
     name, layer = wanted.name, pair.layer(wanted.name)
     probes = torch.cat([torch.ones_like(layer.keys[:1]), layer.keys]).flatten(1)
-    count = len(probes)
+    count, per_input = len(probes), layer.out_channels // layer.in_channels
     targets = iter(wanted.hook.outputs)
     grams: list[torch.Tensor] = []
 
@@ -33,8 +33,11 @@ def project(pair: Pair, wanted: Tap[Rows]) -> str:
         positions = wanted.hook.positions(output[0, 0].numel(), len(output))
         windows = layer.windows(args[0], positions.to(output.device)).flatten(0, 1)
         responses = (probes @ windows).permute(2, 0, 1)  # (in_channels, positions, probes)
-        responses = responses.repeat_interleave(layer.out_channels // layer.in_channels, 0)
-        rows = torch.cat([responses, target.unsqueeze(2), torch.ones_like(target).unsqueeze(2)], 2)
+        rows = responses.new_empty(layer.in_channels, per_input, len(target[0]), count + 2)
+        rows[..., :count] = responses.unsqueeze(1)
+        rows[..., count] = target.unflatten(0, (-1, per_input))
+        rows[..., count + 1] = 1
+        rows = rows.flatten(0, 1)
         grams.append((rows.mT @ rows).double())
         raise Reached
 

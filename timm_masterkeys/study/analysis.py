@@ -10,8 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import BankError
-from ..keys.banks import DEFAULT_BANK, get_bank
-from ..models.surgery import Bank
+from ..keys.banks import DEFAULT_BANK, Bank, get_bank
 from .kernels import Source, collect_kernels, name_sources, read_kernels
 
 

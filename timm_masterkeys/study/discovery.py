@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 
 from ..errors import BankError
 from ..files import atomic_path
-from ..keys.banks import DEFAULT_BANK, KeyBank, get_bank
-from ..models.surgery import Bank, convert_to_masterkeys, plan_conversion
+from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
+from ..models.plan import plan_conversion
+from ..models.surgery import convert_to_masterkeys
 from ..repair.images import builtin_images
 from .kernels import Kernels, collect_kernels
 
@@ -148,24 +149,8 @@ def discover_bank(
         score = _remembered(score, Path(resume), f"{method}, seed {seed}, {equal_networks}, kernels {values}")
     weights = searched.weights(equal_networks)
     rate = None if score is None else (lambda found: score(found.unflatten(1, kernels.kernel_size)))
-    if method == "lines":
-        sets = {
-            count: fit_lines(searched.values, weights, count, seed)
-            for count in tqdm(range(1, MOST + 1), desc="lines", leave=False, disable=None, delay=2)
-        }
-        curve = {n: rate(found) if rate else float(weights @ searched.fit_keys(found)[0]) for n, found in sets.items()}
-        elbow = find_elbow(curve)
-        best = sets[keys or elbow]
-    else:
-        decode = _train_autoencoder(searched.values, weights, seed)
-        codes = torch.linspace(0, 1, CODES, dtype=torch.float64)
-        order, _ = eliminate(searched.values, weights, decode(codes), rate)
-        near = torch.linspace(-0.5, 0.5, CODES // LOCAL + 1, dtype=torch.float64) / (CODES - 1)
-        candidates = decode((codes[order[-LOCAL:], None] + near).flatten().clamp(0, 1).unique())
-        order, curve = eliminate(searched.values, weights, candidates, rate)
-        elbow = find_elbow({count: value for count, value in curve.items() if count <= MOST})
-        best = candidates[order[-(keys or elbow) :]]
-
+    search = _search_lines if method == "lines" else _search_autoencoder
+    best, curve, elbow = search(searched, weights, keys, seed, rate)
     use = torch.zeros(len(best), dtype=weights.dtype).index_add_(0, searched.fit_keys(best)[1], weights)
     best = best[use.argsort(descending=True, stable=True)]
     measured = apart if len(apart) else searched
@@ -193,6 +178,33 @@ def discover_bank(
         constant=kernels.constant,
         non_finite=kernels.non_finite,
     )
+
+
+def _search_lines(
+    kernels: Kernels, weights: torch.Tensor, keys: int | None, seed: int, score: Score | None
+) -> tuple[torch.Tensor, dict[int, float], int]:
+    """Lines fitted anew for every number of keys -> the keys, the curve of scores and its elbow."""
+    sets = {
+        count: fit_lines(kernels.values, weights, count, seed)
+        for count in tqdm(range(1, MOST + 1), desc="lines", leave=False, disable=None, delay=2)
+    }
+    curve = {n: score(found) if score else float(weights @ kernels.fit_keys(found)[0]) for n, found in sets.items()}
+    elbow = find_elbow(curve)
+    return sets[keys or elbow], curve, elbow
+
+
+def _search_autoencoder(
+    kernels: Kernels, weights: torch.Tensor, keys: int | None, seed: int, score: Score | None
+) -> tuple[torch.Tensor, dict[int, float], int]:
+    """Elimination along the code, then around what was left last -> the keys, the curve of scores and its elbow."""
+    decode = _train_autoencoder(kernels.values, weights, seed)
+    codes = torch.linspace(0, 1, CODES, dtype=torch.float64)
+    order, _ = eliminate(kernels.values, weights, decode(codes), score)
+    near = torch.linspace(-0.5, 0.5, CODES // LOCAL + 1, dtype=torch.float64) / (CODES - 1)
+    candidates = decode((codes[order[-LOCAL:], None] + near).flatten().clamp(0, 1).unique())
+    order, curve = eliminate(kernels.values, weights, candidates, score)
+    elbow = find_elbow({count: value for count, value in curve.items() if count <= MOST})
+    return candidates[order[-(keys or elbow) :]], curve, elbow
 
 
 @torch.no_grad()

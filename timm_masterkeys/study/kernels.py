@@ -13,8 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import BankError
-from ..keys.banks import get_bank
-from ..models.surgery import Bank
+from ..keys.banks import Bank, get_bank
 
 Array = torch.Tensor | np.ndarray
 Source = str | os.PathLike[str] | nn.Module | Array | Sequence[Array]

@@ -7,7 +7,7 @@ import base64
 import copy
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,8 @@ from torch import nn
 from ..keys.banks import get_bank
 from ..layers import MasterKeyConv2d
 from ..models.report import ConversionReport, LayerReport, conversion_report
-from ..models.surgery import convert_to_masterkeys, unwrapped
+from ..models.surgery import convert_to_masterkeys
+from ..models.wrapped import unwrapped
 from .plotting import plot_bank, plot_coverage, plot_kernels, plot_keys, plot_r2
 
 if TYPE_CHECKING:
@@ -61,33 +62,8 @@ def html_page(model: nn.Module, reference: nn.Module, report: ConversionReport, 
         >>> Path("report.html").write_text(page, encoding="utf-8")
     """
     model, reference = unwrapped(model), unwrapped(reference)
-    bank = next(layer.bank for layer in model.modules() if isinstance(layer, MasterKeyConv2d))
-    control = conversion_report(_control(reference, report))
     total = report.total
-    fitted = not math.isnan(total.mean_r2)  # else all kernels were drawn
-    facts = {
-        "mean R²": f"{total.mean_r2:.3f}",
-        "R² of random keys": f"{control.total.mean_r2:.3f}",
-        "kernels": f"{total.channels:,}",
-        "layers": f"{len(report.layers)}",
-        "bank": report.bank,
-        "trainable parameters": f"{report.trainable_before:,} → {report.trainable_after:,}",
-    }
-    figures = [
-        ("The bank", plot_bank(bank), "The keys, on one scale: red is positive, blue negative, white zero."),
-        (
-            "Coverage",
-            plot_coverage({report.bank: report, f"{CONTROL} (control)": control}),
-            "The share of kernels whose fit is above each R²; as many of eight random filters are the control.",
-        ),
-        ("Fit by depth", plot_r2(report), "Mean, median and worst R² of every layer."),
-        ("Keys by depth", plot_keys(report), "The key nearest to each kernel."),
-        (
-            "Worst and best",
-            plot_kernels(model, reference) if fitted else None,
-            "Kernels of the dense network above their fits, a pair on one scale; below each title, layer:channel.",
-        ),
-    ]
+    control = conversion_report(_control(reference, report))
     calibrated = f"<p>{escape(report.calibration)}</p>" if report.calibration else ""
     warning = (
         "<p class=warning>These kernels were converted in one shot, and nothing has measured what that does to the "
@@ -96,29 +72,11 @@ def html_page(model: nn.Module, reference: nn.Module, report: ConversionReport, 
     body = [
         f"<h1>{escape(title)}</h1>",
         calibrated or warning,
-        "<ul class=facts>" + "".join(f"<li>{k}<b>{escape(v)}</b></li>" for k, v in facts.items()) + "</ul>",
-        *(_figure(title, figure, caption) for title, figure, caption in figures if figure),
+        _facts(report, control),
+        *(_figure(*figure) for figure in _figures(model, reference, report, control)),
         "<h2>Operators</h2><p>What the dense kernels resemble: Gaussian derivatives fitted by least squares, none "
         "where no fit reaches R² .5; beside them the share of random kernels of the same sizes that do as well.</p>",
-        _table(
-            (
-                "resembles",
-                "kernels",
-                "random kernels",
-                "mean R²",
-                "sigma 10 %",
-                "median",
-                "90 %",
-                "along an axis",
-                "half a tap aside",
-            ),
-            [
-                [row.operator, f"{row.kernels:,}", _share(row.chance)]
-                + [_number(value) for value in (row.mean_r2, *row.sigma)]
-                + [_share(value) for value in (row.upright, row.half_pixel)]
-                for row in report.operators
-            ],
-        ),
+        _table(*_operators(report)),
         "<h2>Layers</h2>",
         _table(_HEADER + _keys(total), [_row(layer) for layer in (*report.layers, *report.stages, total)], total=True),
     ]
@@ -133,6 +91,51 @@ def html_page(model: nn.Module, reference: nn.Module, report: ConversionReport, 
         f"<meta name=viewport content='width=device-width, initial-scale=1'>\n<title>{escape(title)}</title>\n"
         f"<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     )
+
+
+def _facts(report: ConversionReport, control: ConversionReport) -> str:
+    facts = {
+        "mean R²": f"{report.total.mean_r2:.3f}",
+        "R² of random keys": f"{control.total.mean_r2:.3f}",
+        "kernels": f"{report.total.channels:,}",
+        "layers": f"{len(report.layers)}",
+        "bank": report.bank,
+        "trainable parameters": f"{report.trainable_before:,} → {report.trainable_after:,}",
+    }
+    return "<ul class=facts>" + "".join(f"<li>{k}<b>{escape(v)}</b></li>" for k, v in facts.items()) + "</ul>"
+
+
+def _figures(
+    model: nn.Module, reference: nn.Module, report: ConversionReport, control: ConversionReport
+) -> Iterator[tuple[str, "Figure", str]]:
+    """The pictures, each with its title and what it shows."""
+    bank = next(layer.bank for layer in model.modules() if isinstance(layer, MasterKeyConv2d))
+    yield "The bank", plot_bank(bank), "The keys, on one scale: red is positive, blue negative, white zero."
+    yield (
+        "Coverage",
+        plot_coverage({report.bank: report, f"{CONTROL} (control)": control}),
+        "The share of kernels whose fit is above each R²; as many of eight random filters are the control.",
+    )
+    yield "Fit by depth", plot_r2(report), "Mean, median and worst R² of every layer."
+    yield "Keys by depth", plot_keys(report), "The key nearest to each kernel."
+    if not math.isnan(report.total.mean_r2):  # else all kernels were drawn
+        yield (
+            "Worst and best",
+            plot_kernels(model, reference),
+            "Kernels of the dense network above their fits, a pair on one scale; below each title, layer:channel.",
+        )
+
+
+def _operators(report: ConversionReport) -> tuple[tuple[str, ...], list[list[str]]]:
+    """The header and the rows of the table of operators."""
+    header = ("resembles", "kernels", "random kernels", "mean R²", "sigma 10 %", "median", "90 %")
+    rows = [
+        [row.operator, f"{row.kernels:,}", _share(row.chance)]
+        + [_number(value) for value in (row.mean_r2, *row.sigma)]
+        + [_share(value) for value in (row.upright, row.half_pixel)]
+        for row in report.operators
+    ]
+    return (*header, "along an axis", "half a tap aside"), rows
 
 
 def _control(reference: nn.Module, report: ConversionReport) -> nn.Module:

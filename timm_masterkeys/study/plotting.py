@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from ..errors import ConversionError
-from ..keys.banks import DEFAULT_BANK, get_bank
+from ..keys.banks import DEFAULT_BANK, Bank, get_bank
 from ..layers import MasterKeyConv2d
 from ..models.report import COVERAGE, ConversionReport
-from ..models.surgery import Bank, unwrapped
+from ..models.wrapped import unwrapped
 from .discovery import Discovery
 
 try:

