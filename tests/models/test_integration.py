@@ -226,8 +226,9 @@ def test_onnx_by_the_newer_exporter():
 
 
 DISTRIBUTED = """
-import os, sys, timm, torch, torch.distributed as dist
+import os, sys, time, timm, torch, torch.distributed as dist
 import timm_masterkeys as mk
+from pathlib import Path
 from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 
@@ -275,10 +276,13 @@ if hasattr(fsdp, "fully_shard"):  # public from torch 2.6
     for name, value in sharded.state_dict().items():
         value = value.full_tensor() if isinstance(value, DTensor) else value
         torch.testing.assert_close(value, after[name], rtol=1e-4, atol=1e-5)
-dist.barrier()  # whoever leaves first would take the other's connections down
-dist.destroy_process_group()
 print("all equal", flush=True)
-os._exit(0)  # gloo's threads may ask for a lock of an interpreter that is being torn down, and abort the process
+# Whoever leaves first would take the other's connections down; and gloo's threads may ask for a lock of an interpreter
+# that is being torn down, and abort the process. So they wait for each other without it, and leave at once.
+Path(f"{__file__}.{rank}").touch()
+while not all(Path(f"{__file__}.{other}").exists() for other in range(dist.get_world_size())):
+    time.sleep(0.05)
+os._exit(0)
 """
 
 
