@@ -13,7 +13,6 @@ import argparse
 import copy
 import csv
 import gc
-import os
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import nn
 
 from timm_masterkeys import MasterKeyConv2d, calibrate_masterkeys, convert_to_masterkeys, fuse_masterkeys
-from timm_masterkeys.layers.depthwise import takes_kernel
+from timm_masterkeys.layers import depthwise
 from timm_masterkeys.models.surgery import replace_layers
 
 GRID = [  # batch, channels, side, kernel, stride: stages of ConvNeXt, StarNet, EfficientNet and MobileNetV3
@@ -98,7 +97,7 @@ def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(-3 if DEVICE.type == "cuda" else -1, rounds):
         for name, run in runs.items():
-            os.environ["TIMM_MASTERKEYS_TRITON"] = "1" if name.endswith("+kernel") else "0"
+            depthwise.TRITON = "1" if name.endswith("+kernel") else "0"
             milliseconds = run()
             if turn >= 0:
                 times[name].append(milliseconds)
@@ -269,7 +268,7 @@ def steps(args: argparse.Namespace) -> None:
             print(f"{name} {size}: out of memory", flush=True)
             continue
         finally:
-            runs = {}
+            runs, peaks = {}, {}  # the next network needs their memory
             gc.collect()
         if DEVICE.type != "cuda":
             memory = {kind: kept(dense, kind.removesuffix("+kernel"), images, size) for kind in args.variants}
@@ -355,8 +354,8 @@ def main() -> None:
     args.sizes = args.sizes or ([224] if DEVICE.type == "cuda" else [160, 224])
     if args.variants[0] != "dense":
         parser.error("the first variant is what the others are compared with: dense")
-    os.environ["TIMM_MASTERKEYS_TRITON"] = "1"
-    if DEVICE.type == "cuda" and not takes_kernel("cuda", ((7, 7), (1, 1), False, 0)):
+    depthwise.TRITON = "1"
+    if DEVICE.type == "cuda" and not depthwise.takes_kernel("cuda", ((7, 7), (1, 1), False, 0)):
         args.variants = [name for name in args.variants if not name.endswith("+kernel")]
         print("Triton does not run here: no kernels are measured.")
     print(f"torch {torch.__version__}, timm {timm.__version__}, {DEVICE}, {torch.get_num_threads()} threads")

@@ -70,10 +70,11 @@ class Study:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.results = args, args.results
-        recipe = hashlib.sha256(" ".join(self.recipe()).encode()).hexdigest()[:8]
-        self.work: Path = (args.work / f"{args.model or 'lite0'}-{recipe}").resolve()  # of this recipe alone
-        self.work.mkdir(parents=True, exist_ok=True)
         self.classes = sorted(path.name for path in (args.folder / "train").iterdir() if path.is_dir())
+        what = "\n".join([str(args.folder.resolve()), *self.classes, *self.recipe()])
+        recipe = hashlib.sha256(what.encode()).hexdigest()[:8]
+        self.work: Path = (args.work / f"{args.model or 'lite0'}-{recipe}").resolve()  # of this data and recipe
+        self.work.mkdir(parents=True, exist_ok=True)
         (self.work / "classes.txt").write_text("".join(f"{name}\n" for name in self.classes))
         self.rates: dict[Arm, float] = {}
 
@@ -97,7 +98,8 @@ class Study:
 
     def settings(self, run: Run) -> dict[str, Any]:
         """The columns that tell a run from others."""
-        about = {"model": self.args.model or "tf_efficientnet_lite0", "size": self.args.size}
+        about = {"data": self.args.folder.resolve().name, "model": self.args.model or "tf_efficientnet_lite0"}
+        about |= {"size": self.args.size}
         about |= {"epochs": self.args.epochs, "arm": run.arm.name, "seed": run.seed, "lr": run.lr}
         return about | {"measured on": run.split, "arguments": " ".join(self.recipe())}
 

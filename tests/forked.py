@@ -2,9 +2,11 @@
 variable changes. For tests of what a process does, not of how an interpreter starts and ends.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torchvision", "PIL.Image", "safetensors.torch"])
+_running = []
 
 
 def enter(env):
@@ -25,6 +28,7 @@ def enter(env):
 
 
 def _main(option, what, arguments, env, pipes):
+    os.setsid()  # so that it can be killed with all it starts
     for number, pipe in enumerate(pipes, 1):
         os.dup2(pipe.fileno(), number)
         pipe.close()
@@ -44,6 +48,7 @@ class Python:
         given = (option, what, list(map(str, arguments)), dict(os.environ if env is None else env))
         self._process = FORKS.Process(target=_main, args=(*given, [writer for _, writer in ends]))
         self._process.start()
+        _running.append(self)
         for _, writer in ends:
             writer.close()
         self.stdout, self.stderr = (os.fdopen(os.dup(reader.fileno())) for reader, _ in ends)
@@ -55,19 +60,41 @@ class Python:
         return self._process.exitcode
 
     def kill(self):
-        """Ends it at once, as SIGKILL does."""
-        self._process.kill()
+        """Ends it at once, as SIGKILL does, with the processes that it has started."""
+        if self.poll() is None:
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # not a group of its own yet
+                self._process.kill()
 
     def communicate(self, timeout=300):
-        """What it wrote (and has not been read), after its end."""
-        timer = threading.Timer(timeout, self.kill)
+        """What it wrote (and has not been read), after its end.
+
+        Raises:
+            subprocess.TimeoutExpired: It was killed as it took longer.
+        """
+        late = threading.Event()
+        timer = threading.Timer(timeout, lambda: (late.set(), self.kill()))
+        timer.daemon = True
         timer.start()
-        with ThreadPoolExecutor() as pool, self.stdout, self.stderr:
-            written = tuple(pool.map(lambda stream: stream.read(), (self.stdout, self.stderr)))
-        self._process.join()
-        timer.cancel()
+        try:
+            with ThreadPoolExecutor() as pool, self.stdout, self.stderr:
+                written = tuple(pool.map(lambda stream: stream.read(), (self.stdout, self.stderr)))
+            self._process.join()
+        finally:
+            timer.cancel()
+        _running.remove(self)
         self.returncode = self.poll()
+        if late.is_set():
+            raise subprocess.TimeoutExpired("python", timeout, *written)
         return written
+
+
+@atexit.register  # after multiprocessing's own, and so called before it, which would wait for them
+def kill_running():
+    """Ends what failed tests have left running."""
+    for process in _running:
+        process.kill()
 
 
 def run(option, what, *arguments, env=None):

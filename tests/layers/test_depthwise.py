@@ -220,11 +220,12 @@ def test_forward_mode(geometry, trainable):
         ("affine", 64, torch.channels_last),
     ],
 )
-def test_compile_in_one_graph(trainable, channels, memory_format):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_in_one_graph(trainable, channels, memory_format, dynamic):
     layer = make("7x7", 1, trainable, channels=channels, dtype=torch.float32)
     x = torch.randn(2, channels, 9, 9).to(memory_format=memory_format).requires_grad_()
     torch.compiler.reset()  # every case counts against the same limit of recompilations
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for _ in range(2):
         got = torch.autograd.grad(compiled(x).square().sum(), [x, *layer.parameters()])
         wanted = torch.autograd.grad(plain(layer, x).square().sum(), [x, *layer.parameters()])

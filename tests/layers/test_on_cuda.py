@@ -8,6 +8,7 @@ import torch
 from depthwise_cases import GEOMETRIES, LAYOUTS, make, plain
 
 import timm_masterkeys as mk
+from timm_masterkeys.layers import depthwise
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")]
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -15,7 +16,7 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 @pytest.fixture(params=["1", "0"], ids=["kernel", "plain"], autouse=True)
 def _kernel(request, monkeypatch):
-    monkeypatch.setenv("TIMM_MASTERKEYS_TRITON", request.param)
+    monkeypatch.setattr(depthwise, "TRITON", request.param)
 
 
 @layouts

@@ -1,9 +1,10 @@
 """A depthwise convolution with kernels affine in frozen keys, and a backward pass without their weight gradient."""
 
-import functools
 import inspect
+import logging
 import math
 import os
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.forward_ad import unpack_dual
 
+_logger = logging.getLogger(__name__)
+
 Pair = tuple[int, int]
 
 CACHED = 2 << 20  # bytes of input worked on at a time
@@ -19,6 +22,11 @@ CACHED = 2 << 20  # bytes of input worked on at a time
 # Where the Triton kernel was measured to be faster at every size that examples/benchmark_train.py tries, as
 # (kernel size, stride, whether in channels_last, keys per kernel with a scale that trains): nowhere yet.
 MEASURED: frozenset[tuple[Pair, Pair, bool, int]] = frozenset()
+# "1" leaves the sums to the kernel wherever it runs, "0" nowhere, "" where MEASURED says so. A global, as torch.compile
+# compiles anew where it has changed.
+TRITON = os.environ.get("TIMM_MASTERKEYS_TRITON", "")
+_runs: dict[str, bool] = {}  # the kernel, by kind of device
+_registering = threading.Lock()
 
 
 def affine_depthwise_conv2d(
@@ -111,9 +119,10 @@ class _AffineDepthwise(torch.autograd.Function):
         grad_input = grad_bias = grad_scale = grad_shift = None
         size = keys.shape[1], keys.shape[2]
         scales = key_index.shape[1] if needs_scale else 0
-        kernel = (needs_scale or needs_shift) and takes_kernel(
-            grad.device.type, (size, tuple(geometry[0]), ctx.memory_format is torch.channels_last, scales)
-        )
+        kernel = False
+        if (needs_scale or needs_shift) and (TRITON == "1" or (TRITON != "0" and len(MEASURED) > 0)):
+            case = size, tuple(geometry[0]), ctx.memory_format is torch.channels_last, scales
+            kernel = takes_kernel(grad.device.type, case)
         # Where the whole weight gradient costs less than filtering the input, scale and shift come from it.
         if not kernel and (
             (needs_shift and max(size) <= 3) or (needs_scale and (keys[0].numel() < 16 or key_index.shape[1] > 2))
@@ -155,10 +164,9 @@ _AffineDepthwise.forward.__signature__ = inspect.signature(_AffineDepthwise.forw
 def takes_kernel(device: str, case: tuple[Pair, Pair, bool, int]) -> bool:
     """Whether the sums of a case of ``MEASURED`` are left to the Triton kernel; decided once where it is compiled.
 
-    ``TIMM_MASTERKEYS_TRITON=1`` leaves them to it wherever it runs, ``0`` nowhere. vmap and its like get the plain way.
+    vmap and its like get the plain way.
     """
-    wanted = os.environ.get("TIMM_MASTERKEYS_TRITON", "")
-    if wanted == "0" or (wanted != "1" and case not in MEASURED) or torch._C._are_functorch_transforms_active():
+    if TRITON == "0" or (TRITON != "1" and case not in MEASURED) or torch._C._are_functorch_transforms_active():
         return False
     return _kernel_runs(device)
 
@@ -166,16 +174,23 @@ def takes_kernel(device: str, case: tuple[Pair, Pair, bool, int]) -> bool:
 torch.compiler.assume_constant_result(takes_kernel)
 
 
-@functools.cache
 def _kernel_runs(device: str) -> bool:
-    """Registers the kernel for a kind of device if Triton is installed and runs there, which are two things."""
+    """Registers the kernel for a kind of device, once, if Triton is installed and runs there, which are two things."""
+    with _registering:  # autograd has a thread for each GPU
+        if device not in _runs:
+            _runs[device] = _registered(device)
+        return _runs[device]
+
+
+def _registered(device: str) -> bool:
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return False
     try:
         from . import depthwise_triton
 
         depthwise_triton.check_driver(device)
-    except Exception:  # not installed; no driver; one that Triton does not know
+    except (ImportError, RuntimeError, OSError) as error:  # not installed; no driver; one that Triton does not know
+        _logger.warning("Triton does not run here, depthwise layers take the plain way: %s", error)
         return False
     affine_sums.register_kernel(device, depthwise_triton.affine_sums)
     return True

@@ -158,10 +158,15 @@ class MasterKeyConv2d(ComputedConv2d):
         keys_per_kernel: int = 1,
         trainable: Trainable = "shift",
     ) -> "MasterKeyConv2d":
-        """As ``from_conv``, with kernels of zeros: for compact entries to be loaded into it."""
+        """As ``from_conv``, with kernels of zeros and an ``r2`` of -1: for compact entries to be loaded into it.
+
+        Raises:
+            BankError, ProjectionError, ConversionError: As for ``from_conv``, whose other arguments it takes.
+        """
         kind = _kinds.get(trainable, cls)
         layer = kind.__new__(kind)
         layer._replace(conv, get_bank(bank), keys_per_kernel, trainable)
+        layer.r2.fill_(-1.0)
         return layer
 
     def _replace(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
