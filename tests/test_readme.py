@@ -116,3 +116,18 @@ def test_the_key_budget_says_what_was_measured():
             cells = {f"{int(row['keys']):,}", row["per kernel"], row["s"], f"{float(row['kl']):.2f}"}
             cells |= {f"{float(row[name]):.1f}" for name in ("agreement held out", "top1", "agreement")}
             assert any(cells <= cell for cell in table), (key, cells)
+
+
+def test_fine_tuning_says_what_was_measured():
+    table = rows(section(MEASURED, "Fine-tuning"))
+    found = groups("finetune.csv", "model", "size", "arm", "epoch")
+    dense = {
+        key[3]: {row["seed"]: float(row["top1"]) for row in seeds} for key, seeds in found.items() if "dense" in key
+    }
+    last = max(dense, key=int)
+    for (_, _, arm, epoch), seeds in found.items():
+        if epoch in ("1", last):
+            cells = {arm, written([float(row["top1"]) for row in seeds], 1)}
+            if epoch == last and arm != "dense":
+                cells.add(written([dense[last][row["seed"]] - float(row["top1"]) for row in seeds], 1))
+            assert any(cells <= row for row in table), cells
