@@ -212,15 +212,14 @@ def test_forward_mode(geometry, trainable):
 
 
 @pytest.mark.parametrize(
-    ("trainable", "channels", "memory_format"),
+    ("trainable", "channels", "memory_format", "dynamic"),
     [  # the sums of windows are pooled with many channels in channels_last, if there are any to be taken
-        ("none", 4, torch.contiguous_format),
-        ("shift", 4, torch.contiguous_format),
-        ("shift", 64, torch.channels_last),
-        ("affine", 64, torch.channels_last),
+        ("none", 4, torch.contiguous_format, None),
+        ("shift", 4, torch.contiguous_format, None),
+        ("shift", 64, torch.channels_last, None),
+        ("affine", 64, torch.channels_last, True),
     ],
 )
-@pytest.mark.parametrize("dynamic", [None, True])
 def test_compile_in_one_graph(trainable, channels, memory_format, dynamic):
     layer = make("7x7", 1, trainable, channels=channels, dtype=torch.float32)
     x = torch.randn(2, channels, 9, 9).to(memory_format=memory_format).requires_grad_()
