@@ -71,7 +71,7 @@ class Study:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.results = args, args.results
         self.classes = sorted(path.name for path in (args.folder / "train").iterdir() if path.is_dir())
-        what = "\n".join([str(args.folder.resolve()), *self.classes, *self.recipe()])
+        what = "\n".join([str(args.folder.resolve()), *self.classes, *self.recipe(args.epochs)])
         recipe = hashlib.sha256(what.encode()).hexdigest()[:8]
         self.work: Path = (args.work / f"{args.model or 'lite0'}-{recipe}").resolve()  # of this data and recipe
         self.work.mkdir(parents=True, exist_ok=True)
@@ -79,19 +79,24 @@ class Study:
         self.rates: dict[Arm, float] = {}
 
     def rate(self, arm: Arm) -> float:
-        """The learning rate of an arm: the given one, or that which is best on held-out training images."""
+        """The learning rate of an arm: the given one, or that which is best on held-out training images.
+
+        A distilled arm takes that of the same arm without a teacher.
+        """
         if not self.args.tune:
             return float(self.args.lr)
+        arm = Arm.parse(arm.name.removesuffix("-kd"))
         if arm not in self.rates:
             tried = {lr: self.last(Run(arm, self.args.seeds[0], lr, HELD_OUT)) for lr in self.args.tune}
             self.rates[arm] = max(tried, key=lambda lr: float(tried[lr]["top1"]))
         return self.rates[arm]
 
-    def last(self, run: Run) -> dict[str, str]:
-        """The row of a run's last epoch; the run is done if it is not yet."""
+    def last(self, run: Run, network: bool = False) -> dict[str, str]:
+        """The row of a run's last epoch; the run is done if it is not yet, or if its ``network`` is needed but gone."""
         settings = {name: str(value) for name, value in self.settings(run).items()}
-        wanted = settings | {"epoch": str(self.args.epochs)}
-        if not any(wanted.items() <= row.items() for row in self.rows()) or not self.network(run).is_dir():
+        wanted = settings | {"epoch": str(self.length(run))}
+        done = any(wanted.items() <= row.items() for row in self.rows())
+        if not done or (network and not self.network(run).is_dir()):
             trained = self.train(run)
             self.write([row for row in self.rows() if not settings.items() <= row.items()] + trained)
         return next(row for row in self.rows() if wanted.items() <= row.items())
@@ -100,12 +105,16 @@ class Study:
         """The columns that tell a run from others."""
         about = {"data": self.args.folder.resolve().name, "model": self.args.model or "tf_efficientnet_lite0"}
         about |= {"size": self.args.size}
-        about |= {"epochs": self.args.epochs, "arm": run.arm.name, "seed": run.seed, "lr": run.lr}
-        return about | {"measured on": run.split, "arguments": " ".join(self.recipe())}
+        about |= {"epochs": self.length(run), "arm": run.arm.name, "seed": run.seed, "lr": run.lr}
+        return about | {"measured on": run.split, "arguments": " ".join(self.recipe(self.length(run)))}
 
-    def recipe(self) -> list[str]:
+    def length(self, run: Run) -> int:
+        """Epochs of a run; those that choose a learning rate may have a number of their own."""
+        return int(self.args.epochs if run.split == ALL else self.args.tune_epochs or self.args.epochs)
+
+    def recipe(self, epochs: int) -> list[str]:
         """What every arm has in common, as arguments of train.py."""
-        given = {"opt": "adamw", "weight-decay": 0.05, "sched": "cosine", "epochs": self.args.epochs}
+        given = {"opt": "adamw", "weight-decay": 0.05, "sched": "cosine", "epochs": epochs}
         given |= {"warmup-epochs": 0, "batch-size": self.args.batch_size, "smoothing": 0.1, "hflip": 0.5}
         if self.args.bn_momentum:
             given["bn-momentum"] = self.args.bn_momentum
@@ -117,7 +126,8 @@ class Study:
         folder, started = self.place(run), self.start(run)
         given = ["--data-dir", self.data(run), "--class-map", self.work / "classes.txt", "--seed", run.seed]
         given += ["--model", f"local-dir:{started}", "--pretrained", "--num-classes", len(self.classes)]
-        given += [*self.recipe(), "--lr", run.lr, "--device", self.args.device, "--workers", self.args.workers]
+        given += [*self.recipe(self.length(run)), "--lr", run.lr]
+        given += ["--device", self.args.device, "--workers", self.args.workers]
         given += ["--channels-last"]  # no other network, but faster
         given += ["--output", folder.parent, "--experiment", folder.name, "--checkpoint-hist", 1, "--log-interval", 20]
         if run.arm.keys:
@@ -125,7 +135,7 @@ class Study:
         if run.arm.distilled:
             dense = Arm.parse("dense")
             teacher = Run(dense, run.seed, self.rate(dense), run.split)
-            self.last(teacher)
+            self.last(teacher, network=True)
             given += ["--kd-model-name", f"local-dir:{self.network(teacher)}"]
         checkpoint = folder / "last.pth.tar"
         if checkpoint.exists():
@@ -148,11 +158,11 @@ class Study:
         with summary.open(newline="") as file:  # a resumed run has more than one head
             noted = {row["epoch"]: row for row in csv.DictReader(file) if row["epoch"] != "epoch"}
         rows = []
-        for i in range(self.args.epochs):
+        for i in range(self.length(run)):
             row = noted[str(i)]
             cells = {"epoch": i + 1, "top1": f"{float(row['eval_top1']):.3f}", "top5": f"{float(row['eval_top5']):.3f}"}
             cells |= {"loss": f"{float(row['train_loss']):.4f}", "seconds": f"{seconds[str(i)]:.0f}"}
-            cells["validate.py"] = validated if i + 1 == self.args.epochs else ""
+            cells["validate.py"] = validated if i + 1 == self.length(run) else ""
             versions = {"timm_masterkeys": mk.__version__, "timm": timm.__version__, "torch": torch.__version__}
             rows.append({name: str(value) for name, value in (self.settings(run) | cells | versions).items()})
         return rows
@@ -170,7 +180,8 @@ class Study:
 
     def place(self, run: Run) -> Path:
         """The folder of a run."""
-        return self.work / run.split.replace(" ", "_") / f"{run.arm.name}-seed{run.seed}-lr{run.lr:g}"
+        name = f"{run.arm.name}-seed{run.seed}-lr{run.lr:g}-epochs{self.length(run)}"
+        return self.work / run.split.replace(" ", "_") / name
 
     def network(self, run: Run) -> Path:
         """Where a run's trained network lies, as it would be published."""
@@ -287,6 +298,7 @@ def main() -> None:
     parser.add_argument(
         "--tune", nargs="+", type=float, metavar="LR", help="choose each arm's rate among these, on a fifth of train/"
     )
+    parser.add_argument("--tune-epochs", type=int, metavar="N", help="of those runs (default: as many as of all)")
     parser.add_argument("--bn-momentum", type=float, default=0.1, help="0 for networks that take none (default: 0.1)")
     parser.add_argument("--size", type=int, default=64, help="pixels (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
