@@ -1,13 +1,18 @@
 """Do frozen keys beat trainable kernels on small data? Trains from scratch, arm against arm, and prints a table.
 
 FOLDER is an ImageFolder: ``train/CLASS/*`` and ``validation/CLASS/*``. Every arm has the same recipe and the same
-budget for tuning: a run for each weight decay on four fifths of the subset, judged on the last fifth; then, with the
-best one, a run for each seed on the whole subset, measured on ``validation/``. Every run is kept in the file of
-results: a program broken off goes on where it was, and two started with different ``--arms`` share the work.
+budget for tuning: a run for each learning rate and weight decay on a subset of its own, judged on training images
+outside it; then, with the best pair, a run for each seed, on a subset of that seed's, measured on ``validation/``.
+With one seed all arms see the same images in the same order, so they are compared in pairs, arm minus dense.
+
+The ``transfer`` arms freeze what a dense network has learned on other images, all of ``--source``, another ImageFolder.
+
+Every run is kept in the file of results: a program broken off goes on where it was, and two started with different
+``--arms`` share the work. ``--table FILE`` prints what a file holds.
 
     python examples/small_data.py FOLDER --quick                          # minutes, to see that it runs
-    python examples/small_data.py FOLDER --sizes 500 1000 2000 4000       # ConvNeXt V2 Atto: for a GPU
-    python examples/small_data.py FOLDER --sizes 500 2000 --small         # a quarter as wide and deep: for a CPU
+    python examples/small_data.py FOLDER --sizes 250 1000 6000            # ConvNeXt V2 Atto: for a GPU
+    python examples/small_data.py FOLDER --sizes 250 1000 --small         # a quarter as wide and deep: for a CPU
 """
 
 import argparse
@@ -15,6 +20,7 @@ import copy
 import json
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -42,14 +48,16 @@ ARMS = {
     "random8": "eight random keys, learned shift",
     "random": "random kernels, frozen",
     "transfer": "keys, scales and shifts of a network trained on other images, learned shift",
+    "transfer-dense": "the kernels of that network themselves, frozen",
 }
 BATCH = 64
-LR = 4e-3
 FIRST = 2  # epochs of warmup
+TITLES = ("arm", "top-1 %", "above dense, 95 %", "lr", "weight decay", "seeds", "s an epoch", "trainable")
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # seeds: t(.975)
 
 
 class Data:
-    """Images of a folder in memory, (N, 3, size, size) uint8, and labels; those to train on in a fixed random order."""
+    """Images of a folder in memory, (N, 3, size, size) uint8, and labels."""
 
     def __init__(self, folder: str, size: int, most: int | None = None) -> None:
         missing = [split for split in ("train", "validation") if not (Path(folder) / split).is_dir()]
@@ -60,11 +68,15 @@ class Data:
         self.classes = len(names)
         self.train = self._read(train, size)
         self.validation = self._read(create_dataset("", folder, split="validation", class_map=names), size)
-        order = torch.randperm(len(self.train[1]), generator=torch.Generator().manual_seed(0))
-        self.train = self.train[0][order][:most], self.train[1][order][:most]
         if most:
+            self.train = self.drawn(most, 0)[0]
             order = torch.randperm(len(self.validation[1]), generator=torch.Generator().manual_seed(0))[:most]
             self.validation = self.validation[0][order], self.validation[1][order]
+
+    def drawn(self, count: int, seed: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """A seed's subset of the training images, and the last fifth of them in that seed's order."""
+        order = torch.randperm(len(self.train[1]), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        return tuple((self.train[0][own], self.train[1][own]) for own in (order[:count], order[-(len(order) // 5) :]))
 
     def _read(self, dataset: Any, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = [], []
@@ -102,9 +114,11 @@ def arm_model(arm: str, classes: int, small: bool, seed: int, source: nn.Module 
     """The network of an arm, drawn with a seed."""
     torch.manual_seed(seed)
     model = network(classes, small)
-    if arm == "random":
-        for module in model.modules():
+    if arm in ("random", "transfer-dense"):
+        for name, module in model.named_modules():
             if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+                if source is not None:
+                    module.load_state_dict(source.get_submodule(name).state_dict())
                 module.weight.requires_grad = False
     elif arm == "transfer":
         assert source is not None
@@ -126,13 +140,14 @@ def train(
     data: tuple[torch.Tensor, torch.Tensor],
     test: tuple[torch.Tensor, torch.Tensor],
     epochs: int,
+    lr: float,
     weight_decay: float,
     seed: int,
     bar: Any,
 ) -> dict[str, Any]:
     """Trains in place; accuracy at four points, the last at the end, seconds an epoch, trainable parameters."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = create_optimizer_v2(model, "adamw", lr=LR, weight_decay=weight_decay)
+    optimizer = create_optimizer_v2(model, "adamw", lr=lr, weight_decay=weight_decay)
     schedule, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=epochs, warmup_epochs=min(FIRST, epochs - 1))
     images, labels = data
     curve, seconds = [], []
@@ -160,133 +175,158 @@ def accuracy(model: nn.Module, test: tuple[torch.Tensor, torch.Tensor]) -> float
     """Top-1 in percent."""
     model.eval()
     hits = [model(normalised(x)).argmax(1) == y for x, y in zip(test[0].split(250), test[1].split(250), strict=True)]
-    return 100 * float(torch.cat(hits).float().mean())
+    return round(100 * float(torch.cat(hits).float().mean()), 3)
 
 
 class Experiment:
     """All runs, each kept in the file of results."""
 
-    def __init__(self, args: argparse.Namespace, data: Data) -> None:
-        self.args, self.data, self.path = args, data, Path(args.results)
-        needed = max(args.sizes) + (BATCH if "transfer" in args.arms else 0)
-        if min(args.sizes) < 5 or len(data.train[1]) < needed:
-            raise SystemExit(
-                f"{len(data.train[1])} training images and --sizes {args.sizes}: at least 5 are needed, and beyond the "
-                f"largest {BATCH} to train the source of 'transfer' on."
-            )
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.path = args, Path(args.results)
+        most = 400 if args.quick else None
+        self.data = Data(args.folder, args.size, most)
+        images = len(self.data.train[1])
+        if min(args.sizes) < 5 or images < max(args.sizes):
+            raise SystemExit(f"--sizes {args.sizes}: expected 5 to {images}, the training images of '{args.folder}'.")
+        self.other = Data(args.source, args.size, most) if args.source else None
         text = self.path.read_text() if self.path.exists() else ""
         whole, _, broken = text.rpartition("\n")
         if broken:  # killed while it wrote
             self.path.write_text(f"{whole}\n" if whole else "")
-        self.kept = {entry["run"]: entry for entry in map(json.loads, whole.splitlines())}
+        self.kept = rows(self.path)
         self.source: nn.Module | None = None
-        self.setting = f"{Path(args.folder).name} {args.size}px {'small' if args.small else 'atto'} {args.passes}"
 
-    def epochs(self, images: int) -> int:
-        """So many that every subset is trained for as long as ``passes`` images allow."""
-        return max(2, self.args.passes // images)
+    def about(self, arm: str, count: int, lr: float, decay: float, seed: int) -> dict[str, Any]:
+        """What tells a run from others; seed 0 is for tuning."""
+        args = self.args
+        about = {"data": Path(args.folder).resolve().name, "px": args.size}
+        about |= {"network": "small" if args.small else "convnextv2_atto", "images": count, "passes": args.passes}
+        about |= {"arm": arm, "lr": lr, "weight_decay": decay, "seed": seed}
+        return about | ({"source": Path(args.source).resolve().name} if arm.startswith("transfer") else {})
 
-    def subset(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.data.train[0][:count], self.data.train[1][:count]
-
-    def run(self, arm: str, count: int, decay: float, seed: int, tuning: bool, bar: Any) -> dict[str, Any]:
+    def run(self, arm: str, count: int, lr: float, decay: float, seed: int, bar: Any) -> dict[str, Any]:
         """The result of one run, from the file if it is there."""
-        arm_name = f"{arm} from {max(self.args.sizes)} on" if arm == "transfer" else arm  # its source's own images
-        name = f"{self.setting} {arm_name} {count} decay {decay} {'tuning' if tuning else f'seed {seed}'}"
-        images, labels = self.subset(count)
-        train_on, test_on = (images, labels), self.data.validation
-        if tuning:
-            part = count * 4 // 5
-            train_on, test_on = (images[:part], labels[:part]), (images[part:], labels[part:])
-        epochs = self.epochs(len(train_on[1]))
-        if name in self.kept:
-            bar.total -= len(train_on[1]) * epochs
-            bar.refresh()
-            return self.kept[name]
-        bar.set_postfix_str(f"{arm} {count} {'tuning' if tuning else f'seed {seed}'}")
-        model = arm_model(
-            arm, self.data.classes, self.args.small, seed, self.trained_elsewhere() if arm == "transfer" else None
-        )
-        result = {"run": name, **train(model, train_on, test_on, epochs, decay, seed, bar)}
-        self.kept[name] = result
+        about = self.about(arm, count, lr, decay, seed)
+        subset, rest = self.data.drawn(count if seed else self.tuned_on(count), seed)
+        epochs = max(2, self.args.passes // len(subset[1]))  # every size is trained for as long
+        for row in self.kept:
+            if about.items() <= row.items():
+                bar.total -= len(subset[1]) * epochs
+                bar.refresh()
+                return row
+        bar.set_postfix_str(f"{arm} {count} lr {lr:g} decay {decay:g} seed {seed}")
+        source = self.trained_elsewhere() if arm.startswith("transfer") else None
+        model = arm_model(arm, self.data.classes, self.args.small, seed, source)
+        measured = train(model, subset, self.data.validation if seed else rest, epochs, lr, decay, seed, bar)
+        row = about | measured | {"timm_masterkeys": mk.__version__, "torch": torch.__version__}
+        self.kept.append(row)
         with self.path.open("a") as file:  # a line at once: two programs may share the file
-            file.write(json.dumps(result) + "\n")
-        return result
+            file.write(json.dumps(row) + "\n")
+        return row
+
+    def tuned_on(self, count: int) -> int:
+        """Images of a run for tuning: as many, as long as a fifth of all is left to judge by."""
+        images = len(self.data.train[1])
+        return min(count, images - images // 5)
 
     def trained_elsewhere(self) -> nn.Module:
-        """A dense network trained on images that no subset holds, four times as long as the arms."""
+        """A dense network trained on all images of the other folder, four times as long as the arms."""
         if self.source is None:
-            most = max(self.args.sizes)
-            images, labels = self.data.train[0][most:], self.data.train[1][most:]
-            model = arm_model("dense", self.data.classes, self.args.small, 1000, None)
+            assert self.other is not None
+            epochs = max(2, 4 * self.args.passes // len(self.other.train[1]))
+            model = arm_model("dense", self.other.classes, self.args.small, 1000, None)
             with tqdm(total=0, disable=True) as bar:
                 train(
-                    model,
-                    (images, labels),
-                    self.data.validation,
-                    4 * self.epochs(len(labels)),
-                    self.args.decays[0],
-                    0,
-                    bar,
+                    model, self.other.train, self.other.validation, epochs, self.args.lr[0], self.args.decays[0], 0, bar
                 )
             self.source = copy.deepcopy(model).cpu()
         return self.source
 
     def work(self) -> None:
-        """Every run of every arm, then the tables."""
+        """Every run of every arm."""
         args = self.args
-        tuned = len(args.decays) if len(args.decays) > 1 else 0
-        total = 0
+        pairs = list(product(args.lr, args.decays))
+        total, tried = 0, len(pairs) if len(pairs) > 1 else 0
         for count in args.sizes:
-            part = count * 4 // 5
-            total += len(args.arms) * (tuned * part * self.epochs(part) + args.seeds * count * self.epochs(count))
-        rows, curves = [], {}
+            tuning, measured = (size * max(2, args.passes // size) for size in (self.tuned_on(count), count))
+            total += len(args.arms) * (tried * tuning + args.seeds * measured)
         with tqdm(total=total, unit="image", unit_scale=True, disable=None, smoothing=0.05) as bar:
             for count in args.sizes:
                 for arm in args.arms:
-                    decay = args.decays[0]
-                    if tuned:
-                        scores = {d: self.run(arm, count, d, 0, True, bar)["accuracy"] for d in args.decays}
-                        decay = max(scores, key=lambda d: scores[d])
-                    results = [self.run(arm, count, decay, seed, False, bar) for seed in range(1, args.seeds + 1)]
-                    values = [result["accuracy"] for result in results]
-                    spread = stdev(values) if len(values) > 1 else 0.0
-                    seconds = median(result["seconds"] for result in results)
-                    row = (
-                        f"{mean(values):.1f} ± {spread:.1f}",
-                        f"{min(values):.1f} to {max(values):.1f}",
-                        f"{decay:g}",
-                    )
-                    rows.append((count, arm, *row, f"{seconds:.2f}", f"{results[0]['parameters']:,}", mean(values)))
-                    points = zip(*[result["curve"] for result in results], strict=True)
-                    curves[count, arm] = [(p[0][0], mean(v for _, v in p)) for p in points]
-        print("| images | arm | top-1 % | range | weight decay | seconds an epoch | trainable parameters |")
-        print("|---|---|---|---|---|---|---|")
-        for row in rows:
-            print("| " + " | ".join(str(cell) for cell in row[:-1]) + " |")
-        print("\norder of the arms, best first:")
-        for count in args.sizes:
-            own = sorted((row for row in rows if row[0] == count), key=lambda row: -row[-1])
-            print(f"  {count} images: " + ", ".join(f"{row[1]} {row[-1]:.1f}" for row in own))
-        if args.plot:
-            draw(curves, args.sizes, args.arms, args.plot)
+                    best = pairs[0]
+                    if tried:
+                        scores = {pair: self.run(arm, count, *pair, 0, bar)["accuracy"] for pair in pairs}
+                        best = max(scores, key=lambda pair: scores[pair])
+                    for seed in range(1, args.seeds + 1):
+                        self.run(arm, count, *best, seed, bar)
 
 
-def draw(
-    curves: dict[tuple[int, str], list[tuple[int, float]]], sizes: Sequence[int], arms: Sequence[str], path: str
-) -> None:
-    """Learning curves, a panel a size; needs matplotlib."""
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The runs that a file of results holds."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def tables(kept: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of a table for each data set, network and size: accuracy, and what an arm is above dense, in pairs."""
+    settings = ("data", "px", "network", "images", "passes")
+    groups: dict[tuple[Any, ...], dict[str, dict[int, dict[str, Any]]]] = {}
+    for row in kept:
+        if row["seed"]:
+            arms = groups.setdefault(tuple(row[name] for name in settings), {})
+            arms.setdefault(row["arm"], {})[row["seed"]] = row
+    lines = []
+    for setting, arms in sorted(groups.items()):
+        epochs = max(run["curve"][-1][0] for runs in arms.values() for run in runs.values())
+        lines += ["", "{}, {} px, {}: {} images, {} epochs".format(*setting[:-1], epochs), ""]
+        lines += [
+            "| arm | top-1 % | above dense, 95 % | lr | weight decay | seeds | s an epoch | trainable |",
+            "|---" * 8 + "|",
+        ]
+        for arm in (name for name in ARMS if name in arms):
+            runs, dense = arms[arm], arms.get("dense", {})
+            values = [run["accuracy"] for run in runs.values()]
+            above = [run["accuracy"] - dense[seed]["accuracy"] for seed, run in runs.items() if seed in dense]
+            one = next(iter(runs.values()))
+            cells = [arm, spread(values), interval(above) if arm != "dense" else ""]
+            cells += [f"{one['lr']:g}", f"{one['weight_decay']:g}", str(len(values))]
+            cells += [f"{median(run['seconds'] for run in runs.values()):.2f}", f"{one['parameters']:,}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def interval(differences: Sequence[float]) -> str:
+    """Mean of paired differences, and half their 95 % interval by Student's t; starred if it is without 0."""
+    if len(differences) not in STUDENT:
+        return f"{mean(differences):+.1f}" if differences else ""
+    half = STUDENT[len(differences)] * stdev(differences) / len(differences) ** 0.5
+    return f"{mean(differences):+.1f} ± {half:.1f}" + (" *" if abs(mean(differences)) > half else "")
+
+
+def draw(kept: Sequence[dict[str, Any]], path: str) -> None:
+    """Learning curves, a panel a data set and size; needs matplotlib."""
     from matplotlib.figure import Figure
 
     from timm_masterkeys.study.plotting import COLOURS
 
-    figure = Figure(figsize=(4.2 * len(sizes) + 1.5, 3.6), layout="constrained")
-    axes = figure.subplots(1, len(sizes), squeeze=False, sharey=True)[0]
-    for axis, count in zip(axes, sizes, strict=True):
-        for number, arm in enumerate(arms):
-            style = "-" if number % 2 else "--"
-            axis.plot(*zip(*curves[count, arm], strict=True), style, color=COLOURS[number % 8], label=arm)
-        axis.set(xlabel="epoch", title=f"{count} images")
+    panels = sorted({(row["data"], row["images"], row["passes"]) for row in kept if row["seed"]})
+    figure = Figure(figsize=(4.2 * len(panels) + 1.5, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, panel in zip(axes, panels, strict=True):
+        for number, arm in enumerate(ARMS):
+            runs = [
+                row["curve"]
+                for row in kept
+                if row["seed"] and row["arm"] == arm and (row["data"], row["images"], row["passes"]) == panel
+            ]
+            if runs:
+                epochs, values = zip(*[(p[0][0], mean(v for _, v in p)) for p in zip(*runs, strict=True)], strict=True)
+                axis.plot(epochs, values, "-" if number % 2 else "--", color=COLOURS[number % 8], label=arm)
+        axis.set(xlabel="epoch", title=f"{panel[0]}, {panel[1]:,} images")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("top-1 %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
@@ -294,12 +334,14 @@ def draw(
 
 
 def main() -> None:
-    """Parses the command line and runs the experiment."""
+    """Parses the command line, runs the experiment, and prints all that the file of results holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[500, 1000, 2000], help="training images of a subset")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("folder", nargs="?")
+    parser.add_argument("--source", metavar="FOLDER", help="other images, for the arms transfer and transfer-dense")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[250, 1000], help="training images of a subset")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all that there is a source for")
+    parser.add_argument("--seeds", type=int, choices=range(1, 11), default=5, metavar="1...10", help="(default: 5)")
+    parser.add_argument("--lr", nargs="+", type=float, default=[2e-3, 6e-3], help="learning rates to choose from")
     parser.add_argument("--decays", nargs="+", type=float, default=[0.05, 0.5], help="weight decays to choose from")
     parser.add_argument("--passes", type=int, default=100_000, help="images seen in a run (default: %(default)s)")
     parser.add_argument("--size", type=int, default=32, help="pixels (default: %(default)s)")
@@ -307,6 +349,7 @@ def main() -> None:
     parser.add_argument(
         "--results", default="small_data.jsonl", help="file that keeps every run (default: %(default)s)"
     )
+    parser.add_argument("--table", metavar="FILE", help="print what a file of results holds, and train nothing")
     parser.add_argument("--plot", metavar="FILE", help="draw the learning curves (needs matplotlib)")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--quick", action="store_true", help="two tiny subsets, two seeds, a few epochs, small network")
@@ -315,9 +358,18 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.quick:
         args.sizes, args.seeds, args.passes, args.small = [100, 200], 2, 400, True
-    for arm in args.arms:
-        print(f"{arm:<12} {ARMS[arm]}")
-    Experiment(args, Data(args.folder, args.size, 400 if args.quick else None)).work()
+    if not args.table:
+        own = [arm for arm in ARMS if args.source or not arm.startswith("transfer")]
+        args.arms = args.arms or own
+        if not args.folder or not set(args.arms) <= set(own):
+            parser.error("no FOLDER to train on" if not args.folder else "transfer needs --source FOLDER, other images")
+        for arm in args.arms:
+            print(f"{arm:<14} {ARMS[arm]}")
+        Experiment(args).work()
+    kept = rows(Path(args.table or args.results))
+    print("\n".join(tables(kept)))
+    if args.plot:
+        draw(kept, args.plot)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_data import ARMS, arm_model, main, network  # from examples/
+from small_data import ARMS, Data, arm_model, interval, main, network, tables  # from examples/
 from torch import nn
 
 import timm_masterkeys as mk
@@ -41,52 +41,73 @@ def test_the_arms_are_what_they_say(arm):
         "dense": {"weight", "bias"},
         "none": {"bias"},
         "random": {"bias"},
+        "transfer-dense": {"bias"},
         "scales": {"log_sigma", "shift", "bias"},
     }
     assert all(names == expected.get(arm, {"shift", "bias"}) for names in trains)
     banks = {layer.bank.name for layer in layers if isinstance(layer, mk.MasterKeyConv2d)}
-    names = {"dense": set(), "random": set(), "random8": {"random8:1"}}
+    names = {"dense": set(), "random": set(), "transfer-dense": set(), "random8": {"random8:1"}}
     assert banks == names.get(arm, {"scale-space-b"} if arm.startswith("scale") else {"babaiee2025"})
     again = arm_model(arm, 10, True, 1, source)
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(layers, depthwise(again), strict=True))
-    if arm == "transfer":
-        kept = depthwise(mk.convert_to_masterkeys(source))
+    if arm.startswith("transfer"):
+        kept = depthwise(source if arm == "transfer-dense" else mk.convert_to_masterkeys(source))
         assert all(torch.equal(a.weight, b.weight) for a, b in zip(layers, kept, strict=True))
         assert not torch.equal(model.head.fc.weight, source.head.fc.weight)
+
+
+def test_every_seed_draws_a_subset_and_is_tuned_on_other_images(folder):
+    data = Data(str(folder), 8)
+    first, rest = data.drawn(200, 1)
+    assert len(first[1]) == 200 and len(rest[1]) == 64
+    assert torch.equal(data.drawn(100, 1)[0][0], first[0][:100])  # a larger subset holds the smaller
+    assert not torch.equal(data.drawn(200, 2)[0][0], first[0])
+    seen = {image.numpy().tobytes() for image in first[0]}
+    assert not any(image.numpy().tobytes() in seen for image in rest[0])
+
+
+def test_arms_are_compared_in_pairs():
+    """Student's t by hand: 1, 2 and 3 above are 2 +- 4.30 / sqrt(3)."""
+    assert interval([1.0, 2.0, 3.0]) == "+2.0 ± 2.5" and interval([1.0, 1.1, 1.2]) == "+1.1 ± 0.2 *"
+    assert interval([]) == "" and interval([1.0]) == "+1.0"
+    about = {"data": "d", "px": 8, "network": "small", "images": 9, "passes": 9, "lr": 1, "weight_decay": 0.05}
+    about |= {"seconds": 1.0, "parameters": 1000}
+    kept = [
+        about | {"arm": arm, "seed": seed, "accuracy": 10.0 * seed + above, "curve": [[3, 1.0]]}
+        for arm, above in (("dense", 0.0), ("none", 1.0))
+        for seed in (0, 1, 2)
+    ]
+    dense, keys = tables(kept)[-2:]
+    assert dense == "| dense | 15.0 ± 7.1 |  | 1 | 0.05 | 2 | 1.00 | 1,000 |"
+    assert keys.startswith("| none | 16.0 ± 7.1 | +1.0 ± 0.0 * |")  # the seeds differ, the pairs do not
 
 
 @pytest.mark.small_data
 def test_quick_run_is_resumed_and_prints_the_same(folder, tmp_path, monkeypatch, capsys):
     results, plot = tmp_path / "runs.jsonl", tmp_path / "curves.png"
-    args = ["small_data.py", str(folder), "--quick", "--results", str(results), "--plot", str(plot)]
-    monkeypatch.setattr(sys, "argv", args)
+    args = ["small_data.py", str(folder), "--quick", "--source", str(folder)]
+    monkeypatch.setattr(sys, "argv", [*args, "--results", str(results), "--plot", str(plot)])
     main()
     first = capsys.readouterr().out
-    rows = [line.split("|")[1:3] for line in first.splitlines() if line.startswith("| 1") or line.startswith("| 2")]
-    assert [arm.strip() for _, arm in rows] == list(ARMS) * 2 and "order of the arms, best first:" in first
+    rows = [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("| ")]
+    assert rows == ["arm", *ARMS] * 2
     assert plot.read_bytes().startswith(b"\x89PNG")
     runs = results.read_text().splitlines()
-    assert len(runs) == 2 * len(ARMS) * (2 + 2)  # sizes, arms, decays tried and seeds
+    assert len(runs) == 2 * len(ARMS) * (4 + 2)  # sizes, arms, rates and decays tried, seeds
     results.write_text("\n".join(runs[:-1])[:-9])  # killed while it wrote: the last two are run again, and are the same
     main()
     assert [json.loads(line)["accuracy"] for line in results.read_text().splitlines()] == [
         json.loads(line)["accuracy"] for line in runs
     ]
-    strip = [
-        [line.split("|")[3] for line in text.splitlines() if line.startswith("| ")]
+    accuracies = [
+        [line.split("|")[2:4] for line in text.splitlines() if line.startswith("| ")]
         for text in (first, capsys.readouterr().out)
     ]
-    assert strip[0] == strip[1]
+    assert accuracies[0] == accuracies[1]
 
 
-def test_what_cannot_be_run_is_said_at_once(folder, tmp_path, monkeypatch):
-    for path, sizes, message in (
-        (folder / "train", ["100"], "no folder 'train'"),
-        (folder, ["100", "300"], "320 training images"),
-        (folder, ["0"], "at least 5"),
-    ):
-        args = ["small_data.py", str(path), "--small", "--results", str(tmp_path / "no.jsonl"), "--sizes", *sizes]
-        monkeypatch.setattr(sys, "argv", args)
-        with pytest.raises(SystemExit, match=message):
-            main()
-    assert not (tmp_path / "no.jsonl").exists()
+def test_transfer_needs_other_images(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["small_data.py", str(folder), "--arms", "transfer"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "transfer needs --source FOLDER" in capsys.readouterr().err
