@@ -21,11 +21,11 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import timm
 import torch
+from intervals import interval, spread
 from lite0 import lite0
 from timm.models import load_checkpoint, save_for_hf
 
@@ -260,26 +260,22 @@ class Study:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """A line an arm: mean and spread of its seeds after one epoch, half of them and all, and how far below dense."""
-    rows = [row for row in rows if row["measured on"] == ALL]
+    """A line an arm: mean and spread of its seeds after one epoch, half of them and all; and above dense, in pairs."""
     last = max(int(row["epoch"]) for row in rows)
     shown = sorted({1, (last + 1) // 2, last})
     found: dict[str, dict[int, dict[str, float]]] = {}  # arm, epoch, seed
+    rates = {row["arm"]: row["lr"] for row in rows}
     for row in rows:
         found.setdefault(row["arm"], {}).setdefault(int(row["epoch"]), {})[row["seed"]] = float(row["top1"])
-    titles = ["network", *(f"top-1 after {epoch}" for epoch in shown), "below dense", "seeds"]
+    titles = ["network", "lr", *(f"top-1 after {epoch}" for epoch in shown), "above dense, 95 %", "seeds"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     dense = found.get("dense", {}).get(last, {})
     for arm, epochs in found.items():
         ended = epochs[last]
-        below = [dense[seed] - top1 for seed, top1 in ended.items() if arm != "dense" and seed in dense]
-        cells = [*(_written(list(epochs[epoch].values())) for epoch in shown), _written(below) if below else ""]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {len(ended)} |")
+        above = [top1 - dense[seed] for seed, top1 in ended.items() if arm != "dense" and seed in dense]
+        cells = [arm, rates[arm], *(spread(list(epochs[epoch].values())) for epoch in shown), interval(above)]
+        lines.append(f"| {' | '.join(cells)} | {len(ended)} |")
     return "\n".join(lines)
-
-
-def _written(values: list[float]) -> str:
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def main() -> None:
@@ -314,9 +310,10 @@ def main() -> None:
         for arm in args.arms:
             row = study.last(Run(arm, seed, study.rate(arm)))
             print(json.dumps({name: row[name] for name in ("arm", "seed", "lr", "top1", "top5")}), flush=True)
+    rates = {arm.name: str(study.rate(arm)) for arm in args.arms}
     own = study.settings(Run(args.arms[0], args.seeds[0], args.lr))
-    same = {name: str(own[name]) for name in ("model", "arguments")}  # the file may hold other recipes too
-    print(table([row for row in study.rows() if same.items() <= row.items()]))
+    same = {name: str(own[name]) for name in ("model", "measured on", "arguments")}  # the file may hold other recipes
+    print(table([row for row in study.rows() if same.items() <= row.items() and rates.get(row["arm"]) == row["lr"]]))
 
 
 if __name__ == "__main__":

@@ -22,13 +22,14 @@ import time
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from intervals import interval, spread
 from PIL import Image
 from timm.data import create_dataset
 from timm.optim import create_optimizer_v2
@@ -53,7 +54,6 @@ ARMS = {
 BATCH = 64
 FIRST = 2  # epochs of warmup
 TITLES = ("arm", "top-1 %", "above dense, 95 %", "lr", "weight decay", "seeds", "s an epoch", "trainable")
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # seeds: t(.975)
 
 
 class Data:
@@ -292,19 +292,6 @@ def tables(kept: Sequence[dict[str, Any]]) -> list[str]:
             cells += [f"{median(run['seconds'] for run in runs.values()):.2f}", f"{one['parameters']:,}"]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def interval(differences: Sequence[float]) -> str:
-    """Mean of paired differences, and half their 95 % interval by Student's t; starred if it is without 0."""
-    if len(differences) not in STUDENT:
-        return f"{mean(differences):+.1f}" if differences else ""
-    half = STUDENT[len(differences)] * stdev(differences) / len(differences) ** 0.5
-    return f"{mean(differences):+.1f} ± {half:.1f}" + (" *" if abs(mean(differences)) > half else "")
 
 
 def draw(kept: Sequence[dict[str, Any]], path: str) -> None:

@@ -156,12 +156,15 @@ def test_the_whole_way(scripts, shell):
 
 @pytest.mark.scripts
 def test_the_example_goes_on_where_it_was(scripts, folder, start, shell):
-    """Killed after an epoch and run again: no epoch twice, a table of all arms; then nothing is left to do."""
+    """Killed after an epoch and run again: no epoch twice, a table of all arms; then nothing is left to do.
+
+    Each arm has the rate that was best on held-out training images, the distilled one that of its kind.
+    """
     example = PAGE.parent.parent / "finetune.py"
     command = (
         f"python {example} flowers --scripts . --model test_efficientnet.r160_in1k --arms dense 1-repaired-affine-kd"
     )
-    command += " --epochs 3 --batch-size 4 --workers 1 --device cpu"
+    command += " --epochs 3 --batch-size 4 --workers 1 --device cpu --tune 1e-4 1e-2 --tune-epochs 1"
     process = start(command)
     while not list(folder.glob("finetune/*/validation/dense*/last.pth.tar")):
         assert process.poll() is None
@@ -173,7 +176,17 @@ def test_the_example_goes_on_where_it_was(scripts, folder, start, shell):
     assert "Loaded checkpoint" in log and log.count("Train: 0 [   0/6") == 1
     with (folder / "finetune.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
+    tried: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["measured on"] == "held out":
+            tried.setdefault(row["arm"], {})[row["lr"]] = float(row["top1"])
+    assert {arm: list(rates) for arm, rates in tried.items()} == {
+        arm: ["0.0001", "0.01"] for arm in ("dense", "1-repaired-affine")
+    }
+    rows = [row for row in rows if row["measured on"] == "validation"]
     arms = ["dense", "1-repaired-affine-kd"]
+    best = {arm: max(rates, key=rates.__getitem__) for arm, rates in tried.items()}
+    assert [row["lr"] for row in rows] == [best[arm.removesuffix("-kd")] for arm in arms for _ in range(3)]
     assert [(row["arm"], row["epoch"]) for row in rows] == [(arm, str(i)) for arm in arms for i in (1, 2, 3)]
     for row in rows[2::3]:
         assert float(row["validate.py"]) == pytest.approx(float(row["top1"]), abs=0.001)

@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from intervals import interval
 from PIL import Image
-from small_data import ARMS, Data, arm_model, interval, main, network, tables  # from examples/
+from small_data import ARMS, Data, arm_model, main, network, tables  # from examples/
 from torch import nn
 
 import timm_masterkeys as mk
