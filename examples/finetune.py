@@ -1,8 +1,10 @@
 """Fine-tunes a network with timm's own train.py and validate.py, unmodified: dense and with frozen keys, arm by arm.
 
-An arm is ``dense``, or keys per kernel, start and what trains, as ``4-repaired-affine`` or ``1-plain-shift``; with
-``-kd`` at the end it also learns from the dense network, fine-tuned by the same recipe. The folder is an ImageFolder,
-``FOLDER/train/CLASS/*.jpg`` and ``FOLDER/validation/CLASS/*.jpg``; validation may lack classes.
+An arm is ``dense``, or keys per kernel, start and what trains, as ``4-repaired-affine`` or ``1-plain-shift``. Networks
+start as the ImageNet weights converted (``plain``), repaired as well (``repaired``), or, ``late``, as the dense network
+that was fine-tuned, then converted and repaired. With ``-kd`` at the end an arm also learns from that dense network.
+The folder is an ImageFolder, ``FOLDER/train/CLASS/*.jpg`` and ``FOLDER/validation/CLASS/*.jpg``; validation may lack
+classes.
 
     python examples/finetune.py FOLDER --scripts path/to/pytorch-image-models
     python examples/finetune.py FOLDER --scripts TIMM --model convnext_atto.d2_in1k --bn-momentum 0 --size 224 \
@@ -42,17 +44,17 @@ class Arm:
 
     name: str
     keys: int
-    repaired: bool
+    start: str
     trainable: str
     distilled: bool
 
     @classmethod
     def parse(cls, name: str) -> "Arm":
         """An arm by its name."""
-        found = re.fullmatch(r"(?:dense|(\d+)-(plain|repaired)-(shift|affine|none))(-kd)?", name)
+        found = re.fullmatch(r"(?:dense|(\d+)-(plain|repaired|late)-(shift|affine|none))(-kd)?", name)
         if not found or found[1] == "0":
             raise argparse.ArgumentTypeError(f"'{name}', expected dense, or such as 4-repaired-affine; -kd after it")
-        return cls(name, int(found[1] or 0), found[2] == "repaired", found[3] or "", bool(found[4]))
+        return cls(name, int(found[1] or 0), found[2] or "", found[3] or "", bool(found[4]))
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,7 @@ class Study:
         if run.arm.keys:
             given += ["--model-kwargs", f"mk_trainable={run.arm.trainable}"]
         if run.arm.distilled:
-            dense = Arm.parse("dense")
-            teacher = Run(dense, run.seed, self.rate(dense), run.split)
-            self.last(teacher, network=True)
-            given += ["--kd-model-name", f"local-dir:{self.network(teacher)}"]
+            given += ["--kd-model-name", f"local-dir:{self.dense(run)}"]
         checkpoint = folder / "last.pth.tar"
         if checkpoint.exists():
             given += ["--resume", checkpoint]
@@ -187,6 +186,13 @@ class Study:
         """Where a run's trained network lies, as it would be published."""
         return self.place(run) / "network"
 
+    def dense(self, run: Run) -> Path:
+        """The dense network, fine-tuned with the same seed and images."""
+        dense = Arm.parse("dense")
+        run = Run(dense, run.seed, self.rate(dense), run.split)
+        self.last(run, network=True)
+        return self.network(run)
+
     def data(self, run: Run) -> Path:
         """The images of a run; those to choose a learning rate by are links to training images, a fifth held out."""
         if run.split == ALL:
@@ -203,18 +209,22 @@ class Study:
         return folder
 
     def start(self, run: Run) -> Path:
-        """A folder with what a run starts from: ImageNet weights; converted, and repaired on its training images."""
+        """A folder with what a run starts from; repaired, where it is, on the images that it is trained on."""
         arm = run.arm
-        kind = f"{arm.keys}-{'repaired' if arm.repaired else 'plain'}" if arm.keys else "dense"
+        kind = f"{arm.keys}-{arm.start}" if arm.keys else "dense"
+        kind += f"-seed{run.seed}" if arm.start == "late" else ""
         folder = self.work / run.split.replace(" ", "_") / f"start-{kind}"
         if not folder.exists():
-            model: Any = timm.create_model(self.args.model, pretrained=True) if self.args.model else lite0()
+            if arm.start == "late":
+                model: Any = timm.create_model(f"local-dir:{self.dense(run)}", pretrained=True)
+            else:
+                model = timm.create_model(self.args.model, pretrained=True) if self.args.model else lite0()
             model.pretrained_cfg |= self.preparation()
             saving = folder.with_name(f"{folder.name}.tmp")
             shutil.rmtree(saving, ignore_errors=True)
             if arm.keys:
                 converted = mk.convert_to_masterkeys(model, keys_per_kernel=arm.keys)
-                if arm.repaired:
+                if arm.start != "plain":
                     print(mk.calibrate_masterkeys(converted, model, self.data(run) / "train"), flush=True)
                 mk.save_pretrained(converted, saving, license=self.license())
             else:

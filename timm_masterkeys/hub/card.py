@@ -32,6 +32,24 @@ _CITATIONS = """```bibtex
 }
 ```"""
 
+_LOADING = """## Load it
+
+With the plugin: the keys frozen, bit for bit as published.
+
+```python
+import timm, timm_masterkeys
+
+model = timm.create_model("hf-hub:{repo_id}", pretrained=True)
+```
+
+Without it: the same outputs, ordinary convolutions.
+
+```python
+import timm
+
+model = timm.create_model("hf-hub:{repo_id}", pretrained=True)
+```"""
+
 
 def inherited_license(pretrained_cfg: Mapping[str, Any], license: str | None) -> str:
     """The licence a converted model must be published under: that of the weights it comes from.
@@ -193,49 +211,9 @@ def _layer_rows(report: ConversionReport) -> str:
     )
 
 
-def _body(
-    config: Mapping[str, Any], report: ConversionReport, repo_id: str, license: str | None, base_model: str | None
-) -> str:
-    about = config["masterkeys"]
-    cfg = config["pretrained_cfg"]
-    size = "x".join(map(str, cfg["input_size"]))
-    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else _source(cfg)
-    inherited = ", inherited from them" if base_model else ""
+def _conversion(about: Mapping[str, Any], report: ConversionReport) -> str:
     total = report.total
-    return f"""
-A timm `{config["architecture"]}` whose {total.channels:,} depthwise kernels are affine images `a*x + b` of the
-{len(total.key_histogram)} frozen *master keys* of the bank `{report.bank}`, converted with
-`timm_masterkeys` from {source}.
-Licence: {license or "unknown"}{inherited}.
-
-Conversion costs accuracy unless the model was repaired or trained afterwards. {_measured(report)}
-
-## Load it
-
-With the plugin: the keys frozen, bit for bit as published.
-
-```python
-import timm, timm_masterkeys
-
-model = timm.create_model("hf-hub:{repo_id}", pretrained=True)
-```
-
-Without it: the same outputs, ordinary convolutions.
-
-```python
-import timm
-
-model = timm.create_model("hf-hub:{repo_id}", pretrained=True)
-```
-
-## Preprocessing
-
-Input {size}, {cfg.get("interpolation", "bicubic")}, crop {cfg.get("crop_pct")}, mean {tuple(cfg["mean"])},
-std {tuple(cfg["std"])}; {config["num_classes"]} classes.
-
-## The conversion
-
-| | |
+    return f"""| | |
 |---|---|
 | bank | {", ".join(f"{name} (SHA-256 {digest[:16]}...)" for name, digest in about["banks"].items())} |
 | keys per kernel | {about["keys_per_kernel"]} |
@@ -257,7 +235,35 @@ How many kernels have each key:
 |---|---|---|---|---|---|
 {_layer_rows(report)}
 
-</details>
+</details>"""
+
+
+def _body(
+    config: Mapping[str, Any], report: ConversionReport, repo_id: str, license: str | None, base_model: str | None
+) -> str:
+    cfg = config["pretrained_cfg"]
+    size = "x".join(map(str, cfg["input_size"]))
+    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else _source(cfg)
+    inherited = ", inherited from them" if base_model else ""
+    total = report.total
+    return f"""
+A timm `{config["architecture"]}` whose {total.channels:,} depthwise kernels are affine images `a*x + b` of the
+{len(total.key_histogram)} frozen *master keys* of the bank `{report.bank}`, converted with
+`timm_masterkeys` from {source}.
+Licence: {license or "unknown"}{inherited}.
+
+Conversion costs accuracy unless the model was repaired or trained afterwards. {_measured(report)}
+
+{_LOADING.format(repo_id=repo_id)}
+
+## Preprocessing
+
+Input {size}, {cfg.get("interpolation", "bicubic")}, crop {cfg.get("crop_pct")}, mean {tuple(cfg["mean"])},
+std {tuple(cfg["std"])}; {config["num_classes"]} classes.
+
+## The conversion
+
+{_conversion(config["masterkeys"], report)}
 
 ## Cite
 

@@ -117,28 +117,17 @@ def push_to_hub(
     inherited_license(timm_cfg(model), license)
     if create_pr and revision:
         raise HubError("create_pr opens a pull request to the default branch; leave revision out.")
+    about: dict[str, Any] = {"license": license, "base_model": base_model, "datasets": datasets, "tags": tags}
+    about |= {"metrics": metrics, "config": config}
     branch = revision or "main"
     api = HfApi(token=token, library_name="timm_masterkeys", library_version=__version__)
     with tempfile.TemporaryDirectory(prefix="timm_masterkeys-") as folder:
         directory = Path(folder)
         with _telling(f"Nothing was published to {repo_id}"):
             account = api.whoami()["name"] if not dry_run or token or get_token() else ""
-            info = _remote(api, repo_id, branch)
-            default = info or (_remote(api, repo_id, "main") if revision else None)
-            if default and any(sibling.rfilename == "README.md" for sibling in default.siblings or ()):
-                readme = read_readme(api.hf_hub_download(repo_id, "README.md", revision=default.sha))
+            info, default, readme = _read(api, repo_id, branch, revision, readme)
             (directory / "README.md").write_text(readme, encoding="utf-8")
-            save_pretrained(
-                model,
-                directory,
-                repo_id=repo_id,
-                license=license,
-                base_model=base_model,
-                datasets=datasets,
-                tags=tags,
-                metrics=metrics,
-                config=config,
-            )
+            save_pretrained(model, directory, repo_id=repo_id, **about)
             _check_card(api, directory / "README.md")
             files = _compare(directory, info or default)
             changed = _changed(files)
@@ -156,6 +145,17 @@ def push_to_hub(
         _confirm(api, repo_id, sha, directory)
     _logger.info("Published hf-hub:%s@%s", repo_id, sha)
     return Publication(repo_id, ref, sha, files, committed=True, url=url, account=account)
+
+
+def _read(
+    api: HfApi, repo_id: str, branch: str, revision: str | None, readme: str
+) -> tuple[ModelInfo | None, ModelInfo | None, str]:
+    """What the branch holds, what the branch holds that it would be made from, and the README there or else ours."""
+    info = _remote(api, repo_id, branch)
+    default = info or (_remote(api, repo_id, "main") if revision else None)
+    if default and any(sibling.rfilename == "README.md" for sibling in default.siblings or ()):
+        readme = read_readme(api.hf_hub_download(repo_id, "README.md", revision=default.sha))
+    return info, default, readme
 
 
 def _check_card(api: HfApi, path: Path) -> None:

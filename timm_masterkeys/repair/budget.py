@@ -3,7 +3,7 @@
 import copy
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,27 +153,14 @@ def convert_to_agreement(
     fitted, held_out = split_images(images, dense, max_images)
     start = time.perf_counter()
     layers = {name: _choices(dense.get_submodule(name), bank) for name in kernels}
-    fewest = {name: min(found) for name, found in layers.items()}
     with evaluating(dense):
         probe(dense, fitted[:2])
         wanted = _outputs(dense, held_out, batch_size)
         judges = fitted[:: max(1, len(fitted) // JUDGES)]
         steps = order_steps(kernels, _divergences(dense, layers, judges, batch_size))
-
-    def attempt(taken: int) -> tuple[nn.Module, Spending]:
-        """The network after so many steps, repaired and judged."""
-        counts = {**fewest, **dict(steps[:taken])}
-        keyed = {name: count for name, count in counts.items() if layers[name][count] is not None}
-        model = _converted(dense, keyed, bank, trainable)
-        calibrate_masterkeys(model, dense, fitted, batch_size=batch_size, time_budget=time_budget)
-        with evaluating(model):
-            out = _outputs(model, held_out, batch_size)
-        spent = sum(kernels[name] * count for name, count in counts.items())
-        each = {name: 0 if layers[name][count] is None else count for name, count in counts.items()}
-        return model, Spending(spent, output_agreement(out, wanted), output_divergence(out, wanted), each)
-
+    search = _Search(dense, bank, trainable, kernels, layers, fitted, held_out, wanted, batch_size, time_budget)
     nothing_left = all(None in choices.values() for choices in layers.values())  # after the last step
-    best, tried = _fewest_steps(attempt, len(steps) - nothing_left, agreement)
+    best, tried = _fewest_steps(lambda taken: search.attempt(steps[:taken]), len(steps) - nothing_left, agreement)
     if best is None:
         top = max(tried, key=lambda one: one.agreement)
         raise CalibrationError(
@@ -191,6 +178,34 @@ def convert_to_agreement(
         len(held_out),
         time.perf_counter() - start,
     )
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What all networks tried have in common: the dense one, each layer's choices, images to repair and to judge by."""
+
+    dense: nn.Module
+    bank: KeyBank
+    trainable: Trainable
+    kernels: Mapping[str, int]
+    layers: Mapping[str, Mapping[int, MasterKeyConv2d | None]]
+    fitted: torch.Tensor
+    held_out: torch.Tensor
+    wanted: torch.Tensor
+    batch_size: int
+    time_budget: float | None
+
+    def attempt(self, steps: Sequence[tuple[str, int]]) -> tuple[nn.Module, Spending]:
+        """The network after these steps, repaired and judged."""
+        counts = {name: min(choices) for name, choices in self.layers.items()} | dict(steps)
+        keyed = {name: count for name, count in counts.items() if self.layers[name][count] is not None}
+        model = _converted(self.dense, keyed, self.bank, self.trainable)
+        calibrate_masterkeys(model, self.dense, self.fitted, batch_size=self.batch_size, time_budget=self.time_budget)
+        with evaluating(model):
+            out = _outputs(model, self.held_out, self.batch_size)
+        spent = sum(self.kernels[name] * count for name, count in counts.items())
+        each = {name: count if name in keyed else 0 for name, count in counts.items()}
+        return model, Spending(spent, output_agreement(out, self.wanted), output_divergence(out, self.wanted), each)
 
 
 def _fewest_steps(
