@@ -83,11 +83,11 @@ class Study:
     def rate(self, arm: Arm) -> float:
         """The learning rate of an arm: the given one, or that which is best on held-out training images.
 
-        A distilled arm takes that of the same arm without a teacher.
+        A distilled or late arm takes that of the same arm, repaired at the start and without a teacher.
         """
         if not self.args.tune:
             return float(self.args.lr)
-        arm = Arm.parse(arm.name.removesuffix("-kd"))
+        arm = Arm.parse(arm.name.removesuffix("-kd").replace("late", "repaired"))
         if arm not in self.rates:
             tried = {lr: self.last(Run(arm, self.args.seeds[0], lr, HELD_OUT)) for lr in self.args.tune}
             self.rates[arm] = max(tried, key=lambda lr: float(tried[lr]["top1"]))

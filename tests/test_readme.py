@@ -3,11 +3,13 @@
 import ast
 import csv
 import itertools
+import json
 import re
 from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+from intervals import interval  # from examples/
 
 ROOT = Path(__file__).parent.parent
 README, MEASURED = ROOT / "README.md", ROOT / "examples" / "README.md"
@@ -121,14 +123,32 @@ def test_the_key_budget_says_what_was_measured():
 
 def test_fine_tuning_says_what_was_measured():
     table = rows(section(MEASURED, "Fine-tuning"))
-    found = groups("finetune.csv", "model", "size", "arm", "epoch")
-    dense = {
-        key[3]: {row["seed"]: float(row["top1"]) for row in seeds} for key, seeds in found.items() if "dense" in key
+    found = groups("finetune.csv", "measured on", "arm", "lr", "epoch")
+    runs = {
+        key[1:]: {row["seed"]: float(row["top1"]) for row in seeds}
+        for key, seeds in found.items()
+        if "validation" in key
     }
+    dense = {epoch: seeds for (arm, _, epoch), seeds in runs.items() if arm == "dense"}
     last = max(dense, key=int)
-    for (_, _, arm, epoch), seeds in found.items():
+    for (arm, lr, epoch), seeds in runs.items():
         if epoch in ("1", last):
-            cells = {arm, written([float(row["top1"]) for row in seeds], 1)}
+            cells = {arm, lr, str(len(seeds)), written(list(seeds.values()), 1)}
             if epoch == last and arm != "dense":
-                cells.add(written([dense[last][row["seed"]] - float(row["top1"]) for row in seeds], 1))
+                cells.add(interval([top1 - dense[last][seed] for seed, top1 in seeds.items()]))
             assert any(cells <= row for row in table), cells
+
+
+def test_small_data_says_what_was_measured():
+    table = rows(section(MEASURED, "Small data"))
+    found = {}
+    for run in map(json.loads, (RESULTS / "small_data.jsonl").read_text().splitlines()):
+        if run["seed"]:  # not for tuning
+            found.setdefault((run["data"], run["images"]), {}).setdefault(run["arm"], {})[run["seed"]] = run["accuracy"]
+    assert len(found) == 4
+    for arms in found.values():
+        for arm, seeds in arms.items():
+            cell = written(list(seeds.values()), 1)
+            if arm != "dense":
+                cell += f" ({interval([top1 - arms['dense'][seed] for seed, top1 in seeds.items()])})"
+            assert any(cell in row for row in table), (arm, cell)
