@@ -312,7 +312,13 @@ def draw(kept: Sequence[dict[str, Any]], path: str) -> None:
             ]
             if runs:
                 epochs, values = zip(*[(p[0][0], mean(v for _, v in p)) for p in zip(*runs, strict=True)], strict=True)
-                axis.plot(epochs, values, "-" if number % 2 else "--", color=COLOURS[number % 8], label=arm)
+                axis.plot(
+                    epochs,
+                    values,
+                    ":" if number > 7 else "-" if number % 2 else "--",
+                    color=COLOURS[number % 8],
+                    label=arm,
+                )
         axis.set(xlabel="epoch", title=f"{panel[0]}, {panel[1]:,} images")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("top-1 %")
