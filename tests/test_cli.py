@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sysconfig
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models import _registry
 
 import timm_masterkeys as mk
 from timm_masterkeys.cli import main
@@ -258,6 +260,8 @@ def test_mk8_names_stand_for_their_stock_weights(run, weights, model, tmp_path):
 def test_a_name_pointed_at_published_weights_is_converted(run, weights, folder, monkeypatch):
     name, converted = f"{ARCH}.mk8_ours", timm.create_model(f"local-dir:{folder}", pretrained=True)
     monkeypatch.setattr("timm_masterkeys.names.registry._published", {})
+    for register in ("_model_has_pretrained", "_model_pretrained_cfgs", "_model_with_tags"):  # no test after it has it
+        monkeypatch.setattr(_registry, register, deepcopy(getattr(_registry, register)))
     mk.use_weights(name, "me/ours@main")
     assert run("inspect", name) == run("inspect", ARCH)  # random weights
     asked = []
