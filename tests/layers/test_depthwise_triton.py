@@ -12,6 +12,12 @@ from timm_masterkeys.layers import depthwise
 
 pytest.importorskip("triton")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+CASES = [  # the interpreter is slow: one layout a geometry, in turn
+    (geometry, layout)
+    for i, geometry in enumerate(GEOMETRIES)
+    for j, layout in enumerate(LAYOUTS)
+    if DEVICE == "cuda" or i % len(LAYOUTS) == j
+]
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 pytestmark = [pytest.mark.cuda] if DEVICE == "cuda" else []
 
@@ -42,8 +48,7 @@ def assert_sums(arguments, tolerance=1e-12):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
-@layouts
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(("geometry", "layout"), CASES)
 def test_gradients_of_a_layer(geometry, layout, kernel_on):
     layer = make(geometry, 2, "affine").to(DEVICE)
     x = torch.randn(3, 2, 4, 3, device=DEVICE, dtype=torch.float64).to(memory_format=LAYOUTS[layout]).requires_grad_()
