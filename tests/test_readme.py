@@ -112,6 +112,17 @@ def test_fidelity_says_what_was_measured():
             assert any({kept, names.get(repair, repair), *figures} <= cells for cells in table), (bank, keys, repair)
 
 
+def test_discovered_keys_say_what_was_measured():
+    table, repaired = rows(section(MEASURED, "Discovery")), "all in closed form"
+    names = {"babaiee2025": "published", "autoencoder.safetensors": "discovered (paper's search)"}
+    names["lines.safetensors"] = "discovered (lines)"
+    found = groups("discovered.csv", "bank", "keys", "repair")
+    for bank, name in names.items():
+        columns = (("1", "none", "top1"), *((k, repaired, column) for k in "14" for column in ("top1", "agreement")))
+        figures = {f"{mean(float(row[column]) for row in found[bank, *key]):.1f}" for *key, column in columns}
+        assert any({name, *figures} <= row for row in table), (bank, figures)
+
+
 def test_the_key_budget_says_what_was_measured():
     table = rows(section(MEASURED, "Key budget"))
     for key, [row] in groups("key_budget.csv", "network", "images", "keys chosen", "keys").items():
