@@ -119,7 +119,7 @@ def test_discovered_keys_say_what_was_measured():
     found = groups("discovered.csv", "bank", "keys", "repair")
     for bank, name in names.items():
         columns = (("1", "none", "top1"), *((k, repaired, column) for k in "14" for column in ("top1", "agreement")))
-        figures = {f"{mean(float(row[column]) for row in found[bank, *key]):.1f}" for *key, column in columns}
+        figures = {f"{mean(float(row[column]) for row in found[(bank, *key)]):.1f}" for *key, column in columns}
         assert any({name, *figures} <= row for row in table), (bank, figures)
 
 
