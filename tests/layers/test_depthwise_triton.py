@@ -1,6 +1,10 @@
-"""The Triton kernel against plain PyTorch, without a GPU in Triton's interpreter; it is taken where it should be."""
+"""The Triton kernels against plain PyTorch, without a GPU in Triton's interpreter; where they are taken; compiled."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,22 +51,44 @@ def assert_sums(arguments, tolerance=1e-12):
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
 
 
+def assert_convolution(x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), tolerance=1e-12):
+    """The kernel's output is the plain one of the same numbers in float64, in the input's type and layout."""
+    from timm_masterkeys.layers.depthwise_triton import depthwise_conv2d
+
+    got = depthwise_conv2d(x, weight, bias, stride, padding, dilation)
+    exact = x.double(), weight.double(), None if bias is None else bias.double()
+    wanted = F.conv2d(*exact, stride, padding, dilation, x.shape[1])
+    assert got.dtype == x.dtype and depthwise.layout(got) is depthwise.layout(x)
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+
+
+def random(*shape, layout="NCHW", dtype=torch.float64):
+    """Of a layout and type, on the device."""
+    return torch.randn(shape, device=DEVICE, dtype=dtype).to(memory_format=LAYOUTS[layout])
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 @pytest.mark.parametrize(("geometry", "layout"), CASES)
-def test_gradients_of_a_layer(geometry, layout, kernel_on):
+def test_output_and_gradients_of_a_layer(geometry, layout, kernel_on):
     layer = make(geometry, 2, "affine").to(DEVICE)
-    x = torch.randn(3, 2, 4, 3, device=DEVICE, dtype=torch.float64).to(memory_format=LAYOUTS[layout]).requires_grad_()
-    inputs, out = [x, *layer.parameters()], layer(x)
+    x = random(3, 2, 4, 3, layout=layout).requires_grad_()
+    inputs, out, expected = [x, *layer.parameters()], layer(x), plain(layer, x)
+    torch.testing.assert_close(out, expected)
     weights = torch.randn_like(out)
-    wanted = torch.autograd.grad((plain(layer, x) * weights).sum(), inputs)
+    wanted = torch.autograd.grad((expected * weights).sum(), inputs)
     for got, value in zip(torch.autograd.grad((out * weights).sum(), inputs), wanted, strict=True):
         torch.testing.assert_close(got, value)
+    with torch.no_grad():
+        assert torch.equal(layer(x), out)
 
 
 @layouts
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_half_precision_is_summed_in_float32(dtype, layout):
-    assert_sums(sums((2, 3, 8, 7), torch.randn(8, 3, 5), 1, padding=(1, 2), layout=layout, dtype=dtype), 1e-6)
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+def test_half_precision_is_summed_in_float32(dtype, digits, layout):
+    arguments = sums((2, 3, 8, 7), torch.randn(8, 3, 5), 1, padding=(1, 2), layout=layout, dtype=dtype)
+    assert_sums(arguments, 1e-6)
+    weight, bias = (torch.randn(shape, device=DEVICE, dtype=dtype) for shape in ((3, 1, 3, 5), (3,)))
+    assert_convolution(arguments[1], weight, bias, padding=(1, 2), tolerance=digits)  # the output alone is rounded
 
 
 @pytest.mark.parametrize(
@@ -71,11 +97,14 @@ def test_half_precision_is_summed_in_float32(dtype, layout):
         ((2, 1, 33, 65), "NCHW"),
         ((9, 1, 7, 7), "NCHW"),
         ((1, 33, 34, 9), "channels_last"),
-        ((5, 34, 1, 3), "channels_last"),
+        ((5, 66, 1, 3), "channels_last"),
     ],
 )
 def test_shapes_that_no_block_divides(shape, layout):
-    assert_sums(sums(shape, torch.randn(3, 1, 2, dtype=torch.float64), 0, (2, 1), (0, 1), layout=layout))
+    keys = torch.randn(3, 1, 2, dtype=torch.float64)
+    assert_sums(sums(shape, keys, 0, (2, 1), (0, 1), layout=layout))
+    assert_sums(sums(shape, keys, 1, padding=(0, 1), layout=layout))
+    assert_convolution(random(*shape, layout=layout), random(shape[1], 1, 1, 2), padding=(0, 1))
 
 
 @layouts
@@ -89,16 +118,20 @@ def test_strides_of_any_kind(layout):
     keys = torch.randn(8, 3, 3, dtype=torch.float64)
     grad, x, *rest = sums((2, 3, 8, 7), keys, 1, padding=(1, 1), layout=layout)
     other = "NCHW" if layout == "channels_last" else "channels_last"
-    wide = torch.randn(2, 5, 9, 9, device=DEVICE, dtype=torch.float64).to(memory_format=LAYOUTS[layout])
-    assert_sums((grad.to(memory_format=LAYOUTS[other]), wide[:, 1:4, :8, 1:8], *rest))
+    wide = random(2, 5, 9, 9, layout=layout)[:, 1:4, :8, 1:8]
+    assert_sums((grad.to(memory_format=LAYOUTS[other]), wide, *rest))
     assert_sums((grad[:, :, :1, :1].expand_as(grad), x, *rest))
+    weight = random(3, 3, 3, 3, layout=layout)[:, 1:2]
+    assert_convolution(wide, weight, random(6)[::2], padding=(1, 1))
 
 
 def test_offsets_of_64_bits(monkeypatch):
     from timm_masterkeys.layers import depthwise_triton
 
     monkeypatch.setattr(depthwise_triton, "WIDE", 1)
-    assert_sums(sums((2, 3, 4, 3), torch.randn(8, 3, 3, dtype=torch.float64), 1, padding=(1, 1)))
+    arguments = sums((2, 3, 4, 3), torch.randn(8, 3, 3, dtype=torch.float64), 1, padding=(1, 1))
+    assert_sums(arguments)
+    assert_convolution(arguments[1], random(3, 1, 3, 3), padding=(1, 1))
 
 
 def test_a_batch_of_none(kernel_on):
@@ -142,16 +175,86 @@ def test_compile_in_one_graph(kernel_on):
     assert counter.frame_count == 1
 
 
-def test_the_operator_is_what_it_says():
-    grad, x, *rest = sums((2, 3, 4, 3), torch.randn(8, 1, 3, dtype=torch.float64), 1, padding=(0, 1))
+@layouts
+def test_the_operators_are_what_they_say(layout, kernel_on):
+    assert depthwise._kernels_run(DEVICE)
+    grad, x, *rest = sums((2, 3, 4, 3), torch.randn(8, 1, 3, dtype=torch.float64), 1, padding=(0, 1), layout=layout)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(depthwise.affine_sums, (grad.requires_grad_(), x.requires_grad_(), *rest), test_utils=tests)
+    weight, bias = random(6, 1, 3, 2).requires_grad_(), random(6).requires_grad_()
+    arguments = x, weight, bias, (2, 1), (1, 1), (1, 2)
+    torch.library.opcheck(depthwise.depthwise_conv2d, arguments, test_utils=tests)
 
 
-@pytest.mark.parametrize(("wanted", "taken"), [("", False), ("0", False), ("1", True)])
-def test_it_is_taken_where_asked_for(wanted, taken, monkeypatch):
-    monkeypatch.setattr(depthwise, "TRITON", wanted)
-    layer = make("7x7", 1, "shift", dtype=torch.float32).to(DEVICE)
+def test_the_gradients_of_a_convolution_by_the_operator(kernel_on):
+    assert depthwise._kernels_run(DEVICE)
+    x, weight, bias = (random(*shape).requires_grad_() for shape in ((1, 1, 3, 2), (2, 1, 2, 1), (2,)))
+    run = lambda *tensors: depthwise.depthwise_conv2d(*tensors, (2, 1), (1, 1), (1, 2))  # noqa: E731
+    assert torch.autograd.gradcheck(run, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(run, (x, weight, bias))
+
+
+def operators(run):
+    """The operators of ours that are called."""
     with torch.profiler.profile() as profile:
-        layer(torch.randn(1, 2, 4, 4, device=DEVICE)).sum().backward()
-    assert any(event.key == "timm_masterkeys::affine_sums" for event in profile.key_averages()) == taken
+        run()
+    return {event.key.partition("::")[2] for event in profile.key_averages() if event.key.startswith("timm_masterkeys")}
+
+
+CONVOLUTION = ("conv", (7, 7), (1, 1), (1, 1), 1, False, torch.float32, 0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "measured", "taken"),
+    [
+        ("", [], set()),
+        ("", [CONVOLUTION], {"depthwise_conv2d"}),
+        ("", [("sums", *CONVOLUTION[1:])], {"affine_sums"}),
+        ("", [(*CONVOLUTION[:6], torch.bfloat16, 0)], set()),
+        ("0", [CONVOLUTION], set()),
+        ("1", [], {"affine_sums", "depthwise_conv2d"}),
+        ("conv", [], {"depthwise_conv2d"}),
+        ("sums", [CONVOLUTION], {"affine_sums"}),
+    ],
+)
+def test_they_are_taken_where_asked_for_or_measured(wanted, measured, taken, monkeypatch):
+    monkeypatch.setattr(depthwise, "TRITON", wanted)
+    monkeypatch.setattr(depthwise, "MEASURED", frozenset(depthwise.Case(*case) for case in measured))
+    layer = make("7x7", 1, "shift", dtype=torch.float32).to(DEVICE)
+    x = torch.randn(1, 2, 4, 4, device=DEVICE)
+    assert operators(lambda: layer(x).sum().backward()) == taken
+    with torch.inference_mode():
+        assert operators(lambda: layer(x)) == taken & {"depthwise_conv2d"}
+
+
+def test_inference_under_autocast(kernel_on):
+    layer = make("7x7", 1, "shift", dtype=torch.float32).to(DEVICE)
+    x = torch.randn(1, 2, 4, 4, device=DEVICE)
+    with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16):
+        got, wanted = layer(x), plain(layer, x)
+    assert got.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(got, wanted, rtol=0.01, atol=0.01 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_is_exported_runs_without_the_package(strict, grad, kernel_on):
+    layer = make("7x7", 1, "shift", dtype=torch.float32).to(DEVICE).eval()
+    x = torch.randn(1, 2, 4, 4, device=DEVICE)
+    layer(x)
+    with torch.set_grad_enabled(grad):
+        exported = torch.export.export(layer, (x,), strict=strict)
+    assert "timm_masterkeys" not in exported.graph_module.code
+    torch.testing.assert_close(exported.module()(x), plain(layer, x))
+
+
+def test_they_compile_for_gpus_that_are_not_here(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, Path(__file__).with_name("compile_for_gpus.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["kernel"] for row in rows} == {"_convolve", "_window_sums"} and len(rows) == 18
+    for row in rows:  # a spilled sum would be read and written at every tap
+        assert row["registers"] <= 255 and row["spilled"] <= 64, row

@@ -1,4 +1,4 @@
-"""The layer on a GPU: every geometry, layout and type, with the Triton kernel and without, against autograd."""
+"""The layer on a GPU: every geometry, layout and type, with the Triton kernels and without, against autograd."""
 
 import contextlib
 import copy
@@ -29,15 +29,18 @@ def test_gradients(geometry, trainable, keys_per_kernel, precision, layout, cuda
     layer = make(geometry, keys_per_kernel, trainable, channels=4, dtype=dtype).to(cuda)
     x = torch.randn(3, 4, 8, 7, device=cuda, dtype=dtype).to(memory_format=LAYOUTS[layout]).requires_grad_()
     with torch.autocast(cuda, getattr(torch, name)) if autocast else contextlib.nullcontext():
-        out = layer(x)
-        assert torch.equal(out, plain(layer, x))
+        out, expected = layer(x), plain(layer, x)
+    tolerance = {"float64": 1e-10, "float32": 1e-5}.get(precision, 0.03)
+    if depthwise.TRITON == "0":
+        assert torch.equal(out, expected)
+    else:
+        torch.testing.assert_close(out, expected, rtol=0, atol=tolerance * float(expected.detach().abs().max()))
     weights = torch.randn_like(out)
     inputs = [x, *layer.parameters()]
     got = torch.autograd.grad((out * weights).sum(), inputs)
     exact = copy.deepcopy(layer).double()
     y = x.detach().double().requires_grad_()
     wanted = torch.autograd.grad((plain(exact, y) * weights).sum(), [y, *exact.parameters()])
-    tolerance = {"float64": 1e-10, "float32": 1e-5}.get(precision, 0.03)
     for tensor, a, b in zip(inputs, got, wanted, strict=True):
         assert a.dtype == tensor.dtype
         torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * float(b.abs().max()))

@@ -10,6 +10,7 @@ from timm.layers import pad_same
 from torch import nn
 
 from ..errors import ConversionError
+from .depthwise import any_kernel, autocast, convolve
 
 # Named here, as torch.jit.script fails on a mypy comment in a forward.
 _is_scripting: Any = torch.jit.is_scripting  # type: ignore[attr-defined]
@@ -125,9 +126,18 @@ class ComputedConv2d(nn.Conv2d):
             self._notice_writes()
         if proxy and type(given.tracer).__module__.startswith("torch.ao.quantization"):
             raise ConversionError(_COMPUTED)
-        if proxy or not torch.is_grad_enabled() or input.ndim != 4:  # 3: an image without a batch
+        if proxy or input.ndim != 4:  # 3: an image without a batch
             return self._conv_forward(input, self.compose_weight(), self.bias)
-        return self._trained_forward(input)
+        return self._trained_forward(input) if torch.is_grad_enabled() else self._inferred_forward(input)
+
+    def _inferred_forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The convolution without gradients, by the kernel where that is taken."""
+        weight = self.compose_weight()
+        if not any_kernel("conv"):
+            return self._conv_forward(input, weight, self.bias)
+        input, padding = self._padded(input)
+        given = autocast(input, weight, self.bias)
+        return convolve(*given, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
 
     def windows(self, input: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What the kernel sees at some positions of the output.

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,26 @@ Pair = tuple[int, int]
 
 CACHED = 2 << 20  # bytes of input worked on at a time
 
-# Where the Triton kernel was measured to be faster at every size that examples/benchmark_train.py tries, as
-# (kernel size, stride, whether in channels_last, keys per kernel with a scale that trains): nowhere yet.
-MEASURED: frozenset[tuple[Pair, Pair, bool, int]] = frozenset()
-# "1" leaves the sums to the kernel wherever it runs, "0" nowhere, "" where MEASURED says so. A global, as torch.compile
-# compiles anew where it has changed.
+
+class Case(NamedTuple):
+    """What a Triton kernel is to do, as far as its speed depends on it."""
+
+    operation: str  # "conv", a convolution or its input gradient; or "sums", the gradients of shift and scales
+    kernel_size: Pair
+    stride: Pair
+    dilation: Pair
+    multiplier: int  # output channels to each of the input
+    channels_last: bool
+    dtype: torch.dtype
+    scales: int = 0  # keys per kernel with a scale that trains
+
+
+# Where a kernel was measured to be faster at every size that examples/benchmark_train.py tries: nowhere yet.
+MEASURED: frozenset[Case] = frozenset()
+# "1" takes the kernels wherever they run, "conv" or "sums" that one alone, "0" none, "" where MEASURED says so. Global,
+# as torch.compile compiles anew where it has changed.
 TRITON = os.environ.get("TIMM_MASTERKEYS_TRITON", "")
-_runs: dict[str, bool] = {}  # the kernel, by kind of device
+_runs: dict[str, bool] = {}  # the kernels, by kind of device
 _registering = threading.Lock()
 
 
@@ -65,14 +78,10 @@ def affine_depthwise_conv2d(
         groups: Input channels.
 
     Returns:
-        (N, C, H', W'), bit for bit that of ``F.conv2d(input, weight, bias, stride, padding, dilation, groups)``.
+        (N, C, H', W'), that of ``F.conv2d(input, weight, bias, stride, padding, dilation, groups)``: bit for bit,
+        unless a kernel of our own is taken (``takes_kernel``), which adds up in another order.
     """
-    device = input.device.type
-    autocast = not input.is_meta and torch.is_autocast_enabled(device)  # torch refuses to answer for "meta"
-    if autocast and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        input, weight = input.to(dtype), weight.to(dtype)
-        bias = bias if bias is None else bias.to(dtype)
+    input, weight, bias = autocast(input, weight, bias)
     if not torch.compiler.is_compiling() and any(
         t is not None and unpack_dual(t).tangent is not None for t in (input, weight, bias)
     ):  # forward-mode differentiation: the composed kernels carry the tangents of scale and shift
@@ -81,6 +90,37 @@ def affine_depthwise_conv2d(
         input, weight, bias, scale, shift, keys, key_index, stride, padding, dilation, groups
     )
     return output
+
+
+def autocast(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The arguments of a convolution in the type that autocast gives it, where it is on."""
+    device = input.device.type
+    if input.is_meta or not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
+        return input, weight, bias  # torch refuses to answer for "meta"
+    dtype = torch.get_autocast_dtype(device)
+    return input.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+
+
+def convolve(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> torch.Tensor:
+    """``F.conv2d`` of arguments of one type, by the kernel where that is taken."""
+    if takes_kernel("conv", input, layout(input), weight, (stride, padding, dilation, groups)):
+        return depthwise_conv2d(input, weight, bias, stride, padding, dilation)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def layout(tensor: torch.Tensor) -> torch.memory_format:
+    """Whether neighbours in memory are channels (``torch.channels_last``) or columns (``torch.contiguous_format``)."""
+    return torch.channels_last if tensor.stride(1) == 1 < tensor.stride(3) else torch.contiguous_format
 
 
 class _AffineDepthwise(torch.autograd.Function):
@@ -100,13 +140,13 @@ class _AffineDepthwise(torch.autograd.Function):
         dilation: Pair,
         groups: int,
     ) -> torch.Tensor:
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return convolve(input, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         input, weight, _, scale, shift, keys, key_index, *ctx.geometry = inputs
         ctx.input_shape = input.shape
-        ctx.memory_format = torch.channels_last if input.stride(1) == 1 < input.stride(3) else torch.contiguous_format
+        ctx.memory_format = layout(input)
         ctx.types = scale.dtype, shift.dtype
         keep = scale.requires_grad or shift.requires_grad
         ctx.save_for_backward(input if keep else None, weight, keys, key_index)
@@ -119,16 +159,19 @@ class _AffineDepthwise(torch.autograd.Function):
         grad_input = grad_bias = grad_scale = grad_shift = None
         size = keys.shape[1], keys.shape[2]
         scales = key_index.shape[1] if needs_scale else 0
-        kernel = False
-        if (needs_scale or needs_shift) and (TRITON == "1" or (TRITON != "0" and len(MEASURED) > 0)):
-            case = size, tuple(geometry[0]), ctx.memory_format is torch.channels_last, scales
-            kernel = takes_kernel(grad.device.type, case)
+        form = ctx.memory_format
+        kernel = (needs_scale or needs_shift) and takes_kernel("sums", grad, form, weight, geometry, scales)
+        full = _full_padding(weight, geometry)
+        if needs_input and full is not None and takes_kernel("conv", grad, form, weight, geometry):
+            grad, turned = grad.contiguous(memory_format=form), weight.flip(2, 3)
+            grad_input, needs_input = depthwise_conv2d(grad, turned, None, (1, 1), full, geometry[2]), False
         # Where the whole weight gradient costs less than filtering the input, scale and shift come from it.
         if not kernel and (
             (needs_shift and max(size) <= 3) or (needs_scale and (keys[0].numel() < 16 or key_index.shape[1] > 2))
         ):
             mask = [needs_input, True, needs_bias]
-            grad_input, grad_weight, grad_bias = _convolution_backward(grad, input, weight, geometry, mask)
+            gradients = _convolution_backward(grad, input, weight, geometry, mask)
+            grad_input, grad_weight, grad_bias = gradients[0] if needs_input else grad_input, *gradients[1:]
             taps = grad_weight.flatten(1).to(keys.dtype)
             if needs_scale:
                 columns = [(taps * keys[i].flatten(1)).sum(1) for i in key_index.unbind(1)]
@@ -161,21 +204,49 @@ class _AffineDepthwise(torch.autograd.Function):
 _AffineDepthwise.forward.__signature__ = inspect.signature(_AffineDepthwise.forward)  # type: ignore[attr-defined]
 
 
-def takes_kernel(device: str, case: tuple[Pair, Pair, bool, int]) -> bool:
-    """Whether the sums of a case of ``MEASURED`` are left to the Triton kernel; decided once where it is compiled.
+def any_kernel(operation: str) -> bool:
+    """Whether an operation may be left to a kernel at all: cheap, as it is asked at every call."""
+    return TRITON in ("1", operation) or (TRITON == "" and len(MEASURED) > 0)
 
-    vmap and its like get the plain way.
-    """
-    if TRITON == "0" or (TRITON != "1" and case not in MEASURED) or torch._C._are_functorch_transforms_active():
+
+def takes_kernel(
+    operation: str,
+    input: torch.Tensor,
+    memory_format: torch.memory_format,
+    weight: torch.Tensor,
+    geometry: Any,
+    scales: int = 0,
+) -> bool:
+    """Whether an operation is left to the Triton kernel; ``input`` may be any tensor of the same type and device."""
+    if not any_kernel(operation):
         return False
-    return _kernel_runs(device)
+    stride, _, dilation, groups = geometry
+    size, multiplier, last = tuple(weight.shape[2:]), weight.shape[0] // groups, memory_format is torch.channels_last
+    case = operation, size, tuple(stride), tuple(dilation), multiplier, last, input.dtype, scales
+    return _case_takes_kernel(input.device.type, *case)
 
 
-torch.compiler.assume_constant_result(takes_kernel)
+def _case_takes_kernel(device: str, *case: Any) -> bool:
+    """As ``takes_kernel``, by ``Case``; decided once where it is compiled.
+
+    vmap and its like get the plain way, and so does what is exported, which runs where this package is not.
+    """
+    if TRITON == "" and Case(*case) not in MEASURED:
+        return False
+    if torch._C._are_functorch_transforms_active() or _is_exporting():
+        return False
+    return _kernels_run(device)
 
 
-def _kernel_runs(device: str) -> bool:
-    """Registers the kernel for a kind of device, once, if Triton is installed and runs there, which are two things."""
+torch.compiler.assume_constant_result(_case_takes_kernel)
+
+
+def _is_exporting() -> bool:
+    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())  # the first is from PyTorch 2.7
+
+
+def _kernels_run(device: str) -> bool:
+    """Registers the kernels for a kind of device, once, if Triton is installed and runs there, which are two things."""
     with _registering:  # autograd has a thread for each GPU
         if device not in _runs:
             _runs[device] = _registered(device)
@@ -193,6 +264,7 @@ def _registered(device: str) -> bool:
         _logger.warning("Triton does not run here, depthwise layers take the plain way: %s", error)
         return False
     affine_sums.register_kernel(device, depthwise_triton.affine_sums)
+    depthwise_conv2d.register_kernel(device, depthwise_triton.depthwise_conv2d)
     return True
 
 
@@ -215,7 +287,7 @@ def plain_sums(
     return torch.stack([sums, *_key_responses(grad, input, keys, key_index, geometry)], 1)
 
 
-affine_sums = torch.library.custom_op(  # what has a kernel; see ``_kernel_runs``
+affine_sums = torch.library.custom_op(  # what has a kernel; see ``_kernels_run``
     "timm_masterkeys::affine_sums",
     plain_sums,
     mutates_args=(),
@@ -248,6 +320,50 @@ def _sums_backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | No
 affine_sums.register_autograd(_sums_backward, setup_context=_setup_sums)
 
 
+def plain_depthwise_conv2d(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+) -> torch.Tensor:
+    """``F.conv2d`` of (N, C, H, W) with one or more kernels (1, kh, kw) a channel; all of one type."""
+    return F.conv2d(input, weight, bias, stride, padding, dilation, input.shape[1])
+
+
+depthwise_conv2d = torch.library.custom_op(
+    "timm_masterkeys::depthwise_conv2d",
+    plain_depthwise_conv2d,
+    mutates_args=(),
+    schema="(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation) -> Tensor",
+)
+
+
+def output_shape(input: torch.Tensor, weight: torch.Tensor, *geometry: Pair) -> tuple[int, int, int, int]:
+    """That of a depthwise convolution with a stride, padding and dilation."""
+    height, width = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(input.shape[2:], weight.shape[2:], *geometry, strict=True)
+    )
+    return input.shape[0], weight.shape[0], height, width
+
+
+@depthwise_conv2d.register_fake
+def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *geometry: Pair) -> torch.Tensor:
+    shape, form = output_shape(input, weight, *geometry), layout(input)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=form)
+
+
+def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    input, weight, _, *ctx.geometry = inputs
+    ctx.save_for_backward(input, weight)
+
+
+def _conv_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    input, weight = ctx.saved_tensors
+    geometry, mask = (*ctx.geometry, input.shape[1]), list(ctx.needs_input_grad[:3])
+    return *_convolution_backward(grad, input, weight, geometry, mask), None, None, None
+
+
+depthwise_conv2d.register_autograd(_conv_backward, setup_context=_setup_conv)
+
+
 def _convolution_backward(
     grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, geometry: Any, mask: list[bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -263,13 +379,19 @@ def _input_gradient(
     grad: torch.Tensor, like: torch.Tensor, memory_format: torch.memory_format, weight: torch.Tensor, geometry: Any
 ) -> torch.Tensor:
     """The gradient of a convolution's input, which is like ``like``. (An old torch.compile lets nobody ask it here.)"""
-    stride, padding, dilation, groups = geometry
-    full = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
-    plain = stride == (1, 1) and weight.shape[0] == groups and min(full) >= 0
-    if plain and grad.device.type == "cpu" and memory_format is torch.contiguous_format:  # faster as a convolution
+    full, (_, _, dilation, groups) = _full_padding(weight, geometry), geometry
+    contiguous = memory_format is torch.contiguous_format
+    if full is not None and contiguous and grad.device.type == "cpu":  # faster as a convolution
         return F.conv2d(grad, weight.flip(2, 3), None, 1, full, dilation, groups)
     # Asked for the bias as well, CPUs would compute the weight's gradient too.
     return _convolution_backward(grad, like, weight, geometry, [True, False, False])[0]
+
+
+def _full_padding(weight: torch.Tensor, geometry: Any) -> list[int] | None:
+    """With which convolving the output gradient with turned kernels gives the input's; None where that is not so."""
+    stride, padding, dilation, groups = geometry
+    full = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
+    return full if tuple(stride) == (1, 1) and weight.shape[0] == groups and min(full) >= 0 else None
 
 
 def _correlation(
