@@ -30,7 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", nargs="+", type=int, default=[2500, 10000, 40000])
     parser.add_argument("--kernel-size", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU)")
     args = parser.parse_args()
+    print(f"{torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else args.device}\n")
     print("| kernels | autoencoder, s | lines, s | ratio | peak memory, MB |")
     print("|---|---|---|---|---|")
     for count in args.kernels:
@@ -38,7 +40,7 @@ def main() -> None:
         seconds = []
         for method in ("autoencoder", "lines"):
             start = time.perf_counter()
-            discover_bank(kernels, method=method)
+            discover_bank(kernels, method=method, device=args.device)
             seconds.append(time.perf_counter() - start)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(f"| {count:,} | {seconds[0]:.1f} | {seconds[1]:.1f} | {seconds[0] / seconds[1]:.1f} | {memory:,.0f} |")

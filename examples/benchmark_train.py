@@ -13,9 +13,10 @@ import argparse
 import copy
 import csv
 import gc
+import re
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +31,7 @@ from timm_masterkeys import MasterKeyConv2d, calibrate_masterkeys, convert_to_ma
 from timm_masterkeys.layers import depthwise
 from timm_masterkeys.models.surgery import replace_layers
 
+Shape = tuple[int, int, int, int | tuple[int, int], int]
 GRID = [  # batch, channels, side, kernel, stride: stages of ConvNeXt, StarNet, EfficientNet and MobileNetV3
     (4, 96, 56, 7, 1),
     (8, 192, 28, 7, 1),
@@ -52,8 +54,18 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cuda":
     NETWORKS = dict.fromkeys(["convnext_tiny", "convnext_base", "convnextv2_atto", "inception_next_tiny"], 128)
     NETWORKS |= dict.fromkeys(["efficientnet_b0", "mobilenetv3_large_100", "starnet_s1"], 128)
-    VARIANTS = ("dense", "none", "shift", "affine", "shift+kernel", "affine+kernel")
+    VARIANTS = ("dense", "none", "none+conv", "shift", "shift+sums", "shift+kernels", "affine", "affine+sums")
+    VARIANTS += ("affine+kernels",)
     torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True  # as timm's train.py has it
+
+
+KERNELS = {"": "0", "kernels": "1", "conv": "conv", "sums": "sums"}  # what a variant says after "+": depthwise.TRITON
+BLOCKS = {  # to try, by operation and whether in channels_last: places, columns, channels
+    ("conv", False): [(128, 32, 1), (128, 64, 1), (256, 32, 1), (256, 64, 1), (512, 64, 1)],
+    ("conv", True): [(4, 4, 64), (8, 8, 32), (8, 8, 64), (8, 8, 128), (16, 8, 32), (16, 8, 64), (32, 8, 32)],
+    ("sums", False): [(256, 64, 1), (512, 32, 1), (512, 64, 1), (1024, 64, 1)],
+    ("sums", True): [(8, 8, 64), (16, 8, 32), (16, 8, 64), (32, 8, 32), (32, 8, 64), (64, 8, 32)],
+}
 
 
 class PlainKeyConv2d(nn.Conv2d):
@@ -75,8 +87,8 @@ class PlainKeyConv2d(nn.Conv2d):
 
 
 def variant(dense: nn.Module, name: str) -> nn.Module:
-    """A copy of a dense network (or convolution) in one of the variants; ``+kernel`` is left to ``interleaved``."""
-    name = name.removesuffix("+kernel")
+    """A copy of a dense network (or convolution) in one of the variants; kernels are left to ``interleaved``."""
+    name = name.partition("+")[0]
     if name == "dense":
         return copy.deepcopy(dense)
     if name == "frozen":
@@ -97,7 +109,7 @@ def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(-3 if DEVICE.type == "cuda" else -1, rounds):
         for name, run in runs.items():
-            depthwise.TRITON = "1" if name.endswith("+kernel") else "0"
+            depthwise.TRITON = KERNELS[name.partition("+")[2]]
             milliseconds = run()
             if turn >= 0:
                 times[name].append(milliseconds)
@@ -145,11 +157,11 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def grid(args: argparse.Namespace) -> list[tuple[int, int, int, int | tuple[int, int], int]]:
+def grid(args: argparse.Namespace) -> list[Shape]:
     """Shapes of depthwise layers: a few on CPU; on CUDA, or if models are chosen, all of theirs, each once."""
     if DEVICE.type != "cuda" and not args.models:
         return list(GRID)  # type: ignore[arg-type]
-    found: dict[tuple[int, int, int, int | tuple[int, int], int], None] = {}
+    found: dict[Shape, None] = {}
     for name, size in ((name, size) for name in args.models or NETWORKS for size in args.sizes):
         batch = args.batch_size or NETWORKS.get(name, 8)
 
@@ -167,34 +179,113 @@ def grid(args: argparse.Namespace) -> list[tuple[int, int, int, int | tuple[int,
 
 
 def layers(args: argparse.Namespace) -> None:
-    """Backward of one depthwise convolution: dense in milliseconds, the others by how many times they are faster."""
-    others = args.variants[1:]
-    rows = [["batch, channels, side, kernel, stride", "layout", "dense ms", *others]]
-    for batch, channels, side, kernel, stride in grid(args):
+    """One depthwise convolution, forward and backward: dense in milliseconds, the others by how many times faster."""
+    header = ["batch, channels, side, kernel, stride", "layout", "dense ms", *args.variants[1:]]
+    rows: dict[str, list[list[str]]] = {"forward": [header], "backward": [header]}
+    for shape, layout, conv, x in convolutions(args):
+
+        def forward(layer: nn.Module, x: torch.Tensor = x) -> float:
+            with autocast(args):
+                return clock(lambda: layer(x))
+
+        def backward(layer: nn.Module, x: torch.Tensor = x) -> float:
+            inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+            with autocast(args):
+                out = layer(x)
+            grad = torch.ones_like(out)
+            return clock(lambda: torch.autograd.grad(out, inputs, grad))
+
+        made = {name: variant(conv, name) for name in args.variants}
+        for direction, run in (("forward", forward), ("backward", backward)):
+            runs = {name: lambda layer=layer, run=run: run(layer) for name, layer in made.items()}
+            m = {name: median(values) for name, values in interleaved(runs, args.rounds).items()}
+            gains = [f"{m['dense'] / m[name]:.1f}x" for name in args.variants[1:]]
+            rows[direction].append([", ".join(map(str, shape)), layout, f"{m['dense']:.2f}", *gains])
+            about = layer_columns(direction, shape, layout)
+            write(args, [{**about, "variant": name, "ms": f"{m[name]:.4f}"} for name in args.variants])
+    for direction, lines in rows.items():
+        print(direction)
+        table(lines)
+
+
+def convolutions(args: argparse.Namespace) -> Iterator[tuple[Shape, str, nn.Conv2d, torch.Tensor]]:
+    """Shapes, layouts, and a convolution and an input of each."""
+    for shape in grid(args):
+        batch, channels, side, kernel, stride = shape
         padding = tuple(k // 2 for k in kernel) if isinstance(kernel, tuple) else kernel // 2
-        for layout in (torch.contiguous_format, torch.channels_last):
+        for name, layout in (("NCHW", torch.contiguous_format), ("channels_last", torch.channels_last)):
             torch.manual_seed(0)
             conv = nn.Conv2d(channels, channels, kernel, stride, padding, groups=channels).to(DEVICE)
             x = torch.randn(batch, channels, side, side, device=DEVICE).to(memory_format=layout).requires_grad_()
+            yield shape, name, conv, x
 
-            def backward(layer: nn.Module, x: torch.Tensor = x) -> float:
-                inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
-                with autocast(args):
-                    out = layer(x)
-                grad = torch.ones_like(out)
-                return clock(lambda: torch.autograd.grad(out, inputs, grad))
 
-            made = {name: variant(conv, name) for name in args.variants}
-            times = interleaved({n: lambda layer=layer: backward(layer) for n, layer in made.items()}, args.rounds)
-            m = {name: median(values) for name, values in times.items()}
-            gains = [f"{m['dense'] / m[name]:.1f}x" for name in others]
-            shape = f"{batch}, {channels}, {side}, {kernel}, {stride}"
-            layout_name = "NCHW" if layout is torch.contiguous_format else "channels_last"
-            rows.append([shape, layout_name, f"{m['dense']:.2f}", *gains])
-            about = {"part": "layer", "what": f"{channels} channels, kernel {kernel}, stride {stride}", "batch": batch}
-            about |= {"px": side, "layout": layout_name}
-            write(args, [{**about, "variant": name, "ms": f"{m[name]:.4f}"} for name in args.variants])
+def layer_columns(part: str, shape: Shape, layout: str) -> dict[str, object]:
+    """What a row of the results says of a layer."""
+    batch, channels, side, kernel, stride = shape
+    what = f"{channels} channels, kernel {kernel}, stride {stride}"
+    return {"part": part, "what": what, "batch": batch, "px": side, "layout": layout}
+
+
+def blocks(args: argparse.Namespace) -> None:
+    """How large a block of the output a program of a kernel should work on: milliseconds of those tried, best first."""
+    from timm_masterkeys.layers import depthwise_triton
+
+    tables = {"conv": depthwise_triton.CONVOLUTION, "sums": depthwise_triton.WINDOWS}
+    rows = [["batch, channels, side, kernel, stride", "layout", "operation", "places, columns, channels: ms"]]
+    for shape, layout, conv, x in convolutions(args):
+        last, geometry = layout == "channels_last", (conv.stride, conv.padding, conv.dilation)
+        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+        x, weight = x.detach().to(dtype), conv.weight.detach().to(dtype)
+        grad, keys = torch.ones_like(conv.to(dtype)(x)), weight[:8, 0].float()
+        none = torch.empty(len(weight), 0, dtype=torch.int64, device=DEVICE)
+        calls = {
+            "conv": lambda x=x, w=weight, g=geometry: depthwise_triton.depthwise_conv2d(x, w, None, *g),
+            "sums": lambda x=x, y=grad, k=keys, i=none, g=geometry: depthwise_triton.affine_sums(y, x, k, i, *g),
+        }
+        for operation, call in calls.items():
+            kept, times = tables[operation][last], {}
+
+            def run(block: tuple[int, ...], operation: str = operation, call: Any = call, last: bool = last) -> float:
+                tables[operation][last] = dict(zip(("places", "columns", "channels"), block, strict=True))
+                return clock(call)
+
+            runs = {str(b): lambda b=b, run=run: run(b) for b in BLOCKS[operation, last]}
+            times = {block: median(values) for block, values in interleaved(runs, args.rounds).items()}
+            tables[operation][last] = kept
+            best = sorted(times, key=times.__getitem__)
+            cells = [", ".join(map(str, shape)), layout, operation]
+            rows.append([*cells, "; ".join(f"{block[1:-1]}: {times[block]:.3f}" for block in best)])
+            about = layer_columns(f"blocks {operation}", shape, layout)
+            write(args, [{**about, "variant": block, "ms": f"{times[block]:.4f}"} for block in best])
     table(rows)
+
+
+def measured(args: argparse.Namespace) -> None:
+    """What ``depthwise.MEASURED`` should hold by the results of ``layers``: where a kernel won at every size tried."""
+    with args.results.open(newline="") as file:
+        found = [row for row in csv.DictReader(file) if row["part"] in ("forward", "backward")]
+    times: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in found:
+        shape = tuple(row[name] for name in ("part", "what", "batch", "px", "layout", "precision", "device"))
+        times.setdefault(shape, {})[row["variant"]] = float(row["ms"])
+    wins: dict[tuple[str, ...], list[bool]] = {}
+    for (part, what, _, _, layout, precision, _), ms in times.items():
+        _, kernel, stride = re.fullmatch(r"(\d+) channels, kernel (.+), stride (\d)", what).groups()  # type: ignore[union-attr]
+        kernel = kernel if kernel.startswith("(") else f"({kernel}, {kernel})"
+        about = f"{kernel}, ({stride}, {stride}), (1, 1), 1, {layout == 'channels_last'}"
+        dtype = {"bf16": "torch.bfloat16", "float32": "torch.float32"}[precision]
+        for operation, scales, ours, plain in (
+            ("conv", 0, "none+conv", "none"),
+            ("sums", 0, "shift+sums", "shift"),
+            ("sums", 1, "affine+sums", "affine"),
+        ):
+            if ours in ms and (part == "backward" or operation == "conv"):
+                won = ms[ours] < min(ms[plain], ms["dense"])
+                wins.setdefault((operation, about, dtype, str(scales)), []).append(won)
+    for (operation, about, dtype, scales), won in sorted(wins.items()):
+        line = f'    Case("{operation}", {about}, {dtype}, {scales}),  # {sum(won)} of {len(won)}'
+        print(line if all(won) else f"    # {line.strip()}")
 
 
 def trainer(dense: nn.Module, kind: str, batch: int, size: int, args: argparse.Namespace) -> Callable[[], float]:
@@ -271,7 +362,7 @@ def steps(args: argparse.Namespace) -> None:
             runs, peaks = {}, {}  # the next network needs their memory
             gc.collect()
         if DEVICE.type != "cuda":
-            memory = {kind: kept(dense, kind.removesuffix("+kernel"), images, size) for kind in args.variants}
+            memory = {kind: kept(dense, kind.partition("+")[0], images, size) for kind in args.variants}
         more = [f"{memory['dense']:.0f}", *(f"{memory[kind] / memory['dense'] - 1:+.1%}" for kind in others)]
         gains = [f"{m['dense'] / m[kind]:.2f}x" for kind in others]
         rows.append([name, f"{images}, {size}", f"{m['dense']:.0f}", *gains, *more])
@@ -316,14 +407,16 @@ def repair(args: argparse.Namespace) -> None:
 
 
 def inference(args: argparse.Namespace) -> None:
-    """Inference: dense milliseconds, and what the converted network takes more, as it is and fused."""
-    rows = [["network", "batch, px", "dense ms", "unfused", "fused"]]
+    """Inference: dense milliseconds, and what the converted network takes more, as it is, fused, and by the kernel."""
+    kernel = [kind for kind in ("unfused+conv",) if any("+" in name for name in args.variants)]
+    rows = [["network", "batch, px", "dense ms", "unfused", "fused", *kernel]]
     form = torch.channels_last if args.channels_last else torch.contiguous_format
     for name, size in ((name, size) for name in args.models or NETWORKS for size in args.sizes):
         images = args.batch_size or NETWORKS.get(name, 8)
         models = {"dense": timm.create_model(name, num_classes=100).eval().to(DEVICE, memory_format=form)}
         models["unfused"] = convert_to_masterkeys(models["dense"])
         models["fused"] = fuse_masterkeys(models["unfused"])
+        models |= {kind: models["unfused"] for kind in kernel}
         x = torch.randn(images, 3, size, size, device=DEVICE).to(memory_format=form)
         runs = {kind: lambda model=model, x=x: clock(lambda: model(x)) for kind, model in models.items()}
         with torch.inference_mode(), autocast(args):
@@ -335,6 +428,7 @@ def inference(args: argparse.Namespace) -> None:
 
 
 PARTS = {"layers": layers, "steps": steps, "inference": inference, "profile": profile, "repair": repair}
+PARTS |= {"blocks": blocks, "measured": measured}
 
 
 def main() -> None:
@@ -354,9 +448,12 @@ def main() -> None:
     args.sizes = args.sizes or ([224] if DEVICE.type == "cuda" else [160, 224])
     if args.variants[0] != "dense":
         parser.error("the first variant is what the others are compared with: dense")
-    depthwise.TRITON = "1"
-    if DEVICE.type == "cuda" and not depthwise.takes_kernel("cuda", ((7, 7), (1, 1), False, 0)):
-        args.variants = [name for name in args.variants if not name.endswith("+kernel")]
+    if any(name.partition("+")[2] not in KERNELS for name in args.variants):
+        parser.error(f"after + a variant has one of {', '.join(filter(None, KERNELS))}")
+    if "measured" in args.only and args.results is None:
+        parser.error("measured reads what --results names")
+    if DEVICE.type == "cuda" and not depthwise.kernels_run("cuda"):
+        args.variants = [name for name in args.variants if "+" not in name]
         print("Triton does not run here: no kernels are measured.")
     print(f"torch {torch.__version__}, timm {timm.__version__}, {DEVICE}, {torch.get_num_threads()} threads")
     layout = "channels_last" if args.channels_last else "NCHW"

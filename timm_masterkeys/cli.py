@@ -197,6 +197,7 @@ def _discover_arguments(add: _Add, settings: argparse.ArgumentParser) -> None:
         "--method", default="autoencoder", choices=["autoencoder", "lines"], help="(default: the paper's)"
     )
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", default="cpu", help="where the search computes (default: cpu)")
     command.add_argument("--output", required=True, metavar="FILE", help=".safetensors file to write")
     command.add_argument("--plot", metavar="FILE", help="and draw the curve of scores (needs matplotlib)")
     command.set_defaults(run=_discover)
@@ -394,6 +395,7 @@ def _discover(args: argparse.Namespace) -> None:
         method=args.method,
         seed=args.seed,
         name=Path(args.output).stem,
+        device=args.device,
     )
     found.bank.save(args.output)
     print(found)

@@ -177,7 +177,7 @@ def test_compile_in_one_graph(kernel_on):
 
 @layouts
 def test_the_operators_are_what_they_say(layout, kernel_on):
-    assert depthwise._kernels_run(DEVICE)
+    assert depthwise.kernels_run(DEVICE)
     grad, x, *rest = sums((2, 3, 4, 3), torch.randn(8, 1, 3, dtype=torch.float64), 1, padding=(0, 1), layout=layout)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(depthwise.affine_sums, (grad.requires_grad_(), x.requires_grad_(), *rest), test_utils=tests)
@@ -187,7 +187,7 @@ def test_the_operators_are_what_they_say(layout, kernel_on):
 
 
 def test_the_gradients_of_a_convolution_by_the_operator(kernel_on):
-    assert depthwise._kernels_run(DEVICE)
+    assert depthwise.kernels_run(DEVICE)
     x, weight, bias = (random(*shape).requires_grad_() for shape in ((1, 1, 3, 2), (2, 1, 2, 1), (2,)))
     run = lambda *tensors: depthwise.depthwise_conv2d(*tensors, (2, 1), (1, 1), (1, 2))  # noqa: E731
     assert torch.autograd.gradcheck(run, (x, weight, bias))

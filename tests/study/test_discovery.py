@@ -55,6 +55,7 @@ def found_again(keys, lines):
         (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), keys=50), "expected 1 to 25"),
         (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), method="pca"), "method is 'pca'"),
         (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), resume="x.json"), "nothing to keep"),
+        (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), device="mps"), "device is 'mps'"),
     ],
 )
 def test_errors(call, message):

@@ -235,7 +235,7 @@ def _case_takes_kernel(device: str, *case: Any) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or _is_exporting():
         return False
-    return _kernels_run(device)
+    return kernels_run(device)
 
 
 torch.compiler.assume_constant_result(_case_takes_kernel)
@@ -245,7 +245,7 @@ def _is_exporting() -> bool:
     return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())  # the first is from PyTorch 2.7
 
 
-def _kernels_run(device: str) -> bool:
+def kernels_run(device: str) -> bool:
     """Registers the kernels for a kind of device, once, if Triton is installed and runs there, which are two things."""
     with _registering:  # autograd has a thread for each GPU
         if device not in _runs:
@@ -287,7 +287,7 @@ def plain_sums(
     return torch.stack([sums, *_key_responses(grad, input, keys, key_index, geometry)], 1)
 
 
-affine_sums = torch.library.custom_op(  # what has a kernel; see ``_kernels_run``
+affine_sums = torch.library.custom_op(  # what has a kernel; see ``kernels_run``
     "timm_masterkeys::affine_sums",
     plain_sums,
     mutates_args=(),

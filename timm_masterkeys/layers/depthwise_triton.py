@@ -1,6 +1,6 @@
 """Triton kernels: a depthwise convolution, and in a like pass the gradients of shift and scale.
 
-Imports Triton, so it is imported where a kernel is about to run, never before (``depthwise._kernels_run``). Tested in
+Imports Triton, so it is imported where a kernel is about to run, never before (``depthwise.kernels_run``). Tested in
 Triton's interpreter, and compiled for GPUs that were not at hand: no figure of them was measured, and nothing takes
 them unless ``TIMM_MASTERKEYS_TRITON`` says so.
 """

@@ -98,6 +98,7 @@ def discover_bank(
     resume: str | os.PathLike[str] | None = None,
     seed: int = 0,
     name: str = "discovered",
+    device: str | torch.device = "cpu",
 ) -> Discovery:
     """Searches a bank of keys that meet kernels as ``a*x + b``.
 
@@ -120,12 +121,13 @@ def discover_bank(
             ``agreement_score`` makes one of a network. ``"autoencoder"`` calls it some 3,000 times, ``"lines"`` 25.
         resume: File (JSON) that keeps what ``score`` returned: a search that was broken off, started again with the
             same arguments, goes on where it was. The first value kept is checked against ``score``.
-        seed: Of the training and the starts; the same seed gives the same bank.
+        seed: Of the training and the starts; the same seed gives the same bank on the same device.
         name: Of the bank.
+        device: Where the search computes; kernels, the keys given to ``score`` and the bank stay on the CPU.
 
     Raises:
         BankError: Unknown networks to hold out, too little left to search, a number of keys out of range, an unknown
-            method, or a file to resume from that is of another search or score.
+            method, a device without float64, or a file to resume from that is of another search or score.
 
     Example:
         >>> found = discover_bank(kernels, held_out=["b"])
@@ -142,16 +144,19 @@ def discover_bank(
         raise BankError(f"keys is {keys}, expected 1 to {MOST}.")
     if method not in ("autoencoder", "lines"):
         raise BankError(f"method is '{method}', expected 'autoencoder' or 'lines'.")
+    if torch.device(device).type in ("meta", "mps"):
+        raise BankError(f"device is '{device}'; the search takes float64, on CPU or CUDA.")
     if resume is not None:
         if score is None:
             raise BankError("resume keeps the values of a score of your own; without one there is nothing to keep.")
         values = hashlib.sha256(searched.values.numpy().tobytes()).hexdigest()
         score = _remembered(score, Path(resume), f"{method}, seed {seed}, {equal_networks}, kernels {values}")
+    searched, apart = searched.to(device), apart.to(device)
     weights = searched.weights(equal_networks)
-    rate = None if score is None else (lambda found: score(found.unflatten(1, kernels.kernel_size)))
+    rate = None if score is None else (lambda found: score(found.cpu().unflatten(1, kernels.kernel_size)))
     search = _search_lines if method == "lines" else _search_autoencoder
     best, curve, elbow = search(searched, weights, keys, seed, rate)
-    use = torch.zeros(len(best), dtype=weights.dtype).index_add_(0, searched.fit_keys(best)[1], weights)
+    use = _spread(weights, searched.fit_keys(best)[1], len(best)).sum(0)
     best = best[use.argsort(descending=True, stable=True)]
     measured = apart if len(apart) else searched
     banks = {
@@ -169,10 +174,10 @@ def discover_bank(
     source = f"discovered ({how}) in {len(searched):,} kernels of {networks}"
     source += f"; held out: {', '.join(held_out)}" if held_out else ""
     return Discovery(
-        bank=KeyBank(name, best.unflatten(1, kernels.kernel_size).numpy(), source, resize="crop"),
+        bank=KeyBank(name, best.cpu().unflatten(1, kernels.kernel_size).numpy(), source, resize="crop"),
         curve=curve,
         elbow=elbow,
-        r2={title: float(even @ measured.fit_keys(found)[0]) for title, found in banks.items()},
+        r2={title: float(even @ measured.fit_keys(found.to(device))[0]) for title, found in banks.items()},
         searched=len(searched),
         held_out=len(apart),
         constant=kernels.constant,
@@ -198,9 +203,9 @@ def _search_autoencoder(
 ) -> tuple[torch.Tensor, dict[int, float], int]:
     """Elimination along the code, then around what was left last -> the keys, the curve of scores and its elbow."""
     decode = _train_autoencoder(kernels.values, weights, seed)
-    codes = torch.linspace(0, 1, CODES, dtype=torch.float64)
+    codes = torch.linspace(0, 1, CODES, dtype=torch.float64, device=weights.device)
     order, _ = eliminate(kernels.values, weights, decode(codes), score)
-    near = torch.linspace(-0.5, 0.5, CODES // LOCAL + 1, dtype=torch.float64) / (CODES - 1)
+    near = torch.linspace(-0.5, 0.5, CODES // LOCAL + 1, dtype=torch.float64, device=weights.device) / (CODES - 1)
     candidates = decode((codes[order[-LOCAL:], None] + near).flatten().clamp(0, 1).unique())
     order, curve = eliminate(kernels.values, weights, candidates, score)
     elbow = find_elbow({count: value for count, value in curve.items() if count <= MOST})
@@ -231,7 +236,7 @@ def eliminate(
             if score is None:
                 best = fits[:, left].topk(2, 1)
                 missed = weights * (best.values[:, 0] - best.values[:, 1])
-                lost = torch.zeros(len(left), dtype=weights.dtype).index_add_(0, best.indices[:, 0], missed)
+                lost = _spread(missed, best.indices[:, 0], len(left)).sum(0)
                 worst, now = int(lost.argmin()), curve[len(left)] - float(lost.min())
                 bar.update(len(left))
             else:
@@ -271,13 +276,13 @@ def fit_lines(
         seed: Of the starts.
         restarts: How many starts.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     found, most = kernels[:count], -1.0
     for _ in range(restarts):
-        lines = kernels[torch.multinomial(weights, 1, generator=generator)]
+        lines = kernels[_draw(weights, 1, generator=generator)]
         while len(lines) < min(count, len(kernels)):
             missed = weights * (1 - (kernels @ lines.T).square().amax(1)).clamp_min(1e-12)
-            lines = torch.cat([lines, kernels[torch.multinomial(missed, 1, generator=generator)]])
+            lines = torch.cat([lines, kernels[_draw(missed, 1, generator=generator)]])
         before = -1.0
         for _ in range(1000):
             projected = kernels @ lines.T
@@ -287,12 +292,24 @@ def fit_lines(
             if score < before + 1e-7:
                 break
             before = score
-            step = torch.zeros_like(lines).index_add_(0, nearest, kernels * (weights * own)[:, None])
+            step = _spread(weights * own, nearest, len(lines)).T @ kernels
             norm = step.norm(dim=1, keepdim=True)
             lines = torch.where(norm > 0, step / norm.clamp_min(1e-30), lines)
         if score > most:
             found, most = lines, score
     return found
+
+
+def _draw(
+    weights: torch.Tensor, count: int, replacement: bool = False, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """So many indices, drawn with these weights; on the CPU, so that every device draws alike."""
+    return torch.multinomial(weights.cpu(), count, replacement, generator=generator).to(weights.device)
+
+
+def _spread(values: torch.Tensor, group: torch.Tensor, count: int) -> torch.Tensor:
+    """(N, count), each value (N,) in the column of its group: sums over it have an order, on GPUs too."""
+    return values.new_zeros(len(values), count).scatter_(1, group[:, None], values[:, None])
 
 
 def match_banks(bank: Bank, other: Bank, kernel_size: tuple[int, int] = (7, 7)) -> list[tuple[int, int, float]]:
@@ -415,12 +432,14 @@ def _train_autoencoder(
     data = (kernels * largest.sign()).float()  # a kernel and its negative are one
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = nn.Sequential(nn.Linear(taps, 128), nn.GELU(), nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 1))
-        decoder = nn.Sequential(nn.Linear(1, 64), nn.GELU(), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, taps))
+        with torch.device("cpu"):  # drawn there, as the batches
+            encoder = nn.Sequential(nn.Linear(taps, 128), nn.GELU(), nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 1))
+            decoder = nn.Sequential(nn.Linear(1, 64), nn.GELU(), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, taps))
+        encoder, decoder = encoder.to(data.device), decoder.to(data.device)
         optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=2e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in tqdm(range(STEPS), desc="autoencoder", leave=False, disable=None, delay=2):
-            batch = data[torch.multinomial(weights, BATCH, replacement=True)]
+            batch = data[_draw(weights, BATCH, replacement=True)]
             out = decoder(encoder(batch).sigmoid())
             loss = 1 - F.cosine_similarity(out - out.mean(1, keepdim=True), batch).mean()
             optimizer.zero_grad()

@@ -43,6 +43,10 @@ class Kernels:
     def __len__(self) -> int:
         return len(self.values)
 
+    def to(self, device: str | torch.device) -> "Kernels":
+        """The same kernels on a device."""
+        return replace(self, values=self.values.to(device), network=self.network.to(device))
+
     def weights(self, equal_networks: bool = True) -> torch.Tensor:
         """(N,) of sum 1: every network, or else every kernel, counts the same."""
         counts = torch.bincount(self.network, minlength=len(self.names)).double()
@@ -66,8 +70,8 @@ class Kernels:
     def fit(self, bank: Bank) -> tuple[torch.Tensor, torch.Tensor]:
         """R^2 (N,) of the least-squares fit ``a*x + b`` by the nearest key, and that key's index in the bank (N,)."""
         bank = get_bank(bank)
-        r2, index = self.fit_keys(bank.keys_for(self.kernel_size).flatten(1).double())
-        return r2, torch.tensor(bank.kept(self.kernel_size), device="cpu")[index]
+        r2, index = self.fit_keys(bank.keys_for(self.kernel_size).flatten(1).to(self.values))
+        return r2, torch.tensor(bank.kept(self.kernel_size), device=index.device)[index]
 
     def fit_keys(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``fit``, by keys (K, kh * kw) of mean 0 and norm 1."""
