@@ -40,6 +40,7 @@ MEASURED: frozenset[Case] = frozenset()
 TRITON = os.environ.get("TIMM_MASTERKEYS_TRITON", "")
 _runs: dict[str, bool] = {}  # the kernels, by kind of device
 _registering = threading.Lock()
+_TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")  # an older PyTorch only says that it compiles
 
 
 def affine_depthwise_conv2d(
@@ -218,7 +219,7 @@ def takes_kernel(
     scales: int = 0,
 ) -> bool:
     """Whether an operation is left to the Triton kernel; ``input`` may be any tensor of the same type and device."""
-    if not any_kernel(operation):
+    if not any_kernel(operation) or (torch.compiler.is_compiling() and not _TELLS_EXPORTS):
         return False
     stride, _, dilation, groups = geometry
     size, multiplier, last = tuple(weight.shape[2:]), weight.shape[0] // groups, memory_format is torch.channels_last
@@ -233,16 +234,12 @@ def _case_takes_kernel(device: str, *case: Any) -> bool:
     """
     if TRITON == "" and Case(*case) not in MEASURED:
         return False
-    if torch._C._are_functorch_transforms_active() or _is_exporting():
+    if torch._C._are_functorch_transforms_active() or (_TELLS_EXPORTS and torch.compiler.is_exporting()):
         return False
     return kernels_run(device)
 
 
 torch.compiler.assume_constant_result(_case_takes_kernel)
-
-
-def _is_exporting() -> bool:
-    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())  # the first is from PyTorch 2.7
 
 
 def kernels_run(device: str) -> bool:
