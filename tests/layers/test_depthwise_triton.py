@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from depthwise_cases import GEOMETRIES, LAYOUTS, as_function, make, plain
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 from timm_masterkeys.layers import depthwise
 
 pytest.importorskip("triton")
+from timm_masterkeys.layers import depthwise_triton
+
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 CASES = [  # the interpreter is slow: one layout a geometry, in turn
     (geometry, layout)
@@ -42,9 +45,7 @@ def sums(shape, keys, r, stride=(1, 1), padding=(0, 0), dilation=(1, 1), layout=
 
 def assert_sums(arguments, tolerance=1e-12):
     """The kernel's sums are the plain ones of the same numbers in float64."""
-    from timm_masterkeys.layers.depthwise_triton import affine_sums
-
-    got = affine_sums(*arguments)
+    got = depthwise_triton.affine_sums(*arguments)
     grad, x, keys, *rest = arguments
     wanted = depthwise.plain_sums(grad.double(), x.double(), keys.double(), *rest)
     assert got.dtype == torch.promote_types(grad.dtype, torch.float32)
@@ -53,9 +54,7 @@ def assert_sums(arguments, tolerance=1e-12):
 
 def assert_convolution(x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), tolerance=1e-12):
     """The kernel's output is the plain one of the same numbers in float64, in the input's type and layout."""
-    from timm_masterkeys.layers.depthwise_triton import depthwise_conv2d
-
-    got = depthwise_conv2d(x, weight, bias, stride, padding, dilation)
+    got = depthwise_triton.depthwise_conv2d(x, weight, bias, stride, padding, dilation)
     exact = x.double(), weight.double(), None if bias is None else bias.double()
     wanted = F.conv2d(*exact, stride, padding, dilation, x.shape[1])
     assert got.dtype == x.dtype and depthwise.layout(got) is depthwise.layout(x)
@@ -126,8 +125,6 @@ def test_strides_of_any_kind(layout):
 
 
 def test_offsets_of_64_bits(monkeypatch):
-    from timm_masterkeys.layers import depthwise_triton
-
     monkeypatch.setattr(depthwise_triton, "WIDE", 1)
     arguments = sums((2, 3, 4, 3), torch.randn(8, 3, 3, dtype=torch.float64), 1, padding=(1, 1))
     assert_sums(arguments)
@@ -161,12 +158,15 @@ def test_vmap_goes_the_plain_way(kernel_on):
     torch.testing.assert_close(got, torch.stack(wanted))
 
 
-def test_compile_in_one_graph(kernel_on):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_in_one_graph(dynamic, kernel_on):
     layer = make("strip", 1, "affine", dtype=torch.float32).to(DEVICE)
     x = torch.randn(2, 2, 3, 4, device=DEVICE, requires_grad=True)
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=dynamic)
+    used = operators(lambda: compiled(x).sum().backward())
+    assert used == ({"affine_sums", "depthwise_conv2d"} if hasattr(torch.compiler, "is_exporting") else set())
     for _ in range(2):
         got = torch.autograd.grad(compiled(x).square().sum(), [x, *layer.parameters()])
         wanted = torch.autograd.grad(plain(layer, x).square().sum(), [x, *layer.parameters()])
@@ -243,12 +243,47 @@ def test_what_is_exported_runs_without_the_package(strict, grad, kernel_on):
     x = torch.randn(1, 2, 4, 4, device=DEVICE)
     layer(x)
     with torch.set_grad_enabled(grad):
-        exported = torch.export.export(layer, (x,), strict=strict)
+        shapes = ({0: torch.export.Dim("n", min=2, max=8)},)
+        exported = torch.export.export(layer, (torch.cat([x, x, x]),), dynamic_shapes=shapes, strict=strict)
     assert "timm_masterkeys" not in exported.graph_module.code
-    torch.testing.assert_close(exported.module()(x), plain(layer, x))
+    torch.testing.assert_close(exported.module()(torch.cat([x, x])), plain(layer, torch.cat([x, x])))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_pytorch_refuses_is_refused(grad, kernel_on):
+    layer = make("7x7", 1, "shift", dtype=torch.float32).to(DEVICE)
+    narrow = make("2x2, stride 2", 1, "shift", dtype=torch.float32).to(DEVICE)
+    with torch.set_grad_enabled(grad):
+        for called, shape, dtype, message in (
+            (layer, (1, 1, 9, 9), torch.float32, "to have 2 channels"),
+            (layer, (1, 4, 9, 9), torch.float32, "to have 2 channels"),
+            (layer, (1, 2, 9, 9), torch.bfloat16, "same|type"),
+            (narrow, (1, 2, 1, 9), torch.float32, "Kernel size can't be greater"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                called(torch.zeros(shape, device=DEVICE, dtype=dtype))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # forward mode itself uses torch.jit
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode(grad, kernel_on):
+    layer = make("7x7", 1, "shift").to(DEVICE)
+    x, tangent = random(1, 2, 4, 4), random(1, 2, 4, 4)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        got = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(got, plain(layer, tangent) - plain(layer, torch.zeros_like(x)))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_what_no_output_reads_does_not_count():
+    grad, x, *rest = sums((1, 2, 6, 6), torch.randn(8, 2, 2, dtype=torch.float64), 1, (3, 3))
+    x[:, :, 5], x[:, :, :, 5] = torch.inf, torch.nan
+    got, wanted = depthwise_triton.affine_sums(grad, x, *rest), depthwise.plain_sums(grad, x, *rest)
+    torch.testing.assert_close(got[:, 1:], wanted[:, 1:])
 
 
 def test_they_compile_for_gpus_that_are_not_here(tmp_path):
+    pytest.importorskip("triton.backends.nvidia", reason="a Triton of another vendor")
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, Path(__file__).with_name("compile_for_gpus.py")]

@@ -5,8 +5,9 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class Case(NamedTuple):
 # Where a kernel was measured to be faster at every size that examples/benchmark_train.py tries: nowhere yet.
 MEASURED: frozenset[Case] = frozenset()
 # "1" takes the kernels wherever they run, "conv" or "sums" that one alone, "0" none, "" where MEASURED says so. Global,
-# as torch.compile compiles anew where it has changed.
+# as torch.compile compiles anew where it has changed. (Before PyTorch 2.7 what is compiled takes none.)
 TRITON = os.environ.get("TIMM_MASTERKEYS_TRITON", "")
 _runs: dict[str, bool] = {}  # the kernels, by kind of device
 _registering = threading.Lock()
@@ -83,9 +84,7 @@ def affine_depthwise_conv2d(
         unless a kernel of our own is taken (``takes_kernel``), which adds up in another order.
     """
     input, weight, bias = autocast(input, weight, bias)
-    if not torch.compiler.is_compiling() and any(
-        t is not None and unpack_dual(t).tangent is not None for t in (input, weight, bias)
-    ):  # forward-mode differentiation: the composed kernels carry the tangents of scale and shift
+    if _has_tangents(input, weight, bias):  # the composed kernels carry those of scale and shift
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     output: torch.Tensor = _AffineDepthwise.apply(
         input, weight, bias, scale, shift, keys, key_index, stride, padding, dilation, groups
@@ -113,10 +112,20 @@ def convolve(
     dilation: Pair,
     groups: int,
 ) -> torch.Tensor:
-    """``F.conv2d`` of arguments of one type, by the kernel where that is taken."""
+    """``F.conv2d``, by the kernel where that is taken; what is wrong with arguments that do not fit, PyTorch says."""
     if takes_kernel("conv", input, layout(input), weight, (stride, padding, dilation, groups)):
-        return depthwise_conv2d(input, weight, bias, stride, padding, dilation)
+        sizes = *input.shape[1:], *output_shape(input, weight, stride, padding, dilation)[2:]
+        types = {t.dtype for t in (input, weight, bias) if t is not None}
+        if input.shape[1] == groups and len(types) == 1 and min(sizes) > 0 and not _has_tangents(input, weight, bias):
+            return depthwise_conv2d(input, weight, bias, stride, padding, dilation)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _has_tangents(*tensors: torch.Tensor | None) -> bool:
+    """Whether there is forward-mode differentiation, which no compiler does."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(t is not None and unpack_dual(t).tangent is not None for t in tensors)
 
 
 def layout(tensor: torch.Tensor) -> torch.memory_format:
@@ -162,8 +171,9 @@ class _AffineDepthwise(torch.autograd.Function):
         scales = key_index.shape[1] if needs_scale else 0
         form = ctx.memory_format
         kernel = (needs_scale or needs_shift) and takes_kernel("sums", grad, form, weight, geometry, scales)
-        full = _full_padding(weight, geometry)
-        if needs_input and full is not None and takes_kernel("conv", grad, form, weight, geometry):
+        conv = needs_input and takes_kernel("conv", grad, form, weight, geometry)
+        full = _full_padding(weight, geometry) if conv else None
+        if full is not None:
             grad, turned = grad.contiguous(memory_format=form), weight.flip(2, 3)
             grad_input, needs_input = depthwise_conv2d(grad, turned, None, (1, 1), full, geometry[2]), False
         # Where the whole weight gradient costs less than filtering the input, scale and shift come from it.
@@ -222,17 +232,17 @@ def takes_kernel(
     if not any_kernel(operation) or (torch.compiler.is_compiling() and not _TELLS_EXPORTS):
         return False
     stride, _, dilation, groups = geometry
-    size, multiplier, last = tuple(weight.shape[2:]), weight.shape[0] // groups, memory_format is torch.channels_last
-    case = operation, size, tuple(stride), tuple(dilation), multiplier, last, input.dtype, scales
-    return _case_takes_kernel(input.device.type, *case)
+    channels, _, height, width = map(index, weight.shape)  # constants where it is compiled for sizes that change
+    rest = channels // groups, memory_format is torch.channels_last, input.dtype, index(scales)
+    return _case_takes_kernel(input.device.type, operation, height, width, tuple(stride), tuple(dilation), *rest)
 
 
-def _case_takes_kernel(device: str, *case: Any) -> bool:
-    """As ``takes_kernel``, by ``Case``; decided once where it is compiled.
+def _case_takes_kernel(device: str, operation: str, height: int, width: int, *rest: Any) -> bool:
+    """As ``takes_kernel``, by what ``Case`` holds; decided once where it is compiled.
 
     vmap and its like get the plain way, and so does what is exported, which runs where this package is not.
     """
-    if TRITON == "" and Case(*case) not in MEASURED:
+    if TRITON == "" and Case(operation, (height, width), *rest) not in MEASURED:
         return False
     if torch._C._are_functorch_transforms_active() or (_TELLS_EXPORTS and torch.compiler.is_exporting()):
         return False
@@ -395,11 +405,12 @@ def _correlation(
     grad: torch.Tensor, input: torch.Tensor, filtered: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Per output channel, the sum of ``grad`` times the filtered input; on CPU in parts that stay in its cache."""
-    images = input.shape[0]
+    parts: Iterable[tuple[torch.Tensor, torch.Tensor]] = [(grad, input)]
     if input.device.type == "cpu" and not torch.compiler.is_compiling():
-        images = math.ceil(images / max(1, math.ceil(input.nbytes / CACHED)))
+        images = math.ceil(input.shape[0] / max(1, math.ceil(input.nbytes / CACHED)))
+        parts = zip(grad.split(images), input.split(images), strict=True)
     total: Any = 0
-    for grad_part, input_part in zip(grad.split(images), input.split(images), strict=True):
+    for grad_part, input_part in parts:
         part = filtered(input_part)
         if grad.shape[1] > part.shape[1]:
             part = part.repeat_interleave(grad.shape[1] // part.shape[1], 1)
