@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,8 +64,8 @@ def dense(tmp_path_factory):
 
 def run(script, *args, cwd, plugin=True):
     """Runs a script through the launcher, or as it is; fails unless it ends well. Its output."""
-    script = str(Path(os.environ["TIMM_SCRIPTS"]).resolve() / script)
-    command = [sys.executable, *(["-m", "timm_masterkeys.launch"] if plugin else []), script, *map(str, args)]
+    copy = shutil.copy(Path(os.environ["TIMM_SCRIPTS"]) / script, cwd)  # beside itself it would find another timm
+    command = [sys.executable, *(["-m", "timm_masterkeys.launch"] if plugin else []), str(copy), *map(str, args)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
