@@ -73,6 +73,8 @@ EXCEPTIONS = {
     "fuse_conv_bn_eval), and a computed weight cannot be assigned; fuse_masterkeys first",
     "test_model_init_weights_after_to_empty[iformer_t": "the model's init_weights() knows nothing of key indices, "
     "which to_empty() leaves without values; load a state dict, or call reset_parameters() of the layers first",
+    "test_model_init_weights_after_to_empty[efficientvim_m1_dist": "the same",
+    "test_relpos_family_set_input_size[": "casts a model to bfloat16 and wants all floats so; key indices stay float32",
 }
 
 
