@@ -779,6 +779,16 @@ def test_each_missing_name_is_told(monkeypatch, caplog, name):
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize(("version", "told"), [("1.0.29.dev0", 1), ("0.9.16", 1), ("1.0.31", 0), ("1.1.0.dev0", 0)])
+def test_a_timm_of_a_checkout_that_is_too_old_is_told(version, told, monkeypatch, caplog):
+    monkeypatch.setattr(timm, "__version__", version)
+    with caplog.at_level(logging.WARNING):
+        mk.register_names()
+        mk.register_names("test_convnext")
+    assert len(caplog.records) == told
+    assert all(version in r.getMessage() and os.path.dirname(timm.__file__) in r.getMessage() for r in caplog.records)
+
+
 MOVED = """
 import json, logging
 import timm

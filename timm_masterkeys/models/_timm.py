@@ -5,6 +5,8 @@ deletes its stock tags and default.
 """
 
 import functools
+import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +34,18 @@ def unsupported() -> str:
     except ImportError as error:
         return f"timm {timm.__version__} moved what timm_masterkeys needs ({error}); tested with {', '.join(TESTED)}"
     return ""
+
+
+def too_old() -> str:
+    """What to say of a timm older than the oldest tested, as a checkout may hold; empty if it is not."""
+    running, oldest = (tuple(map(int, re.findall(r"\d+", v)[:3])) for v in (timm.__version__, TESTED[0]))
+    if running >= oldest:
+        return ""
+    where = os.path.dirname(timm.__file__)
+    return (
+        f"timm {timm.__version__} in {where} is older than {TESTED[0]}, the oldest timm_masterkeys is tested with. "
+        "A script in a checkout of timm imports the checkout's own: update it, or run a copy of the script elsewhere"
+    )
 
 
 def architectures() -> set[str]:

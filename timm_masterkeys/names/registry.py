@@ -62,6 +62,8 @@ def register_names(architectures: str | Sequence[str] | None = None) -> None:
     if problem:
         _logger.warning("%s. No .mk8 names; convert_to_masterkeys(model) works all the same.", problem)
         return
+    if architectures is None and (problem := _timm.too_old()):
+        _logger.warning("%s.", problem)
     _timm.keep_whole_in_fx(MasterKeyConv2d)
     _timm.before_loading(_take_compact)
     known = _timm.architectures()
