@@ -244,7 +244,7 @@ def blocks(args: argparse.Namespace) -> None:
             "sums": lambda x=x, y=grad, k=keys, i=none, g=geometry: depthwise_triton.affine_sums(y, x, k, i, *g),
         }
         for operation, call in calls.items():
-            kept, times = tables[operation][last], {}
+            kept = tables[operation][last]
 
             def run(block: tuple[int, ...], operation: str = operation, call: Any = call, last: bool = last) -> float:
                 tables[operation][last] = dict(zip(("places", "columns", "channels"), block, strict=True))
@@ -275,17 +275,14 @@ def measured(args: argparse.Namespace) -> None:
         kernel = kernel if kernel.startswith("(") else f"({kernel}, {kernel})"
         about = f"{kernel}, ({stride}, {stride}), (1, 1), 1, {layout == 'channels_last'}"
         dtype = {"bf16": "torch.bfloat16", "float32": "torch.float32"}[precision]
+        # A kernel convolves forward, and backward where there is no stride; the sums are of the backward pass.
+        speaks = {"conv": part == "forward" or stride == "1", "sums": part == "backward"}
         for operation, scales, ours, plain in (
             ("conv", 0, "none+conv", "none"),
             ("sums", 0, "shift+sums", "shift"),
             ("sums", 1, "affine+sums", "affine"),
         ):
-            # An input gradient of a strided convolution has no kernel.
-            if (
-                {ours, plain} <= ms.keys()
-                and ((part == "forward") <= (operation == "conv"))
-                and (part == "forward" or operation == "sums" or stride == "1")
-            ):
+            if speaks[operation] and {ours, plain} <= ms.keys():
                 won = ms[ours] < min(ms[plain], ms["dense"])
                 wins.setdefault((operation, about, dtype, str(scales)), []).append(won)
     for (operation, about, dtype, scales), won in sorted(wins.items()):
@@ -413,7 +410,7 @@ def repair(args: argparse.Namespace) -> None:
 
 def inference(args: argparse.Namespace) -> None:
     """Inference: dense milliseconds, and what the converted network takes more, as it is, fused, and by the kernel."""
-    kernel = [kind for kind in ("unfused+conv",) if any("+" in name for name in args.variants)]
+    kernel = ["unfused+conv"] if any("+" in name for name in args.variants) else []
     rows = [["network", "batch, px", "dense ms", "unfused", "fused", *kernel]]
     form = torch.channels_last if args.channels_last else torch.contiguous_format
     for name, size in ((name, size) for name in args.models or NETWORKS for size in args.sizes):
@@ -457,10 +454,11 @@ def main() -> None:
         parser.error(f"after + a variant has one of {', '.join(filter(None, KERNELS))}")
     if "measured" in args.only and args.results is None:
         parser.error("measured reads what --results names")
-    if not depthwise.kernels_run(DEVICE.type):
+    old = args.compile and not hasattr(torch.compiler, "is_exporting")  # it compiles without kernels
+    if old or not depthwise.kernels_run(DEVICE.type):
         args.variants = [name for name in args.variants if "+" not in name]
         args.only = [part for part in args.only if part != "blocks"]
-        print("Triton does not run here: no kernels are measured.")
+        print("Triton does not run here, or not compiled: no kernels are measured.")
     print(f"torch {torch.__version__}, timm {timm.__version__}, {DEVICE}, {torch.get_num_threads()} threads")
     layout = "channels_last" if args.channels_last else "NCHW"
     print(f"{args.precision}, {layout}, {'compiled' if args.compile else 'eager'}\n")

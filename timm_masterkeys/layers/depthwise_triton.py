@@ -50,11 +50,10 @@ def _store(at, values, there, position, size, stride):
 
 
 @triton.jit
-def _times(at, values, there, position, size, stride):
+def _times(at, values, there, position, size, stride, TOTAL: tl.constexpr):
     """Values times what ``_load`` loads, where there is something: elsewhere they may not be finite."""
     inside = there & (position < size)[:, None]
-    factors = tl.load(at + (position * stride)[:, None], mask=inside, other=0.0).to(values.dtype)
-    return tl.where(inside, values * factors, 0.0)
+    return tl.where(inside, values * _load(at, there, position, size, stride, TOTAL), 0.0)
 
 
 @triton.jit
@@ -150,10 +149,10 @@ def _convolve(
     output_at = output + (image * yn)[:, None] + (channel // OUT * yc)[None, :] + (column * yw)[:, None]
     inside = there & (column < width)[:, None]
     if SUMS:
-        y0 = _times(output_at, y0, inside, row, height, yh)
-        y1 = _times(output_at, y1, inside, row + 1, height, yh)
-        y2 = _times(output_at, y2, inside, row + 2, height, yh)
-        y3 = _times(output_at, y3, inside, row + 3, height, yh)
+        y0 = _times(output_at, y0, inside, row, height, yh, TOTAL)
+        y1 = _times(output_at, y1, inside, row + 1, height, yh, TOTAL)
+        y2 = _times(output_at, y2, inside, row + 2, height, yh, TOTAL)
+        y3 = _times(output_at, y3, inside, row + 3, height, yh, TOTAL)
         tl.store(sums + chunk * channels + channel, tl.sum((y0 + y1) + (y2 + y3), 0), mask=exists)
     else:
         _store(output_at, y0, inside, row, height, yh)
