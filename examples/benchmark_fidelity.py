@@ -28,11 +28,9 @@ from timm.models.efficientnet import EfficientNet, decode_arch_def
 from torch import nn
 
 import timm_masterkeys as mk
-from timm_masterkeys.repair.calibrate import STAGES, WITHOUT_GRADIENTS
+from timm_masterkeys.calibration.calibrate import STAGES
 
-HEAD = (
-    "| network | bank | keys | repair | top-1 | agreement | KL | R2 | seconds |\n|---|---|---|---|---|---|---|---|---|"
-)
+HEAD = "| network | bank | keys | calibration | top-1 | agreement | KL | R2 | seconds |\n|" + 9 * "---|"
 
 
 def network(name: str) -> nn.Module:
@@ -98,16 +96,14 @@ class Benchmark:
         return 100 * top1, 100 * agreement, float(kl)
 
     def run(
-        self, bank: str, keys: int, stages: tuple[Any, ...], draw: int, count: int | None = None, minutes: float = 5
+        self, bank: str, keys: int, stages: tuple[Any, ...], draw: int, count: int | None = None
     ) -> tuple[float, float, float, float, float]:
-        """Top-1, agreement, divergence on the other half; mean R2 of the kernels; seconds of the repair."""
+        """Top-1, agreement, divergence on the other half; mean R2 of the kernels; seconds of the calibration."""
         chosen, others = self.images.halves(draw)
         model = mk.convert_to_masterkeys(self.dense, bank, keys_per_kernel=keys)
         start = time.perf_counter()
         if stages:
-            mk.calibrate_masterkeys(
-                model, self.dense, self.images.x[chosen[:count]], stages=stages, heal_minutes=minutes
-            )
+            mk.calibrate_masterkeys(model, self.dense, self.images.x[chosen[:count]], stages=stages)
         seconds = time.perf_counter() - start
         r2 = mk.conversion_report(model).total.mean_r2
         return (*self.measure(self.outputs(model, others), others), r2, seconds)
@@ -117,18 +113,18 @@ class Benchmark:
         print(f"\n{HEAD}", flush=True)
         measured = [self.measure(self.wanted[half], half) for half in (self.images.halves(d)[1] for d in range(draws))]
         self.row("", "", "dense", [(*values, math.nan, math.nan) for values in measured])
-        repairs: dict[str, tuple[Any, ...]] = {
+        calibrations: dict[str, tuple[Any, ...]] = {
             "none": (),
             **{stage: (stage,) for stage in ("statistics", "absorption")},
             "projection, statistics": ("projection", "statistics"),
             "statistics, absorption": ("statistics", "absorption"),
-            "all in closed form": WITHOUT_GRADIENTS,
+            "all three": STAGES,
         }
         for bank in banks:
             for r in keys:
-                for name, stages in repairs.items():
+                for name, stages in calibrations.items():
                     every = bank == mk.get_bank().name and r == keys[0]
-                    if every or not stages or stages == WITHOUT_GRADIENTS:
+                    if every or not stages or stages == STAGES:
                         self.row(bank, r, name, [self.run(bank, r, stages, draw) for draw in range(draws)])
 
     def row(self, bank: str, keys: int | str, repair: str, results: list[tuple[float, ...]]) -> None:
@@ -158,7 +154,7 @@ class Benchmark:
         half = len(self.images.x) // 2
         print("\n| network | images | top-1, draw by draw | agreement | KL |\n|---|---|---|---|---|", flush=True)
         for count in sorted({max(10, half * part // 5) for part in (1, 2, 3, 5)}):
-            results = [self.run(bank, keys, WITHOUT_GRADIENTS, draw, count) for draw in range(draws)]
+            results = [self.run(bank, keys, STAGES, draw, count) for draw in range(draws)]
             rows = zip(list(zip(*results, strict=True))[:3], (1, 1, 2), strict=True)
             columns = [" / ".join(f"{value:.{places}f}" for value in column) for column, places in rows]
             print(f"| {self.name} | {count} | " + " | ".join(columns) + " |", flush=True)
@@ -172,18 +168,13 @@ def main() -> None:
     parser.add_argument("--bank", nargs="+", default=["babaiee2025", "scale-space-b", "random8:0"])
     parser.add_argument("--keys-per-kernel", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--draws", type=int, default=1, help="splits of the images")
-    parser.add_argument("--heal", type=float, default=7.0, metavar="MINUTES")
     parser.add_argument("--results", type=Path, metavar="CSV", help="a row a draw is added to it")
-    parser.add_argument("--only", choices=["table", "healing", "images"])
+    parser.add_argument("--only", choices=["table", "images"])
     args = parser.parse_args()
     for name in args.network:
         benchmark = Benchmark(name, args.folder, args.results)
         if args.only in (None, "table"):
             benchmark.table(args.bank, args.keys_per_kernel, args.draws)
-        if args.only in (None, "healing"):
-            print(f"\n{HEAD}", flush=True)
-            result = benchmark.run(args.bank[0], args.keys_per_kernel[0], STAGES, 0, minutes=args.heal)
-            benchmark.row(args.bank[0], args.keys_per_kernel[0], f"and {args.heal:g} minutes of healing", [result])
         if args.only in (None, "images"):
             benchmark.growth(args.bank[0], args.keys_per_kernel[0], max(args.draws, 3))
 

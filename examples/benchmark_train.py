@@ -28,8 +28,8 @@ from timm.layers import Conv2dSame, pad_same
 from torch import nn
 
 from timm_masterkeys import MasterKeyConv2d, calibrate_masterkeys, convert_to_masterkeys, fuse_masterkeys
+from timm_masterkeys.conversion.apply import replace_layers
 from timm_masterkeys.layers import depthwise
-from timm_masterkeys.models.surgery import replace_layers
 
 Shape = tuple[int, int, int, int | tuple[int, int], int]
 GRID = [  # batch, channels, side, kernel, stride: stages of ConvNeXt, StarNet, EfficientNet and MobileNetV3
@@ -229,9 +229,9 @@ def layer_columns(part: str, shape: Shape, layout: str) -> dict[str, object]:
 
 def blocks(args: argparse.Namespace) -> None:
     """How large a block of the output a program of a kernel should work on: milliseconds of those tried, best first."""
-    from timm_masterkeys.layers import depthwise_triton
+    from timm_masterkeys.layers import gpu_kernels
 
-    tables = {"conv": depthwise_triton.CONVOLUTION, "sums": depthwise_triton.WINDOWS}
+    tables = {"conv": gpu_kernels.CONVOLUTION, "sums": gpu_kernels.WINDOWS}
     rows = [["batch, channels, side, kernel, stride", "layout", "operation", "places, columns, channels: ms"]]
     for shape, layout, conv, x in convolutions(args):
         last, geometry = layout == "channels_last", (conv.stride, conv.padding, conv.dilation)
@@ -240,8 +240,8 @@ def blocks(args: argparse.Namespace) -> None:
         grad, keys = torch.ones_like(conv.to(dtype)(x)), weight[:8, 0].float()
         none = torch.empty(len(weight), 0, dtype=torch.int64, device=DEVICE)
         calls = {
-            "conv": lambda x=x, w=weight, g=geometry: depthwise_triton.depthwise_conv2d(x, w, None, *g),
-            "sums": lambda x=x, y=grad, k=keys, i=none, g=geometry: depthwise_triton.affine_sums(y, x, k, i, *g),
+            "conv": lambda x=x, w=weight, g=geometry: gpu_kernels.depthwise_conv2d(x, w, None, *g),
+            "sums": lambda x=x, y=grad, k=keys, i=none, g=geometry: gpu_kernels.affine_sums(y, x, k, i, *g),
         }
         for operation, call in calls.items():
             kept = tables[operation][last]
@@ -455,7 +455,7 @@ def main() -> None:
     if "measured" in args.only and args.results is None:
         parser.error("measured reads what --results names")
     old = args.compile and not hasattr(torch.compiler, "is_exporting")  # it compiles without kernels
-    if old or not depthwise.kernels_run(DEVICE.type):
+    if old or not depthwise.gpu_kernels_run(DEVICE.type):
         args.variants = [name for name in args.variants if "+" not in name]
         args.only = [part for part in args.only if part != "blocks"]
         print("Triton does not run here, or not compiled: no kernels are measured.")

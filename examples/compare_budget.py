@@ -1,6 +1,6 @@
 """Keys where the network needs them against as many for every kernel: how few agree with the dense network.
 
-FOLDER holds photographs with a FOLDER/labels.csv (columns file and class_index). All networks are repaired with the
+FOLDER holds photographs with a FOLDER/labels.csv (columns file and class_index). All networks are calibrated with the
 same crops of photographs that ship and judged by crops of others; with --own, with three quarters of every other
 photograph of FOLDER and by the fourth quarter. The others (all, without --own) are only measured on; of the networks
 that the search tries, only the one it returns is. Rows are added to a CSV file.
@@ -19,9 +19,9 @@ from benchmark_fidelity import Benchmark
 from torch import nn
 
 import timm_masterkeys as mk
-from timm_masterkeys.repair.budget import split_images
-from timm_masterkeys.repair.calibrate import output_agreement, output_divergence
-from timm_masterkeys.repair.images import Images
+from timm_masterkeys.calibration.agreement import split_for_choice
+from timm_masterkeys.calibration.images import Images
+from timm_masterkeys.calibration.metrics import classification_figures
 
 COLUMNS = [
     "network",
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--network", default="lite0", help="lite0, a timm name, or FILE.safetensors")
     parser.add_argument("--agreement", type=float, default=0.95)
-    parser.add_argument("--own", action="store_true", help="repair with half of the photographs of FOLDER")
+    parser.add_argument("--own", action="store_true", help="calibrate with half of the photographs of FOLDER")
     parser.add_argument("--keys-per-kernel", nargs="*", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "key_budget.csv")
     args = parser.parse_args()
@@ -53,7 +53,7 @@ def main() -> None:
     images: Images = "builtin"
     if args.own:
         images, every = benchmark.images.x[::2], every[1::2]
-    fitted, held_out = split_images(images, dense)
+    fitted, held_out = split_for_choice(images, dense)
 
     def photographs(model: nn.Module) -> list[str]:
         return [f"{value:.3f}" for value in benchmark.measure(benchmark.outputs(model, every), every)]
@@ -69,7 +69,7 @@ def main() -> None:
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     model, budget = mk.convert_to_agreement(dense, args.agreement, images)
     for one in budget.tried:
-        figures = [f"{100 * one.agreement:.3f}", f"{one.divergence:.3f}"]
+        figures = [f"{100 * one.figures['agreement']:.3f}", f"{one.figures['divergence']:.3f}"]
         figures += [*photographs(model), f"{budget.seconds:.0f}"] if one == budget.chosen else [""] * 4
         write(f"for {args.agreement:.1%}" if one == budget.chosen else "tried", one.keys, figures)
     print(f"\n{budget}\n", flush=True)
@@ -81,7 +81,8 @@ def main() -> None:
             mk.calibrate_masterkeys(model, dense, fitted)
             seconds = time.perf_counter() - start
             out = torch.cat([model(x) for x in held_out.split(8)])
-            figures = [f"{100 * output_agreement(out, wanted):.3f}", f"{output_divergence(out, wanted):.3f}"]
+            found = classification_figures(out, wanted)
+            figures = [f"{100 * found['agreement']:.3f}", f"{found['divergence']:.3f}"]
             write("uniform", count * kernels, [*figures, *photographs(model), f"{seconds:.0f}"])
 
 

@@ -1,7 +1,7 @@
-"""Which crops of the photographs that ship repair best: networks x settings x seeds, measured on other photographs.
+"""Which crops of the photographs that ship calibrate best: networks x settings x seeds, measured on other photographs.
 
-FOLDER holds photographs with a FOLDER/labels.csv (columns file and class_index); nothing of it is repaired with. Every
-row is added to a CSV file, and what is there already is not measured again.
+FOLDER holds photographs with a FOLDER/labels.csv (columns file and class_index); nothing of it is calibrated with.
+Every row is added to a CSV file, and what is there already is not measured again.
 
     python examples/compare_builtin.py FOLDER --network lite0 proxyless_w025_r112.safetensors
 """
@@ -22,7 +22,7 @@ from timm.data import resolve_model_data_config
 from torchvision.transforms.functional import pil_to_tensor
 
 import timm_masterkeys as mk
-from timm_masterkeys.repair.images import AREA, COUNT, RATIO, draw_crops, photographs
+from timm_masterkeys.calibration.images import AREA, COUNT, RATIO, draw_crops, photographs
 
 COLUMNS = ["network", "keys", "setting", "seed", "images", "top1", "agreement", "kl", "seconds"]
 
@@ -83,7 +83,7 @@ SETTINGS = {
 
 
 def measure(benchmark: Benchmark, keys: int, setting: Setting, seed: int) -> list[float]:
-    """Images, top-1, agreement, divergence, seconds of the repair."""
+    """Images, top-1, agreement, divergence, seconds of the calibration."""
     config: Any = resolve_model_data_config(benchmark.dense)
     _, height, width = config["input_size"]
     crops = setting.crops((width, height), seed, config["interpolation"])

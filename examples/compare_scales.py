@@ -1,4 +1,4 @@
-"""What scales of their own buy: R^2 of real kernels met by fixed keys, and by keys with sigmas fitted to each kernel.
+"""What sigmas of their own buy: R2 of real kernels fitted by fixed keys, and by keys with sigmas of each kernel.
 
 python examples/compare_scales.py kernels/*.npz   # networks: .npz files of arrays (C, kh, kw), checkpoints, timm names
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 from timm_masterkeys import get_bank
-from timm_masterkeys.keys.scales import fit_scales
+from timm_masterkeys.keys.sigma_fit import fit_scales
 from timm_masterkeys.study.kernels import collect_kernels, read_kernels
 
 BANK = get_bank("scale-space-b")

@@ -15,16 +15,25 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import timm_masterkeys as mk
-from timm_masterkeys.study.plotting import DIVERGING, plot_bank, plot_coverage, plot_keys
+from timm_masterkeys.study.plotting import (
+    draw_colour_bar,
+    draw_kernel,
+    plot_bank,
+    plot_coverage,
+    plot_kernels,
+    plot_keys,
+    plot_used_keys,
+)
 
-SHOWN = {"well met (best tenth)": 0.9, "median": 0.5, "badly met (worst tenth)": 0.1}  # quantiles of R2
+SHOWN = {"best tenth": 0.9, "median": 0.5, "worst tenth": 0.1}  # quantiles of R2
 
 
 @torch.no_grad()
 def plot_beside_keys(model: nn.Module, dense: nn.Module, side: int = 5) -> Figure:
-    """Each key above three of the network's own kernels that are nearest to it, at fixed quantiles of R2.
+    """Each key at this size above three of the dense model's own kernels that have it, at fixed quantiles of R2.
 
-    Kernels are shown less their shift, and turned round where their scale is negative: what the key has to meet.
+    Kernels are shown less their shift, with the opposite sign where their scale is negative, and in units of their
+    largest value: what the key has to fit.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, mk.MasterKeyConv2d) and m.kernel_size[0] == side}
     kernels: Any = torch.cat([dense.get_submodule(name).weight[:, 0] for name in layers])  # type: ignore[index]
@@ -33,7 +42,7 @@ def plot_beside_keys(model: nn.Module, dense: nn.Module, side: int = 5) -> Figur
         for name in ("scale", "shift", "r2", "key_index")
     )
     keys = next(iter(layers.values())).keys
-    figure = Figure(figsize=(8.6, 4.9), layout="constrained")
+    figure = Figure(figsize=(9.2, 4.9), layout="constrained")
     axes = figure.subplots(1 + len(SHOWN), len(keys))
     for column, key in enumerate(keys):
         mine = (row == column).nonzero()[:, 0]
@@ -42,17 +51,17 @@ def plot_beside_keys(model: nn.Module, dense: nn.Module, side: int = 5) -> Figur
         pictures = [key, *((kernels[i] - shift[i]) * scale[i].sign() for i in chosen)]
         titles = [f"key {column + 1}", *(f"R² {r2[i]:.2f}" for i in chosen)]
         for axis, picture, title in zip(axes[:, column], pictures, titles, strict=True):
-            most = float(picture.abs().max())
-            axis.imshow(picture.numpy(), cmap=DIVERGING, vmin=-most, vmax=most)
-            axis.set(xticks=[], yticks=[])
+            image = draw_kernel(axis, picture / picture.abs().max(), 1)
             axis.set_title(title, fontsize=8)
-    for axis, label in zip(axes[:, 0], ("master keys", *SHOWN), strict=True):
-        axis.set_ylabel(label.replace(" (", "\n("), fontsize=8)
+    labels = f"master keys\nat {side}x{side}", *(f"kernels\n{name}" for name in SHOWN)
+    for axis, label in zip(axes[:, 0], labels, strict=True):
+        axis.set_ylabel(label, fontsize=8)
+    draw_colour_bar(figure, image, axes, "in units of the largest value")
     return figure
 
 
 def main() -> None:
-    """Writes four PNG files."""
+    """Writes six PNG files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
@@ -62,6 +71,8 @@ def main() -> None:
     models = {bank: mk.convert_to_masterkeys(dense, bank) for bank in banks}
     reports = {bank: mk.conversion_report(model) for bank, model in models.items()}
     plot_beside_keys(models["babaiee2025"], dense).savefig(folder / "kernels.png", dpi=80)
+    plot_kernels(models["babaiee2025"], dense).savefig(folder / "fits.png", dpi=80)
+    plot_used_keys(models["babaiee2025"]).savefig(folder / "used_keys.png", dpi=80)
     plot_bank().savefig(folder / "bank.png", dpi=100)
     plot_coverage(reports).savefig(folder / "coverage.png", dpi=100)
     plot_keys(reports["babaiee2025"]).savefig(folder / "keys.png", dpi=100)

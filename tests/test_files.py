@@ -1,11 +1,12 @@
-"""Atomic writes: the whole file or the old one, and nothing left over."""
+"""Files: whole or not at all, found behind links, told apart by their digests, locked by one process at a time."""
 
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from timm_masterkeys.files import atomic_path
+from timm_masterkeys.files import atomic_path, folder_sha256, locked, tensors_sha256, walk_files, work_folder
 
 
 def test_writes_the_file_whole(tmp_path):
@@ -142,3 +143,54 @@ def test_mode_follows_the_umask(tmp_path, umask):
     finally:
         os.umask(before)
     assert (tmp_path / "bank.bin").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_files_are_found_behind_links_and_once(tmp_path):
+    (tmp_path / ".data" / "cats").mkdir(parents=True)
+    (tmp_path / ".data" / "cats" / "1.png").write_text("1")
+    (tmp_path / "dogs").mkdir()
+    (tmp_path / "dogs" / "2.png").write_text("2")
+    (tmp_path / "dogs" / ".hidden.png").write_text("3")
+    (tmp_path / "cats").symlink_to(tmp_path / ".data" / "cats", target_is_directory=True)
+    (tmp_path / "dogs" / "back").symlink_to(tmp_path, target_is_directory=True)
+    found = [path.relative_to(tmp_path).as_posix() for path in walk_files(tmp_path)]
+    assert found == ["cats/1.png", "dogs/2.png"]
+    before = folder_sha256(tmp_path)
+    (tmp_path / ".data" / "cats" / "4.png").write_text("4")
+    assert folder_sha256(tmp_path) != before
+
+
+def test_tensors_have_one_digest_whatever_their_order():
+    a, b = torch.arange(4.0), torch.arange(4)
+    assert tensors_sha256({"a": a, "b": b}) == tensors_sha256({"b": b, "a": a.clone()})
+    others = [
+        {"a": a},
+        {"a": b, "b": b},
+        {"a": a, "b": b.float()},
+        {"a": a.view(2, 2), "b": b},
+        {"c": {"a": a, "b": b}},
+    ]
+    others += [{"a": a, "b": -b}, {"a": a, "b": [b]}, {"a": [], "b": {}}, {"a": {}, "b": []}, {"a": None, "b": "None"}]
+    digests = {tensors_sha256(other) for other in [{"a": a, "b": b}, *others]}
+    assert len(digests) == len(others) + 1
+    with pytest.raises(TypeError, match="a object has no digest"):
+        tensors_sha256({"a": object()})
+
+
+def test_locks_are_held_and_told(tmp_path):
+    with locked(tmp_path / "lock") as held, locked(tmp_path / "lock", wait=False) as again:
+        assert held and not again
+    with locked(tmp_path / "lock", wait=False) as held:
+        assert held
+
+
+def test_a_work_folder_goes_and_those_of_the_dead_too(tmp_path):
+    dead = tmp_path / ".saving-00000000"
+    dead.mkdir()
+    dead.with_name(f"{dead.name}.lock").touch()
+    (tmp_path / ".saving-mine").mkdir()  # nobody's: it has no lock
+    with work_folder(tmp_path, "saving") as living:
+        assert not dead.exists() and living.is_dir()
+        with work_folder(tmp_path, "saving") as other:
+            assert living.is_dir() and other.is_dir() and living != other
+    assert [path.name for path in tmp_path.iterdir()] == [".saving-mine"]

@@ -37,6 +37,36 @@ def test_as_if_the_script_ran_alone(tmp_path):
     assert value == 7 and registered
 
 
+SPAWNING = """
+import timm, torch
+from torch.multiprocessing import spawn
+from torch.utils.data import DataLoader, Dataset
+
+class Known(Dataset):
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        return timm.is_model_pretrained("convnext_atto.mk8")
+
+def work(rank, file):
+    with open(file, "w") as out:
+        print(timm.is_model_pretrained("convnext_atto.mk8"), __name__, *sys.argv, file=out)
+
+import sys
+if __name__ == "__main__":
+    spawn(work, (sys.argv[1],))
+    print([bool(known) for known in DataLoader(Known(), num_workers=1, multiprocessing_context="spawn")])
+"""
+
+
+def test_spawned_processes_know_the_names(tmp_path):
+    (tmp_path / "train.py").write_text(SPAWNING)
+    done = run("-m", "timm_masterkeys.launch", tmp_path / "train.py", tmp_path / "told.txt")
+    assert (done.returncode, done.stdout) == (0, "[True]\n"), done.stderr
+    told = (tmp_path / "told.txt").read_text().split()
+    assert told == ["True", "__mp_main__", str(tmp_path / "train.py"), str(tmp_path / "told.txt")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "out", "err"),
     [(["no.py"], 2, "", "no.py"), ([], 2, "", "SCRIPT"), (["--help"], 0, "SCRIPT", "")],

@@ -1,5 +1,13 @@
 """Master key filters for timm: depthwise kernels as affine images of a few frozen keys."""
 
+from .calibration.agreement import KeyBudget, Spending, convert_to_agreement
+from .calibration.blockwise import StageReport
+from .calibration.calibrate import CalibrationReport, calibrate_masterkeys
+from .calibration.images import builtin_images
+from .conversion.config import MasterKeysConfig
+from .conversion.convert import convert_to_masterkeys, fuse_masterkeys, initialize_masterkeys
+from .conversion.plan import ConversionPlan, PlannedLayer, plan_conversion
+from .conversion.report import ConversionReport, LayerReport, conversion_report
 from .errors import (
     BankError,
     CalibrationError,
@@ -10,20 +18,14 @@ from .errors import (
     ProjectionError,
     ZooError,
 )
+from .hub.files import load_compact, save_compact
 from .hub.publish import Publication, push_to_hub
 from .hub.save import save_pretrained
 from .keys.banks import KeyBank, get_bank, list_banks
 from .keys.projection import Projection, project_kernels
 from .layers import MasterKeyConv2d, ScaledKeyConv2d
-from .models.checkpoint import load_compact, save_compact
-from .models.plan import ConversionPlan, PlannedLayer, plan_conversion
-from .models.report import ConversionReport, LayerReport, conversion_report
-from .models.surgery import convert_to_masterkeys, fuse_masterkeys, initialize_masterkeys
-from .names.registry import list_architectures, register_names, use_weights
-from .repair.budget import KeyBudget, Spending, convert_to_agreement
-from .repair.calibrate import CalibrationReport, calibrate_masterkeys
-from .repair.images import builtin_images
-from .repair.walk import StageReport
+from .timm_plugin.names import register_names
+from .timm_plugin.published import list_architectures, use_weights
 from .version import __version__
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "KeyBudget",
     "LayerReport",
     "MasterKeyConv2d",
+    "MasterKeysConfig",
     "MasterKeysError",
     "PlannedLayer",
     "Projection",

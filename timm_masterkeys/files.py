@@ -1,13 +1,18 @@
-"""Atomic writes: a file appears whole under its name, or not at all. And what is in a file, as a number."""
+"""Files: atomic writes, locks, and the SHA-256 of files, folders and tensors."""
 
 import hashlib
 import os
 import re
+import secrets
+import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import torch
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 
@@ -70,3 +75,114 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def folder_sha256(folder: str | os.PathLike[str]) -> str:
+    """The SHA-256, in hex, of names, sizes and times of the files in a folder, as ``walk_files`` finds them.
+
+    The contents of thousands of images would take too long to read.
+    """
+    root, digest = os.fspath(folder), hashlib.sha256()
+    for path in walk_files(root):
+        about = path.stat()
+        digest.update(f"{path.relative_to(root).as_posix()} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def walk_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """All files in a folder, at all depths, sorted, but for hidden ones; links are followed, to each folder once."""
+    found, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        visible = [os.path.join(parent, name) for name in names if not name.startswith(".")]
+        found += [Path(path) for path in visible if os.path.isfile(path)]
+    return sorted(found)
+
+
+def tensors_sha256(value: Any) -> str:
+    """The SHA-256, in hex, of a state dict, whatever its order; nested mappings and sequences are walked through.
+
+    Raises:
+        TypeError: It holds something that is neither a tensor, a number, a string, None, a mapping nor a sequence.
+    """
+    digest = hashlib.sha256()
+    _update(digest, value)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        digest.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
+        if not value.is_meta:
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        digest.update(f"mapping {len(value)} ".encode())
+        for name in sorted(value, key=str):
+            digest.update(f"{name!r}: ".encode())
+            _update(digest, value[name])
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"sequence {len(value)} ".encode())
+        for item in value:
+            _update(digest, item)
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        digest.update(f"{value!r} ".encode())
+    else:
+        raise TypeError(f"a {type(value).__name__} has no digest")
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str], wait: bool = True) -> Iterator[bool]:
+    """Holds the lock of a file until the context or the process ends; tells whether it was had.
+
+    Args:
+        path: The lock's file, made if missing and left there.
+        wait: Wait for others who hold it; else the context runs at once, without the lock if another holds it.
+    """
+    timeout = -1 if wait else 0
+    lock: BaseFileLock = FileLock(path, timeout=timeout)
+    try:
+        try:
+            lock.acquire()
+        except NotImplementedError:  # a file system without locks: a killed process leaves this one behind
+            lock = SoftFileLock(path, timeout=timeout)
+            lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+@contextmanager
+def work_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A temporary folder in another, removed afterwards; so are those of killed processes with the same prefix.
+
+    Args:
+        parent: An existing folder.
+        prefix: Of the folder's name, which is hidden.
+    """
+    for left in parent.glob(f".{prefix}-*.lock"):  # whoever lives holds its lock
+        with locked(left, wait=False) as dead:
+            if dead:
+                shutil.rmtree(left.with_suffix(""), ignore_errors=True)
+                with suppress(OSError):
+                    left.unlink()
+    folder = parent / f".{prefix}-{secrets.token_hex(4)}"
+    lock = folder.with_name(f"{folder.name}.lock")
+    try:
+        with locked(lock):
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        with suppress(OSError):
+            lock.unlink()

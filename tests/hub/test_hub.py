@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import textwrap
 import time
@@ -49,20 +50,23 @@ def serve(pipe, env, plugin):
 MODEL = """
 import functools, os
 from safetensors.torch import save_file
-from timm_masterkeys.models import _timm
+from timm_masterkeys.timm_plugin import compat
 
 stock = os.environ["HF_HOME"] + ".safetensors"
 if not os.path.exists(stock):
+    torch.manual_seed(5)
     save_file(timm.create_model("test_convnext").state_dict(), stock)
-for cfg in _timm.cfgs("test_convnext").values():  # where timm looks for its own weights: here, not on the Hub
+for cfg in compat.cfgs("test_convnext").values():  # where timm looks for its own weights: here, not on the Hub
     cfg.file = stock
 
-def converted(bank="babaiee2025", seed=0, **settings):
+def converted(seed=0, **settings):
+    settings = {f"mk_{name}": value for name, value in settings.items()}
+    model = timm.create_model("test_convnext.mk8_r160_in1k", pretrained=True, mk_keys_per_kernel=2, **settings).eval()
     torch.manual_seed(seed)
-    model = timm.create_model("test_convnext.r160_in1k", pretrained=True)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    return mk.convert_to_masterkeys(model.eval(), bank, keys_per_kernel=2, **settings)
+    for name, p in model.named_parameters():
+        if "conv_dw" not in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model
 
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
@@ -71,6 +75,9 @@ def same(a, b):
 
 x = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(3))
 """
+
+
+FILES = ("README.md", "config.json", "masterkeys.safetensors", "model.safetensors")
 
 
 class Worker:
@@ -149,15 +156,16 @@ def published(hub, worker):
 
 def test_what_is_published(hub, worker, published):
     files = published.head().files
-    assert set(files) == {".gitattributes", "README.md", "config.json", "masterkeys.safetensors", "model.safetensors"}
+    assert set(files) == {".gitattributes", *FILES}
     assert len(published.branches["main"]) == 2
     config = json.loads(files["config.json"])
     assert config["architecture"] == "test_convnext"
     assert config["pretrained_cfg"]["tag"] == "mk8_r160_in1k"
     assert config["pretrained_cfg"]["hf_hub_filename"] == "model.safetensors"
     assert config["masterkeys"]["format_version"] == 1
-    assert config["masterkeys"]["keys_per_kernel"] == 2
-    assert config["masterkeys"]["source"] == "timm/test_convnext.r160_in1k"
+    assert {layer["keys_per_kernel"] for layer in config["masterkeys"]["layers"].values()} == {2}
+    assert config["masterkeys"]["source"]["name"] == "timm/test_convnext.r160_in1k"
+    assert config["masterkeys"]["source"]["license"] == "apache-2.0"
     assert "mk_bank" not in config["model_args"]
     card = files["README.md"].decode()
     for text in (
@@ -168,7 +176,12 @@ def test_what_is_published(hub, worker, published):
     ):
         assert text in card
     assert hub.token("alice") not in card + files["config.json"].decode()
-    assert published.head().sha in worker.run("print(done)")
+    told = worker.run("print(done)")
+    for text in (f"hf-hub:alice/base@{published.head().sha}: committed", "public, licence apache-2.0", "account alice"):
+        assert text in told
+    for name in FILES:
+        assert re.search(rf"^{name} +new +[\d.]+ [kM]B$", told, re.MULTILINE), told
+    assert f"{len(files['config.json']) / 1e3:.1f} kB" in told
 
 
 def test_load_with_the_plugin(worker, published, tmp_path):
@@ -263,15 +276,14 @@ def test_unknown_weights_have_no_licence(hub, worker):
     """What timm did not load is nobody's until its owner says whose it is."""
     worker.run("""
         own = converted()
-        dense = mk.fuse_masterkeys(converted(seed=8)).state_dict()
-        own.load_state_dict(dense)
+        own.load_state_dict(timm.create_model("test_convnext").state_dict())
     """)
     assert "licence" in worker.run("mk.push_to_hub(own, 'alice/own')", raises="ConversionError")
     assert not hub.select("POST|PUT")
     worker.run("mk.push_to_hub(own, 'alice/own', license='mit')")
     card = hub.repos["alice/own"].head().files["README.md"].decode()
     assert "license: mit" in card and "base_model" not in card and "timm/test_convnext" not in card
-    assert "whose source is not recorded" in card and "inherited" not in card
+    assert "whose source is not recorded" in card and "given by the author" in card and "inherited" not in card
     worker.run("""
         again = timm.create_model("hf-hub:alice/own", pretrained=True)
         print(mk.push_to_hub(again, "alice/copy"))
@@ -298,6 +310,9 @@ def test_dry_run(hub, worker, published):
     out = worker.run("""
         new = mk.push_to_hub(converted(), "alice/never", dry_run=True)
         print(new.sha, set(new.files.values()), new.committed)
+        assert "public, unless the owner's repositories are private, licence apache-2.0" in str(new)
+        secret = mk.push_to_hub(converted(), "alice/never", dry_run=True, private=True)
+        assert "private, licence apache-2.0" in str(secret)
         other = mk.push_to_hub(converted(trainable="none"), "alice/base", dry_run=True)
         print({n for n, s in other.files.items() if s == "changed"})
     """).splitlines()
@@ -333,9 +348,23 @@ def test_branch_and_pull_request(hub, worker, published):
     assert "revision" in message
 
 
+def test_a_new_branch_of_these_very_files_and_one_of_a_new_repository(hub, worker, published):
+    worker.run("mk.push_to_hub(converted(seed=3), 'alice/branches')")
+    told = worker.run("print(mk.push_to_hub(converted(seed=3), 'alice/branches', revision='v2'))")
+    branches = hub.repos["alice/branches"].branches
+    assert branches["v2"] == branches["main"] and f"@{branches['main'][-1].sha}: no commit made" in told
+    worker.run("mk.push_to_hub(converted(seed=3), 'alice/new-branch', revision='v2')")
+    branches = hub.repos["alice/new-branch"].branches
+    assert (len(branches["main"]), len(branches["v2"])) == (1, 2)
+    out = worker.run("pr = mk.push_to_hub(converted(seed=3), 'alice/new-pr', create_pr=True); print(pr.url)")
+    assert out == f"{hub.url}/alice/new-pr/discussions/1" and len(hub.repos["alice/new-pr"].branches["main"]) == 1
+
+
 def test_private_and_rights(hub, worker, others, home, tmp_path):
     worker.run("mk.push_to_hub(converted(), 'alice/secret', private=True)")
     assert hub.repos["alice/secret"].private
+    told = worker.run("print(mk.push_to_hub(converted(), 'alice/secret', dry_run=True))")
+    assert "private, licence" in told and "public" not in told
     worker.run(
         f"same(converted(), timm.create_model('hf-hub:alice/secret', pretrained=True, cache_dir={str(tmp_path)!r}))"
     )
@@ -366,20 +395,21 @@ def test_private_and_rights(hub, worker, others, home, tmp_path):
 
 def test_checks_come_before_any_request(hub, worker):
     worker.run("""
-        unknown = converted()
-        unknown.pretrained_cfg = {**unknown.pretrained_cfg, "license": None}
+        from timm_masterkeys.conversion.record import Record, Source, write_record
+        unknown = mk.convert_to_masterkeys(timm.create_model("test_convnext.r160_in1k", pretrained=True))
         nc = converted()
-        nc.pretrained_cfg = {**nc.pretrained_cfg, "license": "cc-by-nc-4.0"}
+        write_record(nc, Record(source=Source("timm/nc", license="cc-by-nc-4.0")))
     """)
     for call, error, text in (
-        ("mk.push_to_hub(unknown, 'alice/bad')", "ConversionError", "licence"),
+        ("mk.push_to_hub(unknown, 'alice/bad')", "ConversionError", "test_convnext.r160_in1k are under 'apache-2.0'"),
+        ("mk.push_to_hub(unknown, 'alice/bad', license='mitt')", "ConversionError", "Did you mean 'mit'?"),
         ("mk.push_to_hub(nc, 'alice/bad', license='mit')", "ConversionError", "cc-by-nc-4.0"),
         ("mk.push_to_hub(timm.create_model('test_convnext'), 'alice/bad')", "ConversionError", "MasterKeyConv2d"),
         ("mk.push_to_hub(torch.nn.Linear(1, 1), 'alice/bad')", "ConversionError", "timm model"),
     ):
         assert text in worker.run(call, raises=error)
         assert not hub.select("POST|PUT")
-    worker.run("mk.push_to_hub(model, 'a/b/c')", raises="HubError")
+    worker.run("mk.push_to_hub(converted(), 'a/b/c')", raises="HubError")
     assert "alice/bad" not in hub.repos and hub.count("POST", "/commit/") == 0
     worker.run("mk.push_to_hub(unknown, 'alice/known', license='mit')")
     worker.run("mk.push_to_hub(nc, 'alice/nc')")
@@ -412,7 +442,7 @@ def test_server_errors(hub, worker, method, path, status):
     """)
     assert fault.hits == 1
     if out != "True":
-        assert "Nothing was published" in out
+        assert "Nothing was published" in out or ("commit" in path and "Run again" in out)
         assert name not in hub.repos or len(hub.repos[name].branches["main"]) == 1
         worker.run(f"assert mk.push_to_hub(converted(seed=5), {name!r}).committed")
     assert len(hub.repos[name].branches["main"]) == 2
@@ -425,14 +455,32 @@ def test_lost_commit_answer_makes_one_commit(hub, worker, when, create_pr):
     hub.add_repo(name, {".gitattributes": b""})
     before = len(hub.repos[name].branches["main"])
     fault = hub.drop(("POST", "/commit/"), when=when)
-    out = worker.run(
-        f"done = mk.push_to_hub(converted(seed=6), {name!r}, create_pr={create_pr}); print(done.committed, done.sha)"
-    )
-    assert fault.hits == 1
+    call = f"done = mk.push_to_hub(converted(seed=6), {name!r}, create_pr={create_pr}); print(done.committed, done.sha)"
+    if when == "before":
+        assert "Run again" in worker.run(call, raises="HubError")
+    out = worker.run(call)
+    assert fault.hits == 1 and hub.count("POST", "/commit/") == (2 if when == "before" else 1)
     branches = hub.repos[name].branches
     assert len(branches["main"]) == before + (not create_pr)
     assert sum(ref.startswith("refs/pr") for ref in branches) == create_pr
     assert out == f"True {branches['refs/pr/1' if create_pr else 'main'][-1].sha}"
+
+
+def test_somebody_elses_commit_meanwhile(hub, worker):
+    """The commit is on top of what was compared with: nothing of theirs is undone."""
+    repo = hub.add_repo("alice/race", {".gitattributes": b""})
+    make = repo.make(repo.branches["main"], {"README.md": b"theirs"}, "theirs")
+
+    def commit_before(data):
+        repo.branches["main"].append(make)
+        return data
+
+    hub.alter(("POST", "/preupload/"), change=commit_before)
+    message = worker.run("mk.push_to_hub(converted(seed=6), 'alice/race')", raises="HubError")
+    assert message == "Nothing was committed to alice/race: it was changed by somebody else meanwhile. Run again."
+    assert repo.head() is make
+    worker.run("assert mk.push_to_hub(converted(seed=6), 'alice/race').committed")
+    assert b"theirs" in repo.head().files["README.md"]
 
 
 def test_pull_request_when_the_list_of_refs_fails(hub, worker, published):
@@ -489,28 +537,16 @@ def test_files_that_do_not_fit_are_refused(hub, worker, published, tmp_path):
     dense, compact, config = files["model.safetensors"], files["masterkeys.safetensors"], files["config.json"]
     about = json.loads(config)
     newer = {**about, "masterkeys": {**about["masterkeys"], "format_version": 99}}
-    other_bank = {**about, "masterkeys": {**about["masterkeys"], "banks": {"babaiee2025": "0" * 64}}}
-
-    def version(values, metadata):
-        metadata["timm_masterkeys"] = metadata["timm_masterkeys"].replace('"format_version": 1', '"format_version": 99')
 
     def scale(values, metadata):
         name = next(n for n in values if n.endswith(".scale"))
         values[name] = values[name] * 1.01
 
-    def bank(values, metadata):
-        name = next(n for n in values if n.startswith("banks."))
-        values[name] = values[name] * 1.001
-
     cases = {
-        "newer-config": ({"config.json": json.dumps(newer).encode()}, "99"),
-        "newer-compact": ({"masterkeys.safetensors": tensors(compact, version)}, "99"),
-        "other-bank": ({"config.json": json.dumps(other_bank).encode()}, "bank"),
-        "disagree": ({"masterkeys.safetensors": tensors(compact, scale)}, "checksum"),
-        "altered-bank": ({"masterkeys.safetensors": tensors(compact, bank)}, "checksum"),
-        "lacks": ({"model.safetensors": tensors(dense, lambda v, m: v.pop("stem.0.weight"))}, "stem.0.weight"),
-        "extra": ({"model.safetensors": tensors(dense, lambda v, m: v.update(odd=v["stem.0.bias"].clone()))}, "odd"),
+        "newer": ({"config.json": json.dumps(newer).encode()}, "99"),
         "altered": ({"model.safetensors": tensors(dense, lambda v, m: v["head.fc.bias"].add_(1))}, "SHA-256"),
+        "lacks": ({"model.safetensors": tensors(dense, lambda v, m: v.pop("stem.0.weight"))}, "SHA-256"),
+        "disagree": ({"masterkeys.safetensors": tensors(compact, scale)}, "SHA-256"),
         "cut": ({"masterkeys.safetensors": compact[:-100]}, "masterkeys.safetensors"),
     }
     for name, (changed, text) in cases.items():

@@ -424,7 +424,7 @@ def test_get_bank_from_what_is_at_hand(tmp_path):
     assert get_bank(bank) is bank
     assert get_bank(bank.keys).digest == bank.digest
     assert get_bank(torch.from_numpy(bank.keys.copy())).digest == bank.digest
-    assert get_bank(bank.keys).name == "custom"
+    assert get_bank(bank.keys).name == f"custom-{bank.digest[:8]}"
     path = tmp_path / "mine.safetensors"
     bank.save(path)
     for given_path in (path, str(path)):

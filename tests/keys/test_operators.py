@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import timm_masterkeys as mk
+from timm_masterkeys.keys.gaussian_banks import discrete_gaussian
 from timm_masterkeys.keys.operators import OPERATORS, SIGMAS, fit_operators
-from timm_masterkeys.keys.scale_space import discrete_gaussian
 
 
 def gaussian(sigma):

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timm_masterkeys import BankError, MasterKeysError, ProjectionError, get_bank, project_kernels
-from timm_masterkeys.keys.projection import keys_needed
+from timm_masterkeys.keys.operators import fit_operators
+from timm_masterkeys.keys.projection import constant_kernels
+from timm_masterkeys.keys.sigma_fit import fit_scales
 
 LIGHT = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SIZES = [
@@ -205,18 +207,6 @@ def test_sets_too_many_to_try_are_searched_greedily():
     p, flat = project_kernels(weight, keys, 8), keys_at((5, 5), keys)
     for c, kernel in enumerate(weight.flatten(1).numpy()):
         assert p.key_index[c].tolist() == in_order(flat, kernel, range(20))[:8]
-
-
-@pytest.mark.parametrize("r", [1, 2, 4])
-def test_the_keys_a_mean_r2_needs(r):
-    """As by projecting with one key more at a time."""
-    weight = random_kernels((5, 5), 60)
-    weight[:5] = 0.5  # constant kernels do not count
-    means = {n: project_kernels(weight[5:], keys_per_kernel=n).r2.double().mean().item() for n in range(1, 9)}
-    for wanted in (0.0, means[3], means[3] + 1e-6, means[7] - 1e-6, 0.99):
-        expected = next((n for n in range(r, 8) if means[n] >= wanted), 8)
-        assert keys_needed(weight, get_bank(), r, wanted) == expected
-    assert keys_needed(torch.ones(3, 1, 5, 5), get_bank(), r, 1.0) == r
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -577,3 +567,29 @@ def test_bank_without_keys_for_the_size():
 def test_projection_errors_are_value_errors():
     assert issubclass(ProjectionError, ValueError)
     assert issubclass(ProjectionError, MasterKeysError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_one_definition_of_constant_kernels(dtype):
+    """By hand, and by all that fit kernels: projection, sigmas, operators."""
+    kernels = torch.randn(9, 1, 5, 5).to(dtype)
+    kernels[0], kernels[2], kernels[4] = 0, 0.3, -6e4
+    kernels[5], kernels[6] = 1, 1
+    kernels[6, 0, 2, 2] += torch.finfo(dtype).eps  # the smallest shape there is
+    kernels[7] *= torch.finfo(dtype).tiny * 4
+    kernels[8] = torch.finfo(dtype).tiny
+    expected = [True, False, True, False, True, True, dtype == torch.float64, False, True]
+    assert constant_kernels(kernels).tolist() == expected
+    assert constant_kernels(kernels[:, 0]).tolist() == constant_kernels(kernels.flatten(1)).tolist() == expected
+    projection, (scaled, _) = project_kernels(kernels), fit_scales(kernels, tuple(range(8)))
+    for fit in (projection, scaled):
+        assert fit.constant.tolist() == expected
+        assert (fit.r2[fit.constant] == 1).all() and (fit.scale[fit.constant] == 0).all()
+    assert (fit_operators(kernels[:, 0].float()).operator == -1)[:6].tolist() == expected[:6]
+
+
+def test_kernels_that_are_not_finite_are_not_constant():
+    kernels = torch.full((2, 1, 3, 3), torch.inf)
+    kernels[1, 0, 0, 0] = torch.nan
+    assert not constant_kernels(kernels).any()
+    assert constant_kernels(torch.empty(4, 1, 3, 3, device="meta")).is_meta

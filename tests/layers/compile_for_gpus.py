@@ -17,7 +17,7 @@ from depthwise_cases import LAYOUTS
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from timm_masterkeys.layers import depthwise_triton
+from timm_masterkeys.layers import gpu_kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CASES = [  # compute capability, type, kernel size, stride, side
@@ -68,9 +68,9 @@ def main():
             about.update(capability=capability, dtype=str(dtype), size=size, layout=layout)
             x = torch.empty(8, 96, side, side, dtype=dtype).to(memory_format=form)
             weight, geometry = torch.empty(96, 1, size, size, dtype=dtype), ((stride,) * 2, (size // 2,) * 2, (1, 1))
-            out = depthwise_triton.depthwise_conv2d(x, weight, weight[:, 0, 0, 0].contiguous(), *geometry)
+            out = gpu_kernels.depthwise_conv2d(x, weight, weight[:, 0, 0, 0].contiguous(), *geometry)
             index = torch.zeros(96, 1, dtype=torch.int64)
-            depthwise_triton.affine_sums(out, x, torch.empty(8, size, size), index, *geometry)
+            gpu_kernels.affine_sums(out, x, torch.empty(8, size, size), index, *geometry)
 
 
 if __name__ == "__main__":

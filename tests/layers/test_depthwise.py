@@ -8,6 +8,8 @@ import torch
 from depthwise_cases import GEOMETRIES, as_function, make, plain
 from torch.func import functional_call
 
+from timm_masterkeys.layers import depthwise
+
 
 @pytest.mark.parametrize(("trainable", "keys_per_kernel"), [("none", 1), ("shift", 1), ("affine", 1), ("affine", 2)])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -115,6 +117,29 @@ def test_many_channels_and_images(geometry, memory_format, trainable, keys_per_k
     wanted = torch.autograd.grad((plain(layer, x) * weights).sum(), inputs)
     for a, b in zip(torch.autograd.grad((layer(x) * weights).sum(), inputs), wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("rule", [{"WHOLE_UP_TO": 99}, {"WHOLE_UP_TO": 0}, {"SUMS_FROM": 0}, {"SUMS_FROM": 1 << 40}])
+def test_either_way_to_the_shifts_gradient_is_exact(rule, geometry, memory_format, monkeypatch):
+    for name, value in {"CACHED": 2**16, **rule}.items():
+        monkeypatch.setattr(f"timm_masterkeys.layers.depthwise.{name}", value)
+    taken = []
+    for way in ("_window_sums", "_convolution_backward"):
+        own = getattr(depthwise, way)
+        monkeypatch.setattr(depthwise, way, lambda *args, own=own, way=way: taken.append((way, args[-1])) or own(*args))
+    layer = make(geometry, 1, "shift", channels=64)
+    x = torch.randn(5, 64, 12, 11, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    inputs, weights = [x, *layer.parameters()], torch.randn_like(layer(x))
+    wanted = torch.autograd.grad((plain(layer, x) * weights).sum(), inputs)
+    for a, b in zip(torch.autograd.grad((layer(x) * weights).sum(), inputs), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * float(b.abs().max()))
+    whole = any(way == "_convolution_backward" and mask[1] for way, mask in taken)
+    small = max(layer.kernel_size) <= 3
+    assert whole == (rule == {"WHOLE_UP_TO": 99} or (small and rule.get("SUMS_FROM", 0) > 0))
+    assert whole != any(way == "_window_sums" for way, _ in taken)
 
 
 def test_writes_of_every_kind_are_seen_in_eval_mode():

@@ -1,6 +1,7 @@
 """MasterKeyConv2d against nn.Conv2d, timm's Conv2dSame and autograd."""
 
 import copy
+import inspect
 import os
 import pickle
 
@@ -19,15 +20,18 @@ from torch.nn.utils import prune
 
 from timm_masterkeys import (
     BankError,
+    CheckpointError,
     ConversionError,
     KeyBank,
     MasterKeyConv2d,
     ProjectionError,
+    ScaledKeyConv2d,
     fuse_masterkeys,
     get_bank,
     project_kernels,
 )
-from timm_masterkeys.models.checkpoint import save_compact
+from timm_masterkeys.hub.files import save_compact
+from timm_masterkeys.layers import obstacle
 
 BANK = get_bank("babaiee2025")
 COMPACT = {"keys", "key_index", "scale", "shift", "r2"}
@@ -123,10 +127,6 @@ def test_forward_and_fuse_are_the_dense_convolution(geometry, keys_per_kernel, b
 @geometries
 def test_constructor_is_the_same_layer(geometry):
     cls, multiplier, kwargs = GEOMETRY[geometry]
-    if "padding_mode" in kwargs:
-        with pytest.raises(TypeError, match="padding_mode"):
-            MasterKeyConv2d(8, 8 * multiplier, **kwargs)
-        return
     padding = {"padding": "same_dynamic"} if cls is Conv2dSame else {}
     layer = MasterKeyConv2d(8, 8 * multiplier, **kwargs, **padding)
     conv = make_conv(geometry)
@@ -163,9 +163,9 @@ def test_any_bank():
     conv = nn.Conv2d(4, 4, 5, groups=4)
     mine = KeyBank("mine", torch.randn(3, 5, 5))
     assert MasterKeyConv2d.from_conv(conv, mine).bank is mine
-    assert MasterKeyConv2d.from_conv(conv, torch.randn(2, 5, 5)).bank.name == "custom"
+    assert MasterKeyConv2d.from_conv(conv, torch.randn(2, 5, 5)).bank.name.startswith("custom-")
     assert MasterKeyConv2d(4, 4, 3, bank="random8:1").bank.name == "random8:1"
-    layer = MasterKeyConv2d(4, 4, 3, 1, 0, 1, True, mine, 2, "affine")
+    layer = MasterKeyConv2d(4, 4, 3, bank=mine, keys_per_kernel=2, trainable="affine")
     assert "bank=mine, keys_per_kernel=2, trainable=affine" in repr(layer)
 
 
@@ -189,9 +189,33 @@ def test_bad_arguments(arguments, error, message):
             MasterKeyConv2d(4, 4, 3).set_trainable(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"groups": 1}, "groups is 1, expected 4, the in_channels"),
+        ({"groups": 2}, "groups is 2, expected 4"),
+        ({"kernel_size": 1}, "kernel_size is 1x1, expected several taps"),
+        ({"kernel_size": (1, 1)}, "fuse_masterkeys"),
+        ({"padding": "same_dynamic", "padding_mode": "reflect"}, "expected 'zeros'"),
+    ],
+)
+def test_geometry_that_no_depthwise_layer_has(arguments, message):
+    with pytest.raises(ConversionError, match=message):
+        MasterKeyConv2d(**{"in_channels": 4, "out_channels": 4, "kernel_size": 3, **arguments})
+
+
+def test_arguments_stand_where_those_of_nn_conv2d_do():
+    arguments = (4, 8, 3, 2, 1, 2, 4, False, "circular", "cpu", torch.float64)
+    layer, conv = MasterKeyConv2d(*arguments), nn.Conv2d(*arguments)
+    assert repr(layer.fuse()) == repr(conv) and layer.bias is None and layer.scale.dtype == torch.float64
+    names = list(inspect.signature(nn.Conv2d).parameters)
+    assert list(inspect.signature(MasterKeyConv2d).parameters)[: len(names)] == names
+    assert MasterKeyConv2d(4, 4, 3, groups=4).groups == MasterKeyConv2d(4, 4, 3).groups == 4
+
+
 def test_no_key_at_this_size_and_nan():
     with pytest.raises(BankError, match="1, 1"):
-        MasterKeyConv2d(4, 4, 1)
+        MasterKeyConv2d.from_conv(nn.Conv2d(4, 4, 1, groups=4))
     conv = nn.Conv2d(4, 4, 3, groups=4)
     with torch.no_grad():
         conv.weight[2, 0, 1, 1] = torch.inf
@@ -302,6 +326,37 @@ def test_a_frozen_conv_stays_frozen(trainable):
     conv.weight.requires_grad_(False)
     layer = MasterKeyConv2d.from_conv(conv, trainable=trainable)
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["bias"]
+
+
+THROUGH = {
+    "itself": lambda layer: layer,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+}
+
+
+@pytest.mark.parametrize("through", list(THROUGH))
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine", "scales"])
+def test_fuse_gives_back_what_was_frozen(trainable, frozen, through):
+    conv = nn.Conv2d(6, 6, 5, groups=6).requires_grad_(not frozen)
+    kind, bank = (ScaledKeyConv2d, "scale-space-b") if trainable == "scales" else (MasterKeyConv2d, BANK)
+    layer = THROUGH[through](kind.from_conv(conv, bank, trainable=trainable))
+    assert layer.fuse().weight.requires_grad == (not frozen)
+    assert "frozen" not in vars(layer.fuse()) and layer.fuse().bias.requires_grad == (not frozen)
+    if trainable == "none":
+        layer.set_trainable("none", requires_grad=frozen)
+    else:
+        layer.requires_grad_(frozen)  # by hand, after conversion
+    assert THROUGH[through](layer).fuse().weight.requires_grad == frozen
+
+
+def test_fuse_follows_a_change_of_what_trains():
+    layer = MasterKeyConv2d.from_conv(nn.Conv2d(6, 6, 5, groups=6).requires_grad_(False), trainable="none")
+    layer.set_trainable("affine")
+    assert layer.fuse().weight.requires_grad
+    layer.scale.requires_grad_(False)
+    assert not layer.fuse().weight.requires_grad
 
 
 @pytest.mark.parametrize("keys_per_kernel", [1, 2])
@@ -575,6 +630,45 @@ def test_meta_device():
     assert torch.equal(layer.keys, BANK.keys_for((5, 5)))
 
 
+@pytest.mark.parametrize("memory", [0.0, 1.0, 1e30, torch.nan])
+@pytest.mark.parametrize("how", ["to_empty", "set by name"])
+def test_a_layer_without_values_says_so_whatever_memory_held(how, memory):
+    """As where a loader that sets tensors by name meets a dense checkpoint: it knows no value of the layer."""
+    layer = MasterKeyConv2d(8, 8, 5, device="meta")
+    state = MasterKeyConv2d(8, 8, 5).state_dict()
+    if how == "to_empty":
+        layer.to_empty(device="cpu")
+        layer.scale.fill_(memory)
+    else:
+        for name, value in state.items():
+            empty = torch.full_like(value, memory)
+            setattr(layer, name, nn.Parameter(empty) if name in layer._parameters else empty)
+    layer.eval()  # no error yet: the values may still come
+    for use in (lambda: layer(torch.randn(1, 8, 9, 9)), lambda: layer.weight, layer.fuse, layer.check_keys):
+        with pytest.raises(CheckpointError, match=r"no values.*load_state_dict\(state, assign=True\)"):
+            use()
+    layer.load_state_dict(state)
+    assert same_state(layer.state_dict(), state) and layer.train().fuse().weight.isfinite().all()
+    assert layer(torch.randn(1, 8, 9, 9)).isfinite().all()
+
+
+def test_a_layer_on_the_meta_device_has_no_output_and_cannot_be_moved():
+    layer = MasterKeyConv2d(8, 8, 5, device="meta")
+    with pytest.raises(CheckpointError, match="no values"):
+        layer(torch.randn(1, 8, 9, 9))  # torch's custom operators would give what is in memory
+    with pytest.raises(CheckpointError, match="no values"):
+        layer.to("cpu")
+    assert layer.fuse().weight.is_meta
+
+
+def test_garbage_that_was_never_seen_by_eval_says_so_too():
+    layer = MasterKeyConv2d(8, 8, 5)
+    for value in layer.state_dict().values():
+        value.fill_(1e30)
+    with pytest.raises(CheckpointError, match="no values"):
+        _ = layer.weight
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("geometry", ["5x5 stride 2", "1x7", "same", "reflect", "Conv2dSame", "multiplier 2"])
 @pytest.mark.parametrize("keys_per_kernel", [1, 2])
@@ -654,6 +748,106 @@ def test_from_conv_and_fuse_keep_what_belongs_to_the_conv():
     layer(x)
     fused(x)
     assert len(calls) == 2
+
+
+class Depthwise(nn.Conv2d):
+    """Changes nothing of how a convolution computes, as EfficientNet's of transformers."""
+
+    def __init__(self, channels, kernel_size, note="", **kwargs):
+        super().__init__(channels, channels, kernel_size, groups=channels, **kwargs)
+        self.note = note
+
+
+class DepthwiseSame(Conv2dSame):
+    def __init__(self, channels, kernel_size, **kwargs):
+        super().__init__(channels, channels, kernel_size, groups=channels, **kwargs)
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda bias: Depthwise(8, 5, "mine", padding=2, stride=2, padding_mode="reflect", bias=bias),
+        lambda bias: DepthwiseSame(8, 5, stride=2, bias=bias),
+    ],
+)
+def test_a_subclass_that_computes_as_its_base_becomes_a_layer(make, bias):
+    conv, x = make(bias).eval(), torch.randn(2, 8, 13, 14)
+    calls = []
+    conv.register_forward_hook(lambda module, args, output: calls.append(type(module)))
+    layer = MasterKeyConv2d.from_conv(conv)
+    expected = dense(layer, conv)(x)
+    base = Conv2dSame if isinstance(conv, Conv2dSame) else nn.Conv2d
+    for module in (layer, copy.deepcopy(layer), layer.fuse()):
+        assert torch.equal(module(x), expected)
+        assert getattr(module, "note", "mine") == "mine" and not module.training
+    fused = layer.fuse()
+    assert type(fused) is base and vars(fused).keys() == vars(conv).keys()
+    assert list(fused.state_dict()) == list(conv.state_dict())
+    assert calls == [type(conv), MasterKeyConv2d, MasterKeyConv2d, base]
+    twin = MasterKeyConv2d.from_conv(make(bias))
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(x), expected)
+    twin.load_state_dict(conv.state_dict())
+    assert torch.equal(pickle.loads(pickle.dumps(twin))(x), expected)
+
+
+@pytest.mark.parametrize("kind", [Doubled, Standardised])
+def test_a_subclass_with_a_forward_of_its_own_is_refused(kind):
+    conv = kind(8, 8, 3, groups=8)
+    assert obstacle(conv) == f"{kind.__name__} has a forward of its own"
+    with pytest.raises(ConversionError, match=r"computes as nn\.Conv2d does"):
+        MasterKeyConv2d.from_conv(conv)
+    replaced = nn.Conv2d(8, 8, 3, groups=8)
+    replaced.forward = lambda x: x
+    with pytest.raises(ConversionError, match="its forward is replaced"):
+        MasterKeyConv2d.from_conv(replaced)
+    assert obstacle(MasterKeyConv2d(8, 8, 3)) and not obstacle(nn.Conv2d(8, 8, 3)) and not obstacle(Conv2dSame(8, 8, 3))
+
+
+@pytest.mark.parametrize("name", ["scale", "keys", "trainable", "frozen"])
+def test_a_name_that_is_taken_is_refused(name):
+    conv = nn.Conv2d(8, 8, 3, groups=8)
+    setattr(conv, name, 1)
+    with pytest.raises(ConversionError, match=f"its attribute '{name}'"):
+        MasterKeyConv2d.from_conv(conv)
+
+
+@pytest.mark.parametrize("trainable", ["affine", "scales"])
+def test_constant_kernels_stay_known(trainable):
+    conv = nn.Conv2d(8, 8, 5, groups=8)
+    with torch.no_grad():
+        conv.weight[2], conv.weight[5] = 0, 0.3
+    kind, bank = (ScaledKeyConv2d, "scale-space-b") if trainable == "scales" else (MasterKeyConv2d, BANK)
+    layer, constant = kind.from_conv(conv, bank, trainable=trainable), torch.zeros(8, dtype=torch.bool)
+    constant[[2, 5]] = True
+    with torch.no_grad():
+        layer.scale.add_(0.1)  # as calibration and training do
+    averaged = nn.Sequential(copy.deepcopy(layer))
+    averaged = torch.optim.swa_utils.AveragedModel(averaged, use_buffers=True)
+    for _ in range(9):
+        averaged.update_parameters(nn.Sequential(layer))
+    twin = kind(8, 8, 5, bank=bank, trainable=trainable)
+    assert twin.random_kernels().all() and not twin.constant_kernels().any()
+    twin.load_state_dict(layer.state_dict())
+    for module in (layer, twin, copy.deepcopy(layer).half().float(), averaged.module[0]):
+        assert torch.equal(module.constant_kernels(), constant)
+        assert not module.random_kernels().any()
+    assert (layer.r2[~constant] > 0).all() and layer.r2.isfinite().all()
+    layer.reset_parameters()
+    assert layer.random_kernels().all() and not layer.constant_kernels().any()
+    layer.load_state_dict(conv.state_dict())
+    assert torch.equal(layer.constant_kernels(), constant)
 
 
 def test_fuse_leaves_the_layer_alone():
@@ -752,7 +946,6 @@ def writes(layer):
     kinds = {
         "init": lambda: nn.init.zeros_(layer.weight),
         "in place": lambda: weight.detach().add_(1),
-        "data": lambda: setattr(layer.weight, "data", torch.zeros_like(weight)),
         "apply": lambda: layer.apply(lambda m: nn.init.normal_(m.weight)),
     }
     return kinds
@@ -775,6 +968,34 @@ def test_reading_the_weight_warns_of_nothing():
     copy.deepcopy(layer)(torch.randn(1, 8, 5, 5))
     layer(torch.randn(1, 8, 5, 5))
     assert layer.shift.grad is not None
+
+
+@pytest.mark.parametrize("trainable", ["none", "shift"])
+def test_what_is_made_of_the_weight_is_plain(trainable, tmp_path):
+    layer = MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 3, groups=8), trainable=trainable)
+    expected = layer.compose_weight().detach()
+    torch.save(layer.weight.detach(), tmp_path / "weight.pt")
+    save_file({"weight": layer.weight}, tmp_path / "weight.safetensors")
+    parameter, conv = nn.Parameter(layer.weight), nn.Conv2d(8, 8, 3, groups=8)
+    for made in (
+        layer.weight * 1,
+        layer.weight[:],
+        layer.weight.data,
+        layer.weight.clone(),
+        copy.deepcopy(layer.weight.detach()),
+        pickle.loads(pickle.dumps(layer.weight.detach())),
+        torch.load(tmp_path / "weight.pt"),
+        load_file(tmp_path / "weight.safetensors")["weight"],
+    ):
+        assert type(made) is torch.Tensor and torch.equal(made, expected)
+    assert b"timm_masterkeys" not in pickle.dumps(layer.weight.detach())
+    assert type(parameter) is nn.Parameter and parameter.is_leaf and parameter.requires_grad
+    assert not isinstance(layer.weight, nn.Parameter) and isinstance(layer.weight, torch.Tensor)
+    conv.weight = nn.Parameter(layer.weight.detach())
+    conv.weight.data = expected + 1
+    assert torch.equal(conv.weight, expected + 1) and torch.equal(layer.weight, expected)
+    assert layer.weight.requires_grad == (trainable == "shift")
+    np.testing.assert_array_equal(layer.weight.detach().numpy(), expected.numpy())
 
 
 class Reader(nn.Module):
@@ -833,6 +1054,45 @@ def test_assigning_a_weight_projects_it(keys_per_kernel):
     assert same_state(snapshot(layer), state)
 
 
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine", "scales"])
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_kernels_can_be_left_out_as_torch_pruning_does(trainable, multiplier):
+    kind, bank = (ScaledKeyConv2d, "scale-space-b") if trainable == "scales" else (MasterKeyConv2d, BANK)
+    conv = nn.Conv2d(6, 6 * multiplier, 5, groups=6)
+    conv.weight.data[2] = 0.5
+    conv.weight.data[5] = conv.weight.data[0]
+    layer = kind.from_conv(conv, bank, 1 if trainable == "scales" else 2, trainable)
+    whole, entries, kept = layer.weight.detach(), snapshot(layer), [0, 2, 5]
+    rows = [multiplier * channel + i for channel in kept for i in range(multiplier)]
+    layer.in_channels = layer.groups = 3
+    layer.out_channels = 3 * multiplier
+    layer.weight = nn.Parameter(layer.weight[rows])
+    layer.bias = nn.Parameter(layer.bias[rows])
+    assert torch.equal(layer.weight, whole[rows]) and torch.equal(layer.fuse().weight, whole[rows])
+    for name, value in layer.state_dict().items():
+        per = value.unflatten(0, (len(rows), -1)) if name != "keys" else value
+        before = entries[name].unflatten(0, (6 * multiplier, -1))[rows] if name != "keys" else entries[name]
+        assert torch.equal(per, before), name
+    assert layer.trainable == trainable and layer.shift.requires_grad == (trainable != "none")
+    layer(torch.randn(1, 3, 8, 8)).sum().backward()
+    twin = copy.deepcopy(layer)
+    twin.load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.randn(3, 1, 5, 5), torch.randn(6, 1, 5, 5), torch.randn(3, 1, 3, 3), torch.empty(3, 1, 5, 5).to("meta")],
+)
+def test_other_kernels_than_its_own_are_no_pruning(weight):
+    layer = MasterKeyConv2d(6, 6, 5)
+    before = snapshot(layer)
+    layer.out_channels = 3
+    with pytest.raises(ConversionError, match="fuse_masterkeys"):
+        layer.weight = nn.Parameter(weight)
+    layer.out_channels = 6
+    assert same_state(snapshot(layer), before)
+
+
 UTILITIES = {
     "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
     "weight_norm": lambda layer: torch.nn.utils.weight_norm(layer),
@@ -841,6 +1101,7 @@ UTILITIES = {
     "parametrized spectral_norm": lambda layer: torch.nn.utils.parametrizations.spectral_norm(layer),
     "fuse_conv_bn_eval": lambda layer: torch.nn.utils.fuse_conv_bn_eval(layer.eval(), nn.BatchNorm2d(8).eval()),
     "a parameter": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach())),
+    "other data": lambda layer: setattr(layer.weight, "data", torch.zeros(8, 1, 3, 3)),
     "quantisation": lambda layer: torch.ao.quantization.prepare(quantised(layer)),
     "quantisation by FX": lambda layer: prepare_fx(
         nn.Sequential(layer).eval(), torch.ao.quantization.get_default_qconfig_mapping(), (torch.randn(1, 8, 9, 9),)

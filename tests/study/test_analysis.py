@@ -1,5 +1,7 @@
 """Networks and banks side by side, against projection."""
 
+import re
+
 import numpy as np
 import pytest
 import timm
@@ -25,7 +27,13 @@ def test_rows_against_projection():
         kept = torch.tensor(bank.kept(row.kernel_size))
         assert row.key_histogram == tuple(torch.bincount(kept[fit.key_index[:, 0]], minlength=8).tolist())
     table = str(found).splitlines()
-    assert len(table) == 1 + len(found.rows) + 1 and table[-1].startswith("5x5: the two use the keys of babaiee2025")
+    for line, row in zip(table[2:], found.rows, strict=False):
+        cells = re.split("  +", line)
+        size = "x".join(map(str, row.kernel_size))
+        assert cells[:4] == [row.network, size, str(row.kernels), row.bank]
+        shares = (f"{share:.0%}" for share in (row.above_50, row.above_90))
+        assert cells[4:] == [f"{row.mean_r2:.3f}", *shares, " ".join(map(str, row.key_histogram))]
+    assert len(table) == 2 + len(found.rows) + 1 and table[-1].startswith("5x5: the two use the keys of babaiee2025")
 
 
 def test_overlap():

@@ -1,12 +1,13 @@
 """The search: what was planted is found; every step against brute force."""
 
 import itertools
+import re
+import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
-from scipy.optimize import linear_sum_assignment
 
 import timm_masterkeys as mk
 from timm_masterkeys.study import discovery
@@ -39,22 +40,21 @@ def found_again(keys, lines):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: discover_bank(collect_kernels([torch.zeros(40, 7, 7)])), "0 kernels with a shape are left"),
+        (lambda: discover_bank(collect_kernels([torch.zeros(40, 7, 7)])), "0 kernels that are not constant are left"),
         (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), held_out=["x"]), "no network 'x'"),
         (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), held_out="mine"), "no network 'mine'"),
         (
             lambda: discover_bank(collect_kernels({"a": torch.randn(40, 7, 7)}), held_out=["a"]),
-            "0 kernels with a shape are left",
+            "0 kernels that are not constant are left",
         ),
         (
             lambda: discover_bank(
                 collect_kernels({"a": torch.randn(40, 7, 7), "b": torch.ones(40, 7, 7)}), held_out=["b"]
             ),
-            "No kernel of b has a shape: nothing is held out",
+            "All kernels of b are constant: nothing is held out",
         ),
         (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), keys=50), "expected 1 to 25"),
         (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), method="pca"), "method is 'pca'"),
-        (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), resume="x.json"), "nothing to keep"),
         (lambda: discover_bank(collect_kernels([torch.randn(40, 7, 7)]), device="mps"), "device is 'mps'"),
     ],
 )
@@ -122,6 +122,10 @@ def test_a_planted_bank_is_discovered(method, tmp_path, monkeypatch):
     assert "6 keys from 1,200 kernels; the curve of scores bends at 6" in str(found) and "300 kernels held out" in str(
         found
     )
+    cells = [re.split("  +", line) for line in str(found).splitlines()]
+    assert all([name, f"{value:.3f}"] in cells for name, value in found.r2.items())
+    assert ["keys", *map(str, range(1, 13))] in cells  # twice as far as the elbow
+    assert ["score", *(f"{found.curve[count]:.3f}" for count in range(1, 13))] in cells
     found.bank.save(tmp_path / "mine.safetensors")
     source = mk.get_bank(tmp_path / "mine.safetensors").source
     assert source == (
@@ -134,36 +138,14 @@ def test_a_planted_bank_is_discovered(method, tmp_path, monkeypatch):
     assert first.bank.digest == again.bank.digest and first.elbow == again.elbow and len(first.bank) == 3
 
 
-def test_a_score_of_ones_own_and_resuming(tmp_path, monkeypatch):
+def test_a_score_of_ones_own(monkeypatch):
     for name, value in (("STEPS", 100), ("CODES", 20), ("LOCAL", 5)):  # two rounds of some 200 calls each
         monkeypatch.setattr(discovery, name, value)
     data = collect_kernels([planted(3)[0]])
     wanted = torch.randn(7, 7, generator=torch.Generator().manual_seed(4)).double()
-    calls = []
-
-    def score(keys):
-        calls.append(len(keys))
-        if len(calls) == 300:
-            raise KeyboardInterrupt
-        return float((keys * wanted).sum((1, 2)).abs().max() / wanted.norm())
-
-    with pytest.raises(KeyboardInterrupt):
-        discover_bank(data, score=score, keys=1, resume=tmp_path / "scores.json")
-    resumed = discover_bank(data, score=score, keys=1, resume=tmp_path / "scores.json")
-    count = len(calls)
-    anew = discover_bank(data, score=score, keys=1)
-    assert resumed.bank.digest == anew.bank.digest and resumed.curve == anew.curve
-    assert count <= len(calls) - count + 1  # nothing was asked twice, but for the call that was broken off
-    best = float((torch.from_numpy(anew.bank.keys.copy())[0] * wanted).sum().abs() / wanted.norm())
-    by_fit = discover_bank(data, keys=1)
-    assert best == pytest.approx(anew.curve[1]) and by_fit.bank.digest != anew.bank.digest
-    with pytest.raises(mk.BankError, match="of another search"):
-        discover_bank(data, score=score, keys=1, seed=1, resume=tmp_path / "scores.json")
-    with pytest.raises(mk.BankError, match="of another score"):
-        discover_bank(data, score=lambda keys: 0.5, keys=1, resume=tmp_path / "scores.json")
-    (tmp_path / "scores.json").write_text("{")
-    with pytest.raises(mk.BankError, match="no file of scores"):
-        discover_bank(data, score=score, keys=1, resume=tmp_path / "scores.json")
+    found = discover_bank(data, score=lambda keys: float((keys * wanted).sum((1, 2)).abs().max()), keys=1)
+    best = float((torch.from_numpy(found.bank.keys.copy())[0] * wanted).sum().abs())
+    assert best == pytest.approx(found.curve[1]) and found.bank.digest != discover_bank(data, keys=1).bank.digest
 
 
 def test_agreement_score_is_that_of_the_converted_network():
@@ -179,29 +161,38 @@ def test_agreement_score_is_that_of_the_converted_network():
         bank = mk.KeyBank("keys", keys.numpy(), resize="crop")  # as a discovered bank
         same = mk.convert_to_masterkeys(model, bank=bank).eval()(images).argmax(1) == model(images).argmax(1)
     assert score(keys) == pytest.approx(float(same.double().mean()))
-    own = mk.convert_to_masterkeys(model)  # a network whose kernels are those of the bank loses nothing
+    own = mk.convert_to_masterkeys(model)
+    with pytest.raises(mk.BankError, match="is a converted model"):
+        agreement_score(own, images)
+    # A network whose kernels are images of the bank's keys loses nothing.
     assert agreement_score(mk.fuse_masterkeys(own), images)(mk.get_bank().keys_for((7, 7))) == 1
 
 
-def test_match_banks_against_every_assignment():
-    pairs = match_banks("babaiee2025", "random8:3", (3, 3))
-    keys, others = (mk.get_bank(b).keys_for((3, 3)).flatten(1).double() for b in ("babaiee2025", "random8:3"))
-    correlation = (keys @ others.T).abs()
-    few, many = sorted(correlation.shape)
-    table = correlation if correlation.shape[0] == few else correlation.T
+@pytest.mark.parametrize("swap", [False, True])
+def test_match_banks_against_every_assignment(swap):
+    """Also of banks that have fewer keys at this size than in all: indices are those in the bank."""
+    names = ("random8:3", "babaiee2025") if swap else ("babaiee2025", "random8:3")
+    pairs = match_banks(*names, (1, 7))
+    first, second = map(mk.get_bank, names)
+    keys, others = (bank.keys_for((1, 7)).flatten(1).double() for bank in (first, second))
+    table = (keys @ others.T).abs()
+    few, many = sorted(table.shape)
+    assert few < many == 8
     best = max(
-        sum(float(table[i, j]) for i, j in enumerate(columns)) for columns in itertools.permutations(range(many), few)
+        sum(float((table.T if swap else table)[i, j]) for i, j in enumerate(columns))
+        for columns in itertools.permutations(range(many), few)
     )
     assert sum(pair[2] for pair in pairs) == pytest.approx(best) and len(pairs) == few
     assert [pair[2] for pair in pairs] == sorted((pair[2] for pair in pairs), reverse=True)
-    for count, other in ((20, 20), (3, 25), (25, 4)):
-        banks = [torch.randn(n, 7, 7) for n in (count, other)]
-        keys, others = (mk.get_bank(b).keys_for((7, 7)).flatten(1).double() for b in banks)
-        table = (keys @ others.T).abs().numpy()
-        best = table[linear_sum_assignment(table, maximize=True)].sum()
-        assert sum(pair[2] for pair in match_banks(*banks)) == pytest.approx(best)
-    same = match_banks("babaiee2025", "babaiee2025")
-    assert all(i == j and c == pytest.approx(1) for i, j, c in same) and len(same) == 8
+    for i, j, correlation in pairs:
+        place = first.kept((1, 7)).index(i), second.kept((1, 7)).index(j)
+        assert correlation == pytest.approx(float(table[place]))
+
+
+def test_match_banks_without_scipy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match=r"needs scipy: pip install 'timm_masterkeys\[study\]'"):
+        match_banks("babaiee2025", "random8:3")
 
 
 def test_agreement_score_on_photographs_that_ship():

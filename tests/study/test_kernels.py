@@ -98,8 +98,56 @@ def test_files_of_one_name_are_told_apart_by_their_paths(tmp_path):
     assert collect_kernels(paths).names == tuple(map(str, paths))
 
 
-def test_compact_weights_are_refused(tmp_path):
-    mk.save_pretrained(mk.convert_to_masterkeys(timm.create_model("test_convnext")), tmp_path / "out")
-    with pytest.raises(mk.BankError, match=r"masterkeys.safetensors' holds a converted model. Give its dense weights"):
-        collect_kernels([tmp_path / "out" / "masterkeys.safetensors"])
-    assert len(collect_kernels([tmp_path / "out" / "model.safetensors"]))
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A converted model, and the folder it was saved in."""
+    model = mk.convert_to_masterkeys(timm.create_model("test_convnext"))
+    folder = tmp_path_factory.mktemp("converted") / "out"
+    mk.save_pretrained(model, folder)
+    torch.save({"state_dict": model.state_dict()}, folder.parent / "trained.pth")
+    np.savez(folder.parent / "arrays.npz", **{name: value.numpy() for name, value in model.state_dict().items()})
+    return model, folder
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda model, folder: model,
+        lambda model, folder: torch.nn.DataParallel(model),
+        lambda model, folder: folder,
+        lambda model, folder: folder / "masterkeys.safetensors",
+        lambda model, folder: folder / "model.safetensors",  # dense, but of fused kernels
+        lambda model, folder: folder.parent / "trained.pth",
+        lambda model, folder: folder.parent / "arrays.npz",
+        lambda model, folder: f"local-dir:{folder}",
+        lambda model, folder: "test_convnext.mk8",
+        lambda model, folder: "test_convnext.mk8_r160_in1k",
+    ],
+)
+def test_converted_models_are_refused(source, converted):
+    """Their kernels are computed from keys: compare and discover would report R2 = 1.000."""
+    with pytest.raises(mk.BankError, match=r"is a converted model.*R2 = 1.*Give the dense model"):
+        collect_kernels([source(*converted)])
+
+
+def test_a_dense_file_beside_a_converted_folder_is_read(converted, tmp_path):
+    model = mk.fuse_masterkeys(converted[0])
+    save_file(model.state_dict(), converted[1] / "other.safetensors")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for path in (converted[1] / "other.safetensors", tmp_path / "model.safetensors"):
+        assert len(collect_kernels([path])) == sum(
+            m.out_channels for m in converted[0].modules() if isinstance(m, mk.MasterKeyConv2d)
+        )
+
+
+@pytest.mark.parametrize("value", [0, 0.1, 1e-30, -3e8])
+def test_which_kernels_are_constant(value):
+    """As the projection has it: all taps equal. The least difference in a tap makes a kernel that can be fitted."""
+    kernels = torch.full((2, 7, 7), value, dtype=torch.float32)
+    kernels[1, 3, 3] = float(np.nextafter(np.float32(value), np.float32(1)))
+    found = collect_kernels([kernels])
+    assert (found.constant, len(found)) == (1, 1)
+    centre = torch.zeros(49, dtype=torch.float64)
+    centre[24] = 1
+    centre -= 1 / 49
+    torch.testing.assert_close(found.values[0].abs(), (centre / centre.norm()).abs())

@@ -23,41 +23,102 @@ def model(dense):
 
 
 def images(figure):
-    return [image for axis in figure.axes for image in axis.images]
+    return [image for axis in pictures(figure) for image in axis.images]
 
 
 @pytest.mark.parametrize("size", [None, (3, 3), (1, 7)])
 def test_the_bank_is_drawn_on_one_scale_around_zero(size):
     figure = plotting.plot_bank("babaiee2025", size)
     keys = mk.get_bank().keys_for(size or (7, 7))
-    drawn = images(figure)
-    assert len(drawn) == len(keys)
-    for image, key in zip(drawn, keys, strict=True):
+    assert len(images(figure)) == len(keys)
+    for image, key in zip(images(figure), keys, strict=True):
         np.testing.assert_array_equal(image.get_array(), key)
         low, high = image.get_clim()
         assert -low == high == pytest.approx(float(keys.abs().max()))
 
 
+def colour_bars(figure):
+    """The limits of every colour bar, which stand in axes of their own."""
+    return [axis.get_ylim() for axis in figure.axes if axis.get_label() == "<colorbar>"]
+
+
+def pictures(figure):
+    return [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
+
+
+def test_keys_are_shown_as_the_layers_use_them():
+    """A row for each kernel size; a key that vanishes there has its place, and no picture."""
+    strip = torch.nn.Conv2d(9, 9, (1, 7), groups=9)
+    net = torch.nn.Sequential(strip, *(torch.nn.Conv2d(9, 9, 3, groups=9) for _ in "ab"))
+    figure = plotting.plot_used_keys(mk.convert_to_masterkeys(net))
+    axes = np.array(pictures(figure)).reshape(2, 8)
+    bank = mk.get_bank()
+    for row, size, layers in zip(axes, ((1, 7), (3, 3)), ("1 layer", "2 layers"), strict=True):
+        assert row[0].get_ylabel() == f"{size[0]}x{size[1]}\n{layers}"
+        keys = dict(zip(bank.kept(size), bank.keys_for(size), strict=True))
+        for index, axis in enumerate(row):
+            if index not in keys:
+                assert not axis.images and "left out" in axis.texts[0].get_text()
+                continue
+            np.testing.assert_array_equal(axis.images[0].get_array(), keys[index])
+            assert axis.get_title() == f"key {index + 1}"
+    assert len(axes[0]) - sum(len(axis.images) for axis in axes[0]) == 3
+    for (low, high), size in zip(colour_bars(figure), ((1, 7), (3, 3)), strict=True):
+        assert -low == high == pytest.approx(float(bank.keys_for(size).abs().max()))
+    mixed = mk.convert_to_masterkeys(net, include="0")
+    mk.convert_to_masterkeys(mixed, "random8:1", inplace=True)
+    titles = [axis.get_ylabel() for axis in plotting.plot_used_keys(mixed).axes if axis.get_ylabel()]
+    assert titles == ["babaiee2025\n1x7\n1 layer", "random8:1\n3x3\n2 layers"]
+    with pytest.raises(mk.ConversionError, match="holds no MasterKeyConv2d"):
+        plotting.plot_used_keys(net)
+
+
 def test_kernels_stand_above_their_fits(model, dense):
     figure = plotting.plot_kernels(model, dense, count=5)
-    axes = np.array(figure.axes).reshape(4, 5)
-    r2 = torch.cat([m.r2 for m in model.modules() if isinstance(m, mk.MasterKeyConv2d)]).sort().values
-    for top, expected in ((0, r2[:5]), (2, r2[-5:])):
+    axes = np.array(pictures(figure)).reshape(6, 5)
+    assert colour_bars(figure) == [(-1, 1)]
+    r2 = torch.cat([m.r2 for m in model.modules() if isinstance(m, mk.MasterKeyConv2d)]).sort(descending=True).values
+    middle = (len(r2) - 5) // 2
+    assert r2[middle] >= r2.median() >= r2[middle + 4]
+    for top, title, expected in (
+        (0, "best", r2[:5]),
+        (2, "median", r2[middle : middle + 5]),
+        (4, "worst", r2[-5:]),
+    ):
+        assert [axes[row, 0].get_ylabel() for row in (top, top + 1)] == [f"{title}\ndense", f"{title}\nits fit"]
         for column in range(5):
             shown, place = axes[top, column].get_title().split("\n")
             assert shown == f"R² {expected[column]:.2f}"
             name, index = place.split(":")
-            original, fit = (
+            kernel, fit = (
                 net.get_submodule(f"{name}.conv_dw").weight[int(index), 0].detach() for net in (dense, model)
             )
+            kernel, fit = kernel - kernel.mean(), fit - fit.mean()
+            most = max(kernel.abs().max(), fit.abs().max())
             above, below = (axes[row, column].images[0] for row in (top, top + 1))
-            np.testing.assert_allclose(above.get_array(), original)
-            np.testing.assert_allclose(below.get_array(), fit)
-            assert above.get_clim() == below.get_clim() and -above.get_clim()[0] == above.get_clim()[1]
-    with pytest.raises(mk.ConversionError, match="no layer"):
-        plotting.plot_kernels(model, torch.nn.Sequential())
-    with pytest.raises(mk.ConversionError, match="no kernel that was fitted"):
-        plotting.plot_kernels(dense, dense)
+            np.testing.assert_allclose(above.get_array(), kernel / most, atol=1e-6)
+            np.testing.assert_allclose(below.get_array(), fit / most, atol=1e-6)
+            assert above.get_clim() == below.get_clim() == (-1, 1)
+            error = 1 - (kernel - fit).square().sum() / kernel.square().sum()  # what R2 says is what is seen
+            assert float(error) == pytest.approx(float(expected[column]), abs=1e-4)
+
+
+def test_constant_kernels_are_not_among_the_best():
+    conv = torch.nn.Conv2d(4, 4, 3, groups=4)
+    with torch.no_grad():
+        conv.weight[:3] = 0.5
+    figure = plotting.plot_kernels(mk.convert_to_masterkeys(torch.nn.Sequential(conv)), torch.nn.Sequential(conv))
+    assert {axis.get_title().split("\n")[1] for axis in pictures(figure) if axis.get_title()} == {"0:3"}
+
+
+def test_kernels_that_cannot_be_shown(model, dense):
+    for call, message in (
+        (lambda: plotting.plot_kernels(model, torch.nn.Sequential()), "The dense model has no layer"),
+        (lambda: plotting.plot_kernels(dense, dense), "holds no MasterKeyConv2d"),
+        (lambda: plotting.plot_kernels(mk.initialize_masterkeys(dense), dense), "no fitted kernel"),
+    ):
+        with pytest.raises(mk.ConversionError, match=message):
+            call()
 
 
 def test_curves_and_bars(model):
@@ -85,4 +146,4 @@ def test_the_package_does_not_import_matplotlib_and_says_what_to_install():
     )
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
-    assert "Pictures need matplotlib: pip install timm_masterkeys[plot]" in done.stderr
+    assert "Pictures need matplotlib: pip install 'timm_masterkeys[plot]'" in done.stderr

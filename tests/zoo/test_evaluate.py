@@ -1,6 +1,7 @@
 """Labels that cannot shift, and accuracies as a plain loop counts them."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,6 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
 from timm_masterkeys import ZooError
 from timm_masterkeys.zoo.evaluate import find_labels, measure
-
-pytestmark = [  # timm's ImageDataset leaves files open
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
 
 SYNSETS = ImageNetInfo().label_names()
 
@@ -35,23 +31,28 @@ def folder(root, **labels):
     return root
 
 
+def given(labels):
+    """The label of the first image of each folder."""
+    return {Path(path).parent.name: label for path, label in labels.files if path.endswith("0.png")}
+
+
 def test_labels_do_not_shift_where_classes_are_missing(tmp_path):
     synsets = find_labels(folder(tmp_path / "synsets", **{SYNSETS[7]: 2, SYNSETS[999]: 1}))
-    assert (synsets.num_classes, synsets.images, synsets.classes) == (1000, 3, 2)
-    assert [synsets.class_to_idx[name] for name in (SYNSETS[7], SYNSETS[999])] == [7, 999]
+    assert (synsets.num_classes, len(synsets.files), synsets.classes) == (1000, 3, 2)
+    assert given(synsets) == {SYNSETS[7]: 7, SYNSETS[999]: 999}
     numbers = find_labels(folder(tmp_path / "numbers", **{"7": 1, "31": 1, "100": 1}))
-    assert (numbers.class_to_idx["31"], numbers.num_classes, numbers.classes) == (31, 1000, 3)
+    assert given(numbers) == {"7": 7, "31": 31, "100": 100} and numbers.num_classes == 1000
     (tmp_path / "map.txt").write_text("cat\ndog\nbee\n")
     mapped = find_labels(folder(tmp_path / "pets", dog=1), tmp_path / "map.txt")
-    assert (mapped.class_to_idx["dog"], mapped.num_classes, mapped.classes) == (1, 3, 1)
+    assert (given(mapped), mapped.num_classes) == ({"dog": 1}, 3)
     (tmp_path / "map.pkl").write_bytes(pickle.dumps({"dog": 0, "cat": 1}))
-    assert find_labels(tmp_path / "pets", tmp_path / "map.pkl").class_to_idx == {"dog": 0, "cat": 1}
+    assert given(find_labels(tmp_path / "pets", tmp_path / "map.pkl")) == {"dog": 0}
 
 
 def test_the_split_is_found_as_timm_finds_it(tmp_path):
     folder(tmp_path / "train", **{"5": 3})
     folder(tmp_path / "validation", **{"5": 1})
-    assert find_labels(tmp_path).images == 1
+    assert len(find_labels(tmp_path).files) == 1
 
 
 def test_what_names_the_images_is_in_their_checksum(tmp_path):
@@ -107,8 +108,11 @@ def test_accuracy_is_what_a_plain_loop_counts(tmp_path, test_size):
         models[-1].pretrained_cfg |= {"test_input_size": test_size, "test_crop_pct": test_size and 1.0}
     (tmp_path / "map.txt").write_text("\n".join(map(str, range(10))))
     labels = find_labels(folder(tmp_path / "images", **{str(i): 4 for i in range(0, 10, 2)}), tmp_path / "map.txt")
+    for model in models:
+        model.train().bn1.eval()  # a frozen norm stays frozen
     measured = measure(models, labels, batch_size=3, workers=0)
-    assert all(model.training for model in models)
+    assert all(model.training and not model.bn1.training for model in models)
+    assert (measured.images, measured.classes) == (20, 5)
     assert measured.img_size == (96 if test_size else 160) and measured.crop_pct == (1.0 if test_size else 0.95)
     transform = create_transform(**resolve_data_config(model=models[0], use_test_size=True))
     for model, accuracy in zip(models, measured.accuracies, strict=True):
@@ -121,6 +125,31 @@ def test_accuracy_is_what_a_plain_loop_counts(tmp_path, test_size):
                 right[k] += int(path.parent.name) in order[:k]
         assert (accuracy.top1, accuracy.top5) == (right[1] / 20 * 100, right[5] / 20 * 100)
     assert 0 < measured.accuracies[0].top5 < 100
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_read_is_left_out(tmp_path, caplog, workers):
+    """As if it were not there; an image with no end is one, too."""
+    root = folder(tmp_path / "images", **{"3": 3, "4": 2})
+    model = timm.create_model("test_efficientnet", num_classes=1000)
+    whole = root / "4" / "1.png"
+    (root / "5").mkdir()
+    (root / "5" / "cut.png").write_bytes(whole.read_bytes()[:1000])
+    (root / "3" / "none.png").write_bytes(b"")
+    labels = find_labels(root)
+    measured = measure([model], labels, batch_size=3, workers=workers)
+    assert len(labels.files) == 7 and (measured.images, measured.classes) == (5, 2)
+    assert all(f"{name}' cannot be read" in caplog.text for name in ("cut.png", "none.png"))
+    (root / "5" / "cut.png").unlink()
+    (root / "3" / "none.png").unlink()
+    assert measure([model], find_labels(root), batch_size=3, workers=0) == measured
+
+
+def test_no_image_that_can_be_read(tmp_path):
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "none.png").write_bytes(b"")
+    with pytest.raises(ZooError, match="None of the 1 images"):
+        measure([timm.create_model("test_efficientnet")], find_labels(tmp_path), workers=0)
 
 
 def test_other_classes_are_refused(tmp_path):

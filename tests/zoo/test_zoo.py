@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import nn
 
 import timm_masterkeys as mk
 from timm_masterkeys.cli import main
+from timm_masterkeys.conversion.config import MasterKeysConfig
 from timm_masterkeys.zoo.evaluate import Labels
 from timm_masterkeys.zoo.results import Result, write_names, write_table
 from timm_masterkeys.zoo.zoo import Zoo, make_zoo, plan_zoo
@@ -53,16 +55,16 @@ def hub():
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Ten to repair with; and three in four of eight labelled as the dense test_convnext sees them."""
+    """Ten to calibrate with; and three in four of eight labelled as the dense test_convnext sees them."""
     root = tmp_path_factory.mktemp("pictures")
     for i in range(10):
-        picture(root / "repair" / f"{i}.png", i)
+        picture(root / "calibrate" / f"{i}.png", i)
     model = timm.create_model("test_convnext").eval()
     model.load_state_dict(weights("test_convnext"))
     transform = create_transform(**resolve_data_config(model=model))
     for i in range(8):
         with torch.no_grad():
-            seen = int(model(transform(Image.open(root / "repair" / f"{i}.png"))[None]).argmax())
+            seen = int(model(transform(Image.open(root / "calibrate" / f"{i}.png"))[None]).argmax())
         picture(root / "validation" / SYNSETS[seen if i % 4 else (seen + 1) % 1000] / f"{i}.png", i)
     return root
 
@@ -73,7 +75,7 @@ def command(hub, pictures, tmp_path_factory):
 
     def start(output, *arguments, names=(*ARCHS, BROKEN), org="alice", launcher=(), **env):
         given = [*names, "--org", org, "--output", output, "--workers", "0"]
-        given += ["--images", pictures / "repair", "--evaluate", pictures / "validation", *arguments]
+        given += ["--images", pictures / "calibrate", "--evaluate", pictures / "validation", *arguments]
         own = hub.env(tmp_path_factory.mktemp("home"), hub.token("alice"), **env)
         return Python("-m", *launcher, "timm_masterkeys", "zoo", *given, env=own)
 
@@ -118,7 +120,7 @@ def measured(row):
 
 def remade(out):
     """The networks that a process says it has made or published."""
-    return sorted(line.split()[0] for line in out.splitlines() if "repaired" in line)
+    return sorted(line.split()[0] for line in out.splitlines() if "calibrated" in line)
 
 
 def commits(hub, org="alice"):
@@ -127,7 +129,7 @@ def commits(hub, org="alice"):
 
 def test_torchrun_a_broken_model_and_a_hub_that_fails(hub, command, tmp_path):
     """What can be done is done, once; what failed is told; a second run does that and nothing else."""
-    once = hub.fail(("POST", "test_efficientnet.*/commit/"), 500)
+    once = hub.drop(("POST", "test_efficientnet.*/commit/"), when="after")  # made, its answer lost
     hub.fail(("POST", "test_convnext3.*/preupload/"), 403, times=None)
     code, out, told = finish(command(tmp_path / "zoo", launcher=TORCHRUN))
     assert code == 1 and once.hits == 1, told
@@ -222,7 +224,7 @@ def test_killed_twice_and_run_again(hub, command, dry, tmp_path):
 
 
 def test_as_few_keys_as_agree(hub, command, tmp_path):
-    """Layers have the keys that ``convert_to_agreement`` chose, in the plain network too; the table has their mean."""
+    """Layers have the keys that ``convert_to_agreement`` chose, before calibration too; the table has their mean."""
     for i in range(40):
         picture(tmp_path / f"{i}.png", i)
     torch.manual_seed(0)
@@ -244,26 +246,77 @@ def test_as_few_keys_as_agree(hub, command, tmp_path):
     hub.repos[kept.id] = kept
     assert (code, err) == (0, "")
     [row] = rows(tmp_path / "zoo").values()
-    repaired = timm.create_model(f"local-dir:{tmp_path}/zoo/models/{row['source']}/weights", pretrained=True)
-    layers = mk.conversion_report(repaired).layers
+    calibrated = timm.create_model(f"local-dir:{tmp_path}/zoo/models/{row['source']}/weights", pretrained=True)
+    layers = mk.conversion_report(calibrated).layers
     plain = copy.deepcopy(dense)
     for layer in layers:
         mk.convert_to_masterkeys(plain, include=layer.name, keys_per_kernel=layer.keys_per_kernel, inplace=True)
     assert row["dense_top1"] == "100.0" and float(row["agreement"]) >= 90
-    for name, model in (("plain_top1", plain), ("top1", repaired)):
+    for name, model in (("uncalibrated_top1", plain), ("top1", calibrated)):
         with torch.no_grad():
             right = model.eval()(images).argmax(1) == torch.tensor(labels)
         assert float(row[name]) == 100 * float(right.double().mean())
     keys = sum(layer.keys_per_kernel * layer.channels for layer in layers) / sum(layer.channels for layer in layers)
     assert float(row["keys"]) == round(keys, 2) > 1
-    assert json.loads((tmp_path / "zoo" / "zoo.json").read_text())["conversion"]["agreement"] == 0.9
+    assert (
+        json.loads((tmp_path / "zoo" / "zoo.json").read_text())["conversion"]
+        == MasterKeysConfig(agreement=0.9).to_dict()
+    )
 
 
-@pytest.mark.parametrize("also", ["--keys-per-kernel=2", "--min-r2=0.9"])
-def test_an_agreement_chooses_the_keys_alone(also, tmp_path, capsys):
-    given = ["--org", "me", "--evaluate", str(tmp_path), "--output", str(tmp_path / "zoo"), "--agreement", "0.9", also]
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--agreement=0.9", "--keys-per-kernel=2"], "drop keys_per_kernel"),
+        (["--keys-per-kernel=9"], "keys_per_kernel is 9"),
+        (["--bank=nope"], "Unknown bank 'nope'"),
+        (["--org=a team"], "org is 'a team'"),
+        (["--batch-size=0"], "batch_size is 0"),
+        (["--workers=-1"], "workers -1"),
+        (["--device=gpu"], "device 'gpu'"),
+        (["--images=none"], "There is no folder 'none'"),
+        (["--images=."], "There are 0 images in '.'"),
+    ],
+)
+def test_options_are_checked_before_the_first_download(pictures, tmp_path, monkeypatch, capsys, options, says):
+    """And nothing is written that would bind the folder to them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timm, "create_model", None)
+    given = ["--org", "me", "--evaluate", str(pictures / "validation"), "--dry-run", *options]
     assert main(["zoo", "test_convnext", *given]) == 1
-    assert "drop --keys-per-kernel and --min-r2" in capsys.readouterr().err
+    assert says in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_an_account_that_may_not_publish_there(hub, command, tmp_path):
+    code, _, err = finish(command(tmp_path / "zoo", org="somebody"))
+    assert code == 1 and "only to alice" in err and not (tmp_path / "zoo").exists()
+    assert hub.count("GET", "/timm/") == 0
+
+
+def test_a_dry_run_that_fails_fails_again(hub, command, tmp_path):
+    """A result alone is no check; that another run makes nothing anew shows it was taken."""
+    hub.fail(("POST", "validate-yaml"), 400, times=None)
+    for _ in range(2):
+        code, out, err = finish(command(tmp_path / "zoo", "--dry-run", names=["test_convnext3"]))
+        assert code == 1 and "1 of 1 networks failed" in err and "FAILED" in out
+        assert len(rows(tmp_path / "zoo")) == 1
+    hub.faults.clear()
+    code, out, err = finish(command(tmp_path / "zoo", "--dry-run", names=["test_convnext3"]))
+    assert (code, err) == (0, "") and hub.count("GET", "timm/test_convnext3.*filename=model.safetensors") == 1
+
+
+def test_images_that_cannot_be_read_are_named_and_not_counted(hub, command, pictures, tmp_path):
+    shutil.copytree(pictures / "validation", tmp_path / "labelled")
+    damaged = sorted((tmp_path / "labelled").rglob("*.png"))[:2]
+    damaged[0].write_bytes(b"no picture")
+    damaged[1].write_bytes(damaged[1].read_bytes()[:-500])
+    given = ["--dry-run", "--evaluate", tmp_path / "labelled"]
+    code, out, err = finish(command(tmp_path / "zoo", *given, names=["test_convnext"]))
+    assert code == 0 and all(f"'{path}' cannot be read" in err for path in damaged)
+    [row] = rows(tmp_path / "zoo").values()
+    assert row["images"] == "6" and "on 6 images" in out
+    card = (tmp_path / "zoo" / "models" / row["source"] / "weights" / "README.md").read_text()
+    assert "images: 6" in card
 
 
 LABELS = {  # of photographs that ship
@@ -280,11 +333,11 @@ LABELS = {  # of photographs that ship
 
 
 def test_efficientnet_lite0(hub, command, tmp_path):
-    """Real weights and real labels: the dense network knows eight of nine pictures, the repaired one fewer."""
+    """Real weights and real labels: the dense network knows eight of nine pictures, the calibrated one fewer."""
     state = {name: value.contiguous() for name, value in lite0_state_dict().items()}
     hub.add_repo("timm/tf_efficientnet_lite0.in1k", {"model.safetensors": save(state)})
     others = 0
-    for path in sorted((Path(mk.__file__).parent / "repair" / "data" / "photographs").glob("*.webp")):
+    for path in sorted((Path(mk.__file__).parent / "calibration" / "data" / "photographs").glob("*.webp")):
         place = tmp_path / "val" / LABELS[path.stem] if path.stem in LABELS else tmp_path / "others"
         others += place.name == "others"
         if others <= 10 or path.stem in LABELS:
@@ -295,14 +348,14 @@ def test_efficientnet_lite0(hub, command, tmp_path):
     assert (code, err) == (0, "")
     row = rows(tmp_path / "zoo")["tf_efficientnet_lite0.mk8_in1k"]
     assert (row["dense_top1"], row["dense_top5"], row["keys"]) == ("88.8889", "100.0", "1.0")
-    assert (row["images"], row["classes"], row["repair_images"]) == ("9", "9", "10")
+    assert (row["images"], row["classes"], row["calibration_images"]) == ("9", "9", "10")
     model = timm.create_model(f"local-dir:{tmp_path}/zoo/models/tf_efficientnet_lite0.in1k/weights", pretrained=True)
     transform, right = create_transform(**resolve_data_config(model=model)), 0
     for path in (tmp_path / "val").rglob("*.png"):
         with torch.no_grad(), Image.open(path) as image:
             seen = int(model.eval()(transform(image.convert("RGB"))[None]).argmax())
         right += SYNSETS[seen] == path.parent.name
-    assert row["top1"] == str(round(right / 9 * 100, 4)) and float(row["plain_top1"]) < float(row["top1"]) < 88.9
+    assert row["top1"] == str(round(right / 9 * 100, 4)) and float(row["uncalibrated_top1"]) < float(row["top1"]) < 88.9
 
 
 # --- Its parts
@@ -352,7 +405,7 @@ def test_table_and_names(tmp_path):
 
 def test_a_licence_that_is_missing_comes_before_the_download(tmp_path, monkeypatch):
     monkeypatch.setattr(timm, "create_model", None)
-    labels = Labels(tmp_path, {}, 1000, 1, 1, "")
+    labels = Labels(tmp_path, (), 1000, "")
     [outcome] = make_zoo(["cpubone_b0_bfrobust.r224_in1k"], Zoo("me", labels, tmp_path / "zoo", dry_run=True))
     assert outcome.result is None and "licence" in outcome.error
     assert (tmp_path / "zoo" / "results.csv").read_text().count("\n") == 1
@@ -360,29 +413,40 @@ def test_a_licence_that_is_missing_comes_before_the_download(tmp_path, monkeypat
 
 def test_other_settings_need_another_folder(dry, pictures, capsys):
     table = rows(dry)
-    given = ["--org", "lab", "--images", pictures / "repair", "--evaluate", pictures / "validation", "--output", dry]
-    for changed, name in (("--keys-per-kernel=2", "conversion"), ("--images=builtin", "images"), ("--org=me", "org")):
+    given = ["--org", "lab", "--images", pictures / "calibrate", "--evaluate", pictures / "validation"]
+    given += ["--dry-run", "--output", dry]
+    for changed, name in (("--keys-per-kernel=2", "conversion"), ("--images=builtin", "images")):
         assert main(list(map(str, ["zoo", *ARCHS, *given, changed]))) == 1
         assert f"other settings ({name})" in capsys.readouterr().err
     assert rows(dry) == table
 
 
+def test_another_org_is_no_other_setting(hub, command, tmp_path):
+    """What is not published yet is published there; what is, is made again for it."""
+    names = ["test_convnext3"]
+    assert finish(command(tmp_path / "zoo", "--dry-run", names=names, org="lab"))[0] == 0
+    hub.requests.clear()
+    code, _, err = finish(command(tmp_path / "zoo", "--dry-run", names=names, org="alice"))
+    [row] = rows(tmp_path / "zoo").values()
+    assert (code, err) == (0, "") and row["repo"].startswith("alice/")
+    assert hub.count("GET", r"timm/.*filename=model.safetensors") == 0
+    for org in ("lab", "alice"):
+        hub.repos.pop(f"{org}/{row['model']}", None)
+        assert finish(command(tmp_path / "zoo", names=names, org=org))[0] == 0
+        [again] = rows(tmp_path / "zoo").values()
+        assert again["sha"] == hub.repos[f"{org}/{row['model']}"].head().sha and measured(again) == measured(row)
+
+
 def test_a_damaged_result_is_that_networks_failure(tmp_path):
-    zoo = Zoo("me", Labels(tmp_path, {}, 1000, 1, 1, ""), tmp_path / "zoo", dry_run=True)
+    zoo = Zoo("me", Labels(tmp_path, (), 1000, ""), tmp_path / "zoo", dry_run=True)
     folder = zoo.folder("test_convnext.r160_in1k")
     folder.mkdir(parents=True)
     (folder / "result.json").write_text("{}")
     [outcome] = make_zoo(["test_convnext.r160_in1k"], zoo)
-    assert "is damaged" in outcome.error and "remove it" in outcome.error
+    assert "is damaged. Remove it" in outcome.error
 
 
 def test_no_token_is_told_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr("timm_masterkeys.zoo.zoo.get_token", lambda: None)
     with pytest.raises(mk.ZooError, match="no token"):
-        list(make_zoo(["test_convnext.r160_in1k"], Zoo("me", Labels(tmp_path, {}, 1000, 1, 1, ""), tmp_path / "zoo")))
-
-
-def test_no_folder_to_repair_with(tmp_path):
-    zoo = Zoo("me", Labels(tmp_path, {}, 1000, 1, 1, ""), tmp_path / "zoo", images=str(tmp_path / "none"))
-    with pytest.raises(mk.ZooError, match=r"no folder '.*none' of images"):
-        list(make_zoo(["test_convnext.r160_in1k"], zoo))
+        list(make_zoo(["test_convnext.r160_in1k"], Zoo("me", Labels(tmp_path, (), 1000, ""), tmp_path / "zoo")))

@@ -1,19 +1,33 @@
 """The model card of a published model: what it is, what it cost, how to load it, whose licence it inherits."""
 
+import difflib
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..conversion.record import Source
+from ..conversion.report import ConversionReport
 from ..errors import ConversionError
-from ..models.report import ConversionReport
 
 _BEGIN, _END = "<!-- timm_masterkeys: begin (rewritten at every publication) -->", "<!-- timm_masterkeys: end -->"
 
-# Licences the Hub has an identifier for; any other is published as "other" with its name.
-_HUB_LICENCES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "apple-amlr", "gemma"}
+# https://huggingface.co/docs/hub/repositories-licenses; any other licence is published as "other" with its name.
+HUB_LICENSES = frozenset(
+    "afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 "
+    "bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 "
+    "cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 "
+    "cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 "
+    "cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 "
+    "etalab-2.0 eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-community "
+    "h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 "
+    "lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl "
+    "postgresql unknown unlicense wtfpl zlib".split()
+)
+_TYPO = 0.75  # licences more alike than this, as difflib has it, are one, mistyped
 
 _CITATIONS = """```bibtex
 @inproceedings{babaiee2025quest,
@@ -31,6 +45,12 @@ _CITATIONS = """```bibtex
   howpublished={github.com/huggingface/pytorch-image-models}
 }
 ```"""
+
+_UNMEASURED = """\
+**Not calibrated: unless it was trained since its conversion, this network is of little use as it is.** Nothing has
+measured what the conversion does to its accuracy. Calibrate it, or fine-tune it, before use.
+
+"""
 
 _LOADING = """## Load it
 
@@ -51,32 +71,61 @@ model = timm.create_model("hf-hub:{repo_id}", pretrained=True)
 ```"""
 
 
-def inherited_license(pretrained_cfg: Mapping[str, Any], license: str | None) -> str:
-    """The licence a converted model must be published under: that of the weights it comes from.
+def inherited_license(source: Source | None, license: str | None) -> str | None:
+    """The licence of a converted model: that of the weights it comes from.
 
     Args:
-        pretrained_cfg: The model's cfg.
-        license: What the caller says; needed where the source weights' licence is unknown.
+        source: The dense weights, as far as they are known.
+        license: What the caller says: an identifier of the Hub's, or the name of another licence.
+
+    Returns:
+        The licence in lower case; None if nobody knows it.
 
     Raises:
-        ConversionError: No licence is known, or the caller names another than the inherited one.
+        ConversionError: The caller names another licence than the inherited one, or mistypes one.
 
     Example:
-        >>> inherited_license({"license": "cc-by-nc-4.0"}, None)
+        >>> inherited_license(Source(license="cc-by-nc-4.0"), None)
         'cc-by-nc-4.0'
     """
-    inherited = (pretrained_cfg.get("license") or "").lower()
-    given = (license or "").lower()
-    if not inherited and not given:
-        raise ConversionError(
-            "The licence of the source weights is unknown. Find it out and pass it: license='...' (--license)."
-        )
+    inherited, given = ((name or "").lower() for name in (source and source.license, license))
+    inherited = inherited.replace("unknown", "")  # which timm's registry says of some
     if inherited and given and given != inherited:
         raise ConversionError(
             f"license='{license}' was given, but the source weights are under '{inherited}', which converted weights "
             "inherit. Leave it out."
         )
-    return inherited or given
+    likely = difflib.get_close_matches(given, sorted(HUB_LICENSES), 1, _TYPO)
+    if likely and given not in HUB_LICENSES and not inherited:
+        raise ConversionError(
+            f"Got license='{license}', which the Hub does not know. Did you mean '{likely[0]}'? Another licence "
+            "goes by its full name."
+        )
+    return inherited or given or None
+
+
+def require_license(license: str | None, cfg: Mapping[str, Any]) -> str:
+    """The licence, which a published model must have.
+
+    Args:
+        license: From ``inherited_license``.
+        cfg: The model's ``pretrained_cfg``, which may name the licence of the stock weights.
+
+    Raises:
+        ConversionError: There is none; the message names the likely one.
+    """
+    if license:
+        return license
+    name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
+    likely = (
+        f"The stock weights of {name} are under '{cfg['license']}': if the model comes from them, that is it. "
+        if cfg.get("license", "unknown") not in (None, "unknown")
+        else ""
+    )
+    raise ConversionError(
+        "The licence of the source weights is not known: the dense model was yours, not loaded by this package. "
+        f"{likely}Pass license='...' (--license)."
+    )
 
 
 def make_card(
@@ -84,11 +133,11 @@ def make_card(
     report: ConversionReport,
     repo_id: str,
     *,
-    license: str | None,
-    base_model: str | None = None,
+    source: Source | None,
     datasets: str | Sequence[str] = (),
     tags: str | Sequence[str] = (),
     metrics: Sequence[EvalResult] = (),
+    calibrated: bool = True,
     existing: str = "",
 ) -> ModelCard:
     """Writes the card of a converted model.
@@ -97,21 +146,24 @@ def make_card(
         config: The saved config.json.
         report: The conversion's report.
         repo_id: ``org/name`` (or a folder's name), as it appears in the examples.
-        license: From ``inherited_license``; None if unknown.
-        base_model: As for ``save_pretrained``; None if unknown.
+        source: The dense weights and their licence, as far as they are known.
         datasets: As for ``save_pretrained``.
         tags: As for ``save_pretrained``.
         metrics: As for ``save_pretrained``; none are made up.
+        calibrated: Whether the model was calibrated, or needs no calibration; if not, and no results are listed either,
+            the card says so first.
         existing: The README there is: its text outside this package's marks and its own metadata stay.
 
     Raises:
         ConversionError: A README of which those cannot be told.
 
     Example:
-        >>> make_card(config, report, "me/convnext_tiny.mk8", license="apache-2.0").save("README.md")
+        >>> make_card(config, report, "me/convnext_tiny.mk8", source=Source(license="mit")).save("README.md")
     """
     before, after, fields = _hand_written(existing)
-    named = license in _HUB_LICENCES
+    source = source or Source()
+    license, base_model = source.license, _base_model(source)
+    named = license in HUB_LICENSES
     own: dict[str, Any] = {
         "license": license if named else "other" if license else None,
         "license_name": None if named else license,
@@ -133,7 +185,7 @@ def make_card(
         merged["eval_results"] = list(metrics)
         merged.pop("model-index", None)
     data = ModelCardData(**merged)
-    body = _body(config, report, repo_id, license, base_model)
+    body = _body(config, report, repo_id, source, warn=not calibrated and "model-index" not in data.to_dict())
     title = "" if before or after else f"# {repo_id.rpartition('/')[2]}\n\n"
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{before}{title}{_BEGIN}\n{body}\n{_END}\n{after}")
 
@@ -184,17 +236,41 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
 
 
-def _source(cfg: Mapping[str, Any]) -> str:
-    scratch = any(note.endswith("converted from scratch") for note in cfg.get("notes") or ())
-    return "weights of its own" if scratch else "weights whose source is not recorded"
+def _base_model(source: Source) -> str | None:
+    """The Hub id of the dense weights; None if they have none."""
+    return source.name if source.name and "/" in source.name else None
+
+
+def _origin(report: ConversionReport, source: Source) -> str:
+    if base_model := _base_model(source):
+        return f"[{base_model}](https://huggingface.co/{base_model})"
+    if source.name:
+        return f"the weights `{source.name}`"
+    drawn = report.total.random == report.total.channels
+    return "its own random initialisation" if drawn else "weights whose source is not recorded"
+
+
+def _licence(source: Source) -> str:
+    if not source.license:
+        return "unknown"
+    return f"{source.license}, {'given by the author' if source.license_given else 'inherited from them'}"
 
 
 def _measured(report: ConversionReport) -> str:
     if not report.calibration:
         return "Only results listed in the metadata were\nmeasured."
-    measured = report.calibration[0].upper() + report.calibration[1:]
-    before = "Only results listed in the metadata\nwere measured, and this, before any training that came after"
-    return f"{before}:\n\n{measured}."
+    return (
+        "Only results listed in the metadata\nwere measured, and this, of these very weights:\n\n"
+        f"Calibrated ({report.calibration.metric}) {report.calibration.summary()}."
+    )
+
+
+def _shared(layers: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    """A setting of all layers; where they differ, each value with how many layers have it."""
+    counts = Counter(layer[name] for layer in layers.values())
+    if len(counts) == 1:
+        return str(*counts)
+    return ", ".join(f"{value} ({n} layer{'s' * (n > 1)})" for value, n in sorted(counts.items()))
 
 
 def _histogram(counts: Sequence[int]) -> str:
@@ -215,15 +291,15 @@ def _conversion(about: Mapping[str, Any], report: ConversionReport) -> str:
     total = report.total
     return f"""| | |
 |---|---|
-| bank | {", ".join(f"{name} (SHA-256 {digest[:16]}...)" for name, digest in about["banks"].items())} |
-| keys per kernel | {about["keys_per_kernel"]} |
-| trainable | {about["trainable"]} |
+| bank | {", ".join(f"{bank['name']} (SHA-256 {digest[:16]}...)" for digest, bank in about["banks"].items())} |
+| keys per kernel | {_shared(about["layers"], "keys_per_kernel")} |
+| trainable | {_shared(about["layers"], "trainable")} |
 | layers, kernels | {len(report.layers)}, {total.channels:,} |
 | R2 of the projection: mean, median, worst | {total.mean_r2:.3f}, {total.median_r2:.3f}, {total.worst_r2:.3f} |
 | kernels with R2 above 0.5, 0.9 | {total.above_50:.0%}, {total.above_90:.0%} |
 | trainable parameters, before and now | {report.trainable_before:,}, {report.trainable_after:,} |
 
-How many kernels have each key:
+How many kernels have each key{", by its index in its bank" * (len(about["banks"]) > 1)}:
 
 ```
 {_histogram(total.key_histogram)}
@@ -238,21 +314,21 @@ How many kernels have each key:
 </details>"""
 
 
-def _body(
-    config: Mapping[str, Any], report: ConversionReport, repo_id: str, license: str | None, base_model: str | None
-) -> str:
+def _body(config: Mapping[str, Any], report: ConversionReport, repo_id: str, source: Source, warn: bool) -> str:
     cfg = config["pretrained_cfg"]
     size = "x".join(map(str, cfg["input_size"]))
-    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else _source(cfg)
-    inherited = ", inherited from them" if base_model else ""
     total = report.total
+    first = _UNMEASURED if warn else ""
+    banks = [f"`{bank['name']}`" for bank in config["masterkeys"]["banks"].values()]
+    keys = f"{len(total.key_histogram)} frozen *master keys* of the bank {banks[0]}"
+    keys = keys if len(banks) == 1 else f"frozen *master keys* of the banks {', '.join(banks)}"
     return f"""
-A timm `{config["architecture"]}` whose {total.channels:,} depthwise kernels are affine images `a*x + b` of the
-{len(total.key_histogram)} frozen *master keys* of the bank `{report.bank}`, converted with
-`timm_masterkeys` from {source}.
-Licence: {license or "unknown"}{inherited}.
+{first}A timm `{config["architecture"]}` whose {total.channels:,} depthwise kernels are affine images `a*x + b` of the
+{keys}, converted with
+`timm_masterkeys` from {_origin(report, source)}.
+Licence: {_licence(source)}.
 
-Conversion costs accuracy unless the model was repaired or trained afterwards. {_measured(report)}
+Conversion costs accuracy unless the model was calibrated or trained afterwards. {_measured(report)}
 
 {_LOADING.format(repo_id=repo_id)}
 

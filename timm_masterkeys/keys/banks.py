@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from ..errors import BankError
 from ..files import atomic_path
-from .scale_space import SIGMAS, scale_space_keys
+from .gaussian_banks import SIGMAS, scale_space_keys
 
 DEFAULT_BANK = "babaiee2025"
 COMPACT_BANK = "compact8"
@@ -82,6 +82,12 @@ class KeyBank:
     def __repr__(self) -> str:
         size = "x".join(map(str, self.keys.shape[1:]))
         return f"KeyBank('{self.name}', {len(self)} keys {size}, digest {self.digest[:12]})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KeyBank) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KeyBank":
         return self
@@ -243,7 +249,8 @@ def get_bank(bank: Bank = DEFAULT_BANK) -> KeyBank:
     if isinstance(bank, KeyBank):
         return bank
     if isinstance(bank, (torch.Tensor, np.ndarray)):
-        return KeyBank("custom", bank, source="given as a tensor")  # type: ignore[arg-type]  # __post_init__ takes both
+        custom = KeyBank("custom", bank, source="given as a tensor")  # type: ignore[arg-type]  # __post_init__ takes both
+        return replace(custom, name=f"custom-{custom.digest[:8]}")
     if not isinstance(bank, (str, os.PathLike)):
         raise BankError(f"Got a bank of type {type(bank).__name__}, expected a name, a path, a tensor or a KeyBank.")
     name = os.fspath(bank)

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from ..errors import ProjectionError
-from .scale_space import discrete_gaussian
+from .gaussian_banks import discrete_gaussian
+from .projection import constant_kernels
 
 OPERATORS = ("Gaussian", "DoG", "1st derivative", "2nd derivative")
 SIGMAS = np.geomspace(0.25, 4, 25)  # 12 % apart
@@ -67,7 +68,7 @@ def fit_operators(kernels: torch.Tensor) -> OperatorFit:
     flat = kernels.detach().cpu().double().reshape(-1, height * width)
     flat = flat - flat.mean(1, keepdim=True)
     norm = flat.norm(dim=1, keepdim=True)
-    constant = norm[:, 0] <= 1e-6 * kernels.detach().cpu().double().flatten(1).norm(dim=1)
+    constant = constant_kernels(kernels).cpu()
     flat = flat / norm.clamp_min(1e-300)
     tables = _tables(height, width)
     parts = [_best(part, tables) for part in flat.split(_CHUNK)]

@@ -26,14 +26,36 @@ class Projection:
             then the one most correlated with what is left.
         scale: (C, r), in the dtype of the weight. 0 for a constant kernel, and for keys a kernel does not need.
         shift: (C,), the constant added to every tap; the mean of the kernel.
-        r2: (C,) float32 in [0, 1], the share of the kernel's variance over its taps that the fit explains. A constant
-            kernel has none to explain and is met exactly: 1.
+        r2: (C,) float32 in [0, 1], R2: the share of the kernel's variance over its taps that the fit explains. A
+            constant kernel has no variance, and its fit no error: 1.
+        constant: (C,) bool, which kernels are constant, see ``constant_kernels``.
     """
 
     key_index: torch.Tensor
     scale: torch.Tensor
     shift: torch.Tensor
     r2: torch.Tensor
+    constant: torch.Tensor
+
+
+def unfilled_projection(weight: torch.Tensor, keys_per_kernel: int) -> Projection:
+    """The shapes and types of a fit, without values: what there is on the meta device."""
+    pairs = weight.new_empty(len(weight), keys_per_kernel)
+    return Projection(pairs.long(), pairs, pairs[:, 0], pairs[:, 0].float(), pairs[:, 0].bool())
+
+
+@torch.no_grad()
+def constant_kernels(weight: torch.Tensor) -> torch.Tensor:
+    """Which kernels (C, ...) are constant, all taps equal but for the rounding of float64: they have no shape, no R2.
+
+    One definition for all that fits or counts kernels. Zeros are constant; a kernel with NaN or Inf is not.
+
+    Returns:
+        (C,) bool.
+    """
+    kernels = _in_units(weight)[0]
+    centred = (kernels - kernels.mean(1, keepdim=True)).norm(dim=1)
+    return centred <= kernels.shape[1] * torch.finfo(kernels.dtype).eps * kernels.norm(dim=1)
 
 
 @torch.no_grad()
@@ -75,9 +97,8 @@ def project_kernels(
             "(C, 1, kh, kw)."
         )
     check_keys_per_kernel(keys_per_kernel, bank)
-    if weight.is_meta:  # shapes only
-        pairs = weight.new_empty(len(weight), min(keys_per_kernel, len(bank.keys_for(_size(weight)))))
-        return Projection(pairs.long(), pairs, pairs[:, 0], pairs[:, 0].float())
+    if weight.is_meta:
+        return unfilled_projection(weight, min(keys_per_kernel, len(bank.keys_for(_size(weight)))))
     given = _coordinates(weight, bank)
     steps = min(keys_per_kernel, len(given.keys))
     sets = None if steps in (1, len(given.keys)) else _best_sets(given, steps)[0]
@@ -88,24 +109,8 @@ def project_kernels(
         (scale * given.unit[:, None]).to(weight.dtype),
         (given.shift * given.unit).to(weight.dtype),
         r2.where(~given.constant, 1).clamp(0, 1).float(),
+        given.constant,
     )
-
-
-@torch.no_grad()
-def keys_needed(weight: torch.Tensor, bank: KeyBank, keys_per_kernel: int, min_r2: float) -> int:
-    """The fewest keys per kernel, from ``keys_per_kernel`` up, with which kernels (C, 1, kh, kw) have this mean R^2.
-
-    The mean is over kernels that have a shape. All keys there are, if no number of them is enough.
-    """
-    if weight.is_meta:
-        return keys_per_kernel
-    given = _coordinates(weight, bank)
-    shaped = ~given.constant
-    for steps in range(keys_per_kernel, len(given.keys)):
-        r2 = (_best_sets(given, steps)[1] / given.variance)[shaped].clamp(0, 1).float().double()
-        if not len(r2) or float(r2.mean()) >= min_r2:
-            return steps
-    return max(keys_per_kernel, len(given.keys))
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class _Coordinates:
     Attributes:
         inside: (C, n), of kernels that have a shape, else 0; in ``unit``.
         keys: (K, n).
-        unit: (C,), a power of two, so that squares neither overflow nor vanish and every step stays exact.
+        unit: (C,), see ``_in_units``.
         shift: (C,), the mean, in ``unit``.
         variance: (C,), the kernel's own, inside the keys' span and outside.
         constant: (C,), whether the kernel has no shape.
@@ -132,24 +137,30 @@ class _Coordinates:
 
 
 def _coordinates(weight: torch.Tensor, bank: KeyBank) -> _Coordinates:
-    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-    keys = bank.keys_for(_size(weight)).to(weight.device, dtype).flatten(1)
-    span = torch.linalg.qr(keys.T.cpu()).Q.to(keys.device)
-    kernels = weight.flatten(1).to(dtype)
-    taps = kernels.shape[1]
-    peak = kernels.abs().amax(1)
-    if not peak.isfinite().all():
-        channel = int((~peak.isfinite()).nonzero()[0, 0])
+    kernels, unit = _in_units(weight)
+    if not unit.isfinite().all():
+        channel = int((~unit.isfinite()).nonzero()[0, 0])
         raise ProjectionError(f"Channel {channel} of the weight holds NaN or Inf; repair the checkpoint first.")
-    unit = torch.exp2(peak.clamp_min(torch.finfo(dtype).tiny).log2().floor())
-    kernels = kernels / unit[:, None]
+    keys = bank.keys_for(_size(weight)).to(weight.device, kernels.dtype).flatten(1)
+    span = torch.linalg.qr(keys.T.cpu()).Q.to(keys.device)
     shift = kernels.mean(1)
     shape = kernels - shift[:, None]
     variance = shape.square().sum(1)
-    rounding = taps * torch.finfo(dtype).eps
-    constant = variance.sqrt() <= rounding * (variance + taps * shift.square()).sqrt()
+    constant = constant_kernels(weight)
     inside = (shape @ span).where(~constant[:, None], 0)
-    return _Coordinates(inside, keys @ span, unit, shift, variance, constant, rounding * variance.sqrt())
+    negligible = kernels.shape[1] * torch.finfo(kernels.dtype).eps * variance.sqrt()
+    return _Coordinates(inside, keys @ span, unit, shift, variance, constant, negligible)
+
+
+def _in_units(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kernels (C, taps) in float64 (float32 on devices without it), divided by powers of two (C,) near their largest.
+
+    So squares neither overflow nor vanish, and every step stays exact. The power is not finite where a tap is not.
+    """
+    kernels = weight.detach().flatten(1).to(torch.float32 if weight.device.type == "mps" else torch.float64)
+    peak = kernels.abs().amax(1)
+    unit = torch.exp2(peak.clamp_min(torch.finfo(kernels.dtype).tiny).log2().floor())
+    return kernels / unit[:, None], unit
 
 
 def _size(weight: torch.Tensor) -> tuple[int, int]:
@@ -201,9 +212,8 @@ def _matching_pursuit(
     """Orthogonal matching pursuit of (C, n) kernels over (K, n) unit keys -> index, scale (C, steps), residual.
 
     Both in the same n coordinates; a kernel takes keys of its set (C, K) only, if there are sets. What is left of a
-    kernel is noise where it is below ``negligible`` (C,).
-    A kernel that is met exactly before the last step takes its remaining keys, lowest index first, with scale 0. A key
-    that depends on those already chosen has scale 0 as well.
+    kernel is noise where it is below ``negligible`` (C,). A kernel that is fitted exactly before the last step takes
+    its remaining keys, lowest index first, with scale 0. A key that depends on those already chosen has scale 0 too.
     """
     count, size = kernels.shape
     index = torch.zeros(count, 0, dtype=torch.long, device=kernels.device)

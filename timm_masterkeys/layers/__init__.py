@@ -1,6 +1,6 @@
-"""Layers with frozen keys. Importing them here registers the scaled one with ``MasterKeyConv2d.from_conv``."""
+"""Layers with frozen keys, and what says whether a convolution can become one."""
 
-from .masterkey import MasterKeyConv2d, Trainable, check_trainable
-from .scaled import ScaledKeyConv2d
+from .masterkey import COMPACT_ENTRIES, MasterKeyConv2d, Trainable, check_trainable, obstacle
+from .sigma_layer import ScaledKeyConv2d
 
-__all__ = ["MasterKeyConv2d", "ScaledKeyConv2d", "Trainable", "check_trainable"]
+__all__ = ["COMPACT_ENTRIES", "MasterKeyConv2d", "ScaledKeyConv2d", "Trainable", "check_trainable", "obstacle"]

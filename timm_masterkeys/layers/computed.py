@@ -1,5 +1,6 @@
 """A convolution whose weight is computed: what reads the weight, refuses a parameter in its place, and the geometry."""
 
+import copy
 import sys
 import warnings
 from typing import Any, ClassVar, NoReturn
@@ -10,7 +11,7 @@ from timm.layers import pad_same
 from torch import nn
 
 from ..errors import ConversionError
-from .depthwise import any_kernel, autocast, convolve
+from .depthwise import any_gpu_kernel, autocast, convolve
 
 # Named here, as torch.jit.script fails on a mypy comment in a forward.
 _is_scripting: Any = torch.jit.is_scripting  # type: ignore[attr-defined]
@@ -18,9 +19,44 @@ _is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 _COMPUTED = (
     "The weight of a MasterKeyConv2d is computed from frozen keys: it cannot be a parameter, be pruned, normalised, "
-    "parametrized or quantised. fuse_masterkeys(model) gives ordinary convolutions for that; assign a plain tensor "
-    "(layer.weight = tensor) to project other kernels on the keys."
+    "parametrized, quantised, or get other data. fuse_masterkeys(model) gives ordinary convolutions for that; assign a "
+    "plain tensor (layer.weight = tensor) to project other kernels on the keys."
 )
+
+
+class _Weight(torch.Tensor):
+    """A computed weight as it is read: an ordinary tensor, but setting its ``data``, which would be lost, is an error.
+
+    What is computed from it, copied or saved is a plain tensor, and ``nn.Parameter(weight)`` a plain parameter.
+    """
+
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> torch.Tensor:
+        return super().detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> NoReturn:
+        raise ConversionError(_COMPUTED)
+
+    def detach(self) -> torch.Tensor:
+        return super().detach().as_subclass(_Weight)  # of its own type, or nn.Parameter refuses it
+
+    @property
+    def _is_param(self) -> bool:
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:  # nn.Parameter sets it, on what it makes of a tensor of another type
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return copy.deepcopy(self.as_subclass(torch.Tensor), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
+
 
 _Read = tuple[torch.Tensor, tuple[int, int]]
 
@@ -34,7 +70,7 @@ def _state(weight: torch.Tensor) -> tuple[int, int]:
 
 
 def no_weight() -> NoReturn:
-    """What is found where ``torch.nn.utils`` looks for the parameter "weight" that a stock convolution has."""
+    """What is found where ``torch.nn.utils`` looks for the parameter "weight" that an ordinary convolution has."""
     raise ConversionError(_COMPUTED)
 
 
@@ -66,19 +102,34 @@ class ComputedConv2d(nn.Conv2d):
         """Takes the nearest kernels to the given ones that can be computed. In place."""
         raise NotImplementedError
 
+    def keep_kernels(self, weight: torch.Tensor) -> bool:
+        """Leaves out all kernels but the given ones; False, and nothing happens, if they are not some of its own."""
+        raise NotImplementedError
+
+    def check_values(self, input: torch.Tensor | None = None) -> None:
+        """Raises CheckpointError if what the kernels are computed from has no values, but the input, if given, has."""
+
     def _trained_forward(self, input: torch.Tensor) -> torch.Tensor:
         """The convolution where gradients may be wanted; padding as timm's SAME is done."""
         return self._conv_forward(input, self.compose_weight(), self.bias)
 
     @property
     def weight(self) -> torch.Tensor:  # computed; nn.Conv2d has a parameter here
-        weight = self.compose_weight()
-        if not torch.compiler.is_compiling():
-            if sys._getframe(1).f_globals["__name__"] == "torch.nn.utils.weight_norm":  # it deletes next, blindly
-                raise ConversionError(_COMPUTED)
-            self._notice_writes()
-            if not weight.is_inference():  # which have no version, and cannot be written to elsewhere
-                self._read = weight, _state(weight)
+        if torch.compiler.is_compiling():
+            return self.compose_weight()
+        self.check_values()
+        try:
+            weight = self.compose_weight()
+        except IndexError:  # of key indices that are whatever was in memory
+            self.train(self.training)
+            self.check_values()
+            raise
+        if sys._getframe(1).f_globals["__name__"] == "torch.nn.utils.weight_norm":  # it deletes next, blindly
+            raise ConversionError(_COMPUTED)
+        self._notice_writes()
+        if not weight.is_inference():  # which have no version, and cannot be written to elsewhere
+            weight = weight.as_subclass(_Weight)
+            self._read = weight, _state(weight)
         return weight
 
     @weight.setter
@@ -92,12 +143,17 @@ class ComputedConv2d(nn.Conv2d):
             warnings.warn(
                 "The weight of a MasterKeyConv2d was written to in place. It is computed, so the layer is unchanged: "
                 "assign the whole tensor (layer.weight = tensor) to project it on the keys, or call "
-                "layer.reset_parameters() to draw keys anew.",
+                "layer.reset_parameters() for another random initialisation.",
                 stacklevel=3,
             )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As for any module, but a weight, or what ``torch.nn.utils`` makes of one, is refused (ConversionError)."""
+        """As for any module, but a weight, or what ``torch.nn.utils`` makes of one, is refused (ConversionError).
+
+        Taken is what Torch-Pruning leaves of the kernels, once it has lowered ``out_channels``.
+        """
+        if name == "weight" and param is not None and self.keep_kernels(param):
+            return
         if name.partition("_")[0] == "weight":
             raise ConversionError(_COMPUTED)
         super().register_parameter(name, param)
@@ -122,8 +178,11 @@ class ComputedConv2d(nn.Conv2d):
     def _fast_forward(self, input: torch.Tensor) -> torch.Tensor:
         given: Any = input
         proxy = isinstance(given, torch.fx.Proxy)  # an FX tracer that does not know to keep the layer whole
-        if not torch.compiler.is_compiling() and self._read is not None:  # in this order: no guard on what was read
-            self._notice_writes()
+        if not torch.compiler.is_compiling():
+            if self._read is not None:  # in this order: no guard on what was read
+                self._notice_writes()
+            if not proxy:
+                self.check_values(input)
         if proxy and type(given.tracer).__module__.startswith("torch.ao.quantization"):
             raise ConversionError(_COMPUTED)
         if proxy or input.ndim != 4:  # 3: an image without a batch
@@ -131,9 +190,9 @@ class ComputedConv2d(nn.Conv2d):
         return self._trained_forward(input) if torch.is_grad_enabled() else self._inferred_forward(input)
 
     def _inferred_forward(self, input: torch.Tensor) -> torch.Tensor:
-        """The convolution without gradients, by the kernel where that is taken."""
+        """The convolution without gradients, by the GPU kernel where that is taken."""
         weight = self.compose_weight()
-        if not any_kernel("conv"):
+        if not any_gpu_kernel("conv"):
             return self._conv_forward(input, weight, self.bias)
         input, padding = self._padded(input)
         given = autocast(input, weight, self.bias)

@@ -19,10 +19,14 @@ _logger = logging.getLogger(__name__)
 Pair = tuple[int, int]
 
 CACHED = 2 << 20  # bytes of input worked on at a time
+# Taps a side up to which the whole weight gradient gives the shift's; above, it is summed from windows of the input
+# (examples/benchmark_shift_gradient.py compares them). And bytes of input from which windows are summed at any size.
+WHOLE_UP_TO = 3
+SUMS_FROM: int | None = None
 
 
 class Case(NamedTuple):
-    """What a Triton kernel is to do, as far as its speed depends on it."""
+    """What a GPU kernel is to do, as far as its speed depends on it."""
 
     operation: str  # "conv", a convolution or its input gradient; or "sums", the gradients of shift and scales
     kernel_size: Pair
@@ -34,12 +38,12 @@ class Case(NamedTuple):
     scales: int = 0  # keys per kernel with a scale that trains
 
 
-# Where a kernel was measured to be faster at every size that examples/benchmark_train.py tries: nowhere yet.
+# Where a GPU kernel was measured to be faster at every size that examples/benchmark_train.py tries: nowhere yet.
 MEASURED: frozenset[Case] = frozenset()
-# "1" takes the kernels wherever they run, "conv" or "sums" that one alone, "0" none, "" where MEASURED says so. Global,
-# as torch.compile compiles anew where it has changed. (Before PyTorch 2.7 what is compiled takes none.)
+# "1" takes the GPU kernels wherever they run, "conv" or "sums" that one alone, "0" none, "" where MEASURED says so.
+# Global, as torch.compile compiles anew where it has changed. (Before PyTorch 2.7 what is compiled takes none.)
 TRITON = os.environ.get("TIMM_MASTERKEYS_TRITON", "")
-_runs: dict[str, bool] = {}  # the kernels, by kind of device
+_runs: dict[str, bool] = {}  # the GPU kernels, by kind of device
 _registering = threading.Lock()
 _TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")  # an older PyTorch only says that it compiles
 
@@ -81,7 +85,7 @@ def affine_depthwise_conv2d(
 
     Returns:
         (N, C, H', W'), that of ``F.conv2d(input, weight, bias, stride, padding, dilation, groups)``: bit for bit,
-        unless a kernel of our own is taken (``takes_kernel``), which adds up in another order.
+        unless a GPU kernel is taken (``takes_gpu_kernel``), which adds up in another order.
     """
     input, weight, bias = autocast(input, weight, bias)
     if _has_tangents(input, weight, bias):  # the composed kernels carry those of scale and shift
@@ -112,8 +116,8 @@ def convolve(
     dilation: Pair,
     groups: int,
 ) -> torch.Tensor:
-    """``F.conv2d``, by the kernel where that is taken; what is wrong with arguments that do not fit, PyTorch says."""
-    if takes_kernel("conv", input, layout(input), weight, (stride, padding, dilation, groups)):
+    """``F.conv2d``, by the GPU kernel where that is taken; PyTorch says what is wrong with its arguments."""
+    if takes_gpu_kernel("conv", input, layout(input), weight, (stride, padding, dilation, groups)):
         sizes = *input.shape[1:], *output_shape(input, weight, stride, padding, dilation)[2:]
         types = {t.dtype for t in (input, weight, bias) if t is not None}
         if input.shape[1] == groups and len(types) == 1 and min(sizes) > 0 and not _has_tangents(input, weight, bias):
@@ -170,15 +174,16 @@ class _AffineDepthwise(torch.autograd.Function):
         size = keys.shape[1], keys.shape[2]
         scales = key_index.shape[1] if needs_scale else 0
         form = ctx.memory_format
-        kernel = (needs_scale or needs_shift) and takes_kernel("sums", grad, form, weight, geometry, scales)
-        conv = needs_input and takes_kernel("conv", grad, form, weight, geometry)
+        gpu_sums = (needs_scale or needs_shift) and takes_gpu_kernel("sums", grad, form, weight, geometry, scales)
+        conv = needs_input and takes_gpu_kernel("conv", grad, form, weight, geometry)
         full = _full_padding(weight, geometry) if conv else None
         if full is not None:
             grad, turned = grad.contiguous(memory_format=form), weight.flip(2, 3)
             grad_input, needs_input = depthwise_conv2d(grad, turned, None, (1, 1), full, geometry[2]), False
         # Where the whole weight gradient costs less than filtering the input, scale and shift come from it.
-        if not kernel and (
-            (needs_shift and max(size) <= 3) or (needs_scale and (keys[0].numel() < 16 or key_index.shape[1] > 2))
+        if not gpu_sums and (
+            (needs_shift and _whole_is_cheaper(size, input))
+            or (needs_scale and (keys[0].numel() < 16 or key_index.shape[1] > 2))
         ):
             mask = [needs_input, True, needs_bias]
             gradients = _convolution_backward(grad, input, weight, geometry, mask)
@@ -197,13 +202,13 @@ class _AffineDepthwise(torch.autograd.Function):
                 grad_input = _input_gradient(grad, like, ctx.memory_format, weight, geometry)
             if needs_bias:
                 grad_bias = grad.sum((0, 2, 3))
-            if kernel:
+            if gpu_sums:
                 sums = affine_sums(grad, input, keys, key_index[:, :scales], *geometry[:3])
                 grad_shift = sums[:, 0] if needs_shift else None
                 grad_scale = sums[:, 1:].flatten() if needs_scale else None
             elif needs_scale:
                 grad_scale = torch.stack(_key_responses(grad, input, keys, key_index, geometry), 1).flatten()
-            if needs_shift and not kernel:
+            if needs_shift and not gpu_sums:
                 grad_shift = _correlation(grad, input, partial(_window_sums, size, ctx.memory_format, geometry))
         types = ctx.types
         grad_scale = grad_scale if grad_scale is None else grad_scale.to(types[0])
@@ -215,12 +220,17 @@ class _AffineDepthwise(torch.autograd.Function):
 _AffineDepthwise.forward.__signature__ = inspect.signature(_AffineDepthwise.forward)  # type: ignore[attr-defined]
 
 
-def any_kernel(operation: str) -> bool:
-    """Whether an operation may be left to a kernel at all: cheap, as it is asked at every call."""
+def _whole_is_cheaper(size: Pair, input: torch.Tensor) -> bool:
+    """Whether a shift's gradient costs less as the sum of the whole weight gradient than from windows of the input."""
+    return max(size) <= WHOLE_UP_TO and (SUMS_FROM is None or input.nbytes < SUMS_FROM)
+
+
+def any_gpu_kernel(operation: str) -> bool:
+    """Whether an operation may be left to a GPU kernel at all: cheap, as it is asked at every call."""
     return TRITON in ("1", operation) or (TRITON == "" and len(MEASURED) > 0)
 
 
-def takes_kernel(
+def takes_gpu_kernel(
     operation: str,
     input: torch.Tensor,
     memory_format: torch.memory_format,
@@ -228,17 +238,17 @@ def takes_kernel(
     geometry: Any,
     scales: int = 0,
 ) -> bool:
-    """Whether an operation is left to the Triton kernel; ``input`` may be any tensor of the same type and device."""
-    if not any_kernel(operation) or (torch.compiler.is_compiling() and not _TELLS_EXPORTS):
+    """Whether an operation is left to the GPU kernel; ``input`` may be any tensor of the same type and device."""
+    if not any_gpu_kernel(operation) or (torch.compiler.is_compiling() and not _TELLS_EXPORTS):
         return False
     stride, _, dilation, groups = geometry
     channels, _, height, width = map(index, weight.shape)  # constants where it is compiled for sizes that change
     rest = channels // groups, memory_format is torch.channels_last, input.dtype, index(scales)
-    return _case_takes_kernel(input.device.type, operation, height, width, tuple(stride), tuple(dilation), *rest)
+    return _case_takes_gpu_kernel(input.device.type, operation, height, width, tuple(stride), tuple(dilation), *rest)
 
 
-def _case_takes_kernel(device: str, operation: str, height: int, width: int, *rest: Any) -> bool:
-    """As ``takes_kernel``, by what ``Case`` holds; decided once where it is compiled.
+def _case_takes_gpu_kernel(device: str, operation: str, height: int, width: int, *rest: Any) -> bool:
+    """As ``takes_gpu_kernel``, by what ``Case`` holds; decided once where it is compiled.
 
     vmap and its like get the plain way, and so does what is exported, which runs where this package is not.
     """
@@ -246,14 +256,14 @@ def _case_takes_kernel(device: str, operation: str, height: int, width: int, *re
         return False
     if torch._C._are_functorch_transforms_active() or (_TELLS_EXPORTS and torch.compiler.is_exporting()):
         return False
-    return kernels_run(device)
+    return gpu_kernels_run(device)
 
 
-torch.compiler.assume_constant_result(_case_takes_kernel)
+torch.compiler.assume_constant_result(_case_takes_gpu_kernel)
 
 
-def kernels_run(device: str) -> bool:
-    """Registers the kernels for a kind of device, once, if Triton is installed and runs there, which are two things."""
+def gpu_kernels_run(device: str) -> bool:
+    """Registers the GPU kernels for a kind of device, once, if Triton is installed and, another thing, runs there."""
     with _registering:  # autograd has a thread for each GPU
         if device not in _runs:
             _runs[device] = _registered(device)
@@ -264,14 +274,14 @@ def _registered(device: str) -> bool:
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return False
     try:
-        from . import depthwise_triton
+        from . import gpu_kernels
 
-        depthwise_triton.check_driver(device)
+        gpu_kernels.check_driver(device)
     except (ImportError, RuntimeError, OSError) as error:  # not installed; no driver; one that Triton does not know
-        _logger.warning("Triton does not run here, depthwise layers take the plain way: %s", error)
+        _logger.warning("Triton does not run here, so depthwise layers take no GPU kernels: %s", error)
         return False
-    affine_sums.register_kernel(device, depthwise_triton.affine_sums)
-    depthwise_conv2d.register_kernel(device, depthwise_triton.depthwise_conv2d)
+    affine_sums.register_kernel(device, gpu_kernels.affine_sums)
+    depthwise_conv2d.register_kernel(device, gpu_kernels.depthwise_conv2d)
     return True
 
 
@@ -294,7 +304,7 @@ def plain_sums(
     return torch.stack([sums, *_key_responses(grad, input, keys, key_index, geometry)], 1)
 
 
-affine_sums = torch.library.custom_op(  # what has a kernel; see ``kernels_run``
+affine_sums = torch.library.custom_op(  # what has a GPU kernel; see ``gpu_kernels_run``
     "timm_masterkeys::affine_sums",
     plain_sums,
     mutates_args=(),

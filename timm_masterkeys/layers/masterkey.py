@@ -3,14 +3,15 @@
 import os
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, get_args
+from functools import partial
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from timm.layers import Conv2dSame
 from torch import nn
 
-from ..errors import ConversionError, ProjectionError
+from ..errors import CheckpointError, ConversionError, ProjectionError
 from ..keys.banks import DEFAULT_BANK, KeyBank, get_bank
 from ..keys.projection import Projection, check_keys_per_kernel, project_kernels
 from .computed import ComputedConv2d, no_weight
@@ -19,9 +20,25 @@ from .state import entries_to_load, index_problem, state_problems
 
 Trainable = Literal["none", "shift", "affine", "scales"]
 
-COMPACT_ENTRIES = ("keys", "key_index", "scale", "shift", "r2")
+Layer = TypeVar("Layer", bound="MasterKeyConv2d")
 
-_kinds: dict[str, type["MasterKeyConv2d"]] = {}  # layers of another class, by what of them trains
+COMPACT_ENTRIES = ("keys", "key_index", "scale", "shift", "r2")
+RANDOM, CONSTANT = -1.0, -2.0  # in the place of an R2
+
+_LIBRARIES = (
+    "A library that adds layers of the class it finds, as PEFT's LoRA does, wants ordinary ones: call "
+    "fuse_masterkeys(model) first, or target other layers than the depthwise ones."
+)
+_ENTRIES = (*COMPACT_ENTRIES, "log_sigma")
+_ATTRIBUTES = ("bank", "keys_per_kernel", "trainable", "frozen", "same_padding", "operators", "_read", "_empty")
+_NO_KEY = 0.1  # what differs more from a key than this was never one: averages of keys and half precision are nearer
+
+_NO_VALUES = (
+    "A MasterKeyConv2d has no values: it was made empty (on the meta device, or by to_empty), and what was loaded "
+    "since held nothing for it. Loaders that set tensors by name (from_pretrained of transformers, "
+    "load_checkpoint_and_dispatch of accelerate) do not project dense kernels: load a dense checkpoint with "
+    "model.load_state_dict(state, assign=True), or load it into the dense model and convert that."
+)
 
 
 class MasterKeyConv2d(ComputedConv2d):
@@ -38,13 +55,15 @@ class MasterKeyConv2d(ComputedConv2d):
         stride: As for ``nn.Conv2d``.
         padding: As for ``nn.Conv2d``, or ``"same_dynamic"`` for timm's TensorFlow-like SAME padding (``Conv2dSame``).
         dilation: As for ``nn.Conv2d``.
+        groups: ``in_channels``, or None for the same.
         bias: Adds a trainable bias.
+        padding_mode: As for ``nn.Conv2d``.
+        device: As for ``nn.Conv2d``.
+        dtype: As for ``nn.Conv2d``.
         bank: Anything ``get_bank`` takes.
         keys_per_kernel: Keys per kernel, r; fewer where the bank has fewer at this kernel size.
         trainable: ``"none"``, ``"shift"`` (one constant per kernel, as in the paper) or ``"affine"`` (scale and shift);
             ``"scales"`` is that of ``ScaledKeyConv2d``.
-        device: As for ``nn.Conv2d``.
-        dtype: As for ``nn.Conv2d``.
 
     Attributes:
         weight: (out_channels, 1, kh, kw), computed at each access; see ``ComputedConv2d``.
@@ -54,14 +73,16 @@ class MasterKeyConv2d(ComputedConv2d):
             integers off, which would change keys; ``key_rows()`` gives int64.
         scale: (out_channels * r,), channel by channel; a parameter if trainable is "affine", else a buffer.
         shift: (out_channels,); a parameter unless trainable is "none", else a buffer.
-        r2: Buffer (out_channels,) float32, how well each kernel was met when it was projected (1: exactly; -1: the
-            kernel was drawn, not fitted).
+        r2: Buffer (out_channels,) float32, the R2 of each kernel when it was fitted; or a mark where there is none:
+            ``RANDOM`` (-1) of random initialisation, ``CONSTANT`` (-2) where the dense kernel is constant. See
+            ``random_kernels`` and ``constant_kernels``.
+        frozen: Whether the dense weight is frozen, for ``fuse`` where neither scale nor shift is a parameter.
         bank: The KeyBank.
 
     Raises:
         BankError: No such bank, or it has no key at this kernel size.
         ProjectionError: keys_per_kernel is out of range.
-        ConversionError: Unknown ``trainable``.
+        ConversionError: Unknown ``trainable``, groups that are not ``in_channels``, or a kernel of one tap.
 
     Example:
         >>> conv = MasterKeyConv2d(96, 96, 7, padding=3)
@@ -71,17 +92,14 @@ class MasterKeyConv2d(ComputedConv2d):
 
     compact_entries: ClassVar[tuple[str, ...]] = COMPACT_ENTRIES
 
-    def __init_subclass__(cls, trains: str = "", **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if trains:
-            _kinds[trains] = cls
-
     keys: torch.Tensor
     key_index: torch.Tensor
     scale: torch.Tensor
     shift: torch.Tensor
     r2: torch.Tensor
     keys_per_kernel: int
+    frozen: bool
+    _empty: bool = False  # whether its values may be whatever was in memory, see check_values
 
     def __init__(
         self,
@@ -91,54 +109,51 @@ class MasterKeyConv2d(ComputedConv2d):
         stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
+        groups: int | None = None,
         bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
         bank: str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray = DEFAULT_BANK,
         keys_per_kernel: int = 1,
         trainable: Trainable = "shift",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
-        same_padding = padding == "same_dynamic"
-        conv = (Conv2dSame if same_padding else nn.Conv2d)(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            0 if same_padding else padding,
-            dilation,
-            groups=in_channels,
-            bias=bias,
-            device=device,
-            dtype=dtype,
-        )
+        _check_geometry(in_channels, kernel_size, padding, groups, padding_mode)
+        make = partial(Conv2dSame) if padding == "same_dynamic" else partial(nn.Conv2d, padding_mode=padding_mode)
+        padding = 0 if padding == "same_dynamic" else padding
+        geometry = in_channels, out_channels, kernel_size, stride, padding, dilation, in_channels
+        conv = make(*geometry, bias=bias, device=device, dtype=dtype)
         self._replace(conv, get_bank(bank), keys_per_kernel, trainable)
         self.reset_parameters()
 
     @classmethod
     def from_conv(
-        cls,
+        cls: type[Layer],
         conv: nn.Conv2d,
         bank: str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray = DEFAULT_BANK,
         keys_per_kernel: int = 1,
         trainable: Trainable = "shift",
         *,
         fit: bool = True,
-    ) -> "MasterKeyConv2d":
-        """A MasterKeyConv2d in place of a depthwise convolution; the convolution itself is left as it is.
+    ) -> Layer:
+        """A layer of this class in place of a depthwise convolution; the convolution itself is left as it is.
 
         Shares the bias and the hooks with ``conv``, and keeps its training mode, device, dtype and requires_grad.
 
         Args:
-            conv: ``nn.Conv2d`` or timm's ``Conv2dSame`` with ``groups == in_channels``.
+            conv: ``nn.Conv2d``, timm's ``Conv2dSame``, or a subclass that computes as they do, with
+                ``groups == in_channels``.
             bank: Anything ``get_bank`` takes.
             keys_per_kernel: Keys per kernel.
-            trainable: "none", "shift" or "affine"; "scales" makes a ``ScaledKeyConv2d``.
-            fit: Project the kernels of ``conv``; else draw keys as for training from scratch (``reset_parameters``).
+            trainable: "none", "shift" or "affine"; for ``ScaledKeyConv2d.from_conv`` also "scales".
+            fit: Project the kernels of ``conv``; else random initialisation (``reset_parameters``).
 
         Raises:
             BankError: No such bank, or it has no key at this kernel size.
             ProjectionError: The kernels hold NaN or Inf, or keys_per_kernel is out of range.
-            ConversionError: Unknown ``trainable``.
+            ConversionError: Unknown ``trainable``, or a convolution that is not depthwise or has a rule of its own
+                (``obstacle``).
 
         Example:
             >>> layer = MasterKeyConv2d.from_conv(nn.Conv2d(96, 96, 7, padding=3, groups=96))
@@ -152,27 +167,28 @@ class MasterKeyConv2d(ComputedConv2d):
 
     @classmethod
     def unfitted(
-        cls,
+        cls: type[Layer],
         conv: nn.Conv2d,
         bank: str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray = DEFAULT_BANK,
         keys_per_kernel: int = 1,
         trainable: Trainable = "shift",
-    ) -> "MasterKeyConv2d":
-        """As ``from_conv``, with kernels of zeros and an ``r2`` of -1: for compact entries to be loaded into it.
+    ) -> Layer:
+        """As ``from_conv``, with kernels of zeros and an ``r2`` of ``RANDOM``, for compact entries to be loaded.
 
         Raises:
             BankError, ProjectionError, ConversionError: As for ``from_conv``, whose other arguments it takes.
         """
-        kind = _kinds.get(trainable, cls)
-        layer = kind.__new__(kind)
+        layer = cls.__new__(cls)
         layer._replace(conv, get_bank(bank), keys_per_kernel, trainable)
-        layer.r2.fill_(-1.0)
+        layer.r2.fill_(RANDOM)
         return layer
 
     def _replace(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
         """Takes over all of ``conv`` but its weight."""
         if not isinstance(conv, nn.Conv2d) or not conv.in_channels == conv.groups or conv.weight.shape[1] != 1:
             raise ConversionError(f"Got {conv}, expected a depthwise Conv2d (groups == in_channels).")
+        if reason := obstacle(conv):
+            raise ConversionError(f"Got {conv}, expected a convolution that computes as nn.Conv2d does: {reason}.")
         check_trainable(trainable)
         check_keys_per_kernel(keys_per_kernel, bank)
         weight = conv.weight
@@ -185,7 +201,7 @@ class MasterKeyConv2d(ComputedConv2d):
         self._non_persistent_buffers_set = set(conv._non_persistent_buffers_set)
         self.bank = bank
         self.keys_per_kernel = rows
-        self.same_padding = isinstance(conv, Conv2dSame)
+        self.same_padding = type(conv).forward is Conv2dSame.forward
         self._read = None
         self.register_buffer("keys", keys)
         index = torch.zeros(self.out_channels, rows, device=weight.device, dtype=torch.float32)
@@ -202,7 +218,7 @@ class MasterKeyConv2d(ComputedConv2d):
 
         Args:
             trainable: "none", "shift" or "affine"; for a ``ScaledKeyConv2d`` also "scales".
-            requires_grad: Of the parameters made.
+            requires_grad: Of the parameters made; where there are none, of the weight that ``fuse`` gives.
 
         Raises:
             ConversionError: Unknown ``trainable``, or scales to train where there are none.
@@ -210,9 +226,11 @@ class MasterKeyConv2d(ComputedConv2d):
         check_trainable(trainable)
         if trainable == "scales" and "log_sigma" not in self.compact_entries:
             raise ConversionError(
-                "These keys have no scales to train: convert the dense model with trainable='scales'."
+                "A MasterKeyConv2d has no scales to train: a ScaledKeyConv2d has. Convert the dense model with "
+                "trainable='scales'."
             )
         self.trainable: Trainable = trainable
+        self.frozen = not requires_grad
         self._trains("scale", trainable == "affine", requires_grad)
         self._trains("shift", trainable != "none", requires_grad)
 
@@ -227,13 +245,13 @@ class MasterKeyConv2d(ComputedConv2d):
 
     @torch.no_grad()
     def reset_parameters(self, weight: torch.Tensor | None = None) -> None:
-        """Draws keys as for training from scratch, from torch's generator: uniform over the bank, shift 0. In place.
+        """Random initialisation, for training from scratch: keys uniform over the bank, shift 0. In place.
 
-        Scales are Gaussian over a kernel's keys (with one key: its sign), and give every kernel the mean norm that the
-        stock initialisation gives the layer's kernels (of mean 0).
+        Numbers come from torch's generator. Scales are Gaussian over a kernel's keys (with one key: its sign), and give
+        every kernel the mean norm that the stock initialisation gives the layer's kernels (of mean 0).
 
         Args:
-            weight: (out_channels, 1, kh, kw), kernels as the stock initialisation drew them; drawn here if None.
+            weight: (out_channels, 1, kh, kw), kernels of the stock initialisation; made here if None.
 
         Raises:
             ProjectionError: The given kernels hold NaN or Inf.
@@ -247,14 +265,14 @@ class MasterKeyConv2d(ComputedConv2d):
                 bound = self.keys[0].numel() ** -0.5
                 nn.init.uniform_(self.bias, -bound, bound)
         self.keys.copy_(self.own_keys())  # empty after meta, to_empty()
-        draw = torch.rand(self.out_channels, len(self.keys), device=self.keys.device)
-        self.key_index.copy_(draw.topk(self.keys_per_kernel).indices)
+        order = torch.rand(self.out_channels, len(self.keys), device=self.keys.device)
+        self.key_index.copy_(order.topk(self.keys_per_kernel).indices)
         norm = (weight - weight.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1).mean()
-        self.scale.copy_(torch.randn(self.scale.shape, device=self.scale.device))  # an old torch draws 0 in bfloat16
+        self.scale.copy_(torch.randn(self.scale.shape, device=self.scale.device))  # an old torch gives 0 in bfloat16
         self.shift.zero_()
-        drawn = self.compose_weight().flatten(1).norm(dim=1, keepdim=True)
-        self.scale.copy_((self.scale.view(self.out_channels, -1) * (norm / drawn)).flatten())
-        self.r2.fill_(-1.0)  # nothing was fitted
+        now = self.compose_weight().flatten(1).norm(dim=1, keepdim=True)
+        self.scale.copy_((self.scale.view(self.out_channels, -1) * (norm / now)).flatten())
+        self.r2.fill_(RANDOM)
 
     def fitted(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """The compact entries but the keys, fitted to kernels (out_channels, 1, kh, kw)."""
@@ -291,10 +309,45 @@ class MasterKeyConv2d(ComputedConv2d):
     def _compose(self, rows: torch.Tensor) -> torch.Tensor:
         taps = self.keys.flatten(1)
         weight = self.shift.unsqueeze(1)
-        scale = self.scale.view(self.out_channels, self.keys_per_kernel)
-        for j in range(self.keys_per_kernel):
-            weight = torch.addcmul(weight, scale[:, j : j + 1], taps.index_select(0, rows[:, j]))
-        return weight.view(self.out_channels, 1, self.kernel_size[0], self.kernel_size[1])
+        scale = self.scale.view(-1, self.keys_per_kernel)
+        for j in range(self.keys_per_kernel):  # no slice of scale: Torch-Pruning would take it for one of channels
+            weight = torch.addcmul(weight, scale[:, j, None], taps.index_select(0, rows[:, j]))
+        return weight.view(-1, 1, self.kernel_size[0], self.kernel_size[1])
+
+    def random_kernels(self) -> torch.Tensor:
+        """(out_channels,) bool: which kernels have keys of random initialisation, not fitted ones."""
+        return (self.r2 - RANDOM).abs() < 0.5  # averages of weights round
+
+    def constant_kernels(self) -> torch.Tensor:
+        """(out_channels,) bool: which kernels are constant in the dense model, whatever calibration made of them."""
+        return (self.r2 - CONSTANT).abs() < 0.5
+
+    @torch.no_grad()
+    def keep_kernels(self, weight: torch.Tensor) -> bool:
+        """Leaves out all kernels but the given ones, where those are some of the layer's own, in their order.
+
+        ``out_channels`` says already how many they are. All entries stay what they are, bit for bit.
+        """
+        own, left = self.compose_weight().flatten(1), weight.detach().flatten(1)
+        if weight.is_meta or not len(left) == self.out_channels < len(own) or own.shape[1] != left.shape[1]:
+            return False
+        rows: list[int] = []
+        for kernel in left:
+            start = rows[-1] + 1 if rows else 0
+            equal = (own[start:] == kernel).all(1).nonzero()
+            if not len(equal):
+                return False
+            rows.append(start + int(equal[0, 0]))
+        index = torch.tensor(rows, device=own.device)
+        for name in self.compact_entries:
+            if name == "keys":
+                continue
+            value = getattr(self, name)
+            kept = value.detach().unflatten(0, (len(own), -1)).index_select(0, index).flatten(0, 1)
+            if name in self._parameters:
+                kept = nn.Parameter(kept, requires_grad=value.requires_grad)
+            setattr(self, name, kept)
+        return True
 
     def _trained_forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = self.key_rows()
@@ -318,22 +371,53 @@ class MasterKeyConv2d(ComputedConv2d):
 
         Raises:
             ConversionError: Networks with different keys were averaged.
+            CheckpointError: There are no values, see ``check_values``.
         """
         self._restore_keys()
+        self.check_values()
         if not self.key_index.is_meta and not torch.equal(self.key_index, self.key_index.round()):
             problem = index_problem(self.key_index, len(self.keys))
             if problem:
                 raise ConversionError(f"key_index {problem}")
 
+    def check_values(self, input: torch.Tensor | None = None) -> None:
+        """Raises CheckpointError if the layer was made empty, and nothing was loaded since.
+
+        Args:
+            input: If given, a layer on the meta device has no values for it either, unless it is there too.
+        """
+        if self._is_empty() or (input is not None and self.keys.is_meta and not input.is_meta):
+            raise CheckpointError(_NO_VALUES)
+
+    def _is_empty(self) -> bool:
+        if self._empty and not self.key_index.is_meta:
+            self._empty = bool(self.key_index.isnan().all())
+        return self._empty and not self.key_index.is_meta
+
+    @torch.no_grad()
+    def _make_empty(self) -> None:
+        """Marks that there are no values, so that whatever memory holds is not taken for some."""
+        self.key_index.fill_(torch.nan)
+        self._empty = True
+
     def train(self, mode: bool = True) -> "MasterKeyConv2d":
-        """As for any module; also ``check_keys``."""
-        self.check_keys()
+        """As for any module; also ``check_keys``, if there are any."""
+        self._restore_keys()
+        if not self._is_empty():
+            self.check_keys()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "MasterKeyConv2d":
         """Casts and moves as for any module, but keys and key indices lose no digits."""
         keys, key_index = self.keys, self.key_index
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        except NotImplementedError as error:  # torch's, as there is nothing to copy
+            if not any(value.is_meta for value in self.state_dict().values()):
+                raise
+            raise CheckpointError(_NO_VALUES) from error
+        if keys.is_meta and not self.keys.is_meta:
+            self._make_empty()
         if self.key_index.dtype != key_index.dtype:
             self.key_index = key_index.to(self.key_index.device)
         if self.keys is not keys:
@@ -346,29 +430,29 @@ class MasterKeyConv2d(ComputedConv2d):
         if not self.keys.is_meta:
             keys = self.own_keys().to(self.keys)
             if not torch.equal(keys, self.keys):
+                if not (keys - self.keys).abs().max() < _NO_KEY:
+                    self._make_empty()
                 self.keys.copy_(keys)
 
     def fuse(self) -> nn.Conv2d:
         """The ordinary convolution with these kernels: a new module that shares bias and hooks; this one is unchanged.
 
-        The output is the same bit for bit. The weight trains, unless scale or shift were frozen by hand. timm's
-        ``reparameterize_model`` and its scripts' ``--reparam`` call this.
+        The output is the same bit for bit. The weight trains where scale and shift do; with ``trainable="none"``, where
+        it did in the dense model. timm's ``reparameterize_model`` and its scripts' ``--reparam`` call this.
 
         Raises:
             ConversionError: Networks with different keys were averaged.
+            CheckpointError: There are no values, see ``check_values``.
         """
         self.check_keys()
         cls = Conv2dSame if self.same_padding else nn.Conv2d
         conv = cls.__new__(cls)
         conv.__dict__.update(self.__dict__)
-        for name in ("bank", "keys_per_kernel", "trainable", "same_padding", "_read", "operators"):
+        for name in _ATTRIBUTES:
             conv.__dict__.pop(name, None)
-        frozen = any(
-            not p.requires_grad
-            for name, p in self._parameters.items()
-            if p is not None and name in self.compact_entries
-        )
-        weight = nn.Parameter(self.compose_weight().detach(), requires_grad=not frozen)
+        trained = [p.requires_grad for name, p in self._parameters.items() if p is not None and name in _ENTRIES]
+        requires_grad = all(trained) if trained else not self.frozen
+        weight = nn.Parameter(self.compose_weight().detach(), requires_grad=requires_grad)
         kept = {name: value for name, value in self._parameters.items() if name not in self.compact_entries}
         conv._parameters = {"weight": weight, **kept}
         conv._buffers = {name: value for name, value in self._buffers.items() if name not in self.compact_entries}
@@ -412,12 +496,39 @@ class MasterKeyConv2d(ComputedConv2d):
 
 
 def fitted_entries(projection: Projection) -> dict[str, torch.Tensor]:
+    """The entries of a layer but its keys, from a fit of its kernels."""
     return {
         "key_index": projection.key_index,
         "scale": projection.scale.flatten(),
         "shift": projection.shift,
-        "r2": projection.r2,
+        "r2": projection.r2.masked_fill(projection.constant, CONSTANT),
     }
+
+
+def obstacle(conv: nn.Conv2d) -> str:
+    """Why no layer with frozen keys can stand in for a convolution; empty if one can. Its groups are not looked at."""
+    kind = type(conv)
+    if "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__:
+        return "its forward is replaced"
+    stock = kind.forward in (nn.Conv2d.forward, Conv2dSame.forward)
+    if not stock or kind._conv_forward is not nn.Conv2d._conv_forward:
+        return f"{kind.__name__} has a forward of its own"
+    taken = [name for name in (*_ENTRIES, *_ATTRIBUTES) if hasattr(conv, name)]
+    return f"its attribute '{taken[0]}' has the name of one that the layer needs" if taken else ""
+
+
+def _check_geometry(
+    in_channels: int, kernel_size: int | tuple[int, int], padding: object, groups: int | None, padding_mode: str
+) -> None:
+    if groups not in (None, in_channels):
+        raise ConversionError(
+            f"groups is {groups}, expected {in_channels}, the in_channels of a depthwise layer; take nn.Conv2d for "
+            f"others. {_LIBRARIES}"
+        )
+    if kernel_size in (1, (1, 1)):
+        raise ConversionError(f"kernel_size is 1x1, expected several taps: one has no shape for a key. {_LIBRARIES}")
+    if padding == "same_dynamic" and padding_mode != "zeros":
+        raise ConversionError(f"padding_mode is '{padding_mode}', expected 'zeros' with padding='same_dynamic'.")
 
 
 def check_trainable(trainable: str) -> None:

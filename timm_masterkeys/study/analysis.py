@@ -1,4 +1,4 @@
-"""Networks and banks side by side: do a bank's keys meet the kernels of every network, at every size?
+"""Networks and banks side by side: do a bank's keys fit the kernels of every network, at every size?
 
 Not imported with the package: ``from timm_masterkeys.study.analysis import compare_networks``.
 """
@@ -9,24 +9,26 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
+from ..conversion.report import R2_MEANS
+from ..conversion.table import number, share, table
 from ..errors import BankError
-from ..keys.banks import DEFAULT_BANK, Bank, get_bank
-from .kernels import Source, collect_kernels, name_sources, read_kernels
+from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
+from .kernels import Kernels, Source, collect_kernels, name_sources, read_kernels
 
 
 @dataclass(frozen=True)
 class ComparedKernels:
-    """How one bank meets the depthwise kernels of one size of one network.
+    """How well one bank fits the depthwise kernels of one size of one network.
 
     Attributes:
         network: Its name.
         kernel_size: (height, width).
         bank: The bank's name.
-        kernels: With a shape; the numbers are of these, and NaN if there is none.
+        kernels: How many were fitted; the figures are of these, and NaN if there is none.
         left_out: Kernels that are constant or not finite.
-        mean_r2: Mean R^2 of the nearest key, in [0, 1].
-        above_50: Share with R^2 above 0.5.
-        above_90: Share with R^2 above 0.9.
+        mean_r2: Mean R2 of the nearest key, in [0, 1].
+        above_50: Share with R2 above 0.5.
+        above_90: Share with R2 above 0.9.
         key_histogram: How many kernels are nearest to each key, by index in the bank.
     """
 
@@ -61,26 +63,33 @@ class Comparison:
         return float((counts / counts.sum(1, keepdim=True).clamp_min(1)).amin(0).sum())
 
     def __str__(self) -> str:
-        width = max(len(row.network) for row in self.rows)
-        bank = max(len(row.bank) for row in self.rows)
-        lines = [f"{'network':<{width}}  kernel  kernels  {'bank':<{bank}}  mean R2  R2>.5  R2>.9  kernels by key"]
-        for row in self.rows:
-            lines.append(
-                f"{row.network:<{width}}  {'x'.join(map(str, row.kernel_size)):>6}  {row.kernels:>7,}  "
-                f"{row.bank:<{bank}}  {row.mean_r2:>7.3f}  {row.above_50:>5.0%}  {row.above_90:>5.0%}  "
-                + " ".join(str(count) for count in row.key_histogram)
-            )
+        titles = ("network", "kernel", "kernels", "bank", "mean R2", "R2>.5", "R2>.9", "kernels by key")
+        lines = [R2_MEANS, table(titles, (_cells(row) for row in self.rows), "<>><>>><")]
         left_out = {(row.network, row.kernel_size): row.left_out for row in self.rows}
         if sum(left_out.values()):
             lines.append(f"left out: {sum(left_out.values()):,} kernels that are constant, or hold NaN or Inf")
         names = list(dict.fromkeys(row.network for row in self.rows))
         if len(names) == 2:
-            common = {row.kernel_size for row in self.rows if row.network == names[0]}
-            common &= {row.kernel_size for row in self.rows if row.network == names[1]}
-            for size in sorted(common):
-                share = self.overlap(names[0], names[1], size, self.rows[0].bank)
-                lines.append(f"{size[0]}x{size[1]}: the two use the keys of {self.rows[0].bank} {share:.0%} alike")
+            first, second = ({row.kernel_size for row in self.rows if row.network == name} for name in names)
+            bank = self.rows[0].bank
+            for size in sorted(first & second):
+                alike = self.overlap(names[0], names[1], size, bank)
+                lines.append(f"{size[0]}x{size[1]}: the two use the keys of {bank} {alike:.0%} alike")
         return "\n".join(lines)
+
+
+def _cells(row: ComparedKernels) -> list[str]:
+    """The cells of one row of the table."""
+    return [
+        row.network,
+        "x".join(map(str, row.kernel_size)),
+        f"{row.kernels:,}",
+        row.bank,
+        number(row.mean_r2),
+        share(row.above_50),
+        share(row.above_90),
+        " ".join(map(str, row.key_histogram)),
+    ]
 
 
 def compare_networks(
@@ -89,11 +98,13 @@ def compare_networks(
     """Fits every depthwise kernel of some networks with the nearest key of some banks, size by size.
 
     Args:
-        sources: As ``collect_kernels`` takes them: timm names, models, checkpoints, files and arrays of kernels.
+        sources: Dense networks, as ``collect_kernels`` takes them: timm names, models, checkpoints, files and arrays
+            of kernels. Converted models are refused; a fused one fits perfectly, and nothing tells it from a dense one.
         banks: Anything ``get_bank`` takes; random keys are the control.
 
     Raises:
-        BankError: A source without depthwise kernels, two sources or banks of one name, no such bank.
+        BankError: A source that is converted or has no depthwise kernels, two sources or banks of one name, no such
+            bank.
 
     Example:
         >>> print(compare_networks({"a": timm.create_model("convnext_atto"), "b": "kernels.npz"}))
@@ -111,19 +122,21 @@ def compare_networks(
             raise BankError(f"'{name}' holds no depthwise kernels. Leave it out.")
         for size in sizes:
             kernels = collect_kernels({name: [layer for layer in layers if tuple(layer.shape[1:]) == size]}, size)
-            for bank in resolved:
-                r2, index = kernels.fit(bank)
-                rows.append(
-                    ComparedKernels(
-                        name,
-                        size,
-                        bank.name,
-                        len(kernels),
-                        kernels.constant + kernels.non_finite,
-                        float(r2.mean()),
-                        float((r2 > 0.5).double().mean()),
-                        float((r2 > 0.9).double().mean()),
-                        tuple(torch.bincount(index, minlength=len(bank)).tolist()),
-                    )
-                )
+            rows += [_compare(name, kernels, bank) for bank in resolved]
     return Comparison(tuple(rows))
+
+
+def _compare(network: str, kernels: Kernels, bank: KeyBank) -> ComparedKernels:
+    """The fit of the kernels of one network by one bank."""
+    r2, index = kernels.fit(bank)
+    return ComparedKernels(
+        network=network,
+        kernel_size=kernels.kernel_size,
+        bank=bank.name,
+        kernels=len(kernels),
+        left_out=kernels.constant + kernels.non_finite,
+        mean_r2=float(r2.mean()),
+        above_50=float((r2 > 0.5).double().mean()),
+        above_90=float((r2 > 0.9).double().mean()),
+        key_histogram=tuple(torch.bincount(index, minlength=len(bank)).tolist()),
+    )

@@ -4,27 +4,22 @@ Not imported with the package: ``from timm_masterkeys.study.discovery import col
 """
 
 import copy
-import hashlib
-import json
-import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..calibration.images import builtin_images
+from ..conversion.apply import converted_layers
+from ..conversion.convert import convert_to_masterkeys
+from ..conversion.plan import plan_conversion
+from ..conversion.table import number, table
 from ..errors import BankError
-from ..files import atomic_path
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
-from ..models.plan import plan_conversion
-from ..models.surgery import convert_to_masterkeys
-from ..repair.images import builtin_images
 from .kernels import Kernels, collect_kernels
 
 __all__ = [
@@ -51,18 +46,18 @@ MOST = 25  # keys on the curve
 
 @dataclass(frozen=True)
 class Discovery:
-    """A bank that was found; ``str()`` says how well it does.
+    """A bank that was found; ``str()`` says how well it fits.
 
     Attributes:
         bank: The keys, most used first, with where they come from.
         curve: Score by number of keys, in the last round of elimination.
         elbow: The number of keys at which the curve bends most.
-        r2: Mean R^2 of the nearest key, on the kernels held out (on those searched where none are), by bank: the one
+        r2: Mean R2 of the nearest key, on the kernels held out (on those searched where none are), by bank: the one
             found; as many lines fitted directly to the kernels searched; the published keys; random keys; and the
             ceiling, as many lines fitted to the very kernels measured.
         searched: Kernels searched.
         held_out: Kernels held out.
-        constant: Kernels left out as they have no shape.
+        constant: Kernels left out as they are constant.
         non_finite: Kernels left out as they hold NaN or Inf.
     """
 
@@ -79,12 +74,12 @@ class Discovery:
         lines = [f"{len(self.bank)} keys from {self.searched:,} kernels; the curve of scores bends at {self.elbow}"]
         if self.constant or self.non_finite:
             lines.append(f"left out: {self.constant:,} constant kernels, {self.non_finite:,} with NaN or Inf")
-        lines.append(f"mean R2 on {f'{self.held_out:,} kernels held out' if self.held_out else 'the same kernels'}:")
-        lines += [f"  {name:<22} {value:.3f}" for name, value in self.r2.items()]
+        measured = f"{self.held_out:,} kernels held out" if self.held_out else "the same kernels"
+        lines += ["", f"on {measured}, the share of a kernel's variance that its nearest key explains:"]
+        lines += [table(("fitted by", "mean R2"), [(name, number(value)) for name, value in self.r2.items()]), ""]
         shown = sorted(count for count in self.curve if count <= max(2 * self.elbow, len(self.bank)))
-        lines.append("keys   " + " ".join(f"{count:>6}" for count in shown))
-        lines.append("score  " + " ".join(f"{self.curve[count]:>6.3f}" for count in shown))
-        return "\n".join(lines)
+        scores = ["score", *(number(self.curve[count]) for count in shown)]
+        return "\n".join([*lines, table(("keys", *map(str, shown)), [scores])])
 
 
 def discover_bank(
@@ -95,21 +90,21 @@ def discover_bank(
     equal_networks: bool = True,
     method: Literal["autoencoder", "lines"] = "autoencoder",
     score: Score | None = None,
-    resume: str | os.PathLike[str] | None = None,
     seed: int = 0,
     name: str = "discovered",
     device: str | torch.device = "cpu",
 ) -> Discovery:
-    """Searches a bank of keys that meet kernels as ``a*x + b``.
+    """Searches a bank of keys that fit kernels as ``a*x + b``.
 
     ``"autoencoder"`` is the paper's search (Babaiee et al., NeurIPS 2025, section 3): an autoencoder whose code is one
-    number, trained with a cosine loss; 50 candidates along the code; again and again the candidate that is missed
-    least goes; then the same among candidates sampled finely around the best ten. A kernel and its negative are one.
+    number, trained with a cosine loss; 50 candidates along the code; again and again the candidate goes without which
+    the score is best; then the same among candidates sampled finely around the best ten. A kernel and its negative
+    count as one.
     ``"lines"`` fits lines through the origin directly (``fit_lines``): about the best that a bank of so many keys can
     do on the kernels searched.
 
     The number of keys is the elbow of the curve of scores over 1 to 25 keys: the point farthest above the straight
-    line between its ends. At smaller sizes the bank is cropped: keys so found meet real kernels better than folded.
+    line between its ends. At smaller sizes the bank is cropped: keys so found fit real kernels better than folded.
 
     Args:
         kernels: From ``collect_kernels``.
@@ -117,72 +112,87 @@ def discover_bank(
         held_out: Network(s) to measure on instead of searching them.
         equal_networks: Every network counts the same, else every kernel.
         method: See above.
-        score: Of a set of keys (K, kh, kw), the larger the better; weighted mean R^2 on the kernels searched if None.
+        score: Of a set of keys (K, kh, kw), the larger the better; weighted mean R2 on the kernels searched if None.
             ``agreement_score`` makes one of a network. ``"autoencoder"`` calls it some 3,000 times, ``"lines"`` 25.
-        resume: File (JSON) that keeps what ``score`` returned: a search that was broken off, started again with the
-            same arguments, goes on where it was. The first value kept is checked against ``score``.
         seed: Of the training and the starts; the same seed gives the same bank on the same device.
         name: Of the bank.
         device: Where the search computes; kernels, the keys given to ``score`` and the bank stay on the CPU.
 
     Raises:
         BankError: Unknown networks to hold out, too little left to search, a number of keys out of range, an unknown
-            method, a device without float64, or a file to resume from that is of another search or score.
+            method, or a device without float64.
 
     Example:
         >>> found = discover_bank(kernels, held_out=["b"])
         >>> found.bank.save("mine.safetensors")
         >>> convert_to_masterkeys(model, bank="mine.safetensors")
     """
+    _check_search(keys, method, device)
     held_out = (held_out,) if isinstance(held_out, str) else held_out
-    searched, apart = kernels.split(held_out)
-    if held_out and not len(apart):
-        raise BankError(f"No kernel of {', '.join(held_out)} has a shape: nothing is held out.")
-    if len(searched) < FEWEST:
-        raise BankError(f"{len(searched)} kernels with a shape are left to search, expected at least {FEWEST}.")
+    searched, apart = _split(kernels, held_out)
+    searched, apart = searched.to(device), apart.to(device)
+    weights = searched.weights(equal_networks)
+    rate = None if score is None else (lambda found: score(found.cpu().unflatten(1, kernels.kernel_size)))
+    search = _search_lines if method == "lines" else _search_autoencoder
+    best, curve, elbow = search(searched, weights, keys, seed, rate)
+    use = _by_group(weights, searched.fit_keys(best)[1], len(best)).sum(0)
+    best = best[use.argsort(descending=True, stable=True)]
+    lines = best if method == "lines" else fit_lines(searched.values, weights, len(best), seed)
+    weighted = f"all {'networks' if equal_networks else 'kernels'} count the same"
+    how = f"{method}, seed {seed}, {weighted}{'' if score is None else ', by a score of its own'}"
+    return Discovery(
+        bank=_as_bank(name, best, kernels, held_out, f"discovered ({how}) in {len(searched):,} kernels of "),
+        curve=curve,
+        elbow=elbow,
+        r2=_measure(best, lines, searched, apart, equal_networks, seed),
+        searched=len(searched),
+        held_out=len(apart),
+        constant=kernels.constant,
+        non_finite=kernels.non_finite,
+    )
+
+
+def _check_search(keys: int | None, method: str, device: str | torch.device) -> None:
     if keys is not None and not 1 <= keys <= MOST:
         raise BankError(f"keys is {keys}, expected 1 to {MOST}.")
     if method not in ("autoencoder", "lines"):
         raise BankError(f"method is '{method}', expected 'autoencoder' or 'lines'.")
     if torch.device(device).type in ("meta", "mps"):
         raise BankError(f"device is '{device}'; the search takes float64, on CPU or CUDA.")
-    if resume is not None:
-        if score is None:
-            raise BankError("resume keeps the values of a score of your own; without one there is nothing to keep.")
-        values = hashlib.sha256(searched.values.numpy().tobytes()).hexdigest()
-        score = _remembered(score, Path(resume), f"{method}, seed {seed}, {equal_networks}, kernels {values}")
-    searched, apart = searched.to(device), apart.to(device)
-    weights = searched.weights(equal_networks)
-    rate = None if score is None else (lambda found: score(found.cpu().unflatten(1, kernels.kernel_size)))
-    search = _search_lines if method == "lines" else _search_autoencoder
-    best, curve, elbow = search(searched, weights, keys, seed, rate)
-    use = _spread(weights, searched.fit_keys(best)[1], len(best)).sum(0)
-    best = best[use.argsort(descending=True, stable=True)]
+
+
+def _as_bank(name: str, keys: torch.Tensor, kernels: Kernels, held_out: Sequence[str], how: str) -> KeyBank:
+    """Keys (K, taps) as a bank that says which networks they were found in."""
+    source = how + ", ".join(network for network in kernels.names if network not in held_out)
+    source += f"; held out: {', '.join(held_out)}" if held_out else ""
+    return KeyBank(name, keys.cpu().unflatten(1, kernels.kernel_size).numpy(), source, resize="crop")
+
+
+def _split(kernels: Kernels, held_out: Sequence[str]) -> tuple[Kernels, Kernels]:
+    """The kernels to search and those held out; refused where there are too few of either."""
+    searched, apart = kernels.split(held_out)
+    if held_out and not len(apart):
+        raise BankError(f"All kernels of {', '.join(held_out)} are constant: nothing is held out.")
+    if len(searched) < FEWEST:
+        raise BankError(f"{len(searched)} kernels that are not constant are left to search, expected {FEWEST} or more.")
+    return searched, apart
+
+
+def _measure(
+    best: torch.Tensor, lines: torch.Tensor, searched: Kernels, apart: Kernels, equal_networks: bool, seed: int
+) -> dict[str, float]:
+    """Mean R2 by bank, see ``Discovery.r2``."""
     measured = apart if len(apart) else searched
+    weights = measured.weights(equal_networks)
     banks = {
         "this bank": best,
-        "lines fitted directly": best if method == "lines" else fit_lines(searched.values, weights, len(best), seed),
-        "published keys": get_bank(DEFAULT_BANK).keys_for(kernels.kernel_size).flatten(1).double(),
-        "random keys": get_bank("random8:0").keys_for(kernels.kernel_size).flatten(1).double(),
+        "lines fitted directly": lines,
+        "published keys": get_bank(DEFAULT_BANK).keys_for(measured.kernel_size).flatten(1).double(),
+        "random keys": get_bank("random8:0").keys_for(measured.kernel_size).flatten(1).double(),
     }
-    even = measured.weights(equal_networks)
     if len(apart):
-        banks["ceiling"] = fit_lines(measured.values, even, len(best), seed)
-    networks = ", ".join(network for network in kernels.names if network not in held_out)
-    how = f"{method}, seed {seed}, all {'networks' if equal_networks else 'kernels'} count the same"
-    how += "" if score is None else ", by a score of its own"
-    source = f"discovered ({how}) in {len(searched):,} kernels of {networks}"
-    source += f"; held out: {', '.join(held_out)}" if held_out else ""
-    return Discovery(
-        bank=KeyBank(name, best.cpu().unflatten(1, kernels.kernel_size).numpy(), source, resize="crop"),
-        curve=curve,
-        elbow=elbow,
-        r2={title: float(even @ measured.fit_keys(found.to(device))[0]) for title, found in banks.items()},
-        searched=len(searched),
-        held_out=len(apart),
-        constant=kernels.constant,
-        non_finite=kernels.non_finite,
-    )
+        banks["ceiling"] = fit_lines(measured.values, weights, len(best), seed)
+    return {title: float(weights @ measured.fit_keys(found.to(best.device))[0]) for title, found in banks.items()}
 
 
 def _search_lines(
@@ -216,13 +226,13 @@ def _search_autoencoder(
 def eliminate(
     kernels: torch.Tensor, weights: torch.Tensor, candidates: torch.Tensor, score: Score | None = None
 ) -> tuple[list[int], dict[int, float]]:
-    """Removes candidates one by one, each time the one that is missed least (greedy backward elimination).
+    """Removes candidates one by one, each time the one without which the score is best (greedy backward elimination).
 
     Args:
         kernels: (N, taps), mean 0 and norm 1.
         weights: (N,) of sum 1.
         candidates: (K, taps), mean 0 and norm 1.
-        score: Of a set of candidates (K', taps); weighted mean R^2 of the nearest one if None.
+        score: Of a set of candidates (K', taps); weighted mean R2 of the nearest one if None.
 
     Returns:
         The candidates in the order of removal (the last one is never removed), and the score by how many are left.
@@ -234,21 +244,29 @@ def eliminate(
     with tqdm(total=trials, desc="eliminate", leave=False, disable=None, delay=2) as bar:
         while len(left) > 1:
             if score is None:
-                best = fits[:, left].topk(2, 1)
-                missed = weights * (best.values[:, 0] - best.values[:, 1])
-                lost = _spread(missed, best.indices[:, 0], len(left)).sum(0)
-                worst, now = int(lost.argmin()), curve[len(left)] - float(lost.min())
+                scores = _scores_without(fits[:, left], weights, curve[len(left)])
                 bar.update(len(left))
             else:
-                scores = []
-                for i in range(len(left)):
-                    scores.append(score(candidates[left[:i] + left[i + 1 :]]))
-                    bar.update()
-                now = max(scores)
-                worst = scores.index(now)
-            removed.append(left.pop(worst))
-            curve[len(left)] = now
+                scores = _try_without(candidates[left], score, bar)
+            curve[len(left) - 1] = max(scores)
+            removed.append(left.pop(scores.index(max(scores))))
     return [*removed, *left], curve
+
+
+def _try_without(candidates: torch.Tensor, score: Score, bar: tqdm) -> list[float]:
+    """The score without each of the candidates."""
+    scores = []
+    for index in range(len(candidates)):
+        scores.append(score(torch.cat([candidates[:index], candidates[index + 1 :]])))
+        bar.update()
+    return scores
+
+
+def _scores_without(fits: torch.Tensor, weights: torch.Tensor, score: float) -> list[float]:
+    """The mean R2 without each of the candidates, of the fits (N, K) by each and the mean R2 with all of them."""
+    best = fits.topk(2, 1)  # a kernel whose nearest candidate goes takes the second nearest
+    lost = weights * (best.values[:, 0] - best.values[:, 1])
+    return (score - _by_group(lost, best.indices[:, 0], fits.shape[1]).sum(0)).tolist()
 
 
 def find_elbow(curve: Mapping[int, float]) -> int:
@@ -266,8 +284,8 @@ def fit_lines(
     """Lines through the origin nearest to kernels: (count, taps) of mean 0 and norm 1.
 
     By turns every kernel goes to the line it correlates with most, sign apart, and every line takes a step of the power
-    iteration towards the principal direction of its kernels; neither lowers the mean R^2. The best of some random
-    starts, each line of which begins at a kernel the lines before it do not meet.
+    iteration towards the principal direction of its kernels; neither lowers the mean R2. The best of some random
+    starts, each line of which begins at a kernel that the lines before it do not fit.
 
     Args:
         kernels: (N, taps), mean 0 and norm 1.
@@ -277,37 +295,45 @@ def fit_lines(
         restarts: How many starts.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    found, most = kernels[:count], -1.0
-    for _ in range(restarts):
-        lines = kernels[_draw(weights, 1, generator=generator)]
-        while len(lines) < min(count, len(kernels)):
-            missed = weights * (1 - (kernels @ lines.T).square().amax(1)).clamp_min(1e-12)
-            lines = torch.cat([lines, kernels[_draw(missed, 1, generator=generator)]])
-        before = -1.0
-        for _ in range(1000):
-            projected = kernels @ lines.T
-            nearest = projected.abs().argmax(1)
-            own = projected.gather(1, nearest[:, None])[:, 0]
-            score = float(weights @ own.square())
-            if score < before + 1e-7:
-                break
-            before = score
-            step = _spread(weights * own, nearest, len(lines)).T @ kernels
-            norm = step.norm(dim=1, keepdim=True)
-            lines = torch.where(norm > 0, step / norm.clamp_min(1e-30), lines)
-        if score > most:
-            found, most = lines, score
-    return found
+    starts = (_start(kernels, weights, count, generator) for _ in range(restarts))
+    fits = [_improve(lines, kernels, weights) for lines in starts]
+    return max(fits, key=lambda fit: fit[1])[0]
 
 
-def _draw(
+def _start(kernels: torch.Tensor, weights: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Some of the kernels, by chance: those that the ones chosen before do not fit more likely."""
+    lines = kernels[_sample(weights, 1, generator=generator)]
+    while len(lines) < min(count, len(kernels)):
+        error = weights * (1 - (kernels @ lines.T).square().amax(1)).clamp_min(1e-12)
+        lines = torch.cat([lines, kernels[_sample(error, 1, generator=generator)]])
+    return lines
+
+
+def _improve(lines: torch.Tensor, kernels: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Lines after as many steps as raise their mean R2, and that."""
+    before = score = -1.0
+    for _ in range(1000):
+        projected = kernels @ lines.T
+        nearest = projected.abs().argmax(1)
+        own = projected.gather(1, nearest[:, None])[:, 0]
+        score = float(weights @ own.square())
+        if score < before + 1e-7:
+            break
+        before = score
+        step = _by_group(weights * own, nearest, len(lines)).T @ kernels
+        norm = step.norm(dim=1, keepdim=True)
+        lines = torch.where(norm > 0, step / norm.clamp_min(1e-30), lines)
+    return lines, score
+
+
+def _sample(
     weights: torch.Tensor, count: int, replacement: bool = False, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """So many indices, drawn with these weights; on the CPU, so that every device draws alike."""
+    """So many random indices with these weights, from the CPU's generator, so that every device has the same."""
     return torch.multinomial(weights.cpu(), count, replacement, generator=generator).to(weights.device)
 
 
-def _spread(values: torch.Tensor, group: torch.Tensor, count: int) -> torch.Tensor:
+def _by_group(values: torch.Tensor, group: torch.Tensor, count: int) -> torch.Tensor:
     """(N, count), each value (N,) in the column of its group: sums over it have an order, on GPUs too."""
     return values.new_zeros(len(values), count).scatter_(1, group[:, None], values[:, None])
 
@@ -319,34 +345,43 @@ def match_banks(bank: Bank, other: Bank, kernel_size: tuple[int, int] = (7, 7)) 
 
     Raises:
         BankError: No such bank, or no key at this size.
+        ImportError: scipy is missing.
 
     Example:
         >>> match_banks("babaiee2025", "scale-space-b")[0]
         (7, 7, 0.9974...)
     """
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ImportError("Matching two banks needs scipy: pip install 'timm_masterkeys[study]'") from error
     first, second = get_bank(bank), get_bank(other)
     keys, others = (b.keys_for(kernel_size).flatten(1).double() for b in (first, second))
     correlation = (keys @ others.T).abs().numpy()
-    pairs = [
-        (first.kept(kernel_size)[i], second.kept(kernel_size)[j], float(correlation[i, j]))
-        for i, j in _assign(correlation)
-    ]
+    kept, others_kept = first.kept(kernel_size), second.kept(kernel_size)
+    rows, columns = linear_sum_assignment(correlation, maximize=True)
+    pairs = [(kept[i], others_kept[j], float(correlation[i, j])) for i, j in zip(rows, columns, strict=True)]
     return sorted(pairs, key=lambda pair: -pair[2])
 
 
 def agreement_score(model: nn.Module, images: torch.Tensor | Literal["builtin"]) -> Score:
-    """A score for ``discover_bank``: the share of images to which the converted network gives the class of the dense.
+    """A score for ``discover_bank``: the share of images that the converted network and the dense model class alike.
 
     Args:
-        model: A network with depthwise convolutions that returns logits. Not changed.
+        model: A dense model with depthwise convolutions that returns logits. Not changed.
         images: (N, 3, H, W), normalised, on the model's device; or "builtin": ``builtin_images(model)``.
 
     Returns:
         A function of keys (K, kh, kw) to [0, 1]; 0 where some layer cannot be converted with these keys.
 
+    Raises:
+        BankError: The model is converted already.
+
     Example:
-        >>> found = discover_bank(kernels, score=agreement_score(model, images), resume="scores.json")
+        >>> found = discover_bank(kernels, score=agreement_score(model, images))
     """
+    if converted_layers(model):
+        raise BankError(f"The {type(model).__name__} is a converted model. Give the dense model it was made from.")
     model = copy.deepcopy(model).eval()
     shown = images if isinstance(images, torch.Tensor) else builtin_images(model)
 
@@ -354,73 +389,17 @@ def agreement_score(model: nn.Module, images: torch.Tensor | Literal["builtin"])
     def classes(network: nn.Module) -> torch.Tensor:
         return torch.cat([network(batch).argmax(1) for batch in shown.split(50)])
 
-    wanted = classes(model)
+    expected = classes(model)
     layers = len(plan_conversion(model).converted)
 
     def score(keys: torch.Tensor) -> float:
         bank = KeyBank("candidates", keys.numpy(), resize="crop")
-        if len(plan_conversion(model, bank).converted) < layers:  # none of these keys has a shape at some layer's size
+        if len(plan_conversion(model, bank).converted) < layers:  # all of these keys vanish at some layer's size
             return 0.0
         converted = convert_to_masterkeys(model, bank=bank).eval()
-        return float((classes(converted) == wanted).double().mean())
+        return float((classes(converted) == expected).double().mean())
 
     return score
-
-
-def _assign(values: np.ndarray) -> list[tuple[int, int]]:
-    """The one-to-one assignment of rows to columns with the largest sum: the Hungarian method, by shortest paths."""
-    if values.shape[0] > values.shape[1]:
-        return [(row, column) for column, row in _assign(values.T)]
-    rows, columns = values.shape
-    row_price, column_price = np.zeros(rows), np.zeros(columns + 1)
-    taken = np.full(columns + 1, -1)  # the row of each column; the last column stands for the row to be placed
-    for row in range(rows):
-        column, taken[-1] = columns, row
-        length, previous, seen = np.full(columns, np.inf), np.zeros(columns, int), np.zeros(columns + 1, bool)
-        while taken[column] >= 0:
-            seen[column] = True
-            i = taken[column]
-            reduced = -values[i] - row_price[i] - column_price[:-1]
-            shorter = ~seen[:-1] & (reduced < length)
-            length[shorter], previous[shorter] = reduced[shorter], column
-            column = int(np.where(seen[:-1], np.inf, length).argmin())
-            step = length[column]
-            row_price[taken[seen]] += step
-            column_price[seen] -= step
-            length -= step
-        while column != columns:
-            taken[column] = taken[previous[column]]
-            column = previous[column]
-    return [(int(taken[column]), column) for column in range(columns) if taken[column] >= 0]
-
-
-def _remembered(score: Score, path: Path, search: str) -> Score:
-    """The same score, its values kept in a file."""
-    kept = {"search": search, "scores": {}}
-    if path.exists():
-        try:
-            kept = json.loads(path.read_text())
-        except ValueError as error:
-            raise BankError(f"'{path}' is no file of scores: {error}. Remove it to start anew.") from error
-        if not isinstance(kept, dict) or kept.get("search") != search:
-            raise BankError(f"'{path}' is of another search. Name another file, or remove it to start anew.")
-    scores: dict[str, float] = kept["scores"]  # type: ignore[assignment]
-    unchecked = bool(scores)
-
-    def remembered(keys: torch.Tensor) -> float:
-        nonlocal unchecked
-        digest = hashlib.sha256(keys.numpy().tobytes()).hexdigest()
-        if unchecked and digest in scores:
-            if not math.isclose(now := float(score(keys)), scores[digest], rel_tol=1e-6, abs_tol=1e-9):
-                raise BankError(f"'{path}' is of another score: it holds {scores[digest]} where this one gives {now}.")
-            unchecked = False
-        if digest not in scores:
-            scores[digest] = float(score(keys))
-            with atomic_path(path) as tmp:
-                Path(tmp).write_text(json.dumps(kept))
-        return scores[digest]
-
-    return remembered
 
 
 def _train_autoencoder(
@@ -432,14 +411,14 @@ def _train_autoencoder(
     data = (kernels * largest.sign()).float()  # a kernel and its negative are one
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with torch.device("cpu"):  # drawn there, as the batches
+        with torch.device("cpu"):  # initialised there, as the batches are chosen there
             encoder = nn.Sequential(nn.Linear(taps, 128), nn.GELU(), nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 1))
             decoder = nn.Sequential(nn.Linear(1, 64), nn.GELU(), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, taps))
         encoder, decoder = encoder.to(data.device), decoder.to(data.device)
         optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=2e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in tqdm(range(STEPS), desc="autoencoder", leave=False, disable=None, delay=2):
-            batch = data[_draw(weights, BATCH, replacement=True)]
+            batch = data[_sample(weights, BATCH, replacement=True)]
             out = decoder(encoder(batch).sigmoid())
             loss = 1 - F.cosine_similarity(out - out.mean(1, keepdim=True), batch).mean()
             optimizer.zero_grad()

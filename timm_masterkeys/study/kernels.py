@@ -1,9 +1,11 @@
-"""The depthwise kernels of trained networks, gathered for analysis and search."""
+"""The depthwise kernels of dense networks, gathered for analysis and search."""
 
+import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import timm
@@ -12,8 +14,12 @@ from timm.models import load_state_dict
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..conversion.apply import converted_layers
 from ..errors import BankError
+from ..hub.files import COMPACT_NAME, DENSE_NAME
+from ..hub.save import is_masterkeys_tag
 from ..keys.banks import Bank, get_bank
+from ..keys.projection import constant_kernels
 
 Array = torch.Tensor | np.ndarray
 Source = str | os.PathLike[str] | nn.Module | Array | Sequence[Array]
@@ -22,14 +28,14 @@ _FILES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 @dataclass(frozen=True, eq=False)
 class Kernels:
-    """Kernels that have a shape, each with mean 0 and norm 1, and the networks they come from.
+    """Kernels that are not constant, each with mean 0 and norm 1, and the networks they come from.
 
     Attributes:
         values: (N, kh * kw) float64.
         network: (N,) int64, indices into ``names``.
         names: Of the networks.
         kernel_size: (height, width).
-        constant: How many were left out as they have no shape: constant or all zero.
+        constant: How many were left out as they are constant or all zero: they have no R2.
         non_finite: How many were left out as they hold NaN or Inf.
     """
 
@@ -68,7 +74,7 @@ class Kernels:
         return rest, apart
 
     def fit(self, bank: Bank) -> tuple[torch.Tensor, torch.Tensor]:
-        """R^2 (N,) of the least-squares fit ``a*x + b`` by the nearest key, and that key's index in the bank (N,)."""
+        """R2 (N,) of the least-squares fit ``a*x + b`` by the nearest key, and that key's index in the bank (N,)."""
         bank = get_bank(bank)
         r2, index = self.fit_keys(bank.keys_for(self.kernel_size).flatten(1).to(self.values))
         return r2, torch.tensor(bank.kept(self.kernel_size), device=index.device)[index]
@@ -82,16 +88,21 @@ class Kernels:
 def collect_kernels(
     sources: Mapping[str, Source] | Sequence[Source], kernel_size: int | tuple[int, int] = 7
 ) -> Kernels:
-    """Gathers the depthwise kernels of one size from networks.
+    """Gathers the depthwise kernels of one size from dense networks.
+
+    Converted models are refused: their kernels are computed from keys, so that a fit by these keys is perfect and says
+    nothing. The same holds for a network that was fused after conversion, but nothing tells it from a dense one: leave
+    it out yourself.
 
     Args:
-        sources: Networks by name, or a list of them: timm names (their pretrained weights), models, checkpoints
+        sources: Dense networks by name, or a list of them: timm names (their pretrained weights), models, checkpoints
             (``.safetensors``, or ``.pth`` read without unpickling code), ``.npz`` files of arrays, or arrays of kernels
             (C, kh, kw) or (C, 1, kh, kw). Of a checkpoint all 4-D weights (C, 1, kh, kw) are taken.
         kernel_size: In taps; (height, width) if it is no square.
 
     Raises:
-        BankError: Two sources of one name, a source that holds no kernel of this size, or a file that holds none.
+        BankError: Two sources of one name, a converted model, a source that holds no kernel of this size, or a file
+            that cannot be read.
 
     Example:
         >>> kernels = collect_kernels({"a": timm.create_model("convnext_atto"), "b": torch.randn(96, 7, 7)})
@@ -111,12 +122,11 @@ def collect_kernels(
         kernels = torch.cat(found)
         finite = kernels.isfinite().all(1)
         kernels = kernels[finite]
-        centred = kernels - kernels.mean(1, keepdim=True)
-        norm = centred.norm(dim=1)
-        shaped = norm > 1e-6 * kernels.norm(dim=1).clamp_min(1e-30)
+        varied = ~constant_kernels(kernels)
+        centred = kernels[varied] - kernels[varied].mean(1, keepdim=True)
         non_finite += int((~finite).sum())
-        constant += int((~shaped).sum())
-        values.append(centred[shaped] / norm[shaped, None])
+        constant += int((~varied).sum())
+        values.append(centred / centred.norm(dim=1, keepdim=True))
         network.append(torch.full((len(values[-1]),), index, device="cpu"))
     return Kernels(torch.cat(values), torch.cat(network), tuple(named), (height, width), constant, non_finite)
 
@@ -152,30 +162,64 @@ def read_kernels(source: Source) -> list[torch.Tensor]:
     """The depthwise kernels of a network, layer by layer, as (C, kh, kw) float64; see ``collect_kernels``."""
     if isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
-        if not os.path.isfile(path):
-            if path.endswith(_FILES) or (os.path.isabs(path) and not os.path.isdir(path)):
-                raise BankError(f"Cannot read kernels from '{path}': there is no such file.")
-            if os.path.isdir(path):
-                raise BankError(f"'{path}' is a folder. Give its file of dense weights, as model.safetensors.")
-            try:
-                return read_kernels(timm.create_model(path, pretrained=True))
-            except RuntimeError as error:
-                raise BankError(f"'{path}' is no file, and timm cannot make it: {error}") from error
-        try:
-            if path.endswith(".npz"):
-                with zipfile.ZipFile(path), np.load(path) as file:  # np.load alone takes other files as well
-                    return _stacks(list(file.values()))
-            state = load_state_dict(path, use_ema=True, weights_only=True)
-            tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
-        except Exception as error:  # a damaged file: unpickling may raise anything
-            raise BankError(f"Cannot read kernels from '{path}': {error!r}.") from error
-        if any(name.endswith(".key_index") for name in state):
-            raise BankError(f"'{path}' holds a converted model. Give its dense weights, as model.safetensors.")
-        return _stacks([value for value in tensors if value.ndim == 4])
+        return _read_file(path) if os.path.isfile(path) else _read_name(path)
     if isinstance(source, nn.Module):
+        if converted_layers(source):
+            raise _converted(f"The {type(source).__name__}")
         layers = [m for m in source.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1]
         return _stacks([layer.weight for layer in layers])
     return _stacks([source] if isinstance(source, (torch.Tensor, np.ndarray)) else source)
+
+
+def _read_name(name: str) -> list[torch.Tensor]:
+    """The kernels of a timm name's pretrained weights; what is no such name is refused with what to give instead."""
+    if name.endswith(_FILES) or (os.path.isabs(name) and not os.path.isdir(name)):
+        raise BankError(f"Cannot read kernels from '{name}': there is no such file.")
+    if os.path.isdir(name):
+        if _is_converted_folder(Path(name)):
+            raise _converted(f"'{name}'")
+        raise BankError(f"'{name}' is a folder. Give its file of dense weights, as model.safetensors.")
+    if ":" not in name and is_masterkeys_tag(name.partition(".")[2]):
+        raise _converted(f"'{name}'")
+    try:
+        return read_kernels(timm.create_model(name, pretrained=True))
+    except RuntimeError as error:
+        raise BankError(f"'{name}' is no file, and timm cannot make it: {error}") from error
+
+
+def _read_file(path: str) -> list[torch.Tensor]:
+    """The kernels in a file of arrays or a checkpoint."""
+    try:
+        if path.endswith(".npz"):
+            with zipfile.ZipFile(path), np.load(path) as file:  # np.load alone takes other files as well
+                state = dict(file.items())
+        else:
+            state = load_state_dict(path, use_ema=True, weights_only=True)
+        names = [str(name) for name in state]
+    except Exception as error:  # a damaged file: unpickling may raise anything
+        raise BankError(f"Cannot read kernels from '{path}': {error!r}.") from error
+    if any(name.endswith("key_index") for name in names) or _is_converted_folder(Path(path).absolute().parent, path):
+        raise _converted(f"'{path}'")
+    if path.endswith(".npz"):
+        return _stacks(list(state.values()))
+    return _stacks([value for value in state.values() if isinstance(value, torch.Tensor) and value.ndim == 4])
+
+
+def _is_converted_folder(folder: Path, file: str = DENSE_NAME) -> bool:
+    """Whether a folder holds a converted model as ``save_pretrained`` writes it, of which the file is a part."""
+    if os.path.basename(file) != DENSE_NAME:
+        return False
+    try:
+        return "masterkeys" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return (folder / COMPACT_NAME).is_file()
+
+
+def _converted(what: str) -> BankError:
+    return BankError(
+        f"{what} is a converted model: its kernels are computed from keys, so the fit would be perfect (R2 = 1) and "
+        "say nothing. Give the dense model it was made from."
+    )
 
 
 def _stacks(arrays: Sequence[Array]) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ Not imported with the package: ``from timm_masterkeys.study.plotting import plot
 matplotlib ``Figure`` of its own, to show or to save: ``plot_bank("babaiee2025").savefig("bank.png")``.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..conversion.apply import converted_layers
+from ..conversion.report import COVERAGE, ConversionReport, kernel_fits
+from ..conversion.wrapped import unwrapped
 from ..errors import ConversionError
 from ..keys.banks import DEFAULT_BANK, Bank, get_bank
 from ..layers import MasterKeyConv2d
-from ..models.report import COVERAGE, ConversionReport
-from ..models.wrapped import unwrapped
 from .discovery import Discovery
 
 try:
@@ -23,7 +25,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 except ImportError as error:
-    raise ImportError("Pictures need matplotlib: pip install timm_masterkeys[plot]") from error
+    raise ImportError("Pictures need matplotlib: pip install 'timm_masterkeys[plot]'") from error
 
 DIVERGING = "RdBu_r"  # zero is white; told apart with any colour vision
 # Okabe and Ito's colours, told apart with any colour vision; beyond eight they come again, hatched.
@@ -52,53 +54,93 @@ def plot_bank(bank: Bank = DEFAULT_BANK, kernel_size: tuple[int, int] | None = N
     for axis in axes:
         axis.axis("off")
     for axis, key, index in zip(axes, keys, kept, strict=False):
-        image = _kernel(axis, key, most)
+        image = draw_kernel(axis, key, most)
         axis.set_title(f"key {index + 1}", fontsize=9)
-    bar = figure.colorbar(image, ax=axes.tolist(), shrink=0.8, pad=0.01)
-    bar.ax.tick_params(labelsize=7)
+    draw_colour_bar(figure, image, axes)
     figure.suptitle(f"{bank.name}, {size[0]}x{size[1]}", fontsize=10)
     return figure
 
 
-@torch.no_grad()
-def plot_kernels(model: nn.Module, reference: nn.Module, count: int = 8) -> Figure:
-    """Kernels of the dense network above what conversion made of them, with their R^2: the worst met, then the best.
+def plot_used_keys(model: nn.Module) -> Figure:
+    """The keys as the layers of a converted model use them: a row for each bank and kernel size, on a scale of its own.
 
-    A kernel and its fit are on one scale around zero; the fit is as it is now, R^2 that of its projection.
+    A key that a bank leaves out at a size has no picture there. Where each kernel has scales of its own
+    (``ScaledKeyConv2d``), the keys are those of the bank.
 
     Args:
         model: A converted model. Not changed.
-        reference: The dense model it was made from.
+
+    Raises:
+        ConversionError: It has no converted layer.
+    """
+    uses = Counter((layer.bank, layer.kernel_size) for layer in _converted(unwrapped(model)).values())
+    columns = max(len(bank) for bank, _ in uses)
+    figure = Figure(figsize=(1.05 * columns + 1.4, 1.45 * len(uses) + 0.1), layout="constrained")
+    axes = figure.subplots(len(uses), columns, squeeze=False)
+    several = len({bank for bank, _ in uses}) > 1
+    ordered = sorted(uses.items(), key=lambda use: (use[0][0].name, use[0][1]))
+    for row, ((bank, size), layers) in enumerate(ordered):
+        keys = bank.keys_for(size)  # type: ignore[arg-type]  # nn.Conv2d's is tuple[int, ...]
+        place = dict(zip(bank.kept(size), keys, strict=True))  # type: ignore[arg-type]
+        most = float(keys.abs().max())
+        for index, axis in enumerate(axes[row]):
+            if index in place:
+                image = draw_kernel(axis, place[index], most)
+                axis.set_title(f"key {index + 1}", fontsize=8)
+            else:
+                axis.set(frame_on=False, xticks=[], yticks=[])
+                text = f"key {index + 1}\nleft out" if index < len(bank) else ""
+                axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=8)
+        name = f"{bank.name}\n" if several else ""
+        plural = "layer" if layers == 1 else "layers"
+        axes[row, 0].set_ylabel(f"{name}{size[0]}x{size[1]}\n{layers} {plural}", fontsize=8)
+        draw_colour_bar(figure, image, axes[row])
+    return figure
+
+
+@torch.no_grad()
+def plot_kernels(model: nn.Module, dense: nn.Module, count: int = 8) -> Figure:
+    """Kernels of the dense model above their fits, with their R2: those that fit best, around the median, and worst.
+
+    Kernel and fit are shown less their means, as R2 compares them, and in units of the pair's largest value, so that
+    one scale serves all. The fit is as it is now; R2 is that of conversion or calibration.
+
+    Args:
+        model: A converted model. Not changed.
+        dense: The dense model it was made from.
         count: Kernels of each sort.
 
     Raises:
-        ConversionError: No converted layer with fitted kernels, or the reference has other layers.
+        ConversionError: No converted layer with fitted kernels, or the dense model has other layers.
     """
-    model, reference = unwrapped(model), unwrapped(reference)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MasterKeyConv2d)}
-    found = []
+    model, dense = unwrapped(model), unwrapped(dense)
+    layers, found = _converted(model), []
     for name, layer in layers.items():
         try:
-            original: Any = reference.get_submodule(name).weight
+            kernels: Any = dense.get_submodule(name).weight
         except AttributeError as error:
-            raise ConversionError(f"The reference has no layer '{name}'. Give the dense model of this one.") from error
-        shaped = (layer.r2 >= 0) & ~(layer.scale.view(layer.out_channels, -1).eq(0).all(1) & layer.r2.eq(1))
-        found += [(float(layer.r2[i]), name, i, original[i, 0]) for i in shaped.nonzero()[:, 0].tolist()]
+            raise ConversionError(f"The dense model has no layer '{name}'. Give the one this was made from.") from error
+        fits = kernel_fits(layer)
+        found += [(float(fits.r2[i]), name, i, kernels[i, 0]) for i in fits.fitted.nonzero()[:, 0].tolist()]
     if not found:
-        raise ConversionError(f"{type(model).__name__} holds no kernel that was fitted: convert_to_masterkeys first.")
-    found.sort(key=lambda kernel: kernel[0])
+        raise ConversionError(f"{type(model).__name__} has no fitted kernel: its keys are of random initialisation.")
+    found.sort(key=lambda kernel: -kernel[0])
     count = min(count, len(found))
-    figure = Figure(figsize=(1.15 * count + 0.6, 6.6), layout="constrained")
-    axes = figure.subplots(4, count, squeeze=False)
-    for top, kernels in ((0, found[:count]), (2, found[-count:])):
-        for column, (r2, name, index, original) in enumerate(kernels):
-            fitted = layers[name].weight[index, 0]
-            most = float(torch.stack([original, fitted]).abs().max()) or 1.0
-            for row, kernel in ((top, original), (top + 1, fitted)):
-                _kernel(axes[row, column], kernel, most)
+    middle = (len(found) - count) // 2
+    groups = {"best": found[:count], "median": found[middle : middle + count], "worst": found[-count:]}
+    figure = Figure(figsize=(1.15 * count + 1.1, 9.2), layout="constrained")
+    axes = figure.subplots(2 * len(groups), count, squeeze=False)
+    for top, (title, group) in zip(range(0, 2 * len(groups), 2), groups.items(), strict=True):
+        axes[top, 0].set_ylabel(f"{title}\ndense", fontsize=9)
+        axes[top + 1, 0].set_ylabel(f"{title}\nits fit", fontsize=9)
+        for column, (r2, name, index, kernel) in enumerate(group):
+            pair = torch.stack([kernel, layers[name].weight[index, 0]]).float().cpu()
+            pair = pair - pair.mean((1, 2), keepdim=True)
+            pair = pair / pair.abs().max().clamp_min(1e-30)
+            for row in (0, 1):
+                image = draw_kernel(axes[top + row, column], pair[row], 1)
             axes[top, column].set_title(f"R² {r2:.2f}\n{name.removesuffix('.conv_dw')}:{index}", fontsize=7)
-    for row, title in enumerate(("worst", "its fit", "best", "its fit")):
-        axes[row, 0].set_ylabel(title, fontsize=9)
+    draw_colour_bar(figure, image, axes, "weight less the kernel's mean, in units of the pair's largest")
     return figure
 
 
@@ -106,7 +148,7 @@ def plot_keys(report: ConversionReport) -> Figure:
     """Which keys the layers use, by depth: shares of each layer's kernels."""
     counts = np.array([layer.key_histogram for layer in report.layers], float).T
     shares = counts / counts.sum(0).clip(1)
-    figure = Figure(figsize=(_width(report), 3.6), layout="constrained")
+    figure = Figure(figsize=_size(report), layout="constrained")
     axis = figure.subplots()
     places, below = np.arange(len(report.layers)), np.zeros(len(report.layers))
     for index, share in enumerate(shares):
@@ -121,8 +163,8 @@ def plot_keys(report: ConversionReport) -> Figure:
 
 
 def plot_r2(report: ConversionReport) -> Figure:
-    """How well each layer's kernels are met, by depth: mean, median and worst R^2."""
-    figure = Figure(figsize=(_width(report), 3.4), layout="constrained")
+    """How well each layer's kernels fit, by depth: mean, median and worst R2."""
+    figure = Figure(figsize=_size(report), layout="constrained")
     axis = figure.subplots()
     places = np.arange(len(report.layers))
     worst, median, mean = (
@@ -144,7 +186,7 @@ def plot_r2(report: ConversionReport) -> Figure:
 
 
 def plot_coverage(reports: ConversionReport | Mapping[str, ConversionReport]) -> Figure:
-    """The share of kernels above each R^2, a curve a report; the further to the upper right, the better.
+    """The share of kernels above each R2, a curve for each report; the further to the upper right, the better.
 
     Example:
         >>> plot_coverage({"keys": report, "eight random filters": control}).savefig("coverage.png")
@@ -177,19 +219,38 @@ def plot_elimination(found: Discovery) -> Figure:
     return figure
 
 
-def _kernel(axis: Axes, kernel: torch.Tensor, most: float) -> AxesImage:
-    """Draws one kernel, colours centred at zero; axes without ticks."""
+def draw_kernel(axis: Axes, kernel: torch.Tensor, most: float) -> AxesImage:
+    """Draws one kernel, colours from ``-most`` to ``most``, zero white; axes without ticks."""
     axis.axis("on")
     axis.set(xticks=[], yticks=[])
     return axis.imshow(kernel.float().cpu().numpy(), cmap=DIVERGING, vmin=-most, vmax=most)
 
 
-def _width(report: ConversionReport) -> float:
-    return min(14, max(4.8, 0.28 * len(report.layers) + 2))
+def draw_colour_bar(figure: Figure, image: AxesImage, axes: np.ndarray, label: str = "") -> None:
+    """Draws the scale of an image to the right of the axes that share it."""
+    parents = axes.flatten().tolist()
+    bar = figure.colorbar(image, ax=parents, shrink=0.8, pad=0.01, aspect=20, panchor=False)
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label(label, fontsize=8)
+
+
+def _converted(model: nn.Module) -> dict[str, MasterKeyConv2d]:
+    layers = converted_layers(model)
+    if not layers:
+        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
+    return layers
+
+
+def _size(report: ConversionReport) -> tuple[float, float]:
+    """Inches of a picture of the layers by depth, with room for their names."""
+    return min(14, max(4.8, 0.28 * len(report.layers) + 2)), 2.7 + 0.055 * max(map(len, _names(report)))
+
+
+def _names(report: ConversionReport) -> list[str]:
+    return [layer.name.removesuffix(".conv_dw") or "all" for layer in report.layers]
 
 
 def _layers(axis: Axes, report: ConversionReport) -> None:
     """Names under the bars; of many layers every second, third ... one."""
     step = -(-len(report.layers) // 40)
-    names = [layer.name.removesuffix(".conv_dw") or "all" for layer in report.layers][::step]
-    axis.set_xticks(range(0, len(report.layers), step), names, rotation=90, fontsize=7)
+    axis.set_xticks(range(0, len(report.layers), step), _names(report)[::step], rotation=90, fontsize=7)

@@ -2,42 +2,52 @@
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import nn
+from torch.utils.data import Dataset
 
+from ..conversion.wrapped import evaluating
 from ..errors import ZooError
+
+_logger = logging.getLogger(__name__)
 
 IMAGENET = 1000  # classes, where no class map says otherwise
 
 
+UNREADABLE = -1  # the label of an image that cannot be read
+
+
 @dataclass(frozen=True)
 class Labels:
-    """A folder of labelled images, checked.
+    """A folder of labelled images.
 
     Attributes:
-        folder: With a folder of images for each class in it.
-        class_to_idx: The index of each class by the name of its folder, of those too that have no folder.
+        folder: It holds a folder of images for each class.
+        files: The images' paths, each with the index of its class in the network's outputs.
         num_classes: Classes that a network must have.
-        images: How many images there are,
-        classes: and of how many classes.
         sha256: Of the files' names, sizes and labels.
     """
 
     folder: Path
-    class_to_idx: Mapping[str, int]
+    files: tuple[tuple[str, int], ...]
     num_classes: int
-    images: int
-    classes: int
     sha256: str
+
+    @property
+    def classes(self) -> int:
+        """How many classes have images."""
+        return len({label for _, label in self.files})
 
 
 @dataclass(frozen=True)
@@ -50,9 +60,20 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The accuracy of some networks on the same images, and how these were prepared, as in timm's results files."""
+    """The accuracy of some networks on the same images.
+
+    Attributes:
+        accuracies: One for each network.
+        images: Images that were measured with: those that can be read.
+        classes: Classes that these images are of.
+        img_size: Width of the images, as the networks took them.
+        crop_pct: Share of an image's sides that was taken, from its middle.
+        interpolation: How images were resized.
+    """
 
     accuracies: tuple[Accuracy, ...]
+    images: int
+    classes: int
     img_size: int
     crop_pct: float
     interpolation: str
@@ -63,12 +84,12 @@ def find_labels(folder: str | os.PathLike[str], class_map: str | os.PathLike[str
 
     timm numbers the folders it finds, so that the labels shift where a class is missing. Here a folder's name says its
     class: it is in the class map, or without one it is an ImageNet-1k synset (n01440764) or class index (0 to 999), the
-    same kind for all. Classes without images are no matter.
+    same kind for all. Classes may lack images.
 
     Args:
         folder: An ImageFolder, or one whose ``validation`` or ``val`` folder is one, as timm takes them.
         class_map: A file as timm's ``--class-map``: a class name a line, in the order of the network's outputs, or a
-            pickled dict of names to indices. It must name every class.
+            pickled dict of names to indices. It must name every class. None if it is empty.
 
     Raises:
         ZooError: No images, folders that name no class, or a class map that cannot be read or leaves out classes.
@@ -84,12 +105,10 @@ def find_labels(folder: str | os.PathLike[str], class_map: str | os.PathLike[str
     unknown = sorted(set(names) - set(class_to_idx))
     if unknown:
         raise ZooError(f"'{root}' has images in folders that '{class_map}' does not name: {_some(unknown)}.")
-    places = {index: name for name, index in names.items()}
-    listing = [
-        (os.path.relpath(path, root), os.path.getsize(path), class_to_idx[places[label]]) for path, label in found
-    ]
-    digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-    return Labels(root, class_to_idx, len(class_to_idx), len(found), len(names), digest)
+    folders = {index: name for name, index in names.items()}
+    files = tuple((path, class_to_idx[folders[label]]) for path, label in found)
+    listing = [(os.path.relpath(path, root), os.path.getsize(path), label) for path, label in files]
+    return Labels(root, files, len(class_to_idx), hashlib.sha256(json.dumps(listing).encode()).hexdigest())
 
 
 def _class_map(root: Path, path: str | os.PathLike[str]) -> dict[str, int]:
@@ -133,7 +152,8 @@ def measure(
 ) -> Measurement:
     """Measures networks that take the same images, in one pass over these.
 
-    The images are prepared by the first network's ``pretrained_cfg``, at its test size if it has one; in float32.
+    The images are prepared by the first network's ``pretrained_cfg``, at its test size if it has one; in float32. One
+    that cannot be read is named in a warning and left out. (timm's ImageDataset counts another image in its place.)
 
     Args:
         models: On the device. Their modes come back as they were.
@@ -143,47 +163,60 @@ def measure(
         device: Where the models are.
 
     Raises:
-        ZooError: Networks with another number of classes than the labels have.
+        ZooError: Networks with another number of classes than the labels have, or no image that can be read.
     """
     first: Any = models[0]
     if first.num_classes != labels.num_classes:
         raise ZooError(f"The network has {first.num_classes} classes, the labels are of {labels.num_classes}.")
     config = resolve_data_config(model=first, use_test_size=True)
-    dataset = create_dataset(
-        "",
-        root=str(labels.folder),
-        search_split=False,
-        class_map=dict(labels.class_to_idx),
-        input_img_mode="RGB" if config["input_size"][0] == 3 else "L",
-    )
+    preparation = {
+        name: config[name] for name in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    }
+    dataset = _Images(labels.files, "RGB" if config["input_size"][0] == 3 else "L")
     loader = create_loader(
-        dataset,
-        input_size=config["input_size"],
-        batch_size=batch_size,
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-        num_workers=workers,
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-        device=torch.device(device),
+        dataset, batch_size=batch_size, num_workers=workers, device=torch.device(device), **preparation
     )
-    modes = [model.training for model in models]
     hits = torch.zeros(len(models), 2, dtype=torch.long)
-    try:
-        for model in models:
-            model.eval()
+    seen: list[int] = []  # labels, in the order of the files
+    with evaluating(*models):
         for images, targets in loader:
+            seen += targets.tolist()
             for i, model in enumerate(models):
                 highest = model(images).topk(min(5, labels.num_classes), 1).indices == targets[:, None]
                 hits[i] += torch.stack([highest[:, 0].sum(), highest.sum()]).cpu()
-    finally:
-        for model, training in zip(models, modes, strict=True):
-            model.train(training)
-    share = (100 * hits.double() / len(dataset)).tolist()
+    for (path, _), label in zip(labels.files, seen, strict=True):
+        if label == UNREADABLE:
+            _logger.warning("'%s' cannot be read and is left out.", path)
+    counted = [label for label in seen if label != UNREADABLE]
+    if not counted:
+        raise ZooError(f"None of the {len(seen)} images in '{labels.folder}' can be read.")
+    share = (100 * hits.double() / len(counted)).tolist()
     return Measurement(
         tuple(Accuracy(round(top1, 4), round(top5, 4)) for top1, top5 in share),
+        len(counted),
+        len(set(counted)),
         config["input_size"][-1],
         config["crop_pct"],
         config["interpolation"],
     )
+
+
+class _Images(Dataset[tuple[Any, int]]):
+    """Images with their labels; a black one, labelled UNREADABLE, in place of one that cannot be read."""
+
+    transform: Callable[[Image.Image], Any]  # create_loader sets it
+
+    def __init__(self, files: Sequence[tuple[str, int]], mode: str) -> None:
+        self.files, self.mode = files, mode
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.files[index]
+        try:
+            with Image.open(path) as image:
+                picture = image.convert(self.mode)
+        except Exception:  # decoders may raise anything
+            picture, label = Image.new(self.mode, (64, 64)), UNREADABLE
+        return self.transform(picture), label

@@ -20,28 +20,29 @@ class Result:
     """A row of results.csv. The first nine columns are those of timm's results files; accuracies are in percent.
 
     Attributes:
-        model: The ``.mk8`` name of the repaired network, of which the next columns are.
+        model: The ``.mk8`` name of the calibrated network, which the next columns are about.
         top1: Top-1 accuracy.
         top1_err: 100 less that.
         top5: Top-5 accuracy.
         top5_err: 100 less that.
         param_count: Millions of parameters, as timm's validate.py counts them.
         img_size: Width of the images.
-        crop_pct: Of the images, in the middle, that was seen.
-        interpolation: How the images were scaled.
-        dense_top1: Of the network with timm's own weights.
-        dense_top5: The same.
-        plain_top1: Of the converted network before the repair.
-        plain_top5: The same.
-        keys: Keys per kernel, the mean over all converted kernels; where an agreement was asked for, over those too
-            that stayed dense for it and count as a key a tap.
+        crop_pct: Share of an image's sides that was taken, from its middle.
+        interpolation: How the images were resized.
+        dense_top1: Top-1 accuracy of the dense network, with timm's own weights.
+        dense_top5: Its top-5 accuracy.
+        uncalibrated_top1: Top-1 accuracy of the converted network before calibration.
+        uncalibrated_top5: Its top-5 accuracy.
+        keys: Keys per kernel, the mean over all kernels that could be converted. A k x k kernel that stayed dense, for
+            the agreement that was asked for, counts as k * k keys.
         bank: Name of the bank.
-        agreement: With the dense network after the repair, percent of the images that the repair was measured on.
-        divergence: The same way, Kullback-Leibler divergence in nats.
-        repair_images: Images the repair had, with those.
-        images: Labelled images that the accuracies are of,
-        classes: and of how many classes.
-        seconds: That download, conversion, repair and measurement took.
+        agreement: Percent of the held-out images with the same top class by the calibrated and the dense network.
+        divergence: Kullback-Leibler divergence of their outputs in nats, on the same images.
+        calibration_images: Images that were used to calibrate, as its record counts them.
+        held_out_images: Images that agreement and divergence were measured on.
+        images: Labelled images that the accuracies were measured on: all that can be read.
+        classes: Classes that these images are of.
+        seconds: Time for download, conversion, calibration and measurement.
         source: The name of the dense network in timm.
         repo: Where it is published, or would be.
         sha: The commit it is published in; empty if it is not.
@@ -58,13 +59,14 @@ class Result:
     interpolation: str
     dense_top1: float
     dense_top5: float
-    plain_top1: float
-    plain_top5: float
+    uncalibrated_top1: float
+    uncalibrated_top5: float
     keys: float
     bank: str
-    agreement: float
-    divergence: float
-    repair_images: int
+    agreement: float | None
+    divergence: float | None
+    calibration_images: int
+    held_out_images: int
     images: int
     classes: int
     seconds: float
@@ -92,7 +94,7 @@ class Result:
         ]
 
     def measured(self) -> dict[str, object]:
-        """What was measured, for config.json: the dense and the plain network's figures beside the repaired one's."""
+        """What was measured, for config.json: also of the dense network, and before calibration."""
         return {name: value for name, value in asdict(self).items() if name not in ("seconds", "repo", "sha")}
 
 
@@ -103,7 +105,7 @@ def read_result(path: Path) -> Result | None:
     try:
         return Result(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ZooError(f"'{path}' is damaged; remove it, and the network is made again. ({error})") from None
+        raise ZooError(f"'{path}' is damaged. Remove it, and the network is made again. ({error})") from None
 
 
 def write_result(path: Path, result: Result) -> None:

@@ -1,42 +1,45 @@
-"""A zoo: many timm networks converted, repaired, measured and published, by one process or several, in one run or more.
+"""A zoo: many timm networks converted, calibrated, measured and published, by one process or several, in several runs.
 
 All that is known lies in the output folder, in files that appear whole: ``models/NAME/result.json`` once a network is
-measured and saved (``weights`` beside it), its ``sha`` once it is published. So a run goes on where the last one ended,
-however that was. Whoever works on a network holds a lock on it, which ends with the process.
+measured and saved (``weights`` beside it), with a ``sha`` once it is published. So a run goes on where the last one
+ended, however that was. Whoever works on a network holds a lock on it, which ends with the process.
 """
 
 import copy
-import hashlib
 import json
+import math
 import os
 import shutil
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from filelock import FileLock, Timeout
-from huggingface_hub import get_token
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from timm.data import is_img_extension
 from torch import nn
 
+from ..calibration.agreement import convert_to_agreement
+from ..calibration.calibrate import calibrate_masterkeys
+from ..calibration.images import BUILTIN, FEWEST, photographs_sha256
+from ..conversion.apply import apply, converted_layers, describe
+from ..conversion.config import MasterKeysConfig
+from ..conversion.convert import convert
+from ..conversion.plan import resolve
+from ..conversion.record import Source, read_record, write_record
 from ..errors import ZooError
-from ..files import atomic_path
+from ..files import atomic_path, folder_sha256, locked, walk_files
 from ..hub.card import inherited_license
 from ..hub.publish import push_to_hub
-from ..hub.save import save_pretrained
-from ..keys.banks import DEFAULT_BANK, get_bank
-from ..layers import MasterKeyConv2d
-from ..models.provenance import TAG, is_masterkeys_tag
-from ..models.surgery import convert_to_masterkeys
-from ..names.registry import list_architectures
-from ..repair.budget import convert_to_agreement
-from ..repair.calibrate import calibrate_masterkeys
-from ..repair.images import BUILTIN, photographs_sha256
+from ..hub.save import is_masterkeys_tag, masterkeys_tag, save_pretrained
+from ..timm_plugin.published import list_architectures
 from ..version import __version__
 from .evaluate import Labels, Measurement, measure
 from .results import NAMES, TABLE, Result, read_result, write_names, write_result, write_table
@@ -52,10 +55,10 @@ class Zoo:
         org: User or organisation on the Hub; a network is published as ``org/<arch>.mk8_<tag>``.
         labels: Images to measure with, from ``find_labels``.
         output: Folder to work in, and for the results.
-        images: Images to repair with: a folder, or "builtin".
-        conversion: Arguments of ``convert_to_masterkeys``, or with ``agreement`` of ``convert_to_agreement``.
-        dataset: What the cards call the images that were measured with; the folder's name if empty.
-        license: For weights whose licence timm does not know; those without any are not made.
+        images: Images to calibrate with: a folder, or "builtin".
+        config: The conversion.
+        dataset: The labelled images' name on model cards; the folder's name if empty.
+        license: For weights of which timm does not know the licence; without it, those are not made.
         private: New repositories are private.
         dry_run: Everything but publishing: the Hub is asked, nothing is changed there.
         keep_weights: Keep what was downloaded, in timm's usual cache, and the saved networks.
@@ -68,7 +71,7 @@ class Zoo:
     labels: Labels
     output: Path
     images: str = BUILTIN
-    conversion: Mapping[str, Any] = field(default_factory=dict)
+    config: MasterKeysConfig = field(default_factory=MasterKeysConfig)
     dataset: str = ""
     license: str | None = None
     private: bool | None = None
@@ -82,14 +85,16 @@ class Zoo:
         """Where all is that belongs to a timm name."""
         return self.output / "models" / name
 
+    def repo(self, name: str) -> str:
+        """Where the network of a timm name is published."""
+        return f"{self.org}/{_own_name(name)}"
+
     def settings(self) -> dict[str, Any]:
-        """What must not differ within one table."""
-        bank = get_bank(self.conversion.get("bank", DEFAULT_BANK))
+        """What results depend on, as JSON data: it must not differ within one table."""
         return {
-            "org": self.org,
-            "images": photographs_sha256() if self.images == BUILTIN else _listing_sha256(Path(self.images)),
+            "images": photographs_sha256() if self.images == BUILTIN else folder_sha256(self.images),
             "labels": self.labels.sha256,
-            "conversion": {**self.conversion, "bank": bank.digest},
+            "conversion": self.config.to_dict(),
             "versions": {"timm_masterkeys": __version__, "timm": timm.__version__},
         }
 
@@ -111,14 +116,14 @@ class Outcome:
     fresh: bool = True
 
     def __str__(self) -> str:
-        told = [self.name]
-        if self.result:
-            r = self.result
-            told.append(f"top-1 dense {r.dense_top1:.2f}, plain {r.plain_top1:.2f}, repaired {r.top1:.2f}")
-            told.append(f"hf-hub:{r.repo}@{r.sha}" if r.sha else "not published")
+        parts = [self.name]
+        if r := self.result:
+            accuracies = f"dense {r.dense_top1:.2f}, converted {r.uncalibrated_top1:.2f}, calibrated {r.top1:.2f}"
+            parts.append(f"top-1 {accuracies} on {r.images:,} images")
+            parts.append(f"hf-hub:{r.repo}@{r.sha}" if r.sha else "not published")
         if self.error:
-            told.append(f"FAILED: {self.error}")
-        return "  ".join(told)
+            parts.append(f"FAILED: {self.error}")
+        return "  ".join(parts)
 
 
 def plan_zoo(patterns: Sequence[str], num_classes: int) -> tuple[list[str], dict[str, str]]:
@@ -162,15 +167,19 @@ def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
         zoo: What to do.
 
     Raises:
-        ZooError: The output folder is of a zoo with other settings, or there is no token. Nothing was done.
+        ZooError: An option that cannot be, results of other settings in the output folder, or an account that may not
+            publish. Nothing was done.
     """
     started = time.time()
-    _open(zoo)
+    _check_options(zoo)
+    _check_settings(zoo)
+    _check_account(zoo)
+    (zoo.output / "models").mkdir(parents=True, exist_ok=True)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     pending = [*names[rank::world], *(name for i, name in enumerate(names) if i % world != rank)]
     for wait in (False, True):  # what others are at comes last: either they finish it, or they were killed
         for name in pending.copy():
-            with _lock(zoo.output / f".{name}.lock", wait) as held:
+            with locked(zoo.output / f".{name}.lock", wait) as held:
                 if not held:
                     continue
                 outcome = _one(name, zoo, started)
@@ -179,67 +188,85 @@ def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
             yield outcome
 
 
-def _open(zoo: Zoo) -> None:
-    """Notes the settings in a new output folder; raises if it has others."""
+def _check_options(zoo: Zoo) -> None:
+    """Raises ZooError for what would fail with every network."""
+    try:
+        validate_repo_id(f"{zoo.org}/name")
+    except HFValidationError as error:
+        raise ZooError(f"org is '{zoo.org}', expected the name of a user or organisation: {error}") from None
+    if zoo.batch_size < 1 or zoo.workers < 0:
+        raise ZooError(f"batch_size is {zoo.batch_size} and workers {zoo.workers}, expected at least 1 and at least 0.")
+    inherited_license(None, zoo.license)  # refuses a mistyped one
+    if zoo.images != BUILTIN:
+        if not os.path.isdir(zoo.images):
+            raise ZooError(f"There is no folder '{zoo.images}' of images to calibrate with.")
+        count = sum(is_img_extension(path.suffix.lower()) for path in walk_files(zoo.images))
+        if count < FEWEST:
+            raise ZooError(f"There are {count} images in '{zoo.images}' to calibrate with, expected {FEWEST} or more.")
+
+
+def _check_settings(zoo: Zoo, write: bool = False) -> None:
+    """Raises ZooError if the output folder has results of other settings; notes the settings of its first result."""
     path, settings = zoo.output / SETTINGS, json.loads(json.dumps(zoo.settings()))
-    (zoo.output / "models").mkdir(parents=True, exist_ok=True)
-    with _lock(zoo.output / ".zoo.lock"):
-        if not path.exists():
-            with atomic_path(path) as tmp:
-                tmp.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        noted = json.loads(path.read_text(encoding="utf-8"))
+    if write and not path.exists():
+        with atomic_path(path) as tmp:
+            tmp.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
     differing = [name for name in settings if noted.get(name) != settings[name]]
     if differing:
         raise ZooError(
             f"'{zoo.output}' holds a zoo with other settings ({', '.join(differing)}), see {SETTINGS} there: their "
             "results do not belong in one table. Give the same settings, or another output folder."
         )
-    if not zoo.dry_run and not get_token():
+
+
+def _check_account(zoo: Zoo) -> None:
+    """Raises ZooError unless the account of the token may publish to ``org``."""
+    if not get_token():
+        if zoo.dry_run:
+            return
         raise ZooError(
             "There is no token to publish with. Log in with `hf auth login`, set HF_TOKEN, or try a dry run."
         )
-
-
-def _listing_sha256(folder: Path) -> str:
-    """Of the names and sizes of all files: that of the contents would take too long."""
-    if not folder.is_dir():
-        raise ZooError(f"There is no folder '{folder}' of images to repair with.")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listing = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-
-
-@contextmanager
-def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Whether the lock was had, which goes with the process."""
     try:
-        with FileLock(path, timeout=-1 if wait else 0):
-            yield True
-    except Timeout:
-        yield False
+        account = HfApi().whoami()
+    except Exception as error:  # the Hub's, or the network's
+        if zoo.dry_run:
+            return  # each network's check says more
+        raise ZooError(f"The Hub does not say whose token this is: {' '.join(str(error).split())[:200]}") from None
+    own = [account["name"], *(org["name"] for org in account.get("orgs", ()))]
+    scoped = account.get("auth", {}).get("accessToken", {}).get("role") == "fineGrained"  # has rights of its own
+    if zoo.org not in own and not scoped:
+        raise ZooError(f"The account may not publish to '{zoo.org}', only to {', '.join(own)}.")
 
 
 def _one(name: str, zoo: Zoo, started: float) -> Outcome:
     """Makes and publishes a network as far as that is not done. Only here whatever goes wrong is caught."""
-    folder, failure = zoo.folder(name), zoo.folder(name) / "failure.txt"
+    folder = zoo.folder(name)
     folder.mkdir(exist_ok=True)
+    failure, checked = folder / "failure.txt", folder / "checked.txt"
     result = None
     try:
         result = read_result(folder / "result.json")
-        if result and (result.sha or zoo.dry_run):
+        if result and result.repo != zoo.repo(name):  # the org was another
+            published, result = result.sha, replace(result, repo=zoo.repo(name), sha="")
+            if not published:
+                write_result(folder / "result.json", result)
+        if (result and result.sha) or (zoo.dry_run and result and _is_new(checked, started)):
             return Outcome(name, result, fresh=False)
-        if failure.exists() and failure.stat().st_mtime >= started:  # another process has just tried
+        if _is_new(failure, started):  # another process has just tried
             return Outcome(name, result, failure.read_text(encoding="utf-8").partition("\n")[0], fresh=False)
         if result is None or not (folder / "weights").is_dir():
             result = _make(name, zoo)
         result = _publish(name, result, zoo)
+        checked.touch()
         failure.unlink(missing_ok=True)
         return Outcome(name, result)
     except Exception as error:
-        told = " ".join(str(error).split())[:300] or type(error).__name__
+        text = " ".join(str(error).split())[:300] or type(error).__name__
         with atomic_path(failure) as tmp:
-            tmp.write_text(f"{told}\n\n{traceback.format_exc()}", encoding="utf-8")
-        return Outcome(name, result, told)
+            tmp.write_text(f"{text}\n\n{traceback.format_exc()}", encoding="utf-8")
+        return Outcome(name, result, text)
     finally:
         if not zoo.keep_weights:
             for done in ("download", "weights") if result and result.sha else ("download",):
@@ -248,94 +275,63 @@ def _one(name: str, zoo: Zoo, started: float) -> Outcome:
             torch.cuda.empty_cache()
 
 
+def _is_new(path: Path, started: float) -> bool:
+    """Whether a file was written in this run."""
+    return path.exists() and path.stat().st_mtime >= started
+
+
 def _make(name: str, zoo: Zoo) -> Result:
-    """Downloads, converts, repairs, measures and saves a network."""
+    """Downloads, converts, calibrates, measures and saves a network."""
     start, folder = time.perf_counter(), zoo.folder(name)
     license = _license(name, zoo)
     cache = None if zoo.keep_weights else folder / "download"
     dense = timm.create_model(name, pretrained=True, cache_dir=cache).eval().to(zoo.device)
-    plain, repaired, repair = _converted(dense, zoo)
-    measured = measure(
-        [repaired, dense, plain], zoo.labels, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device
-    )
-    own = _own_name(name)
+    calibrated = _calibrated(dense, zoo)
+    uncalibrated = apply(copy.deepcopy(dense), describe(calibrated))
+    models = [calibrated, dense, uncalibrated]
+    measured = measure(models, zoo.labels, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device)
     result = Result(
-        **timm_columns(own, repaired, measured),
+        **timm_columns(_own_name(name), calibrated, measured),
         dense_top1=measured.accuracies[1].top1,
         dense_top5=measured.accuracies[1].top5,
-        plain_top1=measured.accuracies[2].top1,
-        plain_top5=measured.accuracies[2].top5,
-        **repair,
-        images=zoo.labels.images,
-        classes=zoo.labels.classes,
+        uncalibrated_top1=measured.accuracies[2].top1,
+        uncalibrated_top5=measured.accuracies[2].top5,
+        keys=round(_keys_per_kernel(calibrated, dense, zoo.config), 2),
+        bank=zoo.config.bank.name,
+        **_calibration_columns(calibrated),
+        images=measured.images,
+        classes=measured.classes,
         seconds=round(time.perf_counter() - start, 1),
         source=name,
-        repo=f"{zoo.org}/{own}",
+        repo=zoo.repo(name),
     )
-    save_pretrained(repaired.cpu(), folder / "weights", license=license, **_about(result, zoo))
+    source = Source.from_cfg(timm.get_pretrained_cfg(name))
+    write_record(calibrated, replace(read_record(calibrated), source=source))
+    save_pretrained(calibrated.cpu(), folder / "weights", license=license, **_card_entries(result, zoo))
+    with locked(zoo.output / ".zoo.lock"):
+        _check_settings(zoo, write=True)
     write_result(folder / "result.json", result)
     return result
-
-
-def _converted(dense: nn.Module, zoo: Zoo) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
-    """A network converted only, the same repaired, and what the repair says in our columns."""
-    conversion = dict(zoo.conversion)
-    bank, agreement = get_bank(conversion.pop("bank", DEFAULT_BANK)), conversion.pop("agreement", None)
-    if agreement is None:
-        plain = convert_to_masterkeys(dense, bank, **conversion)
-        repaired = copy.deepcopy(plain)
-        report = calibrate_masterkeys(repaired, dense, zoo.images)
-        layers = [module for module in plain.modules() if isinstance(module, MasterKeyConv2d)]
-        kernels = sum(layer.out_channels for layer in layers)
-        keys = sum(layer.keys_per_kernel * layer.out_channels for layer in layers)
-        agreed, divergence, images = report.agreement[1], report.divergence[1], report.images
-    else:
-        repaired, budget = convert_to_agreement(dense, agreement, zoo.images, bank=bank, **conversion)
-        plain = copy.deepcopy(dense)
-        for name, count in budget.chosen.keys_per_kernel.items():
-            if count:
-                convert_to_masterkeys(plain, bank, include=name, keys_per_kernel=count, inplace=True)
-        kernels, keys = sum(budget.kernels.values()), budget.chosen.keys
-        agreed, divergence = budget.chosen.agreement, budget.chosen.divergence
-        images = budget.images + budget.held_out
-    columns = {"keys": round(keys / kernels, 2), "bank": bank.name, "agreement": round(100 * agreed, 2)}
-    return plain, repaired, {**columns, "divergence": round(divergence, 4), "repair_images": images}
-
-
-def _publish(name: str, result: Result, zoo: Zoo) -> Result:
-    """Publishes what ``_make`` saved, and notes the commit."""
-    folder = zoo.folder(name)
-    model = timm.create_model(f"local-dir:{folder / 'weights'}", pretrained=True)
-    done = push_to_hub(
-        model,
-        private=zoo.private,
-        dry_run=zoo.dry_run,
-        commit_message=f"Publish {result.model}",
-        **_about(result, zoo),
-    )
-    if zoo.dry_run:
-        return result
-    result = replace(result, sha=done.sha or "")
-    write_result(folder / "result.json", result)
-    return result
-
-
-def _about(result: Result, zoo: Zoo) -> dict[str, Any]:
-    """What card and config.json say of the measurement, the same when saved and when published."""
-    dataset = zoo.dataset or zoo.labels.folder.name
-    evaluation = {"dataset": dataset, **result.measured()}
-    return {"repo_id": result.repo, "metrics": result.metrics(dataset), "config": {"evaluation": evaluation}}
-
-
-def _own_name(name: str) -> str:
-    arch, _, tag = name.partition(".")
-    return f"{arch}.{TAG}_{tag}" if tag else f"{arch}.{TAG}"
 
 
 def _license(name: str, zoo: Zoo) -> str:
     """The licence of a network; raises without one, before any work is done."""
     cfg: Any = timm.get_pretrained_cfg(name)
-    return inherited_license({"license": cfg.license}, None if cfg.license else zoo.license)
+    license = cfg.license or zoo.license
+    if not license:
+        raise ZooError("The licence of the source weights is not known. Find it out and pass it: --license.")
+    return str(license)
+
+
+def _calibrated(dense: nn.Module, zoo: Zoo) -> nn.Module:
+    """A network, converted and calibrated as asked."""
+    config = zoo.config
+    if config.agreement is not None:
+        settings = {name: getattr(config, name) for name in ("bank", "include", "exclude", "trainable")}
+        return convert_to_agreement(dense, config.agreement, zoo.images, **settings)[0]
+    model = convert(dense, config, "project")
+    calibrate_masterkeys(model, dense, zoo.images)
+    return model
 
 
 def timm_columns(own: str, model: nn.Module, measured: Measurement) -> dict[str, Any]:
@@ -354,9 +350,62 @@ def timm_columns(own: str, model: nn.Module, measured: Measurement) -> dict[str,
     }
 
 
+def _own_name(name: str) -> str:
+    arch, _, tag = name.partition(".")
+    return f"{arch}.{masterkeys_tag(tag)}"
+
+
+def _keys_per_kernel(model: nn.Module, dense: nn.Module, config: MasterKeysConfig) -> float:
+    """The mean over all kernels that could be converted; a kernel that stayed dense counts as many keys as weights."""
+    layers, planned = converted_layers(model), resolve(config, dense).converted
+    keys = [
+        layers[plan.name].keys_per_kernel if plan.name in layers else math.prod(plan.kernel_size) for plan in planned
+    ]
+    kernels = [plan.out_channels for plan in planned]
+    return sum(each * count for each, count in zip(keys, kernels, strict=True)) / sum(kernels)
+
+
+def _calibration_columns(model: nn.Module) -> dict[str, Any]:
+    """What the calibration's record says, in our columns."""
+    record = read_record(model).calibration
+    assert record is not None
+    agreement, divergence = (record.after.get(name) for name in ("agreement", "divergence"))
+    return {
+        "agreement": None if agreement is None else round(100 * agreement, 2),
+        "divergence": None if divergence is None else round(divergence, 4),
+        "calibration_images": record.images,
+        "held_out_images": record.held_out,
+    }
+
+
+def _publish(name: str, result: Result, zoo: Zoo) -> Result:
+    """Publishes what ``_make`` saved, and notes the commit."""
+    folder = zoo.folder(name)
+    model = timm.create_model(f"local-dir:{folder / 'weights'}", pretrained=True)
+    done = push_to_hub(
+        model,
+        private=zoo.private,
+        dry_run=zoo.dry_run,
+        commit_message=f"Publish {result.model}",
+        **_card_entries(result, zoo),
+    )
+    if zoo.dry_run:
+        return result
+    result = replace(result, sha=done.sha or "")
+    write_result(folder / "result.json", result)
+    return result
+
+
+def _card_entries(result: Result, zoo: Zoo) -> Mapping[str, Any]:
+    """What card and config.json say of the measurement, the same when saved and when published."""
+    dataset = zoo.dataset or zoo.labels.folder.name
+    evaluation = {"dataset": dataset, **result.measured()}
+    return {"repo_id": result.repo, "metrics": result.metrics(dataset), "config": {"evaluation": evaluation}}
+
+
 def _write_tables(output: Path) -> None:
     """Writes results.csv and names.txt anew from the networks' own files."""
-    with _lock(output / ".zoo.lock"):
+    with locked(output / ".zoo.lock"):
         results: list[Result] = []
         for path in sorted((output / "models").glob("*/result.json")):
             with suppress(ZooError):  # told as the network's own failure

@@ -1,0 +1,140 @@
+"""What the gradient of a shift costs on the CPU, one way and the other, in the depthwise layers of real networks.
+
+A backward pass needs the gradients of a layer's input and of its shifts. The shifts' is the sum over the taps of the
+whole weight gradient ("whole"), or comes from sums of the input over the kernel's windows, in parts that stay in the
+cache ("sums"). Both ways take turns in every layer; medians are printed, and their ratio: below 1, sums are faster.
+``WHOLE_UP_TO`` and ``SUMS_FROM`` of ``timm_masterkeys/layers/depthwise.py`` are chosen by this. Run it on an idle
+machine: a busy one flatters whatever computes less.
+
+    python examples/benchmark_shift_gradient.py --threads 1 --csv shift_gradient.csv
+    python examples/benchmark_shift_gradient.py --threads 2 --models convnext_tiny --rounds 5
+"""
+
+import argparse
+import csv
+import math
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from statistics import median
+from typing import Any, NamedTuple
+
+import timm
+import torch
+
+from timm_masterkeys import MasterKeyConv2d, convert_to_masterkeys
+from timm_masterkeys.layers import depthwise
+
+NETWORKS = ["tf_efficientnet_lite0", "mobilenetv3_large_100", "convnext_tiny", "starnet_s1", "efficientnet_b0"]
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+WAYS = {"whole": 99, "sums": 0}  # WHOLE_UP_TO
+SIDE = 224
+
+
+class Case(NamedTuple):
+    """A layer and what it sees, as far as its speed depends on it."""
+
+    channels: int
+    height: int
+    width: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    bias: bool
+
+
+def cases(name: str) -> dict[Case, tuple[int, MasterKeyConv2d]]:
+    """The depthwise layers of a network, each kind once: how many there are of it, and one of them."""
+    model = convert_to_masterkeys(timm.create_model(name)).eval()
+    count: Counter[Case] = Counter()
+    layers: dict[Case, MasterKeyConv2d] = {}
+
+    def note(layer: MasterKeyConv2d, args: Any) -> None:
+        kernel, stride = layer.kernel_size, layer.stride
+        case = Case(*args[0].shape[1:], kernel, stride, layer.bias is not None)  # type: ignore[arg-type]
+        count[case] += 1
+        layers[case] = layer
+
+    for module in model.modules():
+        if isinstance(module, MasterKeyConv2d):
+            module.register_forward_pre_hook(note)
+    with torch.no_grad():
+        model(torch.randn(1, 3, SIDE, SIDE))
+    for layer in layers.values():
+        layer._forward_pre_hooks.clear()
+    return {case: (count[case], layer) for case, layer in layers.items()}
+
+
+def backward_times(layer: MasterKeyConv2d, input: torch.Tensor, rounds: int) -> dict[str, float]:
+    """Milliseconds of a layer's backward pass, by way; the ways take turns, and the first turn is not counted."""
+    input.requires_grad_()
+    output = layer(input)
+    wanted, upstream = [input, *layer.parameters()], torch.randn_like(output)
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    repeats = 1
+    for turn in range(-1, rounds):
+        for way, depthwise.WHOLE_UP_TO in WAYS.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                torch.autograd.grad(output, wanted, upstream, retain_graph=True)
+            spent = time.perf_counter() - start
+            if turn >= 0:
+                times[way].append(spent / repeats * 1e3)
+        if turn < 0:
+            repeats = max(1, math.ceil(0.02 / spent))  # 20 ms a turn, so that the clock does not matter
+    return {way: median(values) for way, values in times.items()}
+
+
+def rows(names: list[str], batch_size: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """A row for each kind of layer and memory layout."""
+    for name in names:
+        for case, (count, layer) in cases(name).items():
+            for layout, memory_format in LAYOUTS.items():
+                input = torch.randn(batch_size, case.channels, case.height, case.width)
+                times = backward_times(layer, input.to(memory_format=memory_format), rounds)
+                yield {
+                    "network": name,
+                    "layers": count,
+                    "channels": case.channels,
+                    "height": case.height,
+                    "kernel": "x".join(map(str, case.kernel)),
+                    "stride": case.stride[0],
+                    "layout": layout,
+                    "input_bytes": input.nbytes,
+                    "whole_ms": round(times["whole"], 4),
+                    "sums_ms": round(times["sums"], 4),
+                    "ratio": round(times["sums"] / times["whole"], 3),
+                }
+
+
+def main() -> None:
+    """Prints the rows, then for each network the ratio of all its layers together, by kernel size and layout."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=NETWORKS, help="timm names")
+    parser.add_argument("--batch-size", type=int, default=8, help="images")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of either way, of which the medians are taken")
+    parser.add_argument("--csv", type=argparse.FileType("w"), default=sys.stdout, help="file for the rows")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    total: defaultdict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    writer = None
+    for row in rows(args.models, args.batch_size, args.rounds):
+        if writer is None:
+            writer = csv.DictWriter(args.csv, list(row))
+            writer.writeheader()
+        writer.writerow(row)
+        args.csv.flush()
+        sums = total[row["network"], row["kernel"], row["layout"]]
+        sums[0] += row["layers"] * row["whole_ms"]
+        sums[1] += row["layers"] * row["sums_ms"]
+    print(f"\n{args.threads} threads, batches of {args.batch_size}; all layers together")
+    for (name, kernel, layout), (whole, summed) in sorted(total.items()):
+        print(
+            f"{name:<24} {kernel:>5} {layout:<13} whole {whole:8.2f} ms  sums {summed:8.2f} ms  {summed / whole:5.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

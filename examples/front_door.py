@@ -1,0 +1,77 @@
+"""The table of the README: EfficientNet-Lite0 converted in several ways, all measured on the same photographs.
+
+Half of FOLDER's images are the photographs of one's own that some rows are calibrated with; the other half measures
+all of them. Needs a FOLDER/labels.csv (columns file and class_index).
+
+    python examples/front_door.py FOLDER --results examples/results/front_door.csv
+"""
+
+import argparse
+import csv
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_fidelity import Benchmark
+
+import timm_masterkeys as mk
+
+COLUMNS = ["network", "calibrated with", "top1", "agreement", "sure", "sure images", "dense layers", "seconds"]
+
+
+class Table:
+    """Measures networks on the half that nothing was calibrated with."""
+
+    def __init__(self, folder: str, results: Path) -> None:
+        self.benchmark = Benchmark("lite0", folder)
+        self.dense, self.results = self.benchmark.dense, results
+        own, self.others = self.benchmark.images.halves(0)
+        self.own = self.benchmark.images.x[own]
+
+    def row(self, name: str, images: str, model: Any, seconds: float) -> None:
+        """Measures a network, prints its row and adds it to the file of results."""
+        out, expected = self.benchmark.outputs(model.eval(), self.others), self.benchmark.wanted[self.others]
+        top1, agreement, _ = self.benchmark.measure(out, self.others)
+        sure = expected.softmax(1).amax(1) > 0.5
+        same = float((out.argmax(1) == expected.argmax(1))[sure].double().mean()) * 100
+        left = len(mk.plan_conversion(model).converted) if model is not self.dense else ""
+        figures = [f"{top1:.1f}", f"{agreement:.1f}", f"{same:.1f}", int(sure.sum()), left, f"{seconds:.0f}"]
+        print("| " + " | ".join(map(str, [name, images, *figures])) + " |", flush=True)
+        with self.results.open("a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([] if file.tell() else [COLUMNS])
+            writer.writerow([name, images, *figures])
+
+    def converted(self, name: str, keys: int, images: str, bank: str = "babaiee2025") -> None:
+        """A row of a network with as many keys for every kernel."""
+        model = mk.convert_to_masterkeys(self.dense, bank, keys_per_kernel=keys)
+        start = time.perf_counter()
+        if images:
+            mk.calibrate_masterkeys(model, self.dense, self.own if images == "250 of one's own" else "builtin")
+        self.row(name, images or "nothing", model, time.perf_counter() - start)
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--results", type=Path, required=True, metavar="CSV", help="rows are added to it")
+    parser.add_argument("--agreement", type=float, default=0.95)
+    args = parser.parse_args()
+    logging.getLogger("timm_masterkeys").setLevel(logging.ERROR)
+    table = Table(args.folder, args.results)
+    print(f"{torch.get_num_threads()} threads\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    table.row("dense", "", table.dense, 0)
+    for keys in (1, 4):
+        for images in ("", "builtin", "250 of one's own"):
+            table.converted(f"{keys} key{'s' * (keys > 1)}", keys, images)
+    start = time.perf_counter()
+    model, _ = mk.convert_to_agreement(table.dense, args.agreement, table.own)
+    table.row(f"--agreement {args.agreement:g}", "250 of one's own", model, time.perf_counter() - start)
+    table.converted("1 random filter (control)", 1, "250 of one's own", "random8:0")
+
+
+if __name__ == "__main__":
+    main()

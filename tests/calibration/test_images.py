@@ -1,0 +1,301 @@
+"""The photographs that ship, their licences, and the images made from them."""
+
+import ast
+import csv
+import itertools
+import random
+import re
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+
+import timm_masterkeys as mk
+from timm_masterkeys.calibration.images import BUILTIN, draw_crops, load_images, photographs
+
+FOLDER = Path(str(resources.files("timm_masterkeys"))) / "calibration" / "data" / "photographs"
+CFG = {"input_size": (3, 64, 96), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "interpolation": "bilinear"}
+FREE = {"public domain", "CC0-1.0"}
+CREDITED = {"CC-BY-2.0", "CC-BY-4.0"}
+
+
+def rows():
+    with (FOLDER / "sources.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def bytes_of(images, cfg):
+    """The pixels again, as (N, channels, H, W) of 0 to 255."""
+    mean, std = (torch.tensor(cfg[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    return (images * std + mean) * 255
+
+
+# --- the photographs
+
+
+def test_every_photograph_has_its_source_and_a_licence_that_allows_it():
+    listed = [row["file"] for row in rows()]
+    assert sorted(listed) == sorted(path.name for path in FOLDER.iterdir() if path.name != "sources.csv")
+    assert len(set(listed)) == len(listed) >= 16
+    for row in rows():
+        assert all(row[key].strip() for key in ("file", "title", "author", "source", "licence")), row
+        assert row["licence"] in FREE | CREDITED, row
+
+
+def test_small_and_readable():
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 1_000_000
+    pictures = photographs()
+    assert len(pictures) == len(rows())
+    for picture in pictures:
+        assert picture.mode == "RGB" and min(picture.size) >= 160
+        assert np.asarray(picture.convert("L")).std() > 5  # shows something
+
+
+def test_the_wheel_holds_them_and_all_licences():
+    root = Path(__file__).parents[2]  # the sources: what is installed has no pyproject.toml
+    text = (root / "pyproject.toml").read_text()
+    data, licences = (
+        ast.literal_eval(re.search(rf"(?m)^{key} = (\[.*\])$", text)[1]) for key in (r'"\*"', "license-files")
+    )
+    packages = [path.parent for path in (root / "timm_masterkeys").rglob("__init__.py")]
+    held = {path for package in packages for pattern in data for path in package.glob(pattern)}
+    assert {path for package in packages for path in package.glob("data/**/*") if path.is_file()} <= held
+    kept = {path for pattern in licences for path in root.glob(pattern)}
+    folders = {path.parent for path in held if path.parent.name == "data"}
+    folders -= {root / "timm_masterkeys" / "timm_plugin" / "data"}  # a list of names
+    assert kept >= {root / "LICENSE", *(folder / "LICENSE.txt" for folder in folders)}
+
+
+def test_authors_who_ask_for_credit_get_it_beside_the_photographs():
+    note = (FOLDER.parent / "LICENSE.txt").read_text()
+    for row in rows():
+        if row["licence"] in CREDITED:
+            assert re.search(rf"(?m)^ +{re.escape(row['file'])} .*by {re.escape(row['author'])}", note), row
+
+
+# --- builtin_images
+
+
+def test_prepared_as_the_cfg_says():
+    images = mk.builtin_images(CFG, 5)
+    assert images.shape == (5, 3, 64, 96) and images.dtype == torch.float32
+    pixels = bytes_of(images, CFG)
+    assert torch.allclose(pixels, pixels.round(), atol=1e-3) and pixels.min() > -0.5 and pixels.max() < 255.5
+    plain = mk.builtin_images({**CFG, "mean": (0.0,) * 3, "std": (1.0,) * 3}, 5)  # the same crops
+    assert torch.allclose(
+        images, (plain - torch.tensor(CFG["mean"]).view(3, 1, 1)) / torch.tensor(CFG["std"]).view(3, 1, 1)
+    )
+    assert not torch.equal(images, mk.builtin_images({**CFG, "interpolation": "bicubic"}, 5))
+
+
+def test_a_whole_photograph_is_what_timms_transform_gives():
+    picture = photographs()[0]
+    crop = next(draw_crops([picture], picture.size, 1, 0, area=(1, 1), ratio=(1, 1), flips=False))
+    assert np.array_equal(np.asarray(crop), np.asarray(picture))
+    square = picture.crop((0, 0, 240, 240))
+    cfg = {**CFG, "input_size": (3, 96, 96), "crop_pct": 1.0}
+    expected = create_transform(**resolve_data_config(pretrained_cfg=cfg))(square)
+    crop = next(draw_crops([square], (96, 96), 1, 0, area=(1, 1), ratio=(1, 1), flips=False, interpolation="bilinear"))
+    assert torch.allclose(bytes_of(expected, cfg), torch.from_numpy(np.array(crop)).permute(2, 0, 1).float(), atol=1e-3)
+
+
+def test_crops_lie_in_their_pictures_at_all_scales():
+    ramp = np.stack(np.broadcast_arrays(np.arange(256)[None], np.arange(200)[:, None], 7), -1).astype(np.uint8)
+    seen = []
+    for crop in draw_crops([Image.fromarray(ramp)], (32, 32), 300, 0, flips=False):
+        x, y = np.asarray(crop)[..., 0].astype(float), np.asarray(crop)[..., 1].astype(float)
+        seen.append((x.min(), x.max() - x.min(), y.max() - y.min()))
+    left, width, height = np.array(seen).T
+    share = width * height / (256 * 200)
+    assert share.min() < 0.08 and share.max() > 0.9 and 0.4 < np.median(share) < 0.65
+    assert left.min() < 5 and left.max() > 150
+    assert np.median(width / height) == pytest.approx(1, abs=0.1) and (width / height).std() > 0.1
+
+
+def test_every_picture_before_any_twice_and_half_mirrored():
+    grey = [Image.fromarray(np.full((40, 40, 3), value, np.uint8)) for value in range(0, 200, 20)]
+    values = [crop.getpixel((0, 0))[0] // 20 for crop in draw_crops(grey, (8, 8), 25, 3)]
+    assert sorted(values[:10]) == sorted(values[10:20]) == list(range(10)) and len(set(values[20:])) == 5
+    ramp = Image.fromarray(np.repeat(np.arange(0, 200, 2, dtype=np.uint8)[None, :, None], 100, 0).repeat(3, 2))
+    mirrored = [c.getpixel((0, 0)) > c.getpixel((15, 0)) for c in draw_crops([ramp], (16, 16), 200, 0)]
+    assert 70 < sum(mirrored) < 130
+
+
+def test_held_out_crops_are_of_other_photographs(monkeypatch):
+    grey = [Image.fromarray(np.full((60, 60, 3), 5 * value, np.uint8)) for value in range(21)]
+    monkeypatch.setattr("timm_masterkeys.calibration.images.photographs", lambda: grey)
+    shown = {
+        part: {round(float(x.mean()) / 5) for x in bytes_of(mk.builtin_images(CFG, 42, held_out=part), CFG)}
+        for part in (True, False, None)
+    }
+    assert shown[True] == set(range(3, 21, 4)) and shown[False] == shown[None] - shown[True]
+    assert shown[None] == set(range(21))
+
+
+def test_deterministic_and_nothing_else_is_drawn():
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    first = mk.builtin_images(CFG, 7)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+    torch.manual_seed(2), random.seed(2), np.random.seed(2)
+    assert torch.equal(first, mk.builtin_images(CFG, 7, seed=0))
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
+    assert np.array_equal(states[2], np.random.get_state()[1])
+    assert torch.equal(first[:3], mk.builtin_images(CFG, 3))
+    others = [mk.builtin_images(CFG, 7, seed=seed) for seed in (1, -1)]
+    assert all((a - b).abs().mean() > 0.3 for a, b in itertools.combinations([first, *others], 2))
+
+
+def test_models_and_cfgs_of_every_kind():
+    model = timm.create_model("test_efficientnet")
+    images = mk.builtin_images(model, 3)
+    assert images.shape[1:] == model.pretrained_cfg["input_size"]
+    for same in (timm.get_pretrained_cfg("test_efficientnet"), model.pretrained_cfg, mk.convert_to_masterkeys(model)):
+        assert torch.equal(images, mk.builtin_images(same, 3))
+    assert mk.builtin_images({**CFG, "input_size": (3, 500, 700)}, 1).shape == (1, 3, 500, 700)
+    with pytest.raises(mk.CalibrationError, match="Linear has no pretrained_cfg"):
+        mk.builtin_images(nn.Linear(2, 2))
+    with pytest.raises(mk.CalibrationError, match="count is 0, expected at least 1"):
+        mk.builtin_images(CFG, 0)
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_convnext"])
+def test_other_channels(name):
+    grey = mk.builtin_images(timm.create_model(name, in_chans=1), 4)
+    colour = mk.builtin_images(timm.create_model(name), 4)
+    assert grey.shape == (4, 1, *colour.shape[2:])
+    cfg = timm.get_pretrained_cfg(name).to_dict()
+    luma = (bytes_of(colour, cfg) * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
+    flat = {key: (sum(cfg[key]) / 3,) for key in ("mean", "std")}
+    assert torch.allclose(bytes_of(grey, flat)[:, 0], luma, atol=1)
+    five = mk.builtin_images(timm.create_model(name, in_chans=5), 4)
+    assert torch.equal(five, colour[:, [0, 1, 2, 0, 1]])
+    one = mk.builtin_images({**CFG, "input_size": (1, 64, 96), "mean": (0.5,), "std": (0.25,)}, 2)
+    assert one.shape == (2, 1, 64, 96)
+
+
+# --- how images are prepared: one rule for a folder and for the photographs
+
+
+class Wrapper(nn.Module):
+    """As a LightningModule: a timm model, or several, and something of its own."""
+
+    def __init__(self, *models):
+        super().__init__()
+        self.models, self.extra = nn.ModuleList(models), nn.Linear(2, 2)
+
+
+def folder_of(path, count=10):
+    path.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 256, (70, 90, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(path / f"{i}.png")
+    return path
+
+
+def test_the_one_timm_model_inside_says_how(tmp_path):
+    folder_of(tmp_path)
+    one, other = timm.create_model("test_efficientnet"), timm.create_model("test_convnext")
+    assert one.pretrained_cfg["mean"] != other.pretrained_cfg["mean"]
+    features = timm.create_model("test_efficientnet", features_only=True)
+    nested = Wrapper(one)
+    nested.pretrained_cfg = other.pretrained_cfg  # the outermost counts
+    for model, expected in (
+        (Wrapper(one), one),
+        (Wrapper(Wrapper(other)), other),
+        (Wrapper(features), one),
+        (nested, other),
+    ):
+        assert torch.equal(mk.builtin_images(model, 2), mk.builtin_images(expected, 2))
+        assert torch.equal(load_images(tmp_path, model, 10), load_images(tmp_path, expected, 10))
+    grey = timm.create_model("test_efficientnet", in_chans=1)
+    assert torch.equal(mk.builtin_images(Wrapper(grey), 2), mk.builtin_images(grey, 2))
+    assert torch.equal(mk.builtin_images(nn.DataParallel(Wrapper(one)), 2), mk.builtin_images(one, 2))
+
+
+def test_nobody_says_how(tmp_path):
+    folder_of(tmp_path)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())
+    two = Wrapper(timm.create_model("test_efficientnet"), timm.create_model("test_convnext"))
+    for model in (plain, two):
+        for images in (tmp_path, BUILTIN):
+            with pytest.raises(mk.CalibrationError, match=r"no pretrained_cfg.* give mean=, std=, size=\."):
+                load_images(images, model, 10)
+            with pytest.raises(mk.CalibrationError, match=r"give std=\."):
+                load_images(images, model, 10, mean=[0.5] * 3, size=32)
+
+
+def test_mean_std_and_size_that_are_given(tmp_path):
+    """Against timm's own transform, and against the cfg that says the same."""
+    folder_of(tmp_path)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())
+    given = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "size": (40, 48)}
+    cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "input_size": (3, 40, 48)}
+    assert torch.equal(mk.builtin_images(plain, 4, **given), mk.builtin_images(cfg, 4))
+    assert torch.equal(load_images(BUILTIN, plain, 10, **given), mk.builtin_images(cfg, 10))
+    transform = create_transform(**resolve_data_config(pretrained_cfg=cfg))
+    expected = torch.stack([transform(Image.open(tmp_path / f"{i}.png")) for i in range(10)])
+    assert torch.equal(load_images(tmp_path, plain, 10, **given), expected)
+    timms = timm.create_model("test_efficientnet")  # what is given goes before its cfg
+    assert torch.equal(mk.builtin_images(timms, 2, size=33), mk.builtin_images(timms, 2, size=(33, 33)))
+    whole = {**timms.pretrained_cfg, "mean": (0.3,) * 3}
+    assert torch.equal(mk.builtin_images(timms, 2, mean=(0.3,) * 3), mk.builtin_images(whole, 2))
+    assert load_images(tmp_path, timms, 10, size=33).shape == (10, 3, 33, 33)
+    grey = nn.Conv2d(1, 8, 3)
+    assert load_images(tmp_path, grey, 10, mean=[0.5], std=[0.5], size=20).shape == (10, 1, 20, 20)
+    for size in (0, (3, 20, 20), "20", (20.5, 20)):
+        with pytest.raises(mk.CalibrationError, match="expected a height and a width"):
+            mk.builtin_images(timms, 2, size=size)
+    with pytest.raises(mk.CalibrationError, match="taken as they are"):
+        load_images(torch.randn(10, 3, 8, 8), plain, 10, mean=[0.5] * 3)
+
+
+def test_given_to_a_calibration_they_count(tmp_path):
+    folder_of(tmp_path, 40)
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1)).eval()
+    given = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "size": 24}
+    models = [mk.convert_to_masterkeys(dense) for _ in range(2)]
+    named = mk.calibrate_masterkeys(models[0], dense, tmp_path, **given)
+    mk.calibrate_masterkeys(models[1], dense, load_images(tmp_path, dense, 400, **given))
+    assert named.record.origin == tmp_path.name
+    state = models[0].state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in models[1].state_dict().items())
+    _, budget = mk.convert_to_agreement(dense, 0.2, tmp_path, **given)
+    assert (budget.images, budget.held_out) == (30, 10)
+    with pytest.raises(mk.CalibrationError, match="no pretrained_cfg"):
+        mk.convert_to_agreement(dense, 0.2, tmp_path)
+
+
+def test_class_folders_that_are_symbolic_links(tmp_path):
+    real = folder_of(tmp_path / "elsewhere" / "cats", 10)
+    folder_of(tmp_path / "elsewhere" / "hidden", 10)
+    root = tmp_path / "images"
+    root.mkdir()
+    (root / "cats").symlink_to(real, target_is_directory=True)
+    (root / ".hidden").symlink_to(tmp_path / "elsewhere" / "hidden", target_is_directory=True)
+    (root / "back").symlink_to(root, target_is_directory=True)
+    model = timm.create_model("test_efficientnet")
+    assert torch.equal(load_images(root, model, 400), load_images(real, model, 400))
+
+
+# --- wherever images are taken
+
+
+def test_calibrate_takes_them():
+    torch.manual_seed(0)
+    dense = timm.create_model("test_efficientnet", in_chans=1, num_classes=10)
+    given, named = mk.convert_to_masterkeys(dense), mk.convert_to_masterkeys(dense)
+    fitted, held_out = (mk.builtin_images(dense, 10, held_out=part) for part in (False, True))
+    report = mk.calibrate_masterkeys(given, dense, fitted, held_out=held_out, stages=["statistics"])
+    named_report = mk.calibrate_masterkeys(named, dense, BUILTIN, stages=["statistics"], max_images=10)
+    assert report.record.images == named_report.record.images == 20
+    assert report.record.held_out == 10 and report.after == named_report.after
+    state = named.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in given.state_dict().items())

@@ -1,0 +1,150 @@
+"""Models that put out dictionaries, tuples, lists and objects; batches that are dictionaries."""
+
+import copy
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_masterkeys as mk
+from timm_masterkeys.calibration.outputs import gives_features, pick_output
+
+
+@dataclass
+class ModelOutput:
+    """As those of transformers."""
+
+    logits: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
+
+
+class Holds(nn.Module):
+    """A small network whose output comes in something."""
+
+    def __init__(self, pack, classes=5):
+        super().__init__()
+        torch.manual_seed(1)
+        self.pack, self.stem, self.dw = pack, nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.head = nn.Conv2d(8, classes, 1)
+
+    def forward(self, pixel_values):
+        x = self.dw(self.stem(pixel_values)).relu()
+        return self.pack(self.head(x), x)
+
+
+def keep(maps, x):
+    return maps
+
+
+PACKS = {
+    "dict": lambda maps, x: OrderedDict(out=maps, aux=x),
+    "first": lambda maps, x: {"labels": None, "maps": maps, "other": x},
+    "tuple": lambda maps, x: (maps, x),
+    "list": lambda maps, x: [maps, x],
+    "object": lambda maps, x: ModelOutput(logits=maps, hidden_states=x),
+}
+
+
+def calibrated(pack, x, **arguments):
+    dense = Holds(pack).eval()
+    model = mk.convert_to_masterkeys(dense)
+    report = mk.calibrate_masterkeys(model, dense, x, **arguments)
+    return model, report
+
+
+@pytest.mark.parametrize("kind", PACKS)
+def test_a_model_is_calibrated_whatever_its_output_comes_in(kind):
+    x = torch.randn(20, 3, 12, 12)
+    expected, figures = calibrated(keep, x)
+    model, report = calibrated(PACKS[kind], x)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+    assert report.after == figures.after and report.record.metric == "dense prediction"
+    assert report.after["divergence"] < report.before["divergence"]
+
+
+def test_the_output_that_was_asked_for_is_looked_at():
+    x = torch.randn(20, 3, 12, 12)
+    _, other = calibrated(lambda maps, x: x, x)
+    for pack, output in (
+        (PACKS["dict"], "aux"),
+        (PACKS["tuple"], 1),
+        (PACKS["list"], -1),
+        (PACKS["object"], "hidden_states"),
+        (PACKS["object"], lambda raw: raw.hidden_states),
+    ):
+        assert calibrated(pack, x, output=output)[1].after == other.after
+
+
+def test_as_few_keys_as_agree_for_a_dictionary():
+    dense, x = Holds(PACKS["dict"]).eval(), torch.randn(40, 3, 12, 12)
+    model, budget = mk.convert_to_agreement(dense, 0.9, x)
+    expected, plain = mk.convert_to_agreement(Holds(keep).eval(), 0.9, x)
+    assert budget.chosen == plain.chosen and budget.record.metric == "dense prediction"
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+
+
+def test_what_is_taken():
+    model, one, two = nn.Identity(), torch.zeros(2, 3), torch.ones(2, 3)
+    for raw in ({"aux": one, "logits": two}, {"logits": two, "out": one}, {"x": 3, "y": two}, [two, one], ("a", two)):
+        assert pick_output(model, raw) is two
+    assert pick_output(model, {"hidden": one, "last_hidden_state": two}) is two
+    assert pick_output(model, two) is two
+
+
+@pytest.mark.parametrize(
+    "raw, output, message",
+    [
+        ({"a": 1}, None, "puts out a dict of 'a', expected a tensor in it"),
+        (None, None, "puts out a NoneType, expected a tensor"),
+        ({"a": 1}, "b", "puts out a dict of 'a', without 'b'"),
+        ((1, 2), 5, "puts out a tuple of int, int, without 5"),
+        ({"a": 1}, "a", "expected a tensor at 'a', got a int"),
+        (ModelOutput(), "nothing", "puts out a ModelOutput, without 'nothing'"),
+    ],
+)
+def test_what_is_not_there_is_named(raw, output, message):
+    with pytest.raises(mk.CalibrationError, match=message):
+        pick_output(nn.Identity(), raw, output)
+
+
+def test_which_models_have_no_head():
+    logits, state = ModelOutput(logits=torch.ones(1)), {"last_hidden_state": torch.ones(1)}
+    plain, headless = nn.Identity(), timm.create_model("test_efficientnet", num_classes=0)
+    assert gives_features(headless, torch.ones(1, 3)) and gives_features(plain, state)
+    assert not gives_features(plain, torch.ones(1, 3)) and not gives_features(plain, logits)
+    assert not gives_features(plain, {**state, "logits": torch.ones(1)})
+
+
+def test_a_feature_extractor_is_judged_by_the_last_of_its_maps():
+    dense = timm.create_model("test_efficientnet", features_only=True).eval()
+    x = torch.randn(20, 3, 64, 64)
+    model = mk.convert_to_masterkeys(dense)
+    last, named = copy.deepcopy(model), copy.deepcopy(model)
+    report = mk.calibrate_masterkeys(model, dense, x)
+    assert report.record.metric == "embedding"
+    assert report.after == mk.calibrate_masterkeys(last, dense, x, output=-1).after
+    assert report.after != mk.calibrate_masterkeys(named, dense, x, output=1).after
+
+
+def test_embeddings_are_no_classes():
+    dense = timm.create_model("test_efficientnet", num_classes=0).eval()
+    report = mk.calibrate_masterkeys(mk.convert_to_masterkeys(dense), dense, torch.randn(20, 3, 64, 64))
+    assert report.record.metric == "embedding" and set(report.after) == {"relative error", "correlation"}
+
+
+@pytest.mark.parametrize("key", ["pixel_values", "image", "images", "input"])
+def test_batches_that_are_dictionaries(key):
+    x = torch.randn(20, 3, 12, 12)
+    expected, _ = calibrated(keep, x, stages="statistics")
+    batches = [{"labels": torch.zeros(len(part)), key: part} for part in x.split(6)]
+    model, report = calibrated(keep, batches, stages="statistics")
+    assert report.record.images == 20
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+
+
+def test_a_dictionary_without_images_is_refused():
+    with pytest.raises(mk.CalibrationError, match=r"a dict of photo, label, .*under one of pixel_values, image"):
+        calibrated(keep, [{"photo": torch.randn(20, 3, 12, 12), "label": 1}])

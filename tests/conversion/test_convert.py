@@ -1,0 +1,811 @@
+"""Planning, conversion and fusion of whole models: what is converted, what survives, what is refused."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.layers import Conv2dSame
+from timm.utils import reparameterize_model
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from timm_masterkeys import (
+    BankError,
+    CheckpointError,
+    ConversionError,
+    MasterKeyConv2d,
+    ProjectionError,
+    convert_to_masterkeys,
+    fuse_masterkeys,
+    get_bank,
+    initialize_masterkeys,
+    plan_conversion,
+    project_kernels,
+)
+
+# name -> depthwise convolutions with more than one tap, counted by hand in timm 1.0.31
+TIMM_MODELS = {
+    "convnext_atto": 12,
+    "tf_efficientnet_lite0": 16,
+    "inception_next_atto": 36,
+    "mobilenetv3_small_050": 11,
+    "fastvit_t8": 28,
+    "repvit_m0_9": 26,
+}
+
+
+class Block(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.dw = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.BatchNorm2d(channels)
+        self.pw = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return x + self.pw(self.norm(self.dw(x)).relu())
+
+
+class Net(nn.Module):
+    """A stem, two blocks and a strided SAME depthwise layer."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.blocks = nn.Sequential(Block(channels), Block(channels))
+        self.down = Conv2dSame(channels, 2 * channels, 3, stride=2, groups=channels, bias=False)
+        self.head = nn.Linear(2 * channels, 5)
+
+    def forward(self, x):
+        return self.head(self.down(self.blocks(self.stem(x))).mean((2, 3)))
+
+
+NET_LAYERS = ["blocks.0.dw", "blocks.1.dw", "down"]
+
+
+class Strange(nn.Module):
+    """One convolution of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+        self.pointwise = nn.Conv2d(8, 8, 1)
+        self.gain = nn.Conv2d(8, 8, 1, groups=8)
+        self.single = nn.Conv2d(1, 4, 3)
+        self.dw = nn.Conv2d(8, 8, (1, 7), groups=8)
+        self.same = Conv2dSame(8, 16, 2, groups=8)
+        self.conv1d = nn.Conv1d(8, 8, 3, groups=8)
+        self.conv3d = nn.Conv3d(8, 8, 3, groups=8)
+        self.transposed = nn.ConvTranspose2d(8, 8, 3, groups=8)
+        self.subclass = type("Renamed", (nn.Conv2d,), {})(8, 8, 3, groups=8)
+        self.odd = type("Odd", (nn.Conv2d,), {"forward": lambda self, x: x})(8, 8, 3, groups=8)
+        self.odder = type("Odder", (Conv2dSame,), {"_conv_forward": lambda self, x, *_: x})(8, 8, 3, groups=8)
+        self.replaced = nn.Conv2d(8, 8, 3, groups=8)
+        self.replaced.forward = lambda x: x
+        self.named = nn.Conv2d(8, 8, 3, groups=8)
+        self.named.scale = 2.0
+        self.parametrized = weight_norm(nn.Conv2d(8, 8, 3, groups=8))
+        self.tied = nn.Conv2d(8, 8, (1, 7), groups=8)
+        self.tied.weight = self.dw.weight
+        self.done = MasterKeyConv2d(8, 8, 3, bank="random8:1")
+
+
+def masterkeys(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
+
+
+def snapshot(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same_state(state, other):
+    return list(state) == list(other) and all(
+        state[name].dtype == other[name].dtype and torch.equal(state[name], other[name]) for name in state
+    )
+
+
+def fingerprint(model):
+    """Every module and tensor by identity, and every value."""
+    modules = [(name, id(module), type(module)) for name, module in model.named_modules(remove_duplicate=False)]
+    tensors = [(name, id(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()]
+    hooks = [len(module._load_state_dict_pre_hooks) for module in model.modules()]
+    return modules, tensors, hooks, {name: value.tolist() for name, value in model.state_dict().items()}
+
+
+def timm_model(name, **kwargs):
+    """A model with batch statistics worth folding."""
+    model = timm.create_model(name, pretrained=False, **kwargs).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+# plan
+
+
+def test_plan_gives_a_reason_for_every_convolution():
+    plan = plan_conversion(Strange())
+    reasons = {layer.name: layer.reason for layer in plan.layers}
+    reasons.pop("dw")  # the first of the two that share a weight
+    assert reasons == {
+        "stem": "not depthwise (groups 1)",
+        "grouped": "not depthwise (groups 2)",
+        "pointwise": "not depthwise (groups 1)",
+        "gain": "1x1 kernel has no spatial structure",
+        "single": "not depthwise (groups 1)",
+        "same": "",
+        "conv1d": "not a Conv2d",
+        "conv3d": "not a Conv2d",
+        "transposed": "not a Conv2d",
+        "subclass": "",
+        "odd": "Odd has a forward of its own",
+        "odder": "Odder has a forward of its own",
+        "replaced": "its forward is replaced",
+        "named": "its attribute 'scale' has the name of one that the layer needs",
+        "parametrized": "its weight is computed (a parametrization)",
+        "tied": "shares its weight with dw",
+        "done": "converted already (bank random8:1)",
+    }
+    assert sorted([*plan.converted, *plan.skipped], key=plan.layers.index) == list(plan.layers)
+    same = next(layer for layer in plan.layers if layer.name == "same")
+    assert (same.kind, same.kernel_size, same.in_channels, same.out_channels) == ("Conv2dSame", (2, 2), 8, 16)
+
+
+def test_plan_is_a_dry_run_and_a_table():
+    model = Net()
+    before = fingerprint(model)
+    plan = plan_conversion(model, exclude="blocks.1*")
+    assert fingerprint(model) == before
+    assert [layer.name for layer in plan.converted] == ["blocks.0.dw", "down"]
+    lines = str(plan).splitlines()
+    assert len(lines) == 1 + 6 + 1
+    rows = {line.split()[0]: line for line in lines}
+    assert rows["blocks.1.dw"].endswith("stays dense: excluded by 'blocks.1*'")
+    assert rows["down"].split() == ["down", "Conv2dSame", "3x3", "8", "->", "16", "convert"]
+    assert lines[-1] == "2 of 6 convolutions to convert, 24 kernels"
+    action = lines[0].index("action")
+    assert {line[action - 1] for line in lines[1:-1]} == {" "}
+    assert {line[action:].split()[0] for line in lines[1:-1]} == {"convert", "stays"}
+
+
+@pytest.mark.parametrize("name", TIMM_MODELS)
+def test_plan_of_timm_models(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False)
+    plan = plan_conversion(model)
+    convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    wanted = [n for n, m in convs.items() if m.groups == m.in_channels > 1 and m.weight[0].numel() > 1]
+    assert [layer.name for layer in plan.layers] == list(convs)
+    assert [layer.name for layer in plan.converted] == wanted
+    assert len(wanted) == TIMM_MODELS[name]
+    assert all(layer.reason for layer in plan.skipped)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "converted"),
+    [
+        ({"include": "blocks.*"}, ["blocks.0.dw", "blocks.1.dw"]),
+        ({"include": ["down", "blocks.0.*"]}, ["blocks.0.dw", "down"]),
+        ({"exclude": ("*.dw",)}, ["down"]),
+        ({"include": "blocks.*", "exclude": "blocks.[1-9].*"}, ["blocks.0.dw"]),
+        ({"include": [], "exclude": None}, NET_LAYERS),
+        ({"include": "*"}, NET_LAYERS),
+    ],
+)
+def test_patterns(patterns, converted):
+    model = Net()
+    assert [layer.name for layer in plan_conversion(model, **patterns).converted] == converted
+    assert list(masterkeys(convert_to_masterkeys(model, **patterns))) == converted
+    assert list(masterkeys(initialize_masterkeys(model, **patterns))) == converted
+
+
+def test_reasons_of_patterns():
+    reasons = {layer.name: layer.reason for layer in plan_conversion(Net(), include="*.dw", exclude="*.1.*").layers}
+    assert reasons["down"] == "not included"
+    assert reasons["blocks.1.dw"] == "excluded by '*.1.*'"
+    assert reasons["blocks.0.dw"] == ""
+    assert reasons["stem"] == "not depthwise (groups 1)"
+
+
+# convert
+
+
+@pytest.mark.parametrize("name", TIMM_MODELS)
+def test_timm_models_convert_and_fuse(name):
+    model = timm_model(name)
+    before = snapshot(model)
+    converted = convert_to_masterkeys(model)
+    assert same_state(model.state_dict(), before)
+    assert not masterkeys(model)
+    assert len(masterkeys(converted)) == TIMM_MODELS[name]
+    for layer_name, layer in masterkeys(converted).items():
+        assert torch.equal(layer.key_rows(), project_kernels(model.get_submodule(layer_name).weight).key_index)
+    others = {k: v for k, v in converted.state_dict().items() if k in before}
+    assert all(torch.equal(value, before[key]) for key, value in others.items())
+
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        out = converted(x)
+        fused = fuse_masterkeys(converted)
+        assert torch.equal(fused(x), out)
+        assert not torch.equal(model(x), out)
+    assert list(fused.state_dict()) == list(before)
+    assert {n: type(m) for n, m in fused.named_modules()} == {n: type(m) for n, m in model.named_modules()}
+    assert len(masterkeys(converted)) == TIMM_MODELS[name]
+
+    loaded = initialize_masterkeys(model)
+    loaded.load_state_dict(before)  # the stock weights
+    assert same_state(loaded.state_dict(), converted.state_dict())
+
+
+@pytest.mark.parametrize(
+    "name", ["tf_efficientnet_lite0", "fastvit_t8", "repvit_m0_9", "mobileone_s0", "repghostnet_050", "shvit_s1"]
+)
+def test_reparameterize_model(name):
+    converted = convert_to_masterkeys(timm_model(name, num_classes=10))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = converted(x)
+        merged = reparameterize_model(converted)
+        assert not masterkeys(merged)
+        torch.testing.assert_close(merged(x), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        assert torch.equal(converted(x), expected)
+
+
+def test_inplace_or_not():
+    model = Net()
+    before, state = fingerprint(model), snapshot(model)
+    out = convert_to_masterkeys(model)
+    assert out is not model
+    assert fingerprint(model) == before
+    pointers = {t.data_ptr() for t in model.state_dict().values()}
+    assert not pointers & {t.data_ptr() for t in out.state_dict().values()}
+
+    kept = {name: module for name, module in model.named_modules() if name not in NET_LAYERS}
+    assert convert_to_masterkeys(model, inplace=True) is model
+    assert list(masterkeys(model)) == NET_LAYERS
+    assert {name: m for name, m in model.named_modules() if name not in NET_LAYERS} == kept
+    assert same_state(snapshot(model), snapshot(out))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items() if name in state)
+
+    converted = fingerprint(model)
+    fused = fuse_masterkeys(model)
+    assert fused is not model
+    assert fingerprint(model) == converted
+    assert fuse_masterkeys(model, inplace=True) is model
+    assert same_state(snapshot(fused), snapshot(model))
+    assert list(model.state_dict()) == list(state)
+    assert {name: type(m) for name, m in model.named_modules()} == {name: type(m) for name, m in Net().named_modules()}
+
+
+def test_settings_reach_every_layer():
+    model = convert_to_masterkeys(Net(), "random8:5", keys_per_kernel=3, trainable="affine")
+    for layer in masterkeys(model).values():
+        assert (layer.bank.name, layer.keys_per_kernel, layer.trainable) == ("random8:5", 3, "affine")
+    model = convert_to_masterkeys(Net(), get_bank("random8:5").keys)
+    (digest,) = {layer.bank.digest for layer in masterkeys(model).values()}
+    assert {layer.bank.name for layer in masterkeys(model).values()} == {f"custom-{digest[:8]}"}
+
+
+def test_converting_twice():
+    model = convert_to_masterkeys(Net())
+    before = fingerprint(model)
+    with pytest.raises(ConversionError, match=r"3 converted already \(bank babaiee2025\).*fuse_masterkeys"):
+        convert_to_masterkeys(model, inplace=True)
+    with pytest.raises(ConversionError, match="nothing to convert"):
+        convert_to_masterkeys(model, include="down", inplace=True)
+    assert fingerprint(model) == before
+
+
+def test_a_second_call_for_other_layers():
+    model = convert_to_masterkeys(Net(), include="blocks.*")
+    first = masterkeys(model)
+    convert_to_masterkeys(model, "random8:0", keys_per_kernel=2, trainable="none", inplace=True)
+    layers = masterkeys(model)
+    assert list(layers) == NET_LAYERS
+    assert all(layers[name] is layer for name, layer in first.items())
+    assert layers["down"].bank.name == "random8:0"
+    assert {name for name, p in layers["down"].named_parameters()} == set()
+    assert not masterkeys(fuse_masterkeys(model))
+    state = snapshot(model)
+    state["blocks.0.dw.key_index"][0] = 99
+    with pytest.raises(CheckpointError, match=r"blocks.0.dw.key_index: holds"):
+        model.load_state_dict(state)
+
+
+# refusals
+
+
+def test_a_pattern_must_match_something():
+    model = Net()
+    for patterns in ({"include": "stages.*"}, {"exclude": ["down", "stages.*"]}):
+        for call in (plan_conversion, convert_to_masterkeys, initialize_masterkeys):
+            with pytest.raises(
+                ConversionError, match=r"'stages\.\*' matches none of the 6 convolutions.*blocks\.0\.dw"
+            ):
+                call(model, **patterns)
+    assert not plan_conversion(model, include="stem").converted
+    with pytest.raises(ConversionError, match="nothing to convert"):
+        convert_to_masterkeys(model, include="stem")
+
+
+def test_nothing_to_convert():
+    for call in (convert_to_masterkeys, initialize_masterkeys):
+        with pytest.raises(ConversionError, match=r"Sequential has nothing to convert.*groups ==") as caught:
+            call(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv1d(8, 8, 3, groups=8)))
+        assert "2 not depthwise (groups 1), 1 not a Conv2d" in str(caught.value)
+        with pytest.raises(ConversionError, match="found no convolution at all"):
+            call(nn.Linear(3, 3))
+        with pytest.raises(ConversionError, match="3 excluded by"):
+            call(Net(), exclude="*")
+    assert plan_conversion(nn.Linear(3, 3)).layers == ()
+    assert "0 of 0 convolutions" in str(plan_conversion(nn.Linear(3, 3)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"trainable": "all"}, ConversionError, "trainable is 'all'"),
+        ({"keys_per_kernel": 0}, ProjectionError, "from 1 to 8"),
+        ({"keys_per_kernel": 9}, ProjectionError, "keys_per_kernel is 9"),
+        ({"keys_per_kernel": "2"}, ProjectionError, "keys_per_kernel is '2'"),
+        ({"bank": "nobody"}, BankError, "Unknown bank"),
+        ({"bank": "missing.safetensors"}, BankError, r"missing\.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("call", [convert_to_masterkeys, initialize_masterkeys])
+def test_bad_arguments_change_nothing(call, arguments, error, message):
+    model = Net()
+    before = fingerprint(model)
+    with pytest.raises(error, match=message):
+        call(model, inplace=True, **arguments)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_failure_in_the_last_layer_leaves_the_model_as_it_was(value, inplace):
+    model = Net()
+    with torch.no_grad():
+        model.down.weight[9, 0, 1, 1] = value
+    before, weight = fingerprint(model), model.down.weight
+    before[3].pop("down.weight")  # NaN is not equal to itself
+    with pytest.raises(ProjectionError, match=r"^down: Channel 9 of the weight holds NaN or Inf"):
+        convert_to_masterkeys(model, inplace=inplace)
+    after = fingerprint(model)
+    after[3].pop("down.weight")
+    assert after == before
+    assert model.down.weight is weight
+    convert_to_masterkeys(model, exclude="down", inplace=inplace)
+
+
+def test_fuse_refuses_an_ordinary_model():
+    model = Net()
+    before = fingerprint(model)
+    for inplace in (True, False):
+        with pytest.raises(ConversionError, match="Net holds no MasterKeyConv2d"):
+            fuse_masterkeys(model, inplace=inplace)
+    assert fingerprint(model) == before
+    with pytest.raises(ConversionError):
+        fuse_masterkeys(fuse_masterkeys(convert_to_masterkeys(model)))
+
+
+# what survives
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_hooks_survive_and_can_be_removed(inplace):
+    model, calls = Net(), []
+    conv = model.blocks[0].dw
+    handles = [
+        conv.register_forward_pre_hook(lambda module, args: calls.append(("pre", type(module)))),
+        conv.register_forward_hook(lambda module, args, output: calls.append(("post", type(module)))),
+        conv.register_full_backward_hook(lambda module, grads, outputs: calls.append(("back", type(module)))),
+    ]
+    converted = convert_to_masterkeys(model, inplace=inplace)
+    x = torch.randn(1, 3, 9, 9)
+    expected = [(when, MasterKeyConv2d) for when in ("pre", "post", "back")]
+    converted(x).sum().backward()
+    assert calls == expected
+    fuse_masterkeys(converted)(x).sum().backward()
+    assert calls[3:] == [(when, nn.Conv2d) for when, _ in expected]
+    calls.clear()
+    for handle in handles:
+        handle.remove()
+    (converted if inplace else model)(x).sum().backward()  # a deep copy has hooks of its own
+    assert calls == []
+
+
+def test_modes_and_requires_grad_survive():
+    model = Net().train()
+    model.blocks[0].eval()
+    model.down.eval()
+    model.stem.requires_grad_(False)
+    model.blocks[1].dw.requires_grad_(False)
+    modes = {name: module.training for name, module in model.named_modules()}
+    grads = {name: p.requires_grad for name, p in model.named_parameters()}
+    converted = convert_to_masterkeys(model)
+    assert {name: module.training for name, module in converted.named_modules()} == modes
+    for name, p in converted.named_parameters():
+        assert p.requires_grad == grads[name.replace(".shift", ".weight")], name
+    fused = fuse_masterkeys(converted)
+    assert {name: module.training for name, module in fused.named_modules()} == modes
+    assert not fused.stem.weight.requires_grad
+    assert not fused.blocks[1].dw.bias.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtype_survives(dtype):
+    model = convert_to_masterkeys(Net().to(dtype))
+    for layer in masterkeys(model).values():
+        assert {layer.keys.dtype, layer.scale.dtype, layer.shift.dtype, layer.weight.dtype} == {dtype}
+    x = torch.randn(1, 3, 8, 8, dtype=dtype)
+    assert torch.equal(fuse_masterkeys(model)(x), model(x))
+
+
+def test_meta_device_survives():
+    with torch.device("meta"):
+        model = Net()
+    converted = convert_to_masterkeys(model)
+    assert all(t.is_meta for t in converted.state_dict().values())
+    assert converted(torch.empty(1, 3, 8, 8, device="meta")).shape == (1, 5)
+    stock = Net()
+    reference = convert_to_masterkeys(stock)
+    for state in (stock.state_dict(), reference.state_dict()):
+        loaded = copy.deepcopy(converted).to_empty(device="cpu")
+        loaded.load_state_dict(state)
+        assert same_state(loaded.state_dict(), reference.state_dict())
+        loaded = copy.deepcopy(converted)
+        loaded.load_state_dict(state, assign=True)
+        assert same_state(loaded.state_dict(), reference.state_dict())
+
+
+def test_channels_last_survives():
+    model = Net().eval()
+    layout, x = torch.channels_last, torch.randn(2, 3, 9, 9)
+    converted = convert_to_masterkeys(model.to(memory_format=layout))
+    assert converted.stem.weight.is_contiguous(memory_format=layout)
+    x = x.contiguous(memory_format=layout)
+    out = converted.blocks[0].dw(converted.stem(x))
+    assert out.is_contiguous(memory_format=layout)
+    assert torch.equal(fuse_masterkeys(converted)(x), converted(x))
+    torch.testing.assert_close(converted.to(memory_format=torch.contiguous_format)(x.contiguous()), converted(x))
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_module_used_in_several_places(inplace):
+    conv, block = nn.Conv2d(8, 8, 3, padding=1, groups=8), Block(8)
+    model = nn.ModuleDict({"a": nn.Sequential(conv, nn.ReLU(), conv), "b": nn.ModuleList([block, conv, block])})
+    names = list(model.state_dict())
+    converted = convert_to_masterkeys(model, inplace=inplace)
+    assert list(masterkeys(converted)) == ["a.0", "b.0.dw"]
+    assert converted["a"][0] is converted["a"][2] is converted["b"][1]
+    assert converted["b"][0] is converted["b"][2]
+    assert isinstance(converted["a"][2], MasterKeyConv2d)
+    x = torch.randn(1, 8, 9, 9)
+    fused = fuse_masterkeys(converted)
+    assert torch.equal(fused["a"](x), converted["a"](x))
+    assert type(fused["a"][0]) is nn.Conv2d
+    assert fused["a"][0] is fused["a"][2] is fused["b"][1]
+    assert list(fused.state_dict()) == names
+
+    state = snapshot(converted)
+    state["a.2.key_index"] = state["a.2.key_index"] + 99  # seen though a.0 is the same layer
+    before = snapshot(converted)
+    with pytest.raises(CheckpointError, match=r"a\.2\.key_index"):
+        converted.load_state_dict(state)
+    assert same_state(converted.state_dict(), before)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_model_that_is_a_convolution(inplace):
+    conv = nn.Conv2d(8, 8, 5, groups=8)
+    weight = conv.weight
+    layer = convert_to_masterkeys(conv, inplace=inplace)
+    assert type(layer) is MasterKeyConv2d
+    assert type(conv) is nn.Conv2d
+    assert conv.weight is weight
+    assert (layer.bias is conv.bias) == inplace
+    x = torch.randn(1, 8, 9, 9)
+    fused = fuse_masterkeys(layer, inplace=inplace)
+    assert type(fused) is nn.Conv2d
+    assert torch.equal(fused(x), layer(x))
+    with torch.no_grad():
+        conv.weight.fill_(torch.nan)
+    with pytest.raises(ProjectionError, match=r"^Conv2d: Channel 0"):
+        convert_to_masterkeys(conv)
+
+
+def test_fx_graph_module():
+    model = nn.Sequential(Block(8), Block(8)).eval()
+    converted = convert_to_masterkeys(torch.fx.symbolic_trace(model))
+    assert isinstance(converted, torch.fx.GraphModule)
+    assert list(masterkeys(converted)) == ["0.dw", "1.dw"]
+    x = torch.randn(1, 8, 9, 9)
+    assert torch.equal(converted(x), convert_to_masterkeys(model)(x))
+    assert torch.equal(fuse_masterkeys(converted)(x), converted(x))
+
+
+def test_data_parallel_wrapper():
+    model = Net().eval()
+    wrapped = nn.DataParallel(convert_to_masterkeys(model))
+    assert list(masterkeys(wrapped)) == [f"module.{name}" for name in NET_LAYERS]
+    wrapped.load_state_dict({f"module.{name}": value for name, value in model.state_dict().items()})
+    x = torch.randn(1, 3, 9, 9)
+    assert torch.equal(wrapped.module(x), convert_to_masterkeys(model)(x))
+
+
+# copies, pickles, scripts
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_copies_still_check_what_they_load(pickled):
+    model = convert_to_masterkeys(Net()).eval()
+    twin = pickle.loads(pickle.dumps(model)) if pickled else copy.deepcopy(model)
+    x = torch.randn(1, 3, 9, 9)
+    assert torch.equal(twin(x), model(x))
+    assert same_state(twin.state_dict(), model.state_dict())
+    del model
+    before = snapshot(twin)
+    bad = snapshot(convert_to_masterkeys(Net(), "random8:0"))
+    with pytest.raises(CheckpointError, match="another bank than 'babaiee2025'"):
+        twin.load_state_dict(bad)
+    assert same_state(twin.state_dict(), before)
+    stock = Net()
+    twin.load_state_dict(stock.state_dict())
+    assert same_state(twin.state_dict(), convert_to_masterkeys(stock).state_dict())
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_fused_model_knows_nothing_of_this_package(inplace):
+    converted = convert_to_masterkeys(timm.create_model("test_convnext"), include="stages.0.*")
+    convert_to_masterkeys(converted, inplace=True)
+    assert b"timm_masterkeys" in pickle.dumps(converted)
+    fused = fuse_masterkeys(converted, inplace=inplace)
+    assert b"timm_masterkeys" not in pickle.dumps(fused)
+    inner = convert_to_masterkeys(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)))
+    outer = nn.Sequential(nn.Conv2d(3, 8, 3), inner)
+    assert b"timm_masterkeys" not in pickle.dumps(fuse_masterkeys(outer, inplace=inplace))
+    fused.load_state_dict(timm.create_model("test_convnext").state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", ["Net", "test_convnext"])
+def test_script_and_trace(name):
+    stock = Net().eval() if name == "Net" else timm_model(name, scriptable=True)
+    model = convert_to_masterkeys(stock, keys_per_kernel=2)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        scripted = torch.jit.script(model)
+        torch.testing.assert_close(scripted(x), expected, rtol=1e-5, atol=1e-6)
+        traced = torch.jit.trace(model, x)
+        torch.testing.assert_close(traced(x), expected, rtol=1e-5, atol=1e-6)
+
+
+# checkpoints of whole models
+
+
+def break_bank(state):
+    state.update(snapshot(convert_to_masterkeys(Net(), "random8:0")))
+    return "another bank than 'babaiee2025'"
+
+
+def break_index(state):
+    state["down.key_index"][15] = 8
+    return r"down\.key_index: holds \d to 8, the bank has 8 keys"
+
+
+def break_size(state):
+    state.update({f"down.{k}": v for k, v in MasterKeyConv2d(8, 16, 5, bias=False).state_dict().items()})
+    return r"down\.keys: got shape \(8, 5, 5\), expected \(8, 3, 3\)"
+
+
+def break_channels(state):
+    state.update(snapshot(convert_to_masterkeys(Net(16))))
+    return r"blocks\.0\.dw\.key_index: got shape \(16, 1\), expected \(8, 1\)"
+
+
+def break_both(state):
+    state["down.weight"] = torch.randn(16, 1, 3, 3)
+    return r"down\.weight: given together with keys, key_index, scale, shift, r2"
+
+
+def break_half(state):
+    del state["blocks.1.dw.shift"]
+    return r"blocks\.1\.dw\.keys: given without shift"
+
+
+def break_dense(state):
+    state.clear()
+    state.update(snapshot(Net()))
+    state["down.weight"][3, 0, 0, 0] = torch.nan
+    return r"down\.weight: channel 3 holds NaN"
+
+
+def break_dense_shape(state):
+    state.clear()
+    state.update(snapshot(Net()))
+    state["down.weight"] = torch.randn(16, 1, 5, 5)
+    return r"down\.weight: got shape \(16, 1, 5, 5\), expected \(16, 1, 3, 3\)"
+
+
+BREAKS = [
+    break_bank,
+    break_index,
+    break_size,
+    break_channels,
+    break_both,
+    break_half,
+    break_dense,
+    break_dense_shape,
+]
+
+
+@pytest.mark.parametrize("spoil", BREAKS)
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_bad_checkpoint_changes_no_tensor(spoil, wrapped, assign):
+    model = convert_to_masterkeys(Net())
+    state = snapshot(convert_to_masterkeys(Net()))
+    message = spoil(state)
+    if wrapped:
+        model, state = nn.DataParallel(model), {f"module.{name}": value for name, value in state.items()}
+        message = message if spoil is break_bank else rf"module\.{message}"
+    before = fingerprint(model)
+    for strict in (True, False):
+        with pytest.raises(CheckpointError, match=rf"nothing was loaded.\n(.*\n)*.*{message}"):
+            model.load_state_dict(state, strict=strict, assign=assign)
+    assert fingerprint(model) == before
+
+
+def test_many_problems_are_counted():
+    model = convert_to_masterkeys(timm.create_model("test_convnext"))
+    state = snapshot(convert_to_masterkeys(timm.create_model("test_convnext"), "random8:0"))
+    with pytest.raises(CheckpointError) as caught:
+        model.load_state_dict(state)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 7
+    assert lines[-1] == "... and 4 more"
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_whole_models_round_trip(tmp_path, wrapped):
+    source = convert_to_masterkeys(Net(), keys_per_kernel=2, trainable="affine")
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    state = load_file(tmp_path / "model.safetensors")
+    model = convert_to_masterkeys(Net(), keys_per_kernel=2, trainable="affine")
+    target = nn.DataParallel(model) if wrapped else model
+    target.load_state_dict({f"module.{name}": value for name, value in state.items()} if wrapped else state)
+    assert same_state(model.state_dict(), source.state_dict())
+    stock = Net().state_dict()
+    target.load_state_dict({f"module.{name}": value for name, value in stock.items()} if wrapped else stock)
+    projection = project_kernels(stock["down.weight"], keys_per_kernel=2)
+    assert torch.equal(model.down.key_rows(), projection.key_index)
+    assert torch.equal(model.stem.weight, stock["stem.weight"])
+
+
+def test_missing_entries():
+    model = convert_to_masterkeys(Net())
+    state = {name: value for name, value in Net().state_dict().items() if not name.startswith("down.")}
+    with pytest.raises(RuntimeError, match=r"Missing key.*down\.key"):
+        model.load_state_dict(state)
+    down = snapshot(model.down)
+    result = model.load_state_dict(state, strict=False)
+    assert set(result.missing_keys) == {f"down.{name}" for name in down}
+    assert result.unexpected_keys == []
+    assert same_state(model.down.state_dict(), down)
+    assert torch.equal(model.stem.weight, state["stem.weight"])
+    assert torch.equal(model.blocks[0].dw.shift, project_kernels(state["blocks.0.dw.weight"]).shift)
+
+
+# from scratch
+
+
+def test_initialize_is_seeded_and_exact():
+    stock = Net(64)
+    models = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        models.append(initialize_masterkeys(stock))
+    assert same_state(models[0].state_dict(), models[1].state_dict())
+    assert not torch.equal(models[0].down.key_index, models[2].down.key_index)
+    for name, layer in masterkeys(models[0]).items():
+        conv = stock.get_submodule(name)
+        projection = project_kernels(layer.weight)
+        torch.testing.assert_close(projection.r2, torch.ones(layer.out_channels))
+        assert torch.equal(projection.key_index, layer.key_rows())
+        assert torch.equal(layer.shift, torch.zeros(layer.out_channels))
+        norm = (conv.weight - conv.weight.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1).mean()
+        torch.testing.assert_close(layer.weight.flatten(1).norm(dim=1), norm.expand(layer.out_channels))
+        assert (layer.bias is None) == (conv.bias is None)
+        if layer.bias is not None:
+            assert torch.equal(layer.bias, conv.bias)
+    assert torch.equal(models[0].stem.weight, stock.stem.weight)
+    counts = sum(layer.key_rows().flatten().bincount(minlength=8) for layer in masterkeys(models[0]).values())
+    assert counts.sum() == 64 + 64 + 128
+    assert 10 < counts.min() <= counts.max() < 60  # 32 each, give or take five deviations
+
+
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+def test_initialized_models_train(trainable):
+    model = initialize_masterkeys(Net(), keys_per_kernel=2, trainable=trainable)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    before = snapshot(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 9, 9)).square().sum().backward()
+        optimizer.step()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    parts = {"none": [], "shift": ["shift"], "affine": ["scale", "shift"]}[trainable]
+    own = {f"{layer}.{name}" for layer in NET_LAYERS for name in ("keys", "key_index", "scale", "shift", "r2")}
+    assert moved & own == {f"{layer}.{name}" for layer in NET_LAYERS for name in parts}
+    assert "stem.weight" in moved
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("r", [1, 6, 8])
+def test_fused_before_it_is_cast_a_model_keeps_its_kernels(r, dtype):
+    """Eight keys at 3x3 have scales up to a thousand times the kernel, which half precision would round."""
+    model = convert_to_masterkeys(Net(), keys_per_kernel=r)
+    fused = fuse_masterkeys(model).to(dtype)
+    for name, layer in masterkeys(model).items():
+        error = (fused.get_submodule(name).weight.float() - layer.weight).abs().amax((1, 2, 3))
+        assert (error <= torch.finfo(dtype).eps * layer.weight.abs().amax((1, 2, 3))).all()
+
+
+class Cache(Net):
+    """Keeps what it computed of its parameters, as tiny_vit's attention does in eval mode."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, x):
+        if not self.kept:
+            self.kept["bias"] = [self.blocks[0].dw.weight.mean() * 2]
+        return super().forward(x) + self.kept["bias"][0]
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_networks_that_keep_computed_tensors_are_copied(inplace):
+    dense = Cache({}).eval()
+    x = torch.randn(2, 3, 8, 8)
+    dense(x)
+    kept = dense.kept["bias"][0]
+    assert not kept.is_leaf
+    model = convert_to_masterkeys(dense, inplace=inplace)
+    assert dense.kept["bias"][0] is kept
+    if not inplace:
+        assert torch.equal(model.kept["bias"][0], kept) and model.kept["bias"][0].is_leaf
+        assert model.kept["bias"][0].data_ptr() != kept.data_ptr()
+    assert torch.equal(fuse_masterkeys(model, inplace=inplace)(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["tiny_vit_5m_224", "efficientformerv2_s0"])
+def test_timms_networks_that_keep_attention_biases(name):
+    dense = timm.create_model(name).eval()
+    x = torch.randn(1, 3, 224, 224)
+    expected = dense(x)
+    model = convert_to_masterkeys(dense)
+    assert torch.equal(dense(x), expected)
+    assert torch.equal(fuse_masterkeys(model)(x), model(x))
+
+
+def test_what_cannot_be_copied_is_named():
+    model = Net()
+    model.blocks[1].lock = threading.Lock()
+    message = r"Net cannot be copied: attribute 'lock' of module 'blocks\.1' \(\w+\) is a lock: .*inplace=True"
+    with pytest.raises(ConversionError, match=message):
+        convert_to_masterkeys(model)
+    converted = convert_to_masterkeys(model, inplace=True)
+    with pytest.raises(ConversionError, match=message):
+        fuse_masterkeys(converted)
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(converted(x), fuse_masterkeys(converted, inplace=True)(x))

@@ -1,0 +1,108 @@
+"""With another default device everything gives what it gives without; "meta" shows every tensor made there."""
+
+import contextlib
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_masterkeys as mk
+from timm_masterkeys.calibration.calibrate import STAGES
+from timm_masterkeys.conversion.report import _chance
+from timm_masterkeys.keys.operators import _tables
+from timm_masterkeys.study.discovery import collect_kernels
+
+
+@pytest.fixture(params=["meta", pytest.param("cuda", marks=pytest.mark.cuda)])
+def both(request):
+    """A function: what some work gives as usual and with tensors made on another device unless told otherwise."""
+    device = request.param if request.param == "meta" else request.getfixturevalue("cuda")
+
+    def run(work):
+        results = []
+        for context in (contextlib.nullcontext(), torch.device(device)):
+            _chance.cache_clear()
+            _tables.cache_clear()
+            torch.manual_seed(0)
+            with context:
+                results.append(work())
+        return results
+
+    return run
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    torch.manual_seed(0)
+    return timm.create_model("test_efficientnet", num_classes=5).eval()
+
+
+@pytest.mark.parametrize("bank", ["babaiee2025", "scale-space-b", "random8:0", "keys"])
+@pytest.mark.parametrize("r", [1, 2, 8])
+def test_projection(bank, r, both):
+    weight, keys = torch.randn(20, 1, 5, 5), torch.randn(20, 5, 5)
+    one, other = both(lambda: vars(mk.project_kernels(weight, keys if bank == "keys" else bank, r)))
+    assert same(one, other)
+
+
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine", "scales"])
+def test_layers(dense, trainable, both):
+    bank, x = "scale-space-b" if trainable == "scales" else "babaiee2025", torch.randn(2, 3, 32, 32)
+
+    def work():
+        model = mk.convert_to_masterkeys(dense, bank, trainable=trainable)
+        drawn = mk.initialize_masterkeys(dense, bank, trainable=trainable)
+        model(x).sum().backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        again = copy.deepcopy(drawn)
+        again.load_state_dict(dense.state_dict())
+        fused = mk.fuse_masterkeys(again)
+        assert {p.device.type for p in [*model.parameters(), *drawn.buffers()]} == {"cpu"}
+        return [model.state_dict(), grads, again.state_dict(), fused.state_dict(), drawn.state_dict()], str(
+            mk.conversion_report(model, dense)
+        )
+
+    (one, report), (other, text) = both(work)
+    assert all(map(same, one[:-1], other[:-1])) and report == text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_calibration(dense, stage, both):
+    x = torch.randn(15, 3, 32, 32)
+
+    def work():
+        model = mk.convert_to_masterkeys(dense, keys_per_kernel=2)
+        return model.state_dict(), mk.calibrate_masterkeys(model, dense, x, stages=stage)
+
+    (one, report), (other, again) = both(work)
+    assert same(one, other) and report.after == again.after
+    assert str(report.stages[0].before) == str(again.stages[0].before)
+
+
+def test_images_of_a_folder(dense, tmp_path, both):
+    for i in range(12):
+        noise = np.random.default_rng(i).integers(0, 256, (40, 40, 3)).astype(np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+
+    def work():
+        model = mk.convert_to_masterkeys(dense)
+        mk.calibrate_masterkeys(model, dense, tmp_path, stages="statistics", max_images=11)
+        return model.state_dict()
+
+    assert same(*both(work))
+
+
+def test_kernels_for_a_search(dense, both):
+    data = np.random.default_rng(0).standard_normal((9, 3, 3))
+    one, other = both(lambda: collect_kernels({"a": dense, "b": data}, 3))
+    rest, apart = both(lambda: one.split("b")[0])
+    assert torch.equal(one.values, other.values) and torch.equal(one.network, other.network)
+    assert torch.equal(rest.values, apart.values)
+    assert all(map(torch.equal, *both(lambda: (*one.fit("babaiee2025"), one.weights(), one.weights(False)))))

@@ -1,0 +1,119 @@
+"""What is known of a converted model, and for how long it is true."""
+
+import copy
+import json
+import pickle
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import timm_masterkeys as mk
+from timm_masterkeys.conversion.record import (
+    CalibrationRecord,
+    Record,
+    Source,
+    entries_digest,
+    keys_digest,
+    read_record,
+    write_record,
+)
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(8, 8, 5, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+
+
+@pytest.fixture
+def model():
+    """A converted model with a source and a calibration."""
+    model = mk.convert_to_masterkeys(net())
+    calibration = CalibrationRecord(
+        "classification",
+        {"agreement": 0.2, "divergence": 2.0},
+        {"agreement": 0.75, "divergence": 0.5},
+        100,
+        20,
+        "builtin",
+        "2026-11-29T00:00:00+00:00",
+        {"torch": "2"},
+        entries=entries_digest(model),
+    )
+    source = Source("timm/net.in1k", None, "0" * 64, "apache-2.0")
+    write_record(model, replace(read_record(model), source=source, calibration=calibration))
+    return model
+
+
+def holds(model):
+    record = read_record(model)
+    return record.source is not None, record.calibration is not None
+
+
+def test_claims_hold_for_the_weights_they_are_of(model):
+    assert holds(model) == (True, True)
+    assert holds(copy.deepcopy(model)) == holds(pickle.loads(pickle.dumps(model))) == (True, True)
+    assert holds(ModelEmaV3(model).module) == holds(model.to(memory_format=torch.channels_last)) == (True, True)
+    with torch.no_grad():
+        model[2].bias[0] += 1  # training
+    assert holds(model) == (True, False)
+    with torch.no_grad():
+        model[2].bias[0] -= 1
+        model[0].key_index[0] = (model[0].key_index[0] + 1) % 8  # other kernels
+    assert holds(model) == (False, False)
+
+
+def test_other_weights_end_them(model):
+    state = copy.deepcopy(model.state_dict())
+    model.load_state_dict(net(5).state_dict())
+    assert holds(model) == (False, False)
+    model.load_state_dict(state)
+    assert holds(model) == (True, True)
+    assert holds(model.half()) == (True, False)
+
+
+def test_fused_and_converted_again_nothing_is_known(model):
+    dense = mk.fuse_masterkeys(model)
+    assert not hasattr(dense, "masterkeys") and read_record(dense) == Record()
+    assert holds(mk.convert_to_masterkeys(dense)) == (False, False)
+
+
+def test_a_second_conversion_is_of_the_same_source():
+    model = mk.convert_to_masterkeys(nn.Sequential(net(), net()), include="0.0")
+    write_record(model, replace(read_record(model), source=Source("somewhere")))
+    model = mk.convert_to_masterkeys(model, keys_per_kernel=2)
+    record = read_record(model)
+    assert record.source == Source("somewhere") and [c.keys_per_kernel for c in record.conversions] == [1, 2]
+
+
+def test_the_same_after_json(model):
+    record = read_record(model)
+    data = json.loads(json.dumps(record.to_dict()))
+    assert Source(**data["source"]) == record.source
+    assert CalibrationRecord(**data["calibration"]) == record.calibration
+    assert asdict(record.calibration)["after"] == {"agreement": 0.75, "divergence": 0.5}
+    assert record.calibration.summary().startswith("on 100 images")
+
+
+def test_digests_see_every_value(model):
+    before = keys_digest(model), entries_digest(model)
+    assert before == (keys_digest(copy.deepcopy(model)), entries_digest(copy.deepcopy(model)))
+    for name, value in model.state_dict().items():
+        other = copy.deepcopy(model)
+        other.state_dict()[name].view(-1)[-1:].add_(1)
+        assert entries_digest(other) != before[1], name
+        assert (keys_digest(other) != before[0]) == name.endswith("key_index"), (name, value)
+
+
+def test_a_quantised_model_has_no_calibration(model):
+    assert read_record(model).calibration
+
+    class Int8Tensor(torch.Tensor):
+        pass
+
+    model[2].weight = nn.Parameter(model[2].weight.detach().as_subclass(Int8Tensor))
+    assert read_record(model).calibration is None and read_record(model).source
+    assert entries_digest(model) == "2.weight is of type Int8Tensor"
+    assert mk.conversion_report(model).calibration is None

@@ -1,0 +1,265 @@
+"""The report against numbers computed by hand."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from timm_masterkeys import (
+    ConversionError,
+    KeyBank,
+    conversion_report,
+    convert_to_masterkeys,
+    fuse_masterkeys,
+    get_bank,
+    initialize_masterkeys,
+)
+from timm_masterkeys.conversion.record import CalibrationRecord, Record, entries_digest, write_record
+
+BANK = get_bank("babaiee2025")
+
+
+def net():
+    return nn.Sequential(
+        nn.Conv2d(3, 40, 3),
+        nn.Conv2d(40, 40, 7, groups=40),
+        nn.BatchNorm2d(40),
+        nn.Conv2d(40, 80, (1, 7), groups=40, bias=False),
+        nn.Conv2d(80, 40, 1),
+    )
+
+
+def fit(kernel, keys):
+    """R^2 and number of the best key by brute force: one least squares problem a key."""
+    target = kernel.flatten().double().numpy()
+    errors = []
+    for key in keys.flatten(1).double().numpy():
+        design = np.stack([key, np.ones_like(key)], 1)
+        solution = np.linalg.lstsq(design, target, rcond=None)[0]
+        errors.append(((design @ solution - target) ** 2).sum())
+    return 1 - min(errors) / ((target - target.mean()) ** 2).sum(), int(np.argmin(errors))
+
+
+def check(row, r2, indices, channels, constant=0):
+    assert (row.channels, row.constant) == (channels, constant)
+    assert row.mean_r2 == pytest.approx(np.mean(r2), abs=1e-5)
+    assert row.median_r2 == pytest.approx(np.median(r2), abs=1e-5)
+    assert row.worst_r2 == pytest.approx(np.min(r2), abs=1e-5)
+    assert row.above_50 == pytest.approx(np.mean(np.array(r2) > 0.5))
+    assert row.above_90 == pytest.approx(np.mean(np.array(r2) > 0.9))
+    assert row.key_histogram == tuple(np.bincount(indices, minlength=8))
+
+
+def test_against_hand_computation():
+    model = net()
+    with torch.no_grad():  # kernels near keys, so that the shares are neither 0 nor 1
+        near = 0.3 * BANK.keys_for((7, 7)).repeat(5, 1, 1) * torch.linspace(-4, 4, 40)[:, None, None]
+        model[1].weight.mul_(0.3).add_(near[:, None])
+    report = conversion_report(convert_to_masterkeys(model))
+    assert report.bank == "babaiee2025"
+    assert [row.name for row in report.layers] == ["1", "3"]
+    assert [row.kernel_size for row in report.layers] == [(7, 7), (1, 7)]
+    assert [row.keys_per_kernel for row in report.layers] == [1, 1]
+    everything = []
+    for row in report.layers:
+        kernels = model.get_submodule(row.name).weight.detach()
+        kept = BANK.kept(row.kernel_size)
+        fits = [fit(kernel, BANK.keys_for(row.kernel_size)) for kernel in kernels]
+        fits = [(r2, kept[index]) for r2, index in fits]
+        check(row, *zip(*fits, strict=True), channels=len(kernels))
+        everything += fits
+    check(report.total, *zip(*everything, strict=True), channels=120)
+    assert 0 < report.layers[0].above_90 < report.layers[0].above_50 < 1
+    strip = report.layers[1].key_histogram
+    assert strip[2] == strip[5] == strip[7] == 0  # the keys a 1x7 strip does not have
+    assert strip[6] > 0
+
+
+def test_keys_of_a_strip_are_counted_by_their_index_in_the_bank():
+    conv = nn.Conv2d(5, 5, (1, 7), groups=5)
+    with torch.no_grad():
+        conv.weight.copy_(-2 * BANK.keys_for((1, 7))[:, None] + 3)
+    report = conversion_report(convert_to_masterkeys(conv))
+    assert report.layers[0].key_histogram == (1, 1, 0, 1, 1, 0, 1, 0)
+    assert report.total.mean_r2 == pytest.approx(1)
+    assert report.layers[0].name == ""
+
+
+def test_constant_kernels_are_counted_and_left_out():
+    model = net()
+    with torch.no_grad():
+        model[1].weight[:10] = 0
+        model[1].weight[10:15] = 0.7
+    report = conversion_report(convert_to_masterkeys(model, keys_per_kernel=2))
+    first, second = report.layers
+    assert (first.constant, second.constant, report.total.constant) == (15, 0, 15)
+    assert (first.channels, sum(first.key_histogram), sum(report.total.key_histogram)) == (40, 25, 105)
+    whole = conversion_report(convert_to_masterkeys(nn.Sequential(model[1]), keys_per_kernel=2)).total
+    with torch.no_grad():
+        rest = nn.Conv2d(25, 25, 7, groups=25)
+        rest.weight.copy_(model[1].weight[15:])
+    shaped = conversion_report(convert_to_masterkeys(rest, keys_per_kernel=2)).total
+    for name in ("mean_r2", "median_r2", "worst_r2", "above_50", "above_90", "key_histogram"):
+        assert getattr(whole, name) == pytest.approx(getattr(shaped, name), abs=1e-6), name
+    assert "15 kernels are constant in the dense model" in str(report)
+
+    with torch.no_grad():
+        model[1].weight.fill_(0.5)
+    row = conversion_report(convert_to_masterkeys(model)).layers[0]
+    assert (row.constant, row.key_histogram) == (40, (0,) * 8)
+    for figure in (row.mean_r2, row.median_r2, row.worst_r2, row.above_50, row.above_90, *row.coverage):
+        assert math.isnan(figure)
+
+
+@pytest.mark.parametrize(("r2", "scale", "constant", "random"), [(-2, 0, 5, 0), (-2, 0.3, 5, 0), (-1, 0, 0, 5)])
+def test_marks_in_the_place_of_an_r2(r2, scale, constant, random):
+    """A constant kernel stays one whatever calibration makes of its scale."""
+    model = convert_to_masterkeys(nn.Conv2d(9, 9, 7, groups=9))
+    model.r2[:5], model.scale[:5] = r2, scale
+    row = conversion_report(model).total
+    assert (row.constant, row.random, row.channels) == (constant, random, 9)
+    assert row.mean_r2 == pytest.approx(float(model.r2[5:].mean()), abs=1e-6)
+
+
+def test_a_kernel_no_key_fits_is_not_a_constant_one():
+    bank = torch.zeros(1, 3, 3)
+    bank[0, 0, 0], bank[0, 0, 2] = 1, -1
+    conv = nn.Conv2d(2, 2, 3, groups=2)
+    with torch.no_grad():
+        conv.weight[0] = bank
+        conv.weight[1] = bank[0].T  # shares no direction with the key
+        conv.weight[1, 0, 0, 0] = 0
+    row = conversion_report(convert_to_masterkeys(conv, bank)).layers[0]
+    assert row.constant == 0
+    assert row.worst_r2 == 0
+    assert row.mean_r2 == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+@pytest.mark.parametrize("keys_per_kernel", [1, 3])
+def test_parameters_are_counted(trainable, keys_per_kernel):
+    model = net()
+    model[0].requires_grad_(False)
+    converted = convert_to_masterkeys(model, keys_per_kernel=keys_per_kernel, trainable=trainable)
+    report = conversion_report(converted)
+
+    def trained(m):
+        return sum(p.numel() for p in m.parameters() if p.requires_grad)
+
+    assert report.trainable_before == trained(model)
+    assert report.trainable_after == trained(converted)
+    stock = sum(p.numel() for p in model.parameters())
+    assert report.stored_before == stock
+    dense = 40 * 49 + 80 * 7
+    compact = 8 * 49 + 5 * 7 + (40 + 80) * (2 * keys_per_kernel + 1)
+    assert report.stored_after == stock - dense + compact
+    left = 120 * {"none": 0, "shift": 1, "affine": 1 + keys_per_kernel}[trainable]
+    assert report.trainable_before - report.trainable_after == dense - left
+
+
+def test_parameters_of_a_timm_model():
+    model = timm.create_model("convnext_atto")
+    converted = convert_to_masterkeys(model)
+    report = conversion_report(converted)
+    assert report.trainable_before == report.stored_before == sum(p.numel() for p in model.parameters())
+    assert report.trainable_after == sum(p.numel() for p in converted.parameters())
+    layers = {name.rpartition(".")[0] for name in converted.state_dict() if name.endswith("key_index")}
+    stored = dict(converted.named_parameters()) | {
+        name: value
+        for name, value in converted.state_dict().items()
+        if name.rpartition(".")[0] in layers and not name.endswith("r2")
+    }
+    assert report.stored_after == sum(value.numel() for value in stored.values())
+    assert report.stored_after < report.stored_before
+
+
+def test_a_layer_used_twice_counts_once():
+    conv = nn.Conv2d(8, 8, 3, groups=8)
+    once = conversion_report(convert_to_masterkeys(nn.Sequential(conv)))
+    assert conversion_report(convert_to_masterkeys(nn.Sequential(conv, conv))) == once
+
+
+def test_table():
+    model = timm.create_model("inception_next_atto")
+    report = conversion_report(convert_to_masterkeys(model, keys_per_kernel=2), model)
+    assert [row.name for row in report.stages] == ["stages.0", "stages.1", "stages.2", "stages.3"]
+    about, layers, coverage, operators, last = str(report).split("\n\n")
+    assert about.startswith("R2: the share of a dense kernel's variance") and "k1 to k8" in about
+    header, *rows = (re.split(r"  +", line) for line in layers.splitlines())
+    assert header == ["layer", "kernel", "channels", "keys", "mean R2", "median", "worst", "R2>.5", "R2>.9"] + [
+        f"k{i}" for i in range(1, 9)
+    ]
+    for row, layer in zip(rows, (*report.layers, *report.stages, report.total), strict=True):
+        empty = 0 if layer.kernel_size[0] else 2  # a stage has no kernel size and no number of keys
+        figures = [f"{value:.3f}" for value in (layer.mean_r2, layer.median_r2, layer.worst_r2)]
+        figures += [f"{value:.0%}" for value in (layer.above_50, layer.above_90)]
+        assert row[0] == layer.name and row[4 - empty : 9 - empty] == figures
+        assert [int(cell) for cell in row[9 - empty :]] == list(layer.key_histogram)
+    assert rows[0][1:4] == ["3x3", str(report.layers[0].channels), "2"]
+    assert coverage.splitlines()[1].split() == ["kernels", *(f"{value:.0%}" for value in report.total.coverage)]
+    assert [line.split("  ")[0] for line in operators.splitlines()[2:]] == [row.operator for row in report.operators]
+    assert sum(row.share for row in report.operators) == pytest.approx(1)
+    assert last.startswith("bank babaiee2025; parameters: trainable ")
+    assert f"stored {report.stored_before:,} -> {report.stored_after:,}" in last
+
+
+def test_json():
+    model = convert_to_masterkeys(net())
+    record = CalibrationRecord("regression", {"error": math.nan}, {"error": 0.5}, 9, 3, "tensor", "", {"torch": "2"})
+    write_record(model, Record(calibration=replace(record, entries=entries_digest(model))))
+    report = conversion_report(model, net())
+    data = json.loads(report.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert data["total"]["mean_r2"] == report.total.mean_r2
+    assert [row["name"] for row in data["layers"]] == ["1", "3"]
+    assert data["layers"][1]["kernel_size"] == [1, 7]
+    assert data["layers"][1]["key_histogram"] == list(report.layers[1].key_histogram)
+    assert data["stored_after"] == report.stored_after
+    assert data["calibration"]["before"] == {"error": None} and data["calibration"]["after"] == {"error": 0.5}
+    assert data["calibration"]["held_out"] == 3 and data["calibration"]["versions"] == {"torch": "2"}
+    assert data["operators"][0]["upright"] is None
+    data = json.loads(conversion_report(convert_to_masterkeys(net())).to_json())
+    assert data["calibration"] is None
+
+
+def test_several_banks():
+    model = convert_to_masterkeys(net(), include="1")
+    convert_to_masterkeys(model, KeyBank("mine", BANK.keys[:3]), inplace=True)
+    report = conversion_report(model)
+    assert report.bank == "babaiee2025, mine"
+    assert {len(row.key_histogram) for row in (*report.layers, report.total)} == {8}
+
+
+def test_random_initialisation_has_no_fit():
+    report = conversion_report(initialize_masterkeys(net()))
+    assert report.total.random == 120 and math.isnan(report.total.mean_r2) and math.isnan(report.total.worst_r2)
+    assert "120 kernels have keys of random initialisation" in str(report) and "nan" not in str(report)
+    assert json.loads(report.to_json())["total"]["mean_r2"] is None
+    assert sum(report.total.key_histogram) == 120
+
+
+def test_the_model_is_not_changed():
+    model = convert_to_masterkeys(net()).half()
+    before = {name: (id(value), value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
+    conversion_report(model)
+    for name, value in model.state_dict(keep_vars=True).items():
+        assert before[name][0] == id(value)
+        assert torch.equal(before[name][1], value)
+
+
+def test_errors():
+    model = net()
+    for ordinary in (model, fuse_masterkeys(convert_to_masterkeys(model)), nn.Identity()):
+        with pytest.raises(ConversionError, match=r"holds no MasterKeyConv2d.*convert_to_masterkeys"):
+            conversion_report(ordinary)
+    with pytest.raises(ConversionError, match="no convolution '1'"):
+        conversion_report(convert_to_masterkeys(model), nn.Identity())
+    with torch.device("meta"):
+        empty = convert_to_masterkeys(net())
+    with pytest.raises(ConversionError, match=r"meta device.*Load weights"):
+        conversion_report(empty)

@@ -1,0 +1,139 @@
+"""Model cards: whose licence, which settings, and what was measured."""
+
+import logging
+
+import pytest
+import timm
+import torch
+from huggingface_hub import EvalResult, ModelCard
+
+import timm_masterkeys as mk
+from timm_masterkeys import ConversionError
+from timm_masterkeys.conversion.record import Source
+from timm_masterkeys.hub.card import HUB_LICENSES, inherited_license, require_license
+from timm_masterkeys.timm_plugin import compat
+
+UNMEASURED = "**Not calibrated: unless it was trained since its conversion, this network is of little use as it is.**"
+
+
+@pytest.fixture(scope="module")
+def dense():
+    torch.manual_seed(0)
+    return timm.create_model("test_convnext3", dims=(8, 8, 16, 16), num_classes=5).eval()
+
+
+@pytest.fixture(scope="module")
+def model(dense):
+    return mk.convert_to_masterkeys(dense)
+
+
+def card(model, path, **kwargs):
+    return ModelCard.load(mk.save_pretrained(model, path, **kwargs) / "README.md")
+
+
+def first_line(card):
+    return card.text.partition("begin (rewritten at every publication) -->")[2].split("\n")[2]
+
+
+# --- Licences
+
+
+@pytest.mark.parametrize("license", ["gpl-3.0", "bsd-2-clause", "cc-by-nc-sa-4.0", "Apache-2.0", "other"])
+def test_licences_that_the_hub_knows_are_kept(model, tmp_path, license):
+    saved = card(model, tmp_path, license=license)
+    assert saved.data.license == license.lower() and "license_name" not in saved.data.to_dict()
+    assert f"Licence: {license.lower()}, given by the author." in saved.text
+
+
+def test_another_licence_is_published_with_its_name(model, tmp_path):
+    data = card(model, tmp_path, license="Example Research Licence", base_model="me/dense").data
+    assert (data.license, data.license_name) == ("other", "example research licence")
+    assert data.license_link == "https://huggingface.co/me/dense"
+
+
+@pytest.mark.parametrize(
+    ("given", "likely"),
+    [("apache2", "apache-2.0"), ("appache-2.0", "apache-2.0"), ("cc-by-nc-4", "cc-by-nc-4.0"), ("gpl-3", "gpl-3.0")],
+)
+def test_a_typo_is_refused(model, tmp_path, given, likely):
+    with pytest.raises(ConversionError, match=f"Did you mean '{likely}'"):
+        card(model, tmp_path / "out", license=given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_weights_that_timm_knows_no_licence_of_one_can_be_given():
+    unknown = Source("timm/a", license="unknown")
+    assert inherited_license(unknown, None) is None and inherited_license(unknown, "mit") == "mit"
+    with pytest.raises(ConversionError, match=r"not known: .*your[^']*Pass license"):
+        require_license(None, {"architecture": "a", "license": "unknown"})
+
+
+def test_no_licence_of_timms_is_taken_for_a_typo():
+    cfgs = (cfg for arch in mk.list_architectures() for cfg in compat.cfgs(arch).values())
+    names = {cfg.license for cfg in cfgs if cfg.license}
+    assert names - HUB_LICENSES and names & HUB_LICENSES
+    for name in names:
+        assert inherited_license(None, name) == name
+        assert inherited_license(Source(license=name), None) == (name if name != "unknown" else None)
+
+
+# --- What was measured
+
+
+def test_a_network_that_nothing_was_measured_of_says_so_first(model, tmp_path, caplog):
+    saved = card(model, tmp_path)
+    assert first_line(saved).startswith(UNMEASURED)
+    (warning,) = caplog.records
+    assert warning.levelno == logging.WARNING
+    assert warning.getMessage().startswith(f"{tmp_path}: not calibrated. Unless it was trained")
+
+
+def measured(model, dense):
+    return model, {"metrics": [EvalResult("image-classification", "imagenet-1k", "ImageNet", "accuracy", 71.2)]}
+
+
+def calibrated(model, dense):
+    model = mk.convert_to_masterkeys(dense)
+    mk.calibrate_masterkeys(model, dense, torch.randn(10, 3, 64, 64))
+    return model, {}
+
+
+def calibrated_then_trained(model, dense):
+    """The figures are of other weights; but it is not a network in one shot either."""
+    model, _ = calibrated(model, dense)
+    model.head.fc.weight.data.mul_(2)
+    return model, {}
+
+
+def from_scratch(model, dense):
+    return mk.initialize_masterkeys(dense), {}
+
+
+def measured_before(model, dense):
+    """Its results are in the README that is there."""
+    return model, {}
+
+
+@pytest.mark.parametrize("made", [measured, measured_before, calibrated, calibrated_then_trained, from_scratch])
+def test_others_do_not(model, dense, tmp_path, caplog, made):
+    if made is measured_before:
+        card(model, tmp_path, **measured(model, dense)[1])
+    other, kwargs = made(model, dense)
+    saved = card(other, tmp_path, **kwargs)
+    assert first_line(saved).startswith("A timm `test_convnext3`") and not caplog.records
+    assert UNMEASURED not in saved.text
+    assert ("Calibrated (" in saved.text) == (made is calibrated)
+    if made is calibrated:
+        told = mk.conversion_report(other).calibration.summary()
+        assert told.startswith("on 10 images: agreement ") and f"Calibrated (classification) {told}." in saved.text
+
+
+def test_settings_are_told_for_each_value(dense, tmp_path):
+    model = mk.convert_to_masterkeys(dense, include="stages.0.*", trainable="none")
+    text = card(model, tmp_path / "one").text
+    assert "| keys per kernel | 1 |" in text and "| trainable | none |" in text
+    assert "8 frozen *master keys* of the bank `babaiee2025`" in text
+    text = card(mk.convert_to_masterkeys(model, "random8:0", keys_per_kernel=2), tmp_path / "two").text
+    assert "| keys per kernel | 1 (1 layer), 2 (3 layers) |" in text
+    assert "| trainable | none (1 layer), shift (3 layers) |" in text
+    assert "frozen *master keys* of the banks `babaiee2025`, `random8:0`" in text

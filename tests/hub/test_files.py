@@ -1,0 +1,377 @@
+"""Compact files: what was saved comes back bit for bit, and what does not fit changes nothing."""
+
+import copy
+import json
+import sys
+
+import pytest
+import timm
+import torch
+from forked import run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from timm_masterkeys import (
+    CheckpointError,
+    ConversionError,
+    KeyBank,
+    MasterKeyConv2d,
+    convert_to_masterkeys,
+    fuse_masterkeys,
+    get_bank,
+    initialize_masterkeys,
+    load_compact,
+    save_compact,
+)
+
+ARCH = "test_convnext3"  # depthwise kernels 7x7, 5x5, 5x5 and 3x3
+LAYER = "stages.1.blocks.0.conv_dw"
+MIXED = ("test_convnext3", "test_efficientnet", "test_mambaout", "tf_efficientnet_lite0", "ghostnet_050", "fastvit_t8")
+
+
+@pytest.fixture(scope="module")
+def converted():
+    """Two banks, one and two keys per kernel, every ``trainable`` in one model; values as if it had been trained."""
+    torch.manual_seed(1)
+    model = timm.create_model(ARCH).eval()
+    convert_to_masterkeys(model, include="stages.0.*", inplace=True)
+    convert_to_masterkeys(model, include="stages.1.*", trainable="none", inplace=True)
+    bank = KeyBank("mine", torch.randn(5, 5, 5), source="a search", licence="mit")
+    convert_to_masterkeys(model, bank, keys_per_kernel=2, trainable="affine", inplace=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(scope="module")
+def file(converted, tmp_path_factory):
+    path = tmp_path_factory.mktemp("compact") / "masterkeys.safetensors"
+    save_compact(converted, path)
+    return path
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
+
+
+def same(a, b):
+    """Equal bit for bit in everything, down to what is a parameter."""
+    for one, other in ((a.state_dict(), b.state_dict()), (dict(a.named_parameters()), dict(b.named_parameters()))):
+        assert one.keys() == other.keys()
+        assert all(one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one)
+    for name, layer in layers(a).items():
+        other = b.get_submodule(name)
+        assert layer.bank.digest == other.bank.digest and layer.trainable == other.trainable
+        assert (layer.bank.name, layer.bank.source, layer.bank.licence) == (
+            other.bank.name,
+            other.bank.source,
+            other.bank.licence,
+        )
+        assert layer.keys_per_kernel == other.keys_per_kernel and layer.same_padding == other.same_padding
+
+
+# --- Round trip
+
+
+def test_round_trip(converted, file):
+    model = fuse_masterkeys(converted)
+    load_compact(model, file)
+    same(model, converted)
+    assert [layer.trainable for layer in layers(model).values()] == ["shift", "none", "affine", "affine"]
+    assert [layer.bank.name for layer in layers(model).values()] == ["babaiee2025", "babaiee2025", "mine", "mine"]
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(x), converted(x))
+    assert not model.training
+
+
+def test_the_keys_stay_frozen_and_the_rest_trains(converted, file):
+    model = fuse_masterkeys(converted).train()
+    load_compact(model, file)
+    kept = {name: value.clone() for name, value in model.named_buffers() if name.endswith(("keys", "key_index"))}
+    before = copy.deepcopy(dict(model.named_parameters()))
+    optimizer = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=0.1)
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    optimizer.step()
+    assert len(kept) == 8 and all(torch.equal(value, model.get_buffer(name)) for name, value in kept.items())
+    trained = {n for n, p in model.named_parameters() if n.endswith((".scale", ".shift"))}
+    assert len(trained) == 5 and all(not torch.equal(before[n], model.get_parameter(n)) for n in trained)
+
+
+def test_what_the_file_holds(converted, file, tmp_path):
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+        names = set(opened.keys())
+    about = json.loads(metadata["timm_masterkeys"])
+    assert about["format_version"] == 1
+    settings = {"keys_per_kernel": 1, "trainable": "none", "sigmas": False}
+    assert about["layers"][LAYER] == {"bank": get_bank().digest, **settings}
+    digests = {layer.bank.digest for layer in layers(converted).values()}
+    assert about["banks"].keys() == digests and len(digests) == 2
+    entries = {f"{n}.{e}" for n in layers(converted) for e in ("keys", "key_index", "scale", "shift", "r2")}
+    assert names == entries | {f"banks.{digest}" for digest in digests}  # the dense rest is elsewhere
+
+    save_compact(converted, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+def test_trainable_can_be_chosen(converted, file, trainable):
+    model = fuse_masterkeys(converted)
+    load_compact(model, file, trainable)
+    assert {layer.trainable for layer in layers(model).values()} == {trainable}
+    a, b = model.state_dict(), converted.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("keys_per_kernel", [1, 8])
+def test_saved_and_loaded_in_one_dtype(tmp_path, dtype, keys_per_kernel):
+    model = convert_to_masterkeys(timm.create_model("test_efficientnet").to(dtype), keys_per_kernel=keys_per_kernel)
+    save_compact(model, tmp_path / "c.safetensors")
+    again = fuse_masterkeys(model)
+    load_compact(again, tmp_path / "c.safetensors")
+    same(again, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("keys_per_kernel", [1, 4, 8])
+def test_loaded_in_another_dtype(tmp_path, dtype, keys_per_kernel):
+    """The dense weights were rounded on their way: they still go with the file."""
+    model = convert_to_masterkeys(timm.create_model("test_efficientnet"), keys_per_kernel=keys_per_kernel)
+    save_compact(model, tmp_path / "c.safetensors")
+    other = fuse_masterkeys(model).to(dtype)
+    load_compact(other, tmp_path / "c.safetensors")
+    for name, layer in layers(other).items():
+        source = model.get_submodule(name)
+        assert layer.keys.dtype == layer.scale.dtype == layer.weight.dtype == dtype
+        assert torch.equal(layer.keys, source.bank.keys_for((3, 3)).to(dtype))
+        assert torch.equal(layer.key_index, source.key_index)
+        assert torch.equal(layer.scale, source.scale.to(dtype)) and torch.equal(layer.shift, source.shift.to(dtype))
+
+
+def test_bf16_model_runs(tmp_path):
+    model = initialize_masterkeys(timm.create_model(ARCH).bfloat16()).eval()
+    save_compact(model, tmp_path / "c.safetensors")
+    again = fuse_masterkeys(model)
+    load_compact(again, tmp_path / "c.safetensors")
+    x = torch.randn(1, 3, 64, 64).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x)) and model(x).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter:UserWarning")  # torch's, as for stock
+def test_meta_device(converted, file):
+    model = timm.create_model(ARCH, device="meta")
+    load_compact(model, file)
+    assert model.state_dict().keys() == converted.state_dict().keys()
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(converted.state_dict())
+    a, b = model.state_dict(), converted.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx"])
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1,)])
+def test_features_only(converted, file, feature_cls, out_indices):
+    """The layers are found under the names each extractor gives them; stages that were cut off are passed over."""
+    kwargs = {"features_only": True, "feature_cls": feature_cls, "out_indices": out_indices}
+    overlay = {"state_dict": fuse_masterkeys(converted).state_dict()}
+    model = timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        load_compact(model, file)
+        got = model(x)
+    depthwise = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert 2 <= len(layers(model)) == len(depthwise) <= 4
+    if isinstance(got, dict):
+        got, expected = list(got.values()), list(expected.values())
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("arch", MIXED)
+def test_features_only_of_other_families(tmp_path, arch):
+    model = convert_to_masterkeys(timm.create_model(arch), keys_per_kernel=2)
+    save_compact(model, tmp_path / "c.safetensors")
+    overlay = {"state_dict": fuse_masterkeys(model).state_dict()}
+    for feature_cls in (None, "getter"):
+        kwargs = {"features_only": True, "feature_cls": feature_cls}
+        features = timm.create_model(arch, pretrained=True, pretrained_cfg_overlay=dict(overlay), **kwargs)
+        expected = convert_to_masterkeys(features, keys_per_kernel=2)
+        load_compact(features, tmp_path / "c.safetensors")
+        assert layers(features).keys() == layers(expected).keys() and layers(features)
+
+
+# --- Refused
+
+
+def spoil(file, path, change):
+    with safe_open(file, framework="pt") as opened:
+        about = json.loads(opened.metadata()["timm_masterkeys"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    change(tensors, about)
+    save_file(tensors, path, {"timm_masterkeys": json.dumps(about)})
+
+
+def bank_of(about, name):
+    return next(digest for digest, bank in about["banks"].items() if bank["name"] == name)
+
+
+DAMAGE = {
+    "newer version": (lambda t, a: a.update(format_version=2), "has format version 2, this one reads up to 1. Upgrade"),
+    "no version": (lambda t, a: a.pop("format_version"), "has format version None"),
+    "bank altered": (
+        lambda t, a: t[f"banks.{bank_of(a, 'mine')}"][0, 0].add_(1),
+        "bank 'mine' does not match its dige",
+    ),
+    "bank missing": (lambda t, a: t.pop(f"banks.{bank_of(a, 'mine')}"), "lacks the keys of bank 'mine'"),
+    "keys altered": (lambda t, a: t[f"{LAYER}.keys"].mul_(1.01), "made with another bank than 'babaiee2025'"),
+    "scale altered": (lambda t, a: t[f"{LAYER}.scale"][7].mul_(1.001), f"disagrees with the dense weights of {LAYER}"),
+    "shift altered": (lambda t, a: t[f"{LAYER}.shift"][7].add_(1e-3), f"disagrees with the dense weights of {LAYER}"),
+    "scale is NaN": (
+        lambda t, a: t[f"{LAYER}.scale"][7].fill_(torch.nan),
+        f"Layer {LAYER}: scale: holds NaN or Inf; repair",
+    ),
+    "shift is Inf": (lambda t, a: t[f"{LAYER}.shift"][7].fill_(torch.inf), "shift: holds NaN or Inf; repair"),
+    "scale is Boolean": (lambda t, a: t.update({f"{LAYER}.scale": torch.ones(64).bool()}), "is damaged"),
+    "no layers": (lambda t, a: a["layers"].clear(), "lists no layer"),
+    "layers a list": (lambda t, a: a.update(layers=[1]), "is damaged"),
+    "layers missing": (lambda t, a: a.pop("layers"), "is damaged"),
+    "banks a text": (lambda t, a: a.update(banks="none"), "is damaged"),
+    "bank of nothing": (lambda t, a: a["banks"][bank_of(a, "mine")].clear(), "is damaged"),
+    "odd keys per kernel": (lambda t, a: a["layers"][LAYER].update(keys_per_kernel="1"), "are no settings"),
+    "odd trainable": (lambda t, a: a["layers"][LAYER].update(trainable="all"), "are no settings"),
+    "odd bank": (lambda t, a: a["layers"][LAYER].update(bank="0"), "are no settings"),
+    "about empty": (lambda t, a: a.clear(), "has format version None"),
+    "another key": (lambda t, a: t[f"{LAYER}.key_index"].add_(1).remainder_(5), "disagrees with the dense weights of"),
+    "no such key": (lambda t, a: t[f"{LAYER}.key_index"].fill_(8), "key_index: holds 8 to 8"),
+    "entry missing": (lambda t, a: t.pop(f"{LAYER}.shift"), f"does not fit. Layer {LAYER}: shift is missing"),
+    "another size": (lambda t, a: t.update({f"{LAYER}.scale": torch.ones(3)}), "scale: got shape (3,), expected (64,)"),
+    "another layer": (
+        lambda t, a: a["layers"].update(nope=a["layers"][LAYER]),
+        "has no layer nope, which was converted",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_changes_nothing(converted, file, tmp_path, damage):
+    change, message = DAMAGE[damage]
+    spoil(file, tmp_path / "spoilt.safetensors", change)
+    model = fuse_masterkeys(converted)
+    before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
+    with pytest.raises(CheckpointError) as error:
+        load_compact(model, tmp_path / "spoilt.safetensors")
+    assert message in str(error.value) and "spoilt.safetensors" in str(error.value)
+    after = model.state_dict()
+    assert list(model.modules()) == modules and not layers(model)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    load_compact(model, file)  # and the model is not spoilt for a good one
+    same(model, converted)
+
+
+@pytest.mark.parametrize("metadata", ["", "{", "[]", "1", '"text"', "null", '{"format_version": 1}'])
+def test_odd_metadata(converted, file, tmp_path, metadata):
+    save_file({"x": torch.ones(1)}, tmp_path / "odd.safetensors", {"timm_masterkeys": metadata})
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors'"):
+        load_compact(fuse_masterkeys(converted), tmp_path / "odd.safetensors")
+
+
+def test_not_such_a_file(converted, file, tmp_path):
+    model = fuse_masterkeys(converted)
+    dense, text, cut = (tmp_path / name for name in ("dense.safetensors", "text.safetensors", "cut.safetensors"))
+    save_file(model.state_dict(), dense)
+    text.write_text("no safetensors")
+    cut.write_bytes(file.read_bytes()[:-100])
+    for path, message in (
+        (dense, "is no compact masterkeys file"),
+        (text, "Cannot read"),
+        (cut, "Cannot read"),
+        (tmp_path, "Cannot read"),
+        (tmp_path / "missing.safetensors", "Cannot read"),
+    ):
+        with pytest.raises(CheckpointError, match=message) as error:
+            load_compact(model, path)
+        assert str(path) in str(error.value) and "save_compact" in str(error.value)
+    assert not layers(model)
+
+
+def test_another_model(converted, file):
+    other = timm.create_model(ARCH)
+    with pytest.raises(CheckpointError, match="not of one conversion"):
+        load_compact(other, file)  # weights of its own
+    with pytest.raises(CheckpointError, match=r"does not fit. Layer stages.0.blocks.0.conv_dw: key_index: got shape"):
+        load_compact(timm.create_model("convnext_atto"), file)
+    with pytest.raises(CheckpointError, match=r"has no layer stages.0.blocks.0.conv_dw, which was converted"):
+        load_compact(timm.create_model("test_efficientnet"), file)
+    with pytest.raises(CheckpointError, match=r"stages\.0\.blocks\.0\.conv_dw is converted already"):
+        load_compact(copy.deepcopy(converted), file)
+    assert not layers(other)
+
+
+def test_unknown_trainable(converted, file):
+    model = fuse_masterkeys(converted)
+    with pytest.raises(ConversionError, match="trainable is 'all'"):
+        load_compact(model, file, "all")
+    assert not layers(model)
+
+
+def test_nothing_to_save(tmp_path):
+    with pytest.raises(ConversionError, match="ConvNeXt holds no MasterKeyConv2d"):
+        save_compact(timm.create_model(ARCH), tmp_path / "c.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_keeps_the_old_file(converted, file, tmp_path, monkeypatch):
+    path = tmp_path / "masterkeys.safetensors"
+    path.write_bytes(file.read_bytes())
+
+    def full(*args):
+        args[1].write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("timm_masterkeys.hub.files.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_compact(converted, path)
+    with pytest.raises(OSError, match="No such file"):
+        save_compact(converted, tmp_path / "missing" / "c.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == file.read_bytes()
+
+
+def test_saving_changes_nothing(converted, tmp_path):
+    model = copy.deepcopy(converted)
+    save_compact(model, str(tmp_path / "c.safetensors"))
+    same(model, converted)
+    entries = load_file(tmp_path / "c.safetensors")
+    assert all(torch.equal(entries[f"{name}.scale"], layer.scale) for name, layer in layers(model).items())
+
+
+DISK = """
+import resource, sys
+import timm, torch, timm_masterkeys as mk
+model = timm.create_model("test_convnext3.mk8")
+bank = mk.KeyBank("large", torch.randn(40, 31, 31))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, resource.RLIM_INFINITY))
+for write in (
+    lambda: mk.save_compact(model, sys.argv[1] + "/c.safetensors"),
+    lambda: bank.save(sys.argv[1] + "/b.safetensors"),
+    lambda: mk.save_pretrained(model, sys.argv[1] + "/out"),
+):
+    try:
+        write()
+        print("no error")
+    except OSError as error:
+        print(error.errno, error.strerror)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
+def test_a_full_disk_is_an_oserror(tmp_path):
+    """A file that may not grow stands for it: safetensors says so in an exception of its own."""
+    done = run("-c", DISK, tmp_path)
+    assert done.stdout.splitlines() == ["27 File too large"] * 3, done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())

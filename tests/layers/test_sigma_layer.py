@@ -1,0 +1,293 @@
+"""Keys with scales of their own: exact kernels and gradients, the fit, and everything a layer goes through."""
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import timm_masterkeys as mk
+from timm_masterkeys.keys.gaussian_banks import SIGMAS, scale_space_keys
+from timm_masterkeys.keys.sigma_fit import fit_scales, scaled_kernels
+
+BANK = "scale-space-b"
+
+
+def nominal(method):
+    return torch.tensor([float(s) for s in SIGMAS[method].split()], dtype=torch.float64).view(8, 2)
+
+
+def layer(trainable="scales", size=7, channels=12, **settings):
+    torch.manual_seed(0)
+    return mk.ScaledKeyConv2d(channels, channels, size, padding=size // 2, bank=BANK, trainable=trainable, **settings)
+
+
+@pytest.mark.parametrize("method", ["a", "b", "c2", "d2"])
+@pytest.mark.parametrize("size", [(7, 7), (3, 3), (4, 6), (1, 7), (13, 13)])
+def test_kernels_are_those_of_the_bank_at_its_sigmas(method, size):
+    kept = list(mk.get_bank(f"scale-space-{method}").kept(size))
+    kernels = scaled_kernels(torch.tensor(kept), nominal(method)[kept].log(), *size)
+    torch.testing.assert_close(kernels.float(), mk.get_bank(f"scale-space-{method}").keys_for(size), rtol=0, atol=2e-6)
+
+
+def test_large_sigmas_against_the_bank_builder(monkeypatch):
+    monkeypatch.setitem(SIGMAS, "x", " ".join(["2.5 3.5"] * 8))
+    expected = scale_space_keys("x", 61)[:, 27:34, 27:34].reshape(8, 49)
+    expected = expected - expected.mean(1, keepdims=True)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    log_sigma = torch.tensor([[2.5, 3.5]], dtype=torch.float64).log().repeat(8, 1)
+    kernels = scaled_kernels(torch.arange(8), log_sigma, 7, 7).flatten(1)
+    np.testing.assert_allclose(kernels, expected, atol=1e-10)
+
+
+def test_gradients():
+    log_sigma = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.3
+    assert torch.autograd.gradcheck(
+        lambda s: scaled_kernels(torch.arange(8), s, 5, 5), (log_sigma.requires_grad_(),), atol=1e-6
+    )
+    conv = layer(channels=4).double()
+    x = torch.randn(2, 4, 4, 3, dtype=torch.float64)
+    names = ["log_sigma", "shift", "bias"]
+
+    def run(*values):
+        return torch.func.functional_call(conv, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, tuple(getattr(conv, n).detach().requires_grad_() for n in names), atol=1e-6)
+
+
+def test_planted_kernels_are_fitted():
+    generator = torch.Generator().manual_seed(0)
+    sigma = 0.3 + 1.2 * torch.rand(160, 2, generator=generator).double()
+    operator = torch.arange(160) % 8
+    a, b = torch.randn(2, 160, 1, 1, generator=generator).double()
+    keys = scaled_kernels(operator, sigma.log(), 7, 7)
+    projection, log_sigma = fit_scales((a * keys + b)[:, None], tuple(range(8)))
+    assert projection.r2.min() > 0.9998 and torch.equal(projection.key_index[:, 0], operator)
+    assert (log_sigma - sigma.log()).abs().median() < 0.01
+    torch.testing.assert_close(projection.shift, (a * keys + b).mean((1, 2)))
+    torch.testing.assert_close(projection.scale.abs(), a.abs()[:, 0], rtol=0.01, atol=1e-3)
+
+
+def test_the_fit_is_near_that_of_an_exhaustive_search():
+    kernels = torch.randn(6, 1, 5, 5, generator=torch.Generator().manual_seed(1)).double()
+    kernels[5] = 2.5
+    projection, log_sigma = fit_scales(kernels, (0, 4, 6, 7))
+    keys = scaled_kernels(torch.tensor([0, 4, 6, 7])[projection.key_index[:, 0]], log_sigma, 5, 5)
+    rebuilt = projection.scale[:, :, None] * keys + projection.shift[:, None, None]
+    flat, rest = kernels[:, 0].flatten(1), (kernels[:, 0] - rebuilt).flatten(1)
+    r2 = 1 - rest.square().sum(1) / (flat - flat.mean(1, keepdim=True)).square().sum(1)
+    torch.testing.assert_close(projection.r2[:5].double(), r2[:5], rtol=0, atol=1e-6)
+    assert projection.r2[5] == 1 and projection.scale[5] == 0  # a constant kernel
+    line = torch.linspace(np.log(0.1), np.log(4), 120, dtype=torch.float64)
+    grid = torch.cartesian_prod(line, line)
+    unit = nn.functional.normalize(flat - flat.mean(1, keepdim=True))
+    for index in range(5):
+        best = max(
+            float((scaled_kernels(torch.full((len(grid),), o), grid, 5, 5).flatten(1) @ unit[index]).square().max())
+            for o in (0, 4, 6, 7)
+        )
+        assert float(projection.r2[index]) > best - 0.005
+    kernels[0, 0, 0, 0] = torch.nan
+    with pytest.raises(mk.ProjectionError, match="channel 0 holds NaN"):
+        fit_scales(kernels, (7,))
+
+
+def test_conversion_fits_better_than_fixed_scales_and_trains_only_scales_and_shift():
+    torch.manual_seed(0)
+    dense = timm.create_model("test_convnext3")
+    fixed = mk.convert_to_masterkeys(dense, BANK)
+    model = mk.convert_to_masterkeys(dense, BANK, trainable="scales")
+    assert mk.conversion_report(model).total.mean_r2 > mk.conversion_report(fixed).total.mean_r2
+    conv = model.stages[0].blocks[0].conv_dw
+    assert isinstance(conv, mk.ScaledKeyConv2d)
+    assert {n for n, _ in conv.named_parameters()} == {"log_sigma", "shift", "bias"}
+    assert all(p.ndim == 1 for p in conv.parameters())  # no weight decay
+    before = {n: b.clone() for n, b in conv.named_buffers()}
+    optimizer = create_optimizer_v2(model, "adamw", lr=0.05, weight_decay=0.5)
+    decayed = [p for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
+    assert not any(p is conv.log_sigma for p in decayed)
+    old = conv.log_sigma.detach().clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+        optimizer.step()
+    assert not torch.equal(old, conv.log_sigma) and conv.log_sigma.exp().min() > 0
+    assert all(torch.equal(b, before[n]) for n, b in conv.named_buffers())
+    dense_again = mk.fuse_masterkeys(model).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(dense_again(x), model.eval()(x))
+        assert torch.equal(dense_again(x), model(x))  # and from the kept kernels
+
+
+def test_from_scratch_starts_at_the_banks_sigmas_and_the_stock_norm():
+    torch.manual_seed(3)
+    model = timm.create_model("test_convnext.mk8", mk_bank=BANK, mk_trainable="scales")
+    torch.manual_seed(3)
+    fixed = timm.create_model("test_convnext.mk8", mk_bank=BANK)
+    for ours, theirs in zip(model.modules(), fixed.modules(), strict=True):
+        if isinstance(ours, mk.ScaledKeyConv2d):
+            torch.testing.assert_close(ours.weight, theirs.weight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "through",
+    [
+        copy.deepcopy,
+        lambda conv: pickle.loads(pickle.dumps(conv)),
+        lambda conv: torch.compile(conv, backend="aot_eager", fullgraph=True),
+        lambda conv: torch.jit.trace(conv, torch.randn(2, 12, 9, 9), check_trace=False),
+        lambda conv: torch.export.export(conv, (torch.randn(2, 12, 9, 9),)).module(),
+        lambda conv: conv.fuse(),
+    ],
+    ids=["deepcopy", "pickle", "compile", "trace", "export", "fuse"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_it_goes_through(through):
+    conv, x = layer(), torch.randn(2, 12, 9, 9)
+    torch.testing.assert_close(through(conv)(x), conv(x), rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_autocast_and_ema():
+    conv, x = layer(), torch.randn(2, 12, 9, 9)
+    expected = conv(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.03, atol=0.03)
+    half = copy.deepcopy(conv).bfloat16()
+    assert half.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(half(x.bfloat16()).float(), expected, rtol=0.06, atol=0.06)
+    ema = ModelEmaV3(conv, decay=0.5)
+    with torch.no_grad():
+        conv.log_sigma.add_(1)
+    ema.update(conv)
+    torch.testing.assert_close(ema.module.log_sigma, conv.log_sigma.detach() - 0.5)
+
+
+@pytest.mark.parametrize("mode", ["scales", "none"])
+def test_compact_and_dense_files(tmp_path, mode):
+    torch.manual_seed(0)
+    settings = {"mk_bank": BANK, "mk_trainable": "scales", "mk_include": "stages.[01].*"}
+    model = timm.create_model("test_convnext.mk8", **settings).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, mk.ScaledKeyConv2d):
+                module.log_sigma.add_(0.3 * torch.randn_like(module.log_sigma))
+                module.set_trainable(mode)
+    folder = mk.save_pretrained(model, tmp_path / "out")
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    convs = [m for m in again.modules() if isinstance(m, mk.ScaledKeyConv2d)]
+    assert convs and all(conv.trainable == mode for conv in convs)
+    assert all(("log_sigma" in dict(conv.named_parameters())) == (mode == "scales") for conv in convs)
+    other = timm.create_model("test_convnext.mk8", **settings).eval()
+    other.load_state_dict(mk.fuse_masterkeys(model).state_dict())  # dense kernels are fitted
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), model(x), rtol=0.02, atol=0.02)
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bank": "babaiee2025"}, "'babaiee2025' has no scales to learn"),
+        ({"bank": mk.KeyBank("scale-space-b", torch.randn(8, 7, 7))}, "has no scales to learn"),
+        ({"bank": BANK, "keys_per_kernel": 2}, "expected 1 where scales are learned"),
+    ],
+)
+def test_errors(settings, message):
+    model = timm.create_model("test_convnext")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(mk.ConversionError, match=message):
+        mk.convert_to_masterkeys(model, trainable="scales", inplace=True, **settings)
+    assert model.state_dict().keys() == before.keys()
+    with pytest.raises(mk.ConversionError, match="no scales to train"):
+        mk.MasterKeyConv2d(4, 4, 3).set_trainable("scales")
+
+
+def test_calibration_leaves_keys_and_scales(tmp_path):
+    torch.manual_seed(0)
+    dense = timm.create_model("test_efficientnet").eval()
+    model = mk.convert_to_masterkeys(dense, BANK, trainable="scales")
+    kept = [m.log_sigma.clone() for m in model.modules() if isinstance(m, mk.ScaledKeyConv2d)]
+    mk.calibrate_masterkeys(model, dense, torch.randn(40, 3, 64, 64))
+    now = [m.log_sigma for m in model.modules() if isinstance(m, mk.ScaledKeyConv2d)]
+    assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+
+
+@pytest.mark.parametrize("trains", ["scales", "shift"])
+def test_fixed_and_learned_scales_are_not_mixed_up(trains):
+    model = timm.create_model("test_convnext.mk8", mk_bank=BANK, mk_trainable=trains)
+    other = timm.create_model("test_convnext.mk8", mk_bank=BANK, mk_trainable={"scales": "shift"}.get(trains, "scales"))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(mk.CheckpointError, match=r"log_sigma: .*made with trainable='scales'.*dense weights"):
+        other.load_state_dict(model.state_dict(), strict=False)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_autocast_does_not_round_the_kernels():
+    conv, plain = layer().eval(), layer().eval()
+    x = torch.randn(2, 12, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conv.compose_weight(), plain.compose_weight())
+        with torch.no_grad():
+            conv(x)
+    with torch.no_grad():
+        assert torch.equal(conv(x), plain(x))  # what was kept under autocast is the same
+
+
+def test_meta_kernels_have_shapes():
+    with torch.device("meta"):
+        model = timm.create_model("test_convnext")
+    converted = mk.convert_to_masterkeys(model, BANK, trainable="scales")
+    convs = [m for m in converted.modules() if isinstance(m, mk.ScaledKeyConv2d)]
+    assert convs and all(conv.log_sigma.is_meta for conv in convs)
+
+
+def test_sigmas_of_any_size_give_kernels():
+    log_sigma = torch.tensor([-20.0, 0.0, math.log(9), math.log(10), 5.0, 50.0])[:, None].expand(6, 2)
+    for operator in range(8):
+        kernels = scaled_kernels(torch.full((6,), operator), log_sigma, 7, 7)
+        precise = scaled_kernels(torch.full((6,), operator), log_sigma.double(), 7, 7)
+        torch.testing.assert_close(kernels.double(), precise, rtol=0, atol=2e-3)
+        assert torch.equal(kernels[3], kernels[4]) and torch.equal(kernels[4], kernels[5])
+
+
+def test_a_bank_computed_elsewhere_is_the_same(tmp_path):
+    own = mk.get_bank(BANK)
+    other = mk.KeyBank(BANK, np.nextafter(own.keys, 1), own.source, own.licence, own.resize)
+    assert other.digest != own.digest
+    model = mk.convert_to_masterkeys(
+        timm.create_model("test_convnext"), other, include="stages.0.*", trainable="scales"
+    )
+    model.eval()
+    again = timm.create_model(f"local-dir:{mk.save_pretrained(model, tmp_path / 'out')}", pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+def test_scales_that_are_not_finite_are_refused():
+    conv = layer()
+    state = {**conv.state_dict(), "log_sigma": torch.full_like(conv.log_sigma, torch.nan)}
+    with pytest.raises(RuntimeError, match="log_sigma: holds NaN or Inf"):
+        conv.load_state_dict(state)
+
+
+def test_the_report_counts_stored_sigmas():
+    model = timm.create_model("test_convnext")
+    fixed, learned = (
+        mk.conversion_report(mk.convert_to_masterkeys(model, BANK, trainable=t)) for t in ("shift", "scales")
+    )
+    assert learned.stored_after - fixed.stored_after == 2 * learned.total.channels

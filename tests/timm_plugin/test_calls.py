@@ -1,0 +1,397 @@
+"""Calls of ``create_model`` for ``.mk8`` names: what a call gives depends on no other, nor on how it is spelled."""
+
+import copy
+import json
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import timm_masterkeys as mk
+from timm_masterkeys import ConversionError, MasterKeyConv2d
+from timm_masterkeys.calibration import images
+from timm_masterkeys.conversion.record import read_record
+from timm_masterkeys.timm_plugin import cache, calibrated
+
+ARCH = "test_convnext3"
+NAME = f"{ARCH}.mk8"
+SMALL = {"input_size": (3, 48, 48)}  # so that calibration is fast
+PHOTOGRAPHS = lru_cache(images.photographs)
+
+
+def trained(**kwargs):
+    """A state dict as of a trained network: no two values are the same."""
+    torch.manual_seed(1)
+    model = timm.create_model(ARCH, **kwargs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    return model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Checkpoints by what they are of."""
+    folder = tmp_path_factory.mktemp("weights")
+    state = trained()
+    states = {
+        "dense": state,
+        "other": {name: value * 1.01 for name, value in state.items()},
+        "ten": trained(num_classes=10),
+        "grey": trained(in_chans=1),
+        "grn": trained(use_grn=True),
+        "fives": trained(kernel_sizes=5),
+        "offset": trained(num_classes=1001),
+    }
+    paths = {name: str(folder / f"{name}.safetensors") for name in states}
+    for name, path in paths.items():
+        save_file(states[name], path)
+    paths["pth"] = str(folder / "dense.pth")
+    torch.save(state, paths["pth"])
+    return paths
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """An empty cache."""
+    monkeypatch.setenv("TIMM_MASTERKEYS_CACHE", str(tmp_path))
+    monkeypatch.delenv("TIMM_MASTERKEYS_CALIBRATE", raising=False)
+    monkeypatch.setattr(images, "COUNT", 10)
+    monkeypatch.setattr(images, "photographs", PHOTOGRAPHS)
+    return tmp_path / "timm_masterkeys"
+
+
+def create(file=None, name=NAME, overlay=None, **kwargs):
+    overlay = {**SMALL, **({"file": file} if file else {}), **(overlay or {})}
+    torch.manual_seed(0)
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a), [n for n in a if not torch.equal(a[n], b[n])]
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, MasterKeyConv2d)]
+
+
+def entries(root):
+    return [entry.path.name for entry in cache.list_entries(root)]
+
+
+# --- The rule of the cache: for any two calls A and B, B after A gives what B gives on an empty cache
+
+
+def calls(files):
+    """Calls that differ in what an entry depends on, and in what it must not depend on."""
+    dense = files["dense"]
+    nested = timm.create_model("test_mambaout").state_dict()  # its filter takes a checkpoint apart
+    mambaout = partial(create, name="test_mambaout.mk8")
+    cfg = replace(timm.get_pretrained_cfg(NAME), file=dense, **SMALL)
+    return {
+        "plain": partial(create, dense),
+        "train.py's --pretrained-path": partial(create, dense, overlay={"num_classes": -1}, num_classes=10),
+        "ten classes": partial(create, dense, num_classes=10),
+        "no head": partial(create, dense, num_classes=0),
+        "ten of ten": partial(create, files["ten"], overlay={"num_classes": 10}),
+        "other weights": partial(create, files["other"]),
+        "nested": partial(mambaout, overlay={"state_dict": {"model": nested, "epoch": 3}}),
+        "nested, other weights": partial(
+            mambaout, overlay={"state_dict": {"model": {n: 2 * v for n, v in nested.items()}, "epoch": 3}}
+        ),
+        "test size": partial(create, dense, overlay={"test_input_size": (3, 96, 96), "test_crop_pct": 0.7}),
+        "crop mode": partial(create, dense, overlay={"crop_mode": "border"}),
+        "mean": partial(create, dense, overlay={"mean": (0.1, 0.2, 0.3)}),
+        "grey": partial(create, dense, in_chans=1),
+        "grey of grey": partial(create, files["grey"], in_chans=1),
+        "features": partial(create, dense, features_only=True, out_indices=(0, 2)),
+        "features, some": partial(create, dense, features_only=True, mk_include="stages_1.*"),
+        "drop path": partial(create, dense, drop_path_rate=0.1),
+        "relu": partial(create, dense, act_layer="relu"),
+        "relu's class": partial(create, dense, act_layer=nn.ReLU),
+        "grn": partial(create, files["grn"], use_grn=True),
+        "grn, not strict": partial(create, dense, use_grn=True, pretrained_strict=False),
+        "fives": partial(create, files["fives"], kernel_sizes=5),
+        "offset": partial(create, files["offset"], overlay={"label_offset": 1}),
+        "cfg": partial(timm.create_model, ARCH, pretrained=True, pretrained_cfg=cfg),
+        "cfg as a dict": partial(timm.create_model, ARCH, pretrained=True, pretrained_cfg=cfg.to_dict()),
+        "bank": partial(create, dense, mk_bank="random8:1"),
+        "bank as a tensor": partial(create, dense, mk_bank=torch.arange(98.0).sin().view(2, 7, 7)),
+        "another tensor": partial(create, dense, mk_bank=torch.arange(98.0).cos().view(2, 7, 7)),
+        "two keys": partial(create, dense, mk_keys_per_kernel=2),
+        "affine": partial(create, dense, mk_trainable="affine"),
+        "excluded": partial(create, dense, mk_exclude="stages.0.*"),
+        "not calibrated": partial(create, dense, mk_calibrate=False),
+    }
+
+
+def everything(model):
+    """All that a model is, but for the time it was calibrated at."""
+    record = read_record(model)
+    if record.calibration:
+        record = replace(record, calibration=replace(record.calibration, time=""))
+    cfgs = [m.pretrained_cfg for m in model.modules() if hasattr(m, "pretrained_cfg")]
+    return {**model.state_dict(), "record": record, "cfgs": cfgs, "trainable": [m.trainable for m in layers(model)]}
+
+
+def assert_equal(got, expected, call):
+    assert got.keys() == expected.keys(), call
+    for name, value in expected.items():
+        equal = torch.equal(got[name], value) if isinstance(value, torch.Tensor) else got[name] == value
+        assert equal, f"{call}: {name}: {got[name]} instead of {value}"
+
+
+def test_no_call_changes_what_another_gives(files, tmp_path, monkeypatch, caplog):
+    made = []
+
+    def calibrate(*args):
+        made.append(args)
+        return mk.calibrate_masterkeys(*args, stages="statistics")  # the fastest
+
+    monkeypatch.setattr(calibrated, "calibrate_masterkeys", calibrate)
+    table = calls(files)
+    monkeypatch.setenv("TIMM_MASTERKEYS_CACHE", str(tmp_path / "shared"))
+    torch.manual_seed(0)
+    first = {name: everything(call()) for name, call in table.items()}
+    count = len(made)
+    for name, call in reversed(table.items()):
+        assert_equal(everything(call()), first[name], name)
+    assert len(made) == count + 1  # "grn, not strict" alone is not kept
+    for name, call in table.items():
+        monkeypatch.setenv("TIMM_MASTERKEYS_CACHE", str(tmp_path / name.replace("/", "")))
+        assert_equal(everything(call()), first[name], name)
+    assert 15 < count < len(table) - 8
+
+
+def test_the_first_call_builds_the_network_twice(files, monkeypatch):
+    built = []
+    init = timm.models.ConvNeXt.__init__
+    monkeypatch.setattr(timm.models.ConvNeXt, "__init__", lambda *a, **k: built.append(1) or init(*a, **k))
+    create(files["dense"])
+    assert len(built) == 2
+    create(files["dense"])
+    assert len(built) == 3
+
+
+# --- What is calibrated is the network that was asked for
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments"),
+    [
+        ("grey", {"in_chans": 1}),
+        ("grn", {"use_grn": True}),
+        ("fives", {"kernel_sizes": 5}),
+        ("dense", {"act_layer": "relu"}),
+        ("dense", {"act_layer": nn.ReLU}),
+        ("dense", {"act_layer": partial(nn.LeakyReLU, negative_slope=0.1)}),
+        ("ten", {"num_classes": 10}),
+        ("pth", {}),
+    ],
+    ids=str,
+)
+def test_arguments_reach_the_dense_network(files, root, monkeypatch, file, arguments):
+    seen = []
+
+    def calibrate(model, dense, *args):
+        seen.append(copy.deepcopy(dense))
+        return mk.calibrate_masterkeys(model, dense, *args, stages="statistics")
+
+    monkeypatch.setattr(calibrated, "calibrate_masterkeys", calibrate)
+    own = {"num_classes": 10} if file == "ten" else {}
+    model = create(files[file], overlay=own, **arguments)
+    stock = timm.create_model(
+        ARCH, pretrained=True, pretrained_cfg_overlay={**SMALL, "file": files[file], **own}, **arguments
+    ).eval()
+    x = torch.randn(2, stock.in_chans, 48, 48)
+    same(seen[0], stock)
+    assert torch.equal(seen[0].eval()(x), stock(x)) and len(entries(root)) == 1
+    fused = mk.fuse_masterkeys(model).eval()
+    assert [type(m) for m in fused.modules()] == [type(m) for m in stock.modules()]
+
+
+def test_arguments_that_cannot_be_told_apart_are_not_kept(files, root, caplog):
+    class Act(nn.ReLU):
+        pass
+
+    for _ in range(2):
+        caplog.clear()
+        create(files["dense"], act_layer=Act)
+        assert "cannot be compared with those of other calls" in caplog.text and "damaged" not in caplog.text
+    assert entries(root) == []
+
+
+def test_an_error_of_a_call_is_not_damage(files, root, caplog):
+    create(files["dense"])
+    with pytest.raises(TypeError):
+        create(files["dense"], no_such_argument=1)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        create(files["dense"], use_grn=True)
+    create(files["dense"], use_grn=True, pretrained_strict=False)
+    assert "damaged" not in caplog.text and len(entries(root)) == 1
+
+
+def test_a_background_class_is_cut_once(files):
+    model, again = (create(files["offset"], overlay={"label_offset": 1}) for _ in range(2))
+    plain = create(files["offset"], overlay={"label_offset": 1}, mk_calibrate=False)
+    assert model.num_classes == len(model.head.fc.weight) == len(plain.head.fc.weight) == 1000
+    same(model, again)
+
+
+@pytest.mark.parametrize("kind", ["tag", "dict", "object"])
+def test_a_cfg_may_come_in_any_form(files, root, kind):
+    cfg = replace(timm.get_pretrained_cfg(NAME), file=files["dense"], **SMALL)
+    expected = create(files["dense"])
+    given = {"tag": "mk8", "dict": cfg.to_dict(), "object": cfg}[kind]
+    overlay = {**SMALL, "file": files["dense"]} if kind == "tag" else None
+    same(timm.create_model(ARCH, pretrained=True, pretrained_cfg=given, pretrained_cfg_overlay=overlay), expected)
+    assert len(entries(root)) == 1
+
+
+# --- Settings that cannot have an effect
+
+
+@pytest.mark.parametrize("asked", ["builtin", True, "folder"])
+def test_a_calibration_without_effect_is_told(files, tmp_path, caplog, asked):
+    asked = str(tmp_path) if asked == "folder" else asked
+    saved = mk.save_pretrained(create(files["dense"]), tmp_path / "saved")
+    converted = {"state_dict": create(files["dense"]).state_dict()}
+    for call in (
+        lambda: timm.create_model(NAME, mk_calibrate=asked),
+        lambda: timm.create_model(f"local-dir:{saved}", pretrained=True, mk_calibrate=asked),
+        lambda: create(overlay=converted, mk_calibrate=asked),
+    ):
+        caplog.clear()
+        call()
+        assert f"mk_calibrate={asked!r} has no effect" in caplog.text
+    caplog.clear()
+    timm.create_model(NAME, mk_calibrate=False)
+    assert not caplog.records
+
+
+def test_a_stale_variable_matters_where_images_are_needed(files, tmp_path, monkeypatch):
+    model = create(files["dense"])
+    monkeypatch.setenv("TIMM_MASTERKEYS_CALIBRATE", "/gone")
+    saved = mk.save_pretrained(model, tmp_path / "saved")
+    same(timm.create_model(f"local-dir:{saved}", pretrained=True), model)
+    timm.create_model(NAME)
+    create(files["dense"], mk_calibrate=False)
+    with pytest.raises(ConversionError, match="TIMM_MASTERKEYS_CALIBRATE is '/gone', expected a folder"):
+        create(files["dense"])
+
+
+def test_a_dense_checkpoint_in_a_converted_model_is_told(files, caplog):
+    timm.create_model(NAME, checkpoint_path=files["pth"])
+    assert "dense kernels for 4 converted layers" in caplog.text and "One-shot conversion costs accuracy" in caplog.text
+
+
+# --- Claims belong to weights
+
+
+def claims(model, path):
+    """What report, config.json and card say of a calibration."""
+    mk.save_pretrained(model, path)
+    about = json.loads((path / "config.json").read_text())["masterkeys"]
+    told = "Calibrated (classification) on" in (path / "README.md").read_text()
+    assert told == (about["calibration"] is not None) == (mk.conversion_report(model).calibration is not None)
+    return told
+
+
+def test_a_calibration_is_claimed_of_the_weights_it_measured(files, tmp_path):
+    model = create(files["dense"])
+    assert claims(model, tmp_path / "a")
+    assert claims(copy.deepcopy(model), tmp_path / "b")
+    assert claims(timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True), tmp_path / "c")
+    assert not claims(timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True, num_classes=7), tmp_path / "d")
+    again = mk.convert_to_masterkeys(mk.fuse_masterkeys(model))
+    assert not claims(again, tmp_path / "e")
+    other = copy.deepcopy(model)
+    other.load_state_dict(trained())
+    assert not claims(other, tmp_path / "f")
+    other.load_state_dict(model.state_dict())
+    assert claims(other, tmp_path / "g")
+    with torch.no_grad():
+        model.head.norm.bias[0] += 1
+    assert not claims(model, tmp_path / "h")
+
+
+def test_a_licence_is_claimed_of_the_weights_it_is_of(tmp_path, files, monkeypatch):
+    for cfg in mk.timm_plugin.compat.cfgs(ARCH).values():  # where timm looks for its own weights
+        monkeypatch.setattr(cfg, "file", files["dense"])
+    model = timm.create_model(NAME, pretrained=True, mk_calibrate=False)
+    assert read_record(model).source.license == "apache-2.0"
+    assert read_record(model).source.name == f"timm/{ARCH}.r160_in1k"
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    state = copy.deepcopy(model.state_dict())
+    model.load_state_dict(timm.create_model(ARCH).state_dict())
+    assert read_record(model).source is None
+    model.load_state_dict(state)
+    assert read_record(model).source.license == "apache-2.0"
+    brought = mk.convert_to_masterkeys(timm.create_model(ARCH, pretrained=True))
+    with pytest.raises(ConversionError, match=f"stock weights of {ARCH}.r160_in1k are under 'apache-2.0'"):
+        mk.push_to_hub(brought, "me/x", dry_run=True)
+
+
+# --- What a saved model says
+
+
+def test_two_banks_and_settings_that_differ(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model(ARCH)
+    mk.convert_to_masterkeys(model, torch.randn(3, 7, 7), include="stages.0.*", inplace=True)
+    mk.convert_to_masterkeys(model, torch.randn(3, 5, 5), include="stages.1.*", trainable="none", inplace=True)
+    mk.convert_to_masterkeys(model, keys_per_kernel=2, trainable="affine", inplace=True)
+    again = timm.create_model(f"local-dir:{mk.save_pretrained(model, tmp_path)}", pretrained=True)
+    same(again, model)
+    assert [layer.trainable for layer in layers(again)] == ["shift", "none", "affine", "affine"]
+    assert len({layer.bank.name for layer in layers(again)}) == 3
+    assert read_record(again).conversions == read_record(model).conversions and len(read_record(model).conversions) == 3
+    card = (tmp_path / "README.md").read_text()
+    assert "| keys per kernel | 1 (2 layers), 2 (2 layers) |" in card
+    assert "| trainable | affine (2 layers), none (1 layer), shift (1 layer) |" in card
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, "relu", nn.GELU])
+def test_a_model_with_another_activation_is_saved(tmp_path, act):
+    model = timm.create_model(NAME, act_layer=act).eval()
+    again = timm.create_model(f"local-dir:{mk.save_pretrained(model, tmp_path)}", pretrained=True).eval()
+    x = torch.randn(1, 3, 48, 48)
+    assert torch.equal(again(x), model(x))
+
+
+def test_an_argument_that_json_cannot_hold(tmp_path):
+    class Act(nn.ReLU):
+        pass
+
+    with pytest.raises(ConversionError, match=r"created with act_layer=.*Create it with a name that timm knows"):
+        mk.save_pretrained(timm.create_model(NAME, act_layer=Act), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- The cache touches only what is its own
+
+
+def test_clear_removes_our_entries_alone(files, tmp_path, root):
+    create(files["dense"])
+    others = [tmp_path / "llama", root / "mine", root / ".x.y", tmp_path / ".x.y"]
+    for folder in others:
+        folder.mkdir()
+        (folder / "config.json").write_text('{"masterkeys": {}}')
+    (tmp_path / ".x.lock").touch()
+    (name,) = entries(root)
+    with mk.files.locked(root / f".{name}.lock"):  # as of a process that makes it
+        assert cache.clear_entries(root) == 0 and entries(root) == [name]
+    assert cache.clear_entries(root) == 1 and entries(root) == []
+    assert all((folder / "config.json").is_file() for folder in others) and (tmp_path / ".x.lock").exists()
+
+
+def test_clear_counts_what_is_gone(files, root, monkeypatch):
+    create(files["dense"])
+    monkeypatch.setattr(cache.shutil, "rmtree", lambda *args, **kwargs: None)
+    assert cache.clear_entries(root) == 0 and len(entries(root)) == 1

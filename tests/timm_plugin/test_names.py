@@ -1,0 +1,856 @@
+"""The ``.mk8`` names: timm lists, finds and builds them as its own, and its own stay as they were."""
+
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from forked import run
+from safetensors.torch import save_file
+from timm.data import resolve_data_config, resolve_model_data_config
+from timm.models import get_notrace_modules
+from timm.utils import ParseKwargs
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import timm_masterkeys as mk
+from timm_masterkeys import ConversionError, MasterKeyConv2d
+from timm_masterkeys.conversion.plan import flat_name
+from timm_masterkeys.conversion.record import Record, Source, keys_digest, read_record
+from timm_masterkeys.timm_plugin import compat, published
+
+ARCH = "test_convnext"  # timm's own miniature: 9 7x7 depthwise layers, 0.27 million parameters, stock tag r160_in1k
+MK8 = f"{ARCH}.mk8"
+OWN = re.compile(r"\.mk8(_|$)")
+FEATURE_CLASSES = ["list", "dict", "hook", "getter", "fx"]
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """A state dict that stands for trained weights: every kernel near a key, so that the fit is not nothing."""
+    torch.manual_seed(1)
+    model = timm.create_model(ARCH)
+    keys = mk.get_bank().keys_for((7, 7))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and module.groups > 1:
+                module.weight += keys[torch.randint(len(keys), (len(module.weight), 1))]
+    return model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def file(weights, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "dense.safetensors"
+    save_file(weights, path)
+    return str(path)
+
+
+def stock(weights, **kwargs):
+    """What stock timm builds from the weights."""
+    overlay = {"state_dict": dict(weights)}
+    return timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def told(code, *args, **kwargs):
+    """What a process of its own printed, and logged; nothing may go wrong in it."""
+    done = run("-c", code, *args, **kwargs)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+# --- Registration
+
+
+REGISTRATION = """
+import importlib, logging, sys, warnings
+import timm
+from timm.models import _registry as registry, get_arch_pretrained_cfgs, get_deprecated_models, get_pretrained_cfg
+
+def snapshot(own=False):
+    names = lambda found: [name for name in found if own or ".mk8" not in name]
+    archs = timm.list_models()
+    modules = [sys.modules["timm.models." + name] for name in timm.list_modules()]
+    return {
+        "architectures": archs,
+        "pretrained": names(timm.list_models(pretrained=True)),
+        "tags": names(timm.list_models(include_tags=True)),
+        "with cfg": timm.list_models(name_matches_cfg=True),
+        "is_model_pretrained": {arch: timm.is_model_pretrained(arch) for arch in archs},
+        "defaults": {arch: get_pretrained_cfg(arch) for arch in archs},
+        "cfgs": {arch: {n: c for n, c in get_arch_pretrained_cfgs(arch).items() if n in names([n])} for arch in archs},
+        "default_cfgs": {m.__name__: repr(getattr(m, "default_cfgs", None)) for m in modules},
+        "modules": timm.list_modules(),
+        "deprecated": get_deprecated_models(),
+    }
+
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "Implicitly cleaning up", ResourceWarning)  # torch 2.5's own, when Python ends
+logging.basicConfig(level=logging.DEBUG)
+before, loaded = snapshot(), set(sys.modules)
+import timm_masterkeys as mk
+after = snapshot()
+for key in before:
+    assert before[key] == after[key], key
+heavy = {"scipy", "matplotlib", "pandas", "sklearn", "timm_masterkeys.layers.gpu_kernels"}
+heavy &= set(sys.modules) - loaded
+assert not heavy, heavy
+
+everything, entrypoints = snapshot(own=True), dict(registry._model_entrypoints)
+assert len(everything["tags"]) > len(before["tags"]) + 551
+mk.register_names()
+mk.register_names(["convnext_atto", "no_such_architecture"])
+importlib.reload(mk)
+importlib.reload(sys.modules["timm_masterkeys.timm_plugin.names"])
+assert snapshot(own=True) == everything
+assert registry._model_entrypoints == entrypoints
+"""
+
+ARCHITECTURE_OF_ONES_OWN = """
+logging.getLogger().setLevel(logging.WARNING)
+from timm.models import register_model
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes=10, in_chans=3, global_pool="avg"):
+        super().__init__()
+        self.num_classes, self.num_features = num_classes, 8
+        self.conv = nn.Conv2d(in_chans, 8, 3)
+        self.dw = nn.Conv2d(8, 8, 3, groups=8)
+
+@register_model
+def my_net(pretrained=False, **kwargs):
+    return timm.models.build_model_with_cfg(Net, "my_net", pretrained, **kwargs)
+
+mk.register_names(["my_net"])
+assert timm.list_models("my_net*", include_tags=True) == ["my_net", "my_net.mk8"]
+assert not timm.is_model_pretrained("my_net.mk8")
+assert list(timm.models.get_arch_pretrained_cfgs("my_net")) == ["my_net", "my_net.mk8"]
+assert type(timm.create_model("my_net.mk8").dw) is mk.MasterKeyConv2d
+assert type(timm.create_model("my_net").dw) is nn.Conv2d
+"""
+
+
+def test_import_adds_names_and_changes_nothing_else():
+    command = [sys.executable, "-c", REGISTRATION + ARCHITECTURE_OF_ONES_OWN]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")  # not a word, on any level
+
+
+def test_every_name_is_there():
+    tagged = [name for name in timm.list_models(include_tags=True) if not OWN.search(name)]
+    expected = {f"{arch}.mk8" for arch in mk.list_architectures()}
+    for name in tagged:
+        arch, _, tag = name.partition(".")
+        if tag and f"{arch}.mk8" in expected:
+            expected.add(f"{arch}.mk8_{tag}")
+            assert timm.is_model_pretrained(f"{arch}.mk8_{tag}") == timm.is_model_pretrained(name)
+    assert {name for name in timm.list_models(include_tags=True) if OWN.search(name)} == expected
+    assert {name for name in timm.list_models("*.mk8*", include_tags=True)} == expected
+    for arch in mk.list_architectures():
+        assert timm.is_model_pretrained(f"{arch}.mk8") == timm.is_model_pretrained(arch)
+
+    listed = timm.list_models("*.mk8*", pretrained=True)
+    assert set(listed) == {name for name in expected if timm.is_model_pretrained(name)}
+    assert timm.list_models("convnext_tiny.mk8*", pretrained=True)[0] == "convnext_tiny.mk8"
+    assert timm.is_model("convnext_tiny.mk8_fb_in22k") and "convnext_tiny.mk8_fb_in22k" in listed
+    assert "ghostnet_050.mk8" in expected - set(listed)  # timm has no weights of it
+    assert not any("." in name for name in timm.list_models())
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "convnext_tiny.fb_in22k", "ghostnet_050", "davit_huge", ARCH])
+def test_cfg_is_the_stock_one(name):
+    arch, _, tag = name.partition(".")
+    own = f"{arch}.mk8_{tag}" if tag else f"{arch}.mk8"
+    stock, cfg = timm.get_pretrained_cfg(name), timm.get_pretrained_cfg(own)
+    assert cfg.tag == own.partition(".")[2] and cfg.architecture == arch
+    assert replace(cfg, tag=stock.tag) == stock
+    assert resolve_data_config(pretrained_cfg=cfg.to_dict()) == resolve_data_config(pretrained_cfg=stock.to_dict())
+    assert timm.models.get_arch_pretrained_cfgs(own)[own] == cfg
+    assert timm.get_pretrained_cfg_value(own, "input_size") == stock.input_size
+
+
+def test_other_tags_of_an_architecture_are_listed_in_order():
+    assert list(timm.models.get_arch_pretrained_cfgs("convnext_atto")) == [
+        "convnext_atto.d2_in1k",
+        "convnext_atto.mk8",
+        "convnext_atto.mk8_d2_in1k",
+    ]
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize("arch", [ARCH, "convnext_atto"])
+@pytest.mark.parametrize("tag", ["mk8_nope", "mk8_", "mk8nope"])
+def test_unknown_tag_of_ours_names_those_there_are(arch, tag, pretrained):
+    stock = timm.get_pretrained_cfg(arch).tag
+    with pytest.raises(ConversionError) as told:
+        timm.create_model(f"{arch}.{tag}", pretrained=pretrained)
+    assert str(told.value) in [
+        f"Got {arch}.{tag}, expected {arch}.{a} or {arch}.{b}."
+        for a, b in (("mk8", f"mk8_{stock}"), (f"mk8_{stock}", "mk8"))
+    ]
+
+
+def test_the_nearest_tag_comes_first():
+    with pytest.raises(ConversionError, match=r"Got convnext_tiny\.mk8_in12_k, expected convnext_tiny\.mk8_in12k or "):
+        timm.create_model("convnext_tiny.mk8_in12_k")
+
+
+def test_unknown_stock_tags_and_architectures_are_timms_own_errors():
+    with pytest.raises(RuntimeError, match=re.escape(f"Invalid pretrained tag (mk9) for {ARCH}.")):
+        timm.create_model(f"{ARCH}.mk9")
+    with pytest.raises(RuntimeError, match=re.escape("Unknown model (convnext_tni)")):
+        timm.create_model("convnext_tni.mk8")
+
+
+@pytest.mark.parametrize("name", ["resnet18.mk8", "resnet18.mk8_a1_in1k", "vit_tiny_patch16_224.mk8"])
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_architecture_without_depthwise_convolutions_has_no_names(name, pretrained):
+    arch = name.partition(".")[0]
+    with pytest.raises(ConversionError, match=f"Got {re.escape(name)}, but {arch} has no depthwise convolutions"):
+        timm.create_model(name, pretrained=pretrained)
+    assert f"{arch}.mk8" not in timm.list_models(f"{arch}*", include_tags=True)
+    with pytest.raises(RuntimeError, match="Invalid pretrained tag"):  # a name that timm does not list
+        timm.get_pretrained_cfg(name)
+
+
+def test_deprecated_names_of_architectures_without_depthwise_convolutions():
+    with (
+        pytest.warns(UserWarning, match="Mapping deprecated model name"),
+        pytest.raises(ConversionError, match="has no depthwise convolutions"),
+    ):
+        timm.create_model("resnetv2_50x1_bitm.mk8")
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_an_architecture_of_ones_own_that_was_not_registered(monkeypatch, depthwise):
+    """One that was there before this package was imported: what has depthwise convolutions is told to register."""
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8 if depthwise else 1))
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, "my_own_net", lambda pretrained=False, **kwargs: net)
+    mk.register_names()
+    expected = r"register_names\('my_own_net'\) adds them" if depthwise else "my_own_net has no depthwise convolutions"
+    with pytest.raises(ConversionError, match=expected):
+        timm.create_model("my_own_net.mk8")
+    assert timm.create_model("my_own_net") is net
+
+
+def test_deprecated_names_are_never_silently_dense():
+    with pytest.warns(UserWarning, match="Mapping deprecated model name mnasnet_b1"):
+        model = timm.create_model("mnasnet_b1.mk8", device="meta")
+    assert len(layers(model)) == 17 and model.pretrained_cfg["tag"] == "mk8"
+    with pytest.warns(UserWarning, match="Mapping deprecated model name mnasnet_b1"):
+        assert not layers(timm.create_model("mnasnet_b1", device="meta"))
+
+
+# --- Stock names
+
+
+@pytest.mark.parametrize("name", [ARCH, f"{ARCH}.r160_in1k"])
+def test_stock_creation_is_untouched(name):
+    model = timm.create_model(name)
+    torch.manual_seed(0)
+    function = getattr(timm.models, ARCH)  # timm's own function, around the registry
+    same(model, function())
+    assert not layers(model) and model.pretrained_cfg == function().pretrained_cfg
+    assert model.pretrained_cfg["tag"] == "r160_in1k" and not hasattr(model, "masterkeys")
+    assert not any(module._load_state_dict_pre_hooks for module in model.modules())
+    assert timm.models.model_entrypoint(ARCH).__name__ == ARCH
+
+
+@pytest.mark.parametrize("setting", ["bank", "keys_per_kernel", "trainable", "include", "exclude"])
+def test_settings_are_refused_by_stock_names(setting):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument 'mk_{setting}'"):
+        timm.create_model(ARCH, **{f"mk_{setting}": "none"})
+
+
+def test_unknown_setting_is_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mk_keys'"):
+        timm.create_model(MK8, mk_keys=1)
+
+
+# --- From scratch
+
+
+def test_scratch_is_drawn_from_the_bank_and_seeded(caplog):
+    with caplog.at_level(logging.WARNING):
+        model = timm.create_model(MK8)
+        other = timm.create_model(MK8)
+        torch.manual_seed(0)
+        same(model, timm.create_model(MK8))
+    assert not caplog.records  # nothing was converted: no fit to tell of
+    assert len(layers(model)) == 9
+    own_keys = mk.get_bank().keys_for((7, 7))
+    for name, layer in layers(model).items():
+        assert torch.equal(layer.keys, own_keys) and layer.bank.name == "babaiee2025"
+        assert layer.key_index.unique().numel() > 4 and (layer.shift == 0).all() and (layer.r2 == -1).all()
+        assert not torch.equal(layer.key_index, other.get_submodule(name).key_index)
+    torch.manual_seed(0)
+    same(model, mk.initialize_masterkeys(timm.create_model(ARCH)))
+
+
+def test_meta_device_and_dtype():
+    model = timm.create_model(MK8, device="meta", dtype=torch.bfloat16)
+    floating = [t for t in model.state_dict().values() if t.is_floating_point()]
+    assert all(t.is_meta for t in model.state_dict().values()) and len(layers(model)) == 9
+    assert {t.dtype for t in floating} <= {torch.bfloat16, torch.float32}
+    assert all(layer.shift.dtype == layer.keys.dtype == torch.bfloat16 for layer in layers(model).values())
+
+    model = timm.create_model(MK8, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        out = model(torch.randn(1, 3, 64, 64, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16 and out.isfinite().all()
+
+
+# --- Pretrained
+
+
+def sources(weights, file):
+    return {"file": {"file": file}, "state_dict": {"state_dict": dict(weights)}}
+
+
+@pytest.mark.parametrize("source", ["file", "state_dict"])
+@pytest.mark.parametrize("name", [MK8, f"{ARCH}.mk8_r160_in1k"])
+def test_pretrained_is_the_stock_model_converted(weights, file, caplog, source, name):
+    with caplog.at_level(logging.WARNING):
+        overlay = sources(weights, file)[source]
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    same(model, mk.convert_to_masterkeys(stock(weights)))
+    assert len(layers(model)) == 9 and "state_dict" not in model.pretrained_cfg
+    assert model.default_cfg is model.pretrained_cfg
+    assert model.pretrained_cfg["architecture"] == ARCH and f"{ARCH}.{model.pretrained_cfg['tag']}" == name
+    assert read_record(model) == Record((mk.MasterKeysConfig(),), Source(), keys_digest(model))  # whose, nobody told
+    assert resolve_model_data_config(model) == resolve_model_data_config(timm.create_model(ARCH))
+
+    (record,) = caplog.records  # one line: what it is, how well it fits, what to do
+    report = mk.conversion_report(model)
+    assert record.name == "timm_masterkeys.timm_plugin.create" and record.levelno == logging.WARNING
+    assert "\n" not in record.getMessage() and record.getMessage().startswith(f"{name}: ")
+    assert f"mean R2 {report.total.mean_r2:.2f}" in record.getMessage() and 0.3 < report.total.mean_r2 < 0.9
+    assert f"{report.total.channels:,} kernels of 9 layers projected on bank babaiee2025" in record.getMessage()
+    assert "calibrate_masterkeys(model, dense_model, images), or fine-tune" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"num_classes": 5}, {"num_classes": 0}, {"in_chans": 1}, {"in_chans": 1, "num_classes": 7}]
+)
+def test_other_heads_and_inputs(weights, file, kwargs):
+    overlay = {"file": file}
+    model = timm.create_model(MK8, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    torch.manual_seed(0)
+    same(model, mk.convert_to_masterkeys(stock(weights, **kwargs)))
+    assert model.num_classes == kwargs.get("num_classes", 1000)
+    assert model.stem[0].in_channels == kwargs.get("in_chans", 3)
+
+
+@pytest.mark.parametrize("feature_cls", FEATURE_CLASSES)
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_features_only(weights, feature_cls, pretrained):
+    kwargs = {"features_only": True, "feature_cls": feature_cls, "out_indices": (0, 2)}
+    overlay = {"state_dict": dict(weights)} if pretrained else None
+    model = timm.create_model(MK8, pretrained=pretrained, pretrained_cfg_overlay=overlay, **kwargs).eval()
+    if pretrained:
+        expected = mk.convert_to_masterkeys(stock(weights, **kwargs))
+    else:
+        torch.manual_seed(0)
+        expected = timm.create_model(ARCH, **kwargs).eval()  # before: an old torch cannot switch a copied FX module
+        mk.initialize_masterkeys(expected, inplace=True)
+    same(model, expected)
+    assert layers(model).keys() == layers(expected).keys() and len(layers(model)) >= 7
+    for module in model.modules():  # the wrapper, and the model it keeps
+        assert "state_dict" not in (getattr(module, "pretrained_cfg", None) or {})
+        assert "state_dict" not in (getattr(module, "default_cfg", None) or {})
+    assert model.pretrained_cfg["tag"] == "mk8"
+    with torch.no_grad():
+        x = torch.randn(1, 3, 64, 64)
+        out, wanted = model(x), expected(x)
+    out, wanted = (list(o.values()) if isinstance(o, dict) else o for o in (out, wanted))
+    assert [o.shape for o in out] == [(1, 24, 16, 16), (1, 48, 4, 4)]
+    assert all(torch.equal(a, b) for a, b in zip(out, wanted, strict=True))
+
+
+@pytest.mark.parametrize("feature_cls", FEATURE_CLASSES)
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize("setting", ["mk_include", "mk_exclude"])
+def test_patterns_for_the_whole_model_hold_for_its_features(weights, feature_cls, pretrained, setting):
+    overlay = {"state_dict": dict(weights)} if pretrained else None
+    for pattern in ("stages.1.*", ["*.blocks.0.conv_dw", "stages.2.blocks.1.*"]):
+        whole = timm.create_model(MK8, **{setting: pattern})
+        settings = {"features_only": True, "feature_cls": feature_cls, setting: pattern}
+        model = timm.create_model(MK8, pretrained=pretrained, pretrained_cfg_overlay=overlay, **settings)
+        assert [flat_name(name) for name in layers(model)] == [flat_name(name) for name in layers(whole)] != []
+
+
+def test_patterns_of_stages_that_features_lack(caplog):
+    kwargs = {"features_only": True, "out_indices": (0, 1)}
+    model = timm.create_model(MK8, mk_exclude=["stages.1.*", "stages.3.*"], **kwargs)
+    assert {name.split(".")[0] for name in layers(model)} == {"stages_0"}
+    (warning,) = (r.getMessage() for r in caplog.records if "matches none" in r.getMessage())
+    assert warning.startswith("Pattern 'stages.3.*' matches none of the") and "'stages.1.*'" not in warning
+    with pytest.raises(mk.ConversionError, match="nothing to convert"):
+        timm.create_model(MK8, mk_include="stages.3.*", **kwargs)
+
+
+@pytest.mark.parametrize("arch", ["test_convnext", "test_efficientnet", "mobilenetv4_conv_small_035", "starnet_s1"])
+@pytest.mark.parametrize("features", [False, True])
+def test_the_pattern_that_the_error_recommends_works(arch, features, caplog):
+    model = timm.create_model(arch, features_only=features)
+    try:
+        mk.plan_conversion(model, include="nothing")
+    except mk.ConversionError as error:
+        message = str(error)
+    else:
+        message = caplog.text
+    pattern = re.search(r"a whole stage is '(.*?)'", message)[1]
+    found = [layer.name for layer in mk.plan_conversion(model, include=pattern).converted]
+    assert 0 < len(found) < len(mk.plan_conversion(model).converted) and found[0] in message
+
+
+@pytest.mark.parametrize(
+    "kind", ["dense.safetensors", "compact.safetensors", "dense.pth", "compact.pth", "train.pth.tar"]
+)
+def test_checkpoint_path(weights, tmp_path, kind):
+    converted = mk.convert_to_masterkeys(stock(weights))
+    content = dict(weights) if kind.startswith("dense") else converted.state_dict()
+    path = tmp_path / kind
+    if path.suffix == ".safetensors":
+        save_file(content, path)
+    else:  # as train.py writes it
+        torch.save({"epoch": 3, "arch": ARCH, "state_dict": content} if kind.startswith("train") else content, path)
+    same(timm.create_model(MK8, checkpoint_path=str(path)), converted)
+
+
+def trained(weights, **settings):
+    """A converted model no value of which is what conversion would make of any weights."""
+    model = mk.convert_to_masterkeys(stock(weights), **settings)
+    with torch.no_grad():
+        for layer in layers(model).values():
+            layer.key_index.copy_((layer.key_index + 1) % 3)
+            layer.scale.add_(0.1 * torch.randn_like(layer.scale))
+            layer.shift.add_(0.1 * torch.randn_like(layer.shift))
+            layer.r2.fill_(0.5)
+    return model
+
+
+CHECKPOINTS = ["file.safetensors", "file.pth", "train.pth.tar", "state_dict"]
+
+
+def overlay_of(state_dict, tmp_path, kind):
+    """The same weights from any of the places timm takes some from."""
+    state_dict = {name: value.clone() for name, value in state_dict.items()}
+    if kind == "state_dict":
+        return {"state_dict": state_dict}
+    path = tmp_path / kind
+    if kind.endswith(".safetensors"):
+        save_file(state_dict, path)
+    else:
+        torch.save({"epoch": 3, "state_dict": state_dict} if kind.startswith("train") else state_dict, path)
+    return {"file": str(path)}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+@pytest.mark.parametrize("kwargs", [{}, {"num_classes": -1}, {"num_classes": 5}, {"in_chans": 1}])
+def test_a_converted_checkpoint_as_pretrained_weights(weights, tmp_path, caplog, kind, kwargs):
+    """It comes back as it is, not its pointwise layers with random kernels projected."""
+    model = trained(weights)
+    overlay = overlay_of(model.state_dict(), tmp_path, kind)
+    if kwargs.get("num_classes") == -1:  # what train.py's --pretrained-path amounts to: a new head
+        again = timm.create_model(MK8, True, pretrained_cfg_overlay={**overlay, "num_classes": -1})
+    else:
+        again = timm.create_model(MK8, True, pretrained_cfg_overlay=overlay, **kwargs)
+    loaded, given = again.state_dict(), model.state_dict()
+    assert loaded.keys() == given.keys() and not caplog.records
+    assert all(torch.equal(loaded[n], given[n]) for n in given if not n.startswith(("head.fc", "stem.0")) or not kwargs)
+    assert all(type(p) is nn.Parameter and p.requires_grad for p in again.parameters())
+
+
+@pytest.mark.parametrize("feature_cls", FEATURE_CLASSES)
+def test_features_of_a_converted_checkpoint(weights, feature_cls):
+    model = trained(weights)
+    kwargs = {"features_only": True, "feature_cls": feature_cls, "out_indices": (0, 2)}
+    overlay = {"state_dict": dict(model.state_dict())}
+    features = timm.create_model(MK8, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+    assert len(layers(features)) >= 7
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        out = features(x)
+        expected = model.forward_intermediates(x, indices=(0, 2), intermediates_only=True)
+    out = list(out.values()) if isinstance(out, dict) else out
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+@pytest.mark.parametrize("arch", ["test_efficientnet", "test_mambaout", "ghostnet_050", "fastvit_t8", "starnet_s1"])
+def test_converted_checkpoints_of_other_families(arch):
+    given = mk.initialize_masterkeys(timm.create_model(arch), keys_per_kernel=2).state_dict()
+    overlay = {"state_dict": dict(given), "num_classes": -1}
+    model = timm.create_model(f"{arch}.mk8", pretrained=True, pretrained_cfg_overlay=overlay)
+    loaded, head = model.state_dict(), model.pretrained_cfg["classifier"]
+    assert loaded.keys() == given.keys()
+    assert all(torch.equal(loaded[name], given[name]) for name in given if not name.startswith(head))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bank": "random8:3"},
+        {"keys_per_kernel": 3, "trainable": "affine"},
+        {"exclude": "stages.0.*"},
+        {"bank": "scale-space-b", "trainable": "scales"},
+    ],
+)
+@pytest.mark.parametrize("num_classes", [1000, 5])
+def test_a_converted_checkpoint_with_settings(weights, settings, num_classes):
+    model = trained(weights, **settings)
+    overlay = {"state_dict": dict(model.state_dict())}
+    create = functools.partial(timm.create_model, MK8, True, num_classes=num_classes)
+    again = create(pretrained_cfg_overlay=overlay, **{f"mk_{name}": value for name, value in settings.items()})
+    assert layers(again).keys() == layers(model).keys()
+    for name, layer in layers(again).items():
+        same(layer, model.get_submodule(name))
+        assert layer.trainable == settings.get("trainable", "shift")
+    if "bank" in settings:
+        with pytest.raises((mk.CheckpointError, mk.ConversionError), match=r"bank"):
+            create(pretrained_cfg_overlay=overlay)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mk_bank": "random8:1"}, "made with another bank than 'random8:1'"),
+        ({"mk_keys_per_kernel": 2}, "key_index: got shape"),
+        ({"mk_include": "stages.0.*"}, "converted in other layers than this one would be, as stages.1"),
+        ({"mk_trainable": "scales", "mk_bank": "scale-space-b"}, "log_sigma"),
+    ],
+)
+def test_settings_that_contradict_a_converted_checkpoint(weights, settings, message):
+    overlay = {"state_dict": dict(trained(weights).state_dict())}
+    with pytest.raises(mk.CheckpointError, match=message):
+        timm.create_model(MK8, pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay, **settings)
+
+
+def test_a_converted_checkpoint_of_another_architecture(weights):
+    overlay = {"state_dict": dict(trained(weights).state_dict())}
+    with pytest.raises(mk.CheckpointError, match="has no layer stages"):
+        timm.create_model("test_efficientnet.mk8", pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay)
+
+
+def test_what_stock_timm_saves_of_a_converted_model(weights, tmp_path):
+    """Its own ``save_for_hf``: no compact file, the compact entries among the weights."""
+    model = timm.create_model(MK8)
+    model.load_state_dict(trained(weights).state_dict())
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    same(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), model)
+
+
+def test_cache_dir_reaches_timms_loader(weights, tmp_path):
+    torch.save(dict(weights), tmp_path / "dense.pth")
+    overlay = {"hf_hub_id": None, "url": (tmp_path / "dense.pth").as_uri()}
+    cache = tmp_path / "cache"
+    model = timm.create_model(MK8, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=str(cache))
+    assert [path.name for path in cache.iterdir()] == ["dense.pth"]
+    same(model, mk.convert_to_masterkeys(stock(weights)))
+
+
+@pytest.mark.parametrize("kind", ["tag", "object", "dict", "resolved"])
+def test_cfg_as_an_argument(weights, kind):
+    cfg = replace(timm.get_pretrained_cfg(MK8), state_dict=dict(weights))
+    if kind == "tag":  # as train.py's --pretrained-cfg would
+        kwargs = {"model_name": ARCH, "pretrained_cfg": "mk8", "pretrained_cfg_overlay": {"state_dict": dict(weights)}}
+    elif kind == "resolved":  # as validate.py does
+        if not hasattr(timm.models, "resolve_model_input_args"):
+            pytest.skip("timm 1.0.31 brought it")
+        kwargs = {**timm.models.resolve_model_input_args(MK8), "pretrained_cfg_overlay": {"state_dict": dict(weights)}}
+    else:
+        kwargs = {"model_name": ARCH, "pretrained_cfg": cfg if kind == "object" else cfg.to_dict()}
+    model = timm.create_model(**kwargs, pretrained=True)
+    same(model, mk.convert_to_masterkeys(stock(weights)))
+    assert model.pretrained_cfg["tag"] == "mk8" and "state_dict" not in model.pretrained_cfg
+    assert kind != "object" or cfg.state_dict  # the caller's own cfg keeps it
+
+
+@pytest.mark.parametrize("arch", ["ghostnet_050", "test_mambaout"])
+def test_pretrained_without_weights_fails_as_stock(arch):
+    messages = []
+    for name in (arch, f"{arch}.mk8"):
+        with pytest.raises(RuntimeError, match="No pretrained weights exist") as error:
+            timm.create_model(name, pretrained=True)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter:UserWarning")  # torch's, as for stock
+def test_pretrained_on_the_meta_device(weights, caplog):
+    overlay = {"state_dict": dict(weights)}
+    model = timm.create_model(MK8, pretrained=True, pretrained_cfg_overlay=overlay, device="meta")
+    assert len(layers(model)) == 9 and not caplog.records  # no values, no fit
+
+
+# --- Settings
+
+
+def from_command_line(*arguments):
+    """Settings as train.py's and validate.py's ``--model-kwargs`` understands them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
+    return parser.parse_args(["--model-kwargs", *arguments]).model_kwargs
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        (["mk_bank=random8:3"], {"bank": "random8:3"}),
+        (["mk_keys_per_kernel=3", "mk_trainable=affine"], {"keys_per_kernel": 3, "trainable": "affine"}),
+        (["mk_trainable=none"], {"trainable": "none"}),
+        (["mk_include=stages.1.*"], {"include": "stages.1.*"}),
+        (["mk_exclude=['stages.0.*', '*.1.conv_dw']"], {"exclude": ["stages.0.*", "*.1.conv_dw"]}),
+        (["mk_bank=None", "num_classes=3"], {}),
+    ],
+)
+def test_settings(weights, pretrained, arguments, settings):
+    kwargs = from_command_line(*arguments)
+    overlay = {"state_dict": dict(weights)} if pretrained else None
+    model = timm.create_model(MK8, pretrained=pretrained, pretrained_cfg_overlay=overlay, **kwargs)
+    classes = {name: value for name, value in kwargs.items() if name == "num_classes"}
+    torch.manual_seed(0)
+    if pretrained:
+        expected = mk.convert_to_masterkeys(stock(weights, **classes), **settings)
+    else:
+        expected = mk.initialize_masterkeys(timm.create_model(ARCH, **classes), **settings)
+    same(model, expected)
+    assert [(n, p.shape) for n, p in model.named_parameters()] == [(n, p.shape) for n, p in expected.named_parameters()]
+    assert 0 < len(layers(model)) <= 9
+    assert {layer.bank.name for layer in layers(model).values()} == {settings.get("bank", "babaiee2025")}
+
+
+def test_bank_as_an_object(weights):
+    bank = mk.KeyBank("mine", torch.randn(3, 5, 5))
+    model = timm.create_model(MK8, mk_bank=bank, mk_keys_per_kernel=2)
+    assert {layer.bank for layer in layers(model).values()} == {bank}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"mk_bank": "nope"}, mk.BankError, "Unknown bank 'nope'"),
+        ({"mk_keys_per_kernel": 9}, mk.ProjectionError, "keys_per_kernel is 9"),
+        ({"mk_trainable": "all"}, mk.ConversionError, "trainable is 'all'"),
+        ({"mk_include": "blocks.*"}, mk.ConversionError, "Pattern 'blocks.*' matches none"),
+    ],
+)
+def test_bad_settings(kwargs, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        timm.create_model(MK8, **kwargs)
+
+
+# --- Names pointed at published weights
+
+
+@pytest.fixture
+def pointed(monkeypatch):
+    """What names were pointed at; forgotten afterwards, by timm too."""
+    registry = timm.models._registry
+    for name in ("_model_pretrained_cfgs", "_model_with_tags", "_model_has_pretrained"):
+        monkeypatch.setattr(registry, name, copy.deepcopy(getattr(registry, name)))
+    monkeypatch.setattr(published, "_sources", sources := {})
+    published._read_variable.cache_clear()
+    yield sources
+    published._read_variable.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (f"{MK8}=orgname", f"Got the source 'orgname' for {MK8}, expected 'org/name'"),
+        (f"{MK8}", f"Got the source '' for {MK8}"),
+        (f"{MK8} = org/name", f"Got the source '' for {MK8}"),
+        (f"{MK8}_ours=org/name@", "Got the source 'org/name@'"),
+        (f"{MK8}=org/a,test_convnext2.mk8=org/b", "Got the source 'org/a,test_convnext2.mk8=org/b'"),
+        (f"{MK8}_ours=a/b/{MK8}", "Got the source 'a/b/"),
+        ("resnet18.mk8=org/a", "Got the name 'resnet18.mk8'"),
+        (f"{MK8}=org/a {{folder}}/none.txt", "none.txt' cannot be read"),
+        (f"{MK8}=org/a {{folder}}/names.txt", "Got the source 'nonsense'"),
+        ("{folder}/my zoo/names.txt", "Got the source 'nonsense'"),
+    ],
+)
+def test_what_is_wrong_with_the_variable_is_an_error_for_every_name(pointed, tmp_path, monkeypatch, value, message):
+    """Each time weights of a name are asked for, and not before; no name is then pointed anywhere."""
+    (tmp_path / "my zoo").mkdir()
+    for names in (tmp_path / "names.txt", tmp_path / "my zoo" / "names.txt"):
+        names.write_text(f"{MK8}_ours=org/a\n{MK8}=nonsense\n")
+    monkeypatch.setenv("TIMM_MASTERKEYS_WEIGHTS", value.format(folder=tmp_path))
+    for name in (MK8, MK8, "convnext_atto.mk8"):
+        with pytest.raises(mk.ConversionError, match=r"^TIMM_MASTERKEYS_WEIGHTS is ") as error:
+            timm.create_model(name, pretrained=True)
+        assert message in str(error.value)
+    assert not pointed and layers(timm.create_model(MK8))
+    assert not layers(timm.create_model(ARCH))
+
+
+@pytest.mark.parametrize("value", ["{pairs}", "{folder}/names.txt {MK8}=org/b", "{folder}/my zoo/names.txt"])
+def test_pairs_and_lists_in_the_variable(pointed, tmp_path, monkeypatch, value):
+    """Beside pairs; with a blank in its path on its own. What the program says goes before."""
+    (tmp_path / "my zoo").mkdir()
+    lines = [f"{MK8}_ours=org/a@0a1b", f"{MK8}_new=org/c"]
+    for names in (tmp_path / "names.txt", tmp_path / "my zoo" / "names.txt"):
+        names.write_text("# our zoo\n\n" + "\n  ".join(lines))
+    value = value.format(pairs=" ".join(lines), folder=tmp_path, MK8=MK8)
+    monkeypatch.setenv("TIMM_MASTERKEYS_WEIGHTS", value)
+    mk.use_weights(f"{MK8}_new", "org/own")
+    assert published.published_source("convnext_atto.mk8") is None
+    assert pointed.pop(MK8, "org/b") == "org/b"
+    assert pointed == {f"{MK8}_ours": "org/a@0a1b", f"{MK8}_new": "org/own"}
+    assert timm.get_pretrained_cfg(f"{MK8}_ours").hf_hub_id == "org/a@0a1b"
+
+
+def test_a_name_that_only_the_variable_knows(pointed, monkeypatch):
+    """Without weights too, as a run is resumed."""
+    monkeypatch.setenv("TIMM_MASTERKEYS_WEIGHTS", f"{MK8}_new=org/c")
+    assert timm.create_model(f"{MK8}_new").pretrained_cfg["hf_hub_id"] == "org/c"
+    with pytest.raises(ConversionError, match=f"Got {MK8}_other, expected .*{MK8}_new"):
+        timm.create_model(f"{MK8}_other")
+
+
+def test_a_list_of_names(pointed, tmp_path):
+    """All of its names or none; what is not a pair is passed over if it is meant to be."""
+    names = tmp_path / "names.txt"
+    names.write_text(f"# our zoo\n\n{ARCH}.mk8_zoo1=org/a@0a1b\n  {ARCH}.mk8_zoo2=org/b\n")
+    mk.use_weights(names)
+    assert pointed == {f"{ARCH}.mk8_zoo1": "org/a@0a1b", f"{ARCH}.mk8_zoo2": "org/b"}
+    assert timm.get_pretrained_cfg(f"{ARCH}.mk8_zoo1").hf_hub_id == "org/a@0a1b"
+    names.write_text(f"{ARCH}.mk8_zoo3=org/c\n{ARCH}.zoo4=org/d\n")
+    with pytest.raises(mk.ConversionError, match="zoo4"):
+        mk.use_weights(str(names))
+    assert not timm.is_model_pretrained(f"{ARCH}.mk8_zoo3") and len(pointed) == 2
+    names.write_bytes(b"\xff")
+    with pytest.raises(mk.ConversionError, match="cannot be read"):
+        mk.use_weights(names)
+    with pytest.raises(mk.ConversionError, match=r"Got the name 'nowhere\.txt'.* path of a list"):
+        mk.use_weights("nowhere.txt")
+
+
+ONE_NAME = """
+import timm
+from timm.models import _registry
+import timm_masterkeys as mk
+mk.timm_plugin.names.compat.wrap_entrypoint = lambda arch, wrap: print(arch)
+mk.register_names("test_convnext")
+"""
+
+
+def test_one_name_to_register():
+    assert told(ONE_NAME)[0].split() == [ARCH]
+
+
+# --- FX
+
+
+def test_fx_keeps_the_layer_whole():
+    """In timm's extractor, and torchvision's given timm's leaves; other tracers see through it, outputs are right."""
+    model = timm.create_model(MK8).eval()
+    x = torch.randn(1, 3, 64, 64)
+    kept = {"leaf_modules": get_notrace_modules()}
+    assert MasterKeyConv2d in kept["leaf_modules"]
+    extractors = [
+        timm.layers.create_feature_extractor(model, {"stages.2": "out"}),
+        create_feature_extractor(model, {"stages.2": "out"}, tracer_kwargs=kept),
+    ]
+    for extractor in extractors:
+        called = [node.target for node in extractor.graph.nodes if node.op == "call_module"]
+        assert set(layers(model)) & set(called) == set(layers(extractor)) and len(layers(extractor)) == 7
+    extractors += [create_feature_extractor(model, {"stages.2": "out"})]
+    for context in (torch.no_grad(), contextlib.nullcontext()):
+        with context:
+            expected = model.stages[:3](model.stem(x))
+            assert all(torch.allclose(extractor(x)["out"], expected, atol=1e-6) for extractor in extractors)
+            assert torch.allclose(torch.fx.symbolic_trace(model)(x), model(x), atol=1e-6)
+
+
+# --- timm's private names
+
+
+def test_private_names_are_where_they_are_expected():
+    """Fails when timm moves what ``compat.py`` needs: adapt that one module, then add the version to its ``TESTED``."""
+    assert not compat.unsupported(), compat.unsupported()
+
+
+def test_only_one_module_touches_them():
+    private = re.compile(r"timm(\.\w+)*\._[a-z]|from timm\S* import .*\b_[a-z]|\._(model_args|traits)\b")
+    for path in Path(mk.__file__).parent.rglob("*.py"):
+        found = [line for line in path.read_text().splitlines() if private.search(line)]
+        assert path.name == "compat.py" or not found, (path.name, found)
+
+
+@pytest.mark.parametrize(
+    "name", ["_model_entrypoints", "_model_has_pretrained", "_model_pretrained_cfgs", "_model_with_tags"]
+)
+def test_each_missing_name_is_told(monkeypatch, caplog, name):
+    monkeypatch.delattr(timm.models._registry, name)
+    assert name in compat.unsupported() and timm.__version__ in compat.unsupported()
+    with caplog.at_level(logging.WARNING):
+        mk.register_names()
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(("version", "told"), [("1.0.29.dev0", 1), ("0.9.16", 1), ("1.0.31", 0), ("1.1.0.dev0", 0)])
+def test_a_timm_of_a_checkout_that_is_too_old_is_told(version, told, monkeypatch, caplog):
+    monkeypatch.setattr(timm, "__version__", version)
+    with caplog.at_level(logging.WARNING):
+        mk.register_names()
+        mk.register_names("test_convnext")
+    assert len(caplog.records) == told
+    assert all(version in r.getMessage() and os.path.dirname(timm.__file__) in r.getMessage() for r in caplog.records)
+
+
+MOVED = """
+import json, logging
+import timm
+from timm.models import _registry
+del _registry._model_has_pretrained
+
+class Records(logging.Handler):
+    def emit(self, record):
+        told.append([record.levelname, record.getMessage()])
+
+told = []
+logging.getLogger().addHandler(Records())
+import timm_masterkeys as mk
+model = mk.convert_to_masterkeys(timm.create_model("test_convnext"))
+assert len([m for m in model.modules() if isinstance(m, mk.MasterKeyConv2d)]) == 9
+mk.fuse_masterkeys(model)
+try:
+    timm.create_model("test_convnext.mk8")
+except RuntimeError as error:
+    told.append(["error", str(error)])
+print(json.dumps(told))
+"""
+
+
+def test_a_timm_that_moved_its_registry():
+    *records, error = json.loads(told(MOVED)[0])
+    assert error == ["error", "Invalid pretrained tag (mk8) for test_convnext."]  # timm's own
+    (level, message), *others = [line for line in records if line[0] == "WARNING"]
+    assert level == "WARNING" and not others
+    assert "_model_has_pretrained" in message and f"timm {timm.__version__} moved" in message
+    assert "No .mk8 names; convert_to_masterkeys(model) works all the same." in message

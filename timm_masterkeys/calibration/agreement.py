@@ -1,0 +1,400 @@
+"""The fewest keys with which a network still answers as the dense one does, chosen by what the network puts out."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..conversion.apply import apply, converted_layers, make_layer
+from ..conversion.config import LayerSettings, MasterKeysConfig, Patterns
+from ..conversion.convert import convert
+from ..conversion.copies import copy_model
+from ..conversion.record import CalibrationRecord, read_record, write_record
+from ..conversion.table import table
+from ..conversion.wrapped import evaluating
+from ..errors import CalibrationError, ConversionError
+from ..keys.banks import DEFAULT_BANK, Bank, KeyBank
+from ..layers import MasterKeyConv2d, Trainable
+from .blocks import hooked
+from .calibrate import calibrate_masterkeys, check_models, make_record, probe
+from .images import BUILTIN, COUNT, FEWEST, HELD_OUT, Images, Size, builtin_images, load_images, origin_of
+from .memory import check_memory
+from .metrics import Figures, Metric, MetricLike
+from .outputs import Output, pick_output
+
+_logger = logging.getLogger(__name__)
+
+JUDGES = 32  # images by which layers are compared
+
+
+@dataclass(frozen=True)
+class Spending:
+    """A network that was tried.
+
+    Attributes:
+        keys: Keys of all its kernels; of a dense kernel, its taps.
+        score: What is compared with the agreement asked for, on the held-out images: 1 for the dense network.
+        figures: All of the metric's figures, by name, on the same images.
+        keys_per_kernel: By the name of a layer; 0 where it stays dense.
+    """
+
+    keys: int
+    score: float
+    figures: Mapping[str, float]
+    keys_per_kernel: dict[str, int]
+
+
+@dataclass(frozen=True)
+class KeyBudget:
+    """How few keys were enough; ``str()`` is a table.
+
+    Attributes:
+        asked: The score asked for.
+        score_name: What the score is: "agreement", "R2", or a callable's name.
+        record: What the chosen network's record says of its calibration: its metric, its figures on the held-out images
+            before and after.
+        chosen: The network that was returned.
+        tried: All networks that were calibrated and measured, by their keys.
+        kernels: Of each layer.
+        images: Those that the networks were calibrated with.
+        held_out: Images that gave the figures: nothing was fitted to them; which of the networks tried is returned was
+            chosen by them.
+        seconds: Time spent in all.
+    """
+
+    asked: float
+    score_name: str
+    record: CalibrationRecord
+    chosen: Spending
+    tried: tuple[Spending, ...]
+    kernels: dict[str, int]
+    images: int
+    held_out: int
+    seconds: float
+
+    def summary(self) -> str:
+        """The figures in one line."""
+        interval = self.record.intervals.get(self.score_name)
+        note = f" (95 % interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else ""
+        return (
+            f"on {self.images} images: {self.chosen.keys:,} keys for {sum(self.kernels.values()):,} kernels give "
+            f"{self.score_name} {self.chosen.score:.1%}{note} with the dense network on {self.held_out} held-out "
+            f"images, {self.asked:.1%} asked for"
+        )
+
+    def __str__(self) -> str:
+        counts = self.chosen.keys_per_kernel.items()
+        layers = [(name, f"{self.kernels[name]:,}", str(count or "dense")) for name, count in counts]
+        others = [n for n in self.chosen.figures if n not in (self.score_name, "sure images", "sure positions")]
+        total, rows = sum(self.kernels.values()), []
+        for one in self.tried:
+            figures = [f"{one.figures[n]:.1%}" if n.endswith("agreement") else f"{one.figures[n]:.3f}" for n in others]
+            mark = "chosen" if one == self.chosen else ""
+            rows.append([f"{one.keys:,}", f"{one.keys / total:.2f}", f"{one.score:.1%}", *figures, mark])
+        lines = [table(("layer", "kernels", "keys per kernel"), layers), ""]
+        lines.append(table(("keys", "per kernel", self.score_name, *others, ""), rows, ">"))
+        lines.append(f"metric: {self.record.metric}")
+        return "\n".join([*lines, f"calibrated {self.summary()}, {self.seconds:.0f} s"])
+
+
+@torch.no_grad()
+def convert_to_agreement(
+    dense: nn.Module,
+    agreement: float = 0.95,
+    images: Images = BUILTIN,
+    *,
+    bank: Bank = DEFAULT_BANK,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    trainable: Trainable = "shift",
+    metric: MetricLike = None,
+    output: Output = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: Size = None,
+    batch_size: int = 8,
+    max_images: int = 300,
+    time_budget: float | None = None,
+) -> tuple[nn.Module, KeyBudget]:
+    """Converts a model with as few keys as agree with it so well, and calibrates it. ``dense`` stays as it is.
+
+    Layers get one, two, four or all keys per kernel, or stay dense, which counts as a key a tap. First it is measured
+    how far the network's output moves when one layer alone has so many keys. Where another key brings the output
+    nearest, per key of a kernel, keys are spent first. How far along that order is found by bisection: each network
+    tried is converted, calibrated with ``calibrate_masterkeys`` and judged by images that neither chose its keys nor
+    calibrated it. About six are tried, so it takes about seven times as long as one calibration. The record of the
+    model that is returned (``read_record(model).calibration``) holds the figures of the images that judged it.
+
+    Args:
+        dense: A timm model or any other that ``calibrate_masterkeys`` takes, not converted in any layer.
+        agreement: In (0, 1], what is reached at least on the held-out images: of classes (classification, dense
+            prediction) the share of images or positions with the same top class; of anything else R2, the share of the
+            variance of the dense network's outputs that the network explains, 1 - relative error, not below 0; of a
+            callable ``metric`` its first figure.
+        images: As for ``calibrate_masterkeys``. Every fourth is held out (give no two of the same thing), of
+            ``"builtin"`` all crops of every fourth photograph. At least 40. A network is less sure of the built-in
+            crops than of photographs of its task, so the same keys agree on fewer of them: give photographs of the
+            task to spend no more keys than it needs.
+        bank: Anything ``get_bank`` takes.
+        include: As for ``convert_to_masterkeys``.
+        exclude: As for ``convert_to_masterkeys``.
+        trainable: "none", "shift" or "affine", as for ``convert_to_masterkeys``.
+        metric: As for ``calibrate_masterkeys``; of a callable larger figures have to be better.
+        output: As for ``calibrate_masterkeys``.
+        mean: As for ``calibrate_masterkeys``.
+        std: As for ``calibrate_masterkeys``.
+        size: As for ``calibrate_masterkeys``.
+        batch_size: Images at a time.
+        max_images: At most so many calibrate; a third as many are held out, of ``"builtin"`` more.
+        time_budget: As for ``calibrate_masterkeys``, of each calibration.
+
+    Returns:
+        The calibrated model, and the table of keys spent against agreement.
+
+    Raises:
+        BankError, ProjectionError, ConversionError: As ``convert_to_masterkeys``.
+        CalibrationError: As ``calibrate_masterkeys``; or an agreement that is not reached, with what was.
+
+    Example:
+        >>> model, budget = convert_to_agreement(timm.create_model("convnext_tiny", pretrained=True), 0.95)
+        >>> print(budget)
+    """
+    start = time.perf_counter()
+    if agreement is None:
+        raise ConversionError("agreement is None, expected more than 0, at most 1 (0.95 for 95 %).")
+    config = MasterKeysConfig(bank, trainable=trainable, include=include, exclude=exclude, agreement=agreement)
+    first = convert(dense, config, "project")
+    check_models(first, dense)
+    kernels = {name: layer.out_channels for name, layer in converted_layers(first).items()}
+    fitted, held_out = split_for_choice(images, dense, max_images, mean=mean, std=std, size=size)
+    layers = {name: _choices(dense.get_submodule(name), config.bank) for name in kernels}
+    with evaluating(dense):
+        chosen_metric = probe(dense, fitted[:2], metric, output)
+        check_memory(dense, fitted)
+        search = _Search(
+            dense=dense,
+            config=config,
+            kernels=kernels,
+            layers=layers,
+            fitted=fitted,
+            held_out=held_out,
+            origin=origin_of(images),
+            metric=chosen_metric,
+            asked_metric=metric,
+            output=output,
+            batch_size=batch_size,
+            time_budget=time_budget,
+            expected=_outputs(dense, held_out, batch_size, output),
+        )
+        steps = order_steps(kernels, search.distances())
+    nothing_left = all(None in choices.values() for choices in layers.values())  # after the last step
+    best, tried = _fewest_steps(lambda taken: search.attempt(steps[:taken]), len(steps) - nothing_left, agreement)
+    if best is None:
+        top = max(tried, key=lambda one: one.score)
+        raise CalibrationError(
+            f"No network reaches {chosen_metric.score_name} {agreement:.1%} on {len(held_out)} held-out images: the "
+            f"best, with {top.keys:,} keys for {sum(kernels.values()):,} kernels, {top.score:.1%}. Ask for less, or "
+            "give more images."
+        )
+    model, chosen, record = best
+    return model, KeyBudget(
+        agreement,
+        chosen_metric.score_name,
+        record,
+        chosen,
+        tuple(sorted(tried, key=lambda one: one.keys)),
+        kernels,
+        len(fitted),
+        len(held_out),
+        time.perf_counter() - start,
+    )
+
+
+Attempt = tuple[nn.Module, Spending, CalibrationRecord]
+Choices = Mapping[str, Mapping[int, MasterKeyConv2d | None]]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What all networks tried have in common.
+
+    Attributes:
+        dense: The dense network.
+        config: What was asked.
+        kernels: Of each layer.
+        layers: By name and keys per kernel, each layer as it would be; None where it stays dense.
+        fitted: Images to calibrate with.
+        held_out: Images to judge by.
+        origin: Of the images.
+        metric: What the networks are judged by.
+        asked_metric: What the user gave for it.
+        output: What of the networks' outputs counts.
+        batch_size: Images at a time.
+        time_budget: Of each calibration.
+        expected: What the dense network puts out for the held-out images.
+    """
+
+    dense: nn.Module
+    config: MasterKeysConfig
+    kernels: Mapping[str, int]
+    layers: Choices
+    fitted: torch.Tensor
+    held_out: torch.Tensor
+    origin: str
+    metric: Metric
+    asked_metric: MetricLike
+    output: Output
+    batch_size: int
+    time_budget: float | None
+    expected: torch.Tensor
+
+    def distances(self) -> dict[str, dict[int, float]]:
+        """How far the output moves when one layer has so many keys, by layer and number."""
+        judges = self.fitted[:: max(1, len(self.fitted) // JUDGES)]
+        return _distances(self.dense, self.layers, judges, self.batch_size, self.metric, self.output)
+
+    def attempt(self, steps: Sequence[tuple[str, int]]) -> Attempt:
+        """The network after these steps, calibrated and judged."""
+        counts = {name: min(choices) for name, choices in self.layers.items()} | dict(steps)
+        keyed = {name: count for name, count in counts.items() if self.layers[name][count] is not None}
+        layers = {name: LayerSettings(self.config.bank, n, self.config.trainable) for name, n in keyed.items()}
+        model = apply(copy_model(self.dense), layers)
+        record = read_record(self.dense)
+        write_record(model, replace(record, conversions=(*record.conversions, self.config)))
+        before = self._judge(model)
+        report = calibrate_masterkeys(
+            model,
+            self.dense,
+            self.fitted,
+            metric=self.asked_metric,
+            output=self.output,
+            batch_size=self.batch_size,
+            time_budget=self.time_budget,
+        )
+        after = self._judge(model)
+        counted = len(self.fitted) + len(self.held_out), len(self.held_out)
+        judged = make_record(model, self.metric.name, (before, after), counted, self.origin, report.record.left_out)
+        write_record(model, replace(read_record(model), calibration=judged))
+        spent = sum(self.kernels[name] * count for name, count in counts.items())
+        each = {name: count if name in keyed else 0 for name, count in counts.items()}
+        return model, Spending(spent, self.metric.score(after), after, each), judged
+
+    def _judge(self, model: nn.Module) -> Figures:
+        with evaluating(model):
+            return self.metric.measure(_outputs(model, self.held_out, self.batch_size, self.output), self.expected)
+
+
+def _fewest_steps(
+    attempt: Callable[[int], Attempt], most: int, agreement: float
+) -> tuple[Attempt | None, list[Spending]]:
+    """By bisection what the fewest steps give that agrees, None if nothing does; and the figures of all attempts."""
+    best: Attempt | None = None
+    tried: list[Spending] = []
+    least = 0
+    while best is None or least < most:
+        taken = (least + most) // 2
+        found = attempt(taken)
+        tried.append(found[1])
+        _logger.info("%d keys: %.1f %%.", tried[-1].keys, 100 * tried[-1].score)
+        if tried[-1].score >= agreement:
+            best, most = found, taken
+        elif least == most:
+            break
+        else:
+            least = taken + 1
+    return best, tried
+
+
+def order_steps(kernels: Mapping[str, int], distances: Mapping[str, Mapping[int, float]]) -> list[tuple[str, int]]:
+    """In what order layers get more keys: where the distance falls most for each key spent comes first.
+
+    Args:
+        kernels: Of each layer.
+        distances: By layer and keys per kernel; each begins with the fewest.
+
+    Returns:
+        (layer, keys per kernel), until every layer has its most.
+    """
+    counts = {name: min(found) for name, found in distances.items()}
+    steps: list[tuple[str, int]] = []
+    while True:
+        gains = {
+            (name, count): (found[counts[name]] - found[count]) / (kernels[name] * (count - counts[name]))
+            for name, found in distances.items()
+            for count in found
+            if count > counts[name]
+        }
+        if not gains:
+            return steps
+        steps.append(max(gains, key=lambda step: (gains[step], -step[1])))
+        counts.update(steps[-1:])
+
+
+def _choices(conv: Any, bank: KeyBank) -> dict[int, MasterKeyConv2d | None]:
+    """A layer with one, two, four, ... and all keys per kernel, or dense (None), by the numbers that shape a kernel."""
+    numbers = [2**power for power in range(len(bank).bit_length()) if 2**power < len(bank)]
+    found = [make_layer(conv, LayerSettings(bank, number)) for number in [*numbers, len(bank)]]
+    choices: dict[int, MasterKeyConv2d | None] = {layer.keys_per_kernel: layer for layer in found}
+    taps = conv.weight[0].numel()
+    return {**choices, taps: None} if taps > max(choices) + 1 else choices  # else all keys and the shift are as good
+
+
+def split_for_choice(
+    images: Images,
+    dense: nn.Module,
+    max_images: int = 300,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: Size = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images to calibrate with, and images to judge by; of the built-in ones, crops of different photographs."""
+    if isinstance(images, str) and images == BUILTIN:
+        held = COUNT // HELD_OUT  # photographs, which give many crops each, as they judge only
+        fitted, judging = (
+            builtin_images(dense, count, held_out=part, mean=mean, std=std, size=size)
+            for count, part in ((min(COUNT, max_images), False), (8 * held, True))
+        )
+        return load_images(fitted, dense, max_images), load_images(judging, dense, len(judging))
+    least = HELD_OUT * FEWEST
+    most = max_images * HELD_OUT // (HELD_OUT - 1)
+    tensor = load_images(images, dense, most, mean=mean, std=std, size=size)
+    if len(tensor) < least:
+        raise CalibrationError(
+            f"{len(tensor)} images, expected at least {least}, as every fourth is held out; some hundred are better."
+        )
+    held_out = torch.arange(len(tensor), device=tensor.device) % HELD_OUT == HELD_OUT - 1
+    return tensor[~held_out], tensor[held_out]
+
+
+def _outputs(model: nn.Module, images: torch.Tensor, batch_size: int, output: Output = None) -> torch.Tensor:
+    return torch.cat([pick_output(model, model(batch), output) for batch in images.split(batch_size)])
+
+
+def _distances(
+    dense: nn.Module, layers: Choices, images: torch.Tensor, batch_size: int, metric: Metric, output: Output
+) -> dict[str, dict[int, float]]:
+    """How far the output moves when one layer has so many keys, by layer and number."""
+    expected = _outputs(dense, images, batch_size, output)
+    found: dict[str, dict[int, float]] = {name: {} for name in layers}
+    for name, choices in tqdm(layers.items(), desc="compare layers", unit="layer", leave=False, disable=None):
+        for count, layer in choices.items():
+            if layer is None:
+                found[name][count] = 0.0
+                continue
+
+            def replace_output(module: nn.Module, args: Any, output: Any, layer: MasterKeyConv2d = layer) -> Any:
+                new = layer.forward(args[0])  # without the hooks, which it has in common with the dense one
+                (var, mean), (new_var, new_mean) = (
+                    torch.var_mean(out, (0, 2, 3), correction=0, keepdim=True) for out in (output, new)
+                )
+                return (new - new_mean) * (var / new_var.clamp_min(1e-10)).sqrt() + mean  # as calibration sees to
+
+            with hooked([(dense.get_submodule(name), replace_output)]):
+                found[name][count] = metric.distance(_outputs(dense, images, batch_size, output), expected)
+    return found

@@ -1,0 +1,282 @@
+"""Finds the blocks of any model around its converted layers, by running it, and runs them one at a time."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers import MasterKeyConv2d
+from .outputs import Output, pick_output
+
+Hook = Callable[[nn.Module, Any, Any], Any]
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@dataclass
+class Block:
+    """A block with converted layers, or a pointwise layer outside of all blocks.
+
+    Attributes:
+        name: Module name.
+        converted: Names of the converted layers in it, in their order.
+        pointwise: Name of the last pointwise layer in it; empty if it has none.
+        positions: Of each of these layers, how many of its outputs an image has at different places.
+        done: Modules, the outermost only, that are through before the block begins, and the shape of what one image
+            gives there.
+    """
+
+    name: str
+    converted: list[str] = field(default_factory=list)
+    pointwise: str = ""
+    positions: dict[str, int] = field(default_factory=dict)
+    done: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+class Reached(Exception):
+    """Ends a forward pass that has gone far enough."""
+
+
+@dataclass
+class _Pass:
+    """What was seen of the modules in one forward pass, by their names.
+
+    Attributes:
+        ran: Pointwise and converted layers, in their order, as often as they ran.
+        positions: As in ``Block``.
+        clock: A name when a module begins, and again when it ends.
+        shapes: Of what a module gives for one image.
+        norms: By a layer's name that of the norm after it.
+    """
+
+    ran: list[str] = field(default_factory=list)
+    positions: dict[str, int] = field(default_factory=dict)
+    clock: list[str] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    norms: dict[str, str] = field(default_factory=dict)
+
+
+def find_blocks(model: nn.Module, images: torch.Tensor) -> tuple[list[Block], dict[str, str]]:
+    """The blocks in the order of execution, and by a layer's name that of the BatchNorm, frozen or not, after it.
+
+    A block is the smallest module with a converted layer and, run after it and at more than one position, a pointwise
+    layer, unless it holds several blocks of other layers. Layers that run more than once are left out.
+    """
+    modules = dict(model.named_modules())
+    seen = _watch(model, modules, images)
+    once = [name for name in seen.ran if seen.ran.count(name) == 1]
+    owners = _owning_blocks(modules, once, seen.positions)
+    blocks: dict[str, Block] = {}
+    for name in once:
+        owner = next((b for b in owners if name == b or name.startswith(f"{b}.")), name)
+        block = blocks.setdefault(owner, Block(owner))
+        block.positions[name] = seen.positions[name]
+        if isinstance(modules[name], MasterKeyConv2d):
+            block.converted.append(name)
+        elif owner == name or seen.positions[name] > 1:
+            block.pointwise = name  # the last one stays
+    for block in blocks.values():
+        before = seen.clock[: seen.clock.index(block.name)]
+        done = [name for name in dict.fromkeys(before) if seen.clock.count(name) == before.count(name) == 2 and name]
+        outermost = [name for name in done if not any(name.startswith(f"{other}.") for other in done)]
+        block.done = {name: seen.shapes[name] for name in outermost if name in seen.shapes}
+    return list(blocks.values()), seen.norms
+
+
+@torch.no_grad()
+def _watch(model: nn.Module, modules: dict[str, nn.Module], images: torch.Tensor) -> _Pass:
+    """Runs the model under hooks."""
+    seen = _Pass()
+    made: dict[int, tuple[str, torch.Tensor, int]] = {}  # by storage, as a norm may take a view
+
+    def layer_hook(name: str) -> Hook:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            channels = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
+            seen.ran.append(name)
+            seen.positions[name] = output.numel() // channels // len(output)
+            made[output.untyped_storage().data_ptr()] = name, output, output._version  # kept, so that no other gets it
+
+        return hook
+
+    def norm_hook(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            layer, output, version = made.get(args[0].untyped_storage().data_ptr(), ("", args[0], -1))
+            if args[0]._version == version and args[0].numel() == output.numel():  # nothing has written to it meanwhile
+                seen.norms[layer] = name
+
+        return hook
+
+    def end_hook(name: str) -> Hook:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            seen.clock.append(name)
+            if isinstance(output, torch.Tensor):
+                seen.shapes[name] = tuple(output.shape[1:])
+
+        return hook
+
+    hooks: list[tuple[nn.Module, Hook]] = []
+    for name, module in modules.items():
+        if is_pointwise(module) or isinstance(module, MasterKeyConv2d):
+            hooks.append((module, layer_hook(name)))
+        hooks.append((module, end_hook(name)))
+    with ExitStack() as undo:
+        for name, module in modules.items():
+            begin = module.register_forward_pre_hook(lambda *_, n=name: seen.clock.append(n))
+            undo.callback(begin.remove)
+            if isinstance(getattr(module, "running_mean", None), torch.Tensor):
+                undo.callback(module.register_forward_pre_hook(norm_hook(name)).remove)
+        undo.enter_context(hooked(hooks))
+        model(images)
+    return seen
+
+
+def _owning_blocks(modules: dict[str, nn.Module], once: list[str], positions: dict[str, int]) -> set[str]:
+    """The outermost blocks around the converted ones of these layers."""
+
+    def block(layer: str) -> str:
+        later = [n for n in once[once.index(layer) :] if is_pointwise(modules[n]) and positions[n] > 1]
+        name = layer
+        while "." in name:
+            name = name.rpartition(".")[0]
+            if not isinstance(modules[name], (nn.Sequential, nn.ModuleList)) and any(
+                n.startswith(f"{name}.") for n in later
+            ):
+                return name
+        return layer
+
+    found = {layer: block(layer) for layer in once if isinstance(modules[layer], MasterKeyConv2d)}
+    for layer, own in found.items():  # a lone layer between blocks does not make their stage a block
+        inside = {
+            other for other in found.values() if other.startswith(f"{own}.") and not layer.startswith(f"{other}.")
+        }
+        if sum(not any(one.startswith(f"{other}.") for other in inside) for one in inside) > 1:
+            found[layer] = layer
+    blocks = set(found.values())
+    return {b for b in blocks if not any(b.startswith(f"{other}.") for other in blocks)}
+
+
+class BlockwiseNetwork:
+    """Runs a model block by block over batches of images, each block fed by what the block before it put out.
+
+    The model runs up to a block with everything done before skipped. Where that does not lead to the same arguments (a
+    connection past several blocks), everything runs.
+
+    Args:
+        model: Any model.
+        blocks: Of ``find_blocks``.
+        batches: Of images.
+        output: Which of what the model puts out counts, see ``pick_output``.
+
+    Attributes:
+        outputs: What the last block that was advanced put out, a batch each.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: list[Block], batches: list[torch.Tensor], output: Output = None
+    ) -> None:
+        self.blocks, self.batches, self._model, self._output = blocks, batches, model, output
+        self.modules = dict(model.named_modules())
+        self.outputs: list[Any] = []
+
+    def enter(self, index: int) -> Calls:
+        """The arguments that reach a block with each batch."""
+        return list(self._resume(index))
+
+    def finish(self) -> Iterator[torch.Tensor]:
+        """What the whole model puts out after the last block, a batch each; one at a time, as maps are large."""
+        return self._resume(len(self.blocks))
+
+    @torch.no_grad()
+    def run(self, index: int, calls: Calls, hooks: Iterable[tuple[str, Hook]] = ()) -> list[Any]:
+        """What a block puts out with hooks on the named layers; None where a hook raised ``Reached``."""
+        module, outputs = self.modules[self.blocks[index].name], []
+        with hooked((self.modules[name], hook) for name, hook in hooks):
+            for args, kwargs in calls:
+                try:
+                    outputs.append(module(*copied(args), **kwargs))  # some blocks work in place
+                except Reached:
+                    outputs.append(None)
+        return outputs
+
+    def _resume(self, index: int) -> Iterator[Any]:
+        sample = self.batches[0][:1]
+        short = index > 0 and isinstance(self.outputs[0], torch.Tensor)
+        if short:
+            try:
+                short = _equal(self._forward(index, sample, self.outputs[0][:1]), self._forward(index, sample, None))
+            except Exception:  # of whatever kind, where the first dimension is not that of the images
+                short = False
+        outputs = self.outputs if short else [None] * len(self.batches)
+        return (self._forward(index, batch, out) for batch, out in zip(self.batches, outputs, strict=True))
+
+    @torch.no_grad()
+    def _forward(self, index: int, batch: torch.Tensor, output: torch.Tensor | None) -> Any:
+        """The arguments that reach block ``index``, or, past the last one, what the model puts out."""
+        reached: list[Any] = []
+
+        def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
+            reached.append((args, kwargs))
+            raise Reached
+
+        skipped: dict[str, torch.Tensor] = {}
+        if output is not None:
+            before = self.blocks[index - 1]
+            skipped = {name: batch.new_zeros(len(batch), *shape) for name, shape in before.done.items()}
+            skipped[before.name] = output
+        with ExitStack() as undo:
+            if index < len(self.blocks):
+                module = self.modules[self.blocks[index].name]
+                undo.callback(module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True).remove)
+            for name, out in skipped.items():
+                undo.enter_context(_putting_out(self.modules[name], out))
+            try:
+                return pick_output(self._model, self._model(batch), self._output)
+            except Reached:
+                return reached[0]
+
+
+@contextmanager
+def _putting_out(module: nn.Module, out: torch.Tensor) -> Iterator[None]:
+    """The module does no work and gives a copy of ``out``, as some layers work in place."""
+    own = module.__dict__.get("forward")
+    try:
+        module.forward = lambda *args, **kwargs: out.clone()
+        yield
+    finally:
+        module.__dict__.pop("forward", None)
+        if own is not None:
+            module.forward = own
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a layer is a matrix at every position: a linear layer or a 1x1 convolution."""
+    if type(module) is nn.Conv2d:
+        return module.kernel_size == module.stride == (1, 1) and module.groups == 1 and module.padding in (0, (0, 0))
+    return isinstance(module, nn.Linear)
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
+    """Forward hooks, for as long as the context lasts."""
+    with ExitStack() as undo:
+        for module, hook in hooks:
+            undo.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+def copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments that a block may change in place."""
+    return tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two calls have the same arguments, or two outputs are the same."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return bool(a == b)

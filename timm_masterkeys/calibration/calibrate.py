@@ -1,0 +1,311 @@
+"""Brings a converted network near the dense network it was converted from, without labels, from some images."""
+
+import copy
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+
+import timm
+import torch
+from torch import nn
+
+from ..conversion.record import CalibrationRecord, entries_digest, read_record, write_record
+from ..conversion.table import table
+from ..conversion.wrapped import evaluating, is_sharded, quantised_entry, unwrapped
+from ..errors import CalibrationError
+from ..layers import MasterKeyConv2d
+from ..version import __version__
+from .blocks import is_pointwise
+from .blockwise import OVER, STAGES, BlockwiseCalibration, Stage, StageReport
+from .images import Images, Size, origin_of, split_batches, split_images
+from .memory import check_memory, freed_memory_kept
+from .metrics import Figures, Metric, MetricLike, choose_metric, share_intervals
+from .outputs import Output, gives_features, pick_output
+
+_logger = logging.getLogger(__name__)
+
+STAGE_TITLES = "stage", "error before", "error after", "changed", "left", "seconds"
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What calibration did; ``str()`` is a table.
+
+    Attributes:
+        record: What was measured: the metric, its figures before and after, on how many images. The model keeps it.
+        stages: One StageReport a stage, in their order.
+        seconds: Time spent in all.
+    """
+
+    record: CalibrationRecord
+    stages: tuple[StageReport, ...]
+    seconds: float
+
+    @property
+    def before(self) -> Mapping[str, float]:
+        """The metric's figures before calibration, by name."""
+        return self.record.before
+
+    @property
+    def after(self) -> Mapping[str, float]:
+        """The same figures after it."""
+        return self.record.after
+
+    def summary(self) -> str:
+        """The figures in one line."""
+        refitted = sum(len(stage.changed) for stage in self.stages if stage.name == "absorption")
+        return f"{self.record.summary()}, {refitted} pointwise layers refitted"
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                table(STAGE_TITLES, (stage.cells() for stage in self.stages)),
+                *(f"left by {stage.name}: {name}: {why}" for stage in self.stages for name, why in stage.left.items()),
+                f"metric: {self.record.metric}",
+                f"calibrated {self.summary()}, {self.seconds:.0f} s",
+            ]
+        )
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def calibrate_masterkeys(
+    model: nn.Module,
+    dense: nn.Module,
+    images: Images,
+    *,
+    held_out: Images | None = None,
+    stages: Stage | Sequence[Stage] = STAGES,
+    metric: MetricLike = None,
+    output: Output = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: Size = None,
+    batch_size: int = 8,
+    max_images: int = 400,
+    time_budget: float | None = None,
+) -> CalibrationReport:
+    """Brings a converted network's outputs back towards the dense network's, from unlabelled images. In place.
+
+    Walks both networks block by block, in the order of execution; each block is fed with what the calibrated blocks
+    before it put out. In each block, in this order:
+
+    - ``"projection"``: keys, scales and shifts are chosen anew, by least squares on the *outputs* of the layer instead
+      of its kernels: the nearest key under the second moments of what the layer really sees.
+    - ``"statistics"``: the BatchNorm that follows a converted layer gets the mean and variance that give its output
+      the mean and variance it has in the dense network; without a BatchNorm, the layer's bias gets the mean.
+    - ``"absorption"``: the block's last pointwise layer (and every pointwise layer outside of blocks, such as the
+      classifier) is refitted by ridge least squares, so that the block's output, with all the drift that came in by
+      its skip path, is that of the dense network. A layer for which no ridge helps on images it was not fitted to is
+      left as it is.
+
+    Keys never change; leave out ``"absorption"`` to keep every layer but the converted ones and their norms. How a
+    block's output depends on its last pointwise layer is measured, not known by family: where it is not one factor a
+    channel, the layer is fitted to its own output in the dense network. Each ridge is chosen by four folds of the
+    images; those that are held out of all that give the report's figures. The same call on the same machine
+    with as many threads gives the same model bit for bit, unless a time budget ends. While it works, freed memory
+    stays with the process (``memory.freed_memory_kept``).
+
+    Args:
+        model: A converted model in float32 or float64. What is compiled or wrapped, this or the dense one, runs as the
+            plain model in it.
+        dense: The dense model it was converted from, on the same device and of the same type; unchanged.
+        images: (N, channels, H, W), normalised as for the model; or an iterable of such batches (a DataLoader), alone,
+            first in a tuple, or in a dictionary under ``pixel_values``, ``image``, ``images`` or ``input``; or a folder
+            of images, searched at all depths and through symbolic links (but for what is hidden), in grey for a model
+            of one channel; files that cannot be read, or of more than PIL's 90 megapixels, are named in a warning and
+            left out; or ``"builtin"``: crops of photographs that ship, every fourth photograph held out. At least 10;
+            some hundred are better.
+        held_out: Images that give the figures, in any of these forms. If None, every fifth batch of ``images``, which
+            is then not used for fitting.
+        stages: What to do in each block; the order is always the one above.
+        metric: What the figures are: None for those that suit the dense model's output, a name of ``choose_metric``'s,
+            or a callable on outputs and expected outputs that gives a number, or numbers by name.
+        output: Which of what the model puts out is looked at, where that is not a tensor: a key, an index, an
+            attribute, or a callable on it. None takes ``logits``, ``out`` or ``last_hidden_state``, or else the first
+            tensor; of a ``features_only`` model the last.
+        mean: For a folder and ``"builtin"``, of each channel, of pixels from 0 to 1. Together with ``std`` and ``size``
+            it says how images are prepared where neither the model nor the one timm model in it has a
+            ``pretrained_cfg``; where one has, it takes the place of what that says.
+        std: Standard deviation, the same way.
+        size: Height and width, or one number for both, the same way.
+        batch_size: Images at a time.
+        max_images: At most so many are used: evenly spread over a folder or a tensor, the first of an iterable. All
+            are kept in memory, with one block's inputs and outputs in both networks (EfficientNet-Lite0 with 250
+            images: 3 GB in all); of each layer at most 100,000 positions.
+        time_budget: Seconds after which the blocks still to come get their statistics only; how many steps that left
+            out is in the record. None for no limit.
+
+    Returns:
+        What each stage did, and how near the networks are before and after.
+
+    Raises:
+        CalibrationError: Nothing converted, a dense model of another architecture, too few or non-finite images, a
+            folder for a model of which nobody says how images are prepared, outputs that are not finite or hold no
+            tensor, or too little memory. The model is then as it was; so it is after any other error or interruption.
+
+    Example:
+        >>> dense = timm.create_model("convnext_tiny", pretrained=True)
+        >>> model = convert_to_masterkeys(dense)
+        >>> print(calibrate_masterkeys(model, dense, "folder/of/images"))
+    """
+    start = time.perf_counter()
+    stages = (stages,) if isinstance(stages, str) else tuple(stages)
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown or not stages:
+        raise CalibrationError(f"stages is {stages!r}, expected some of {', '.join(STAGES)}.")
+    model, dense = unwrapped(model), unwrapped(dense)
+    check_models(model, dense)
+    fitted, judging = split_images(images, held_out, model, max_images, mean=mean, std=std, size=size)
+    batches, others = split_batches(fitted, judging, batch_size)
+    state, record = copy.deepcopy(model.state_dict()), read_record(model)
+    plainly = torch.autocast(fitted.device.type, enabled=False)
+    with evaluating(model, dense), plainly, freed_memory_kept():
+        chosen = probe(dense, batches[0][:2], metric, output)
+        probe(model, batches[0][:2], metric, output)
+        check_memory(dense, torch.cat(batches))
+        try:
+            calibration = BlockwiseCalibration(model, dense, batches, others, stages, time_budget, output)
+            before = torch.cat([_finite(model, pick_output(model, model(batches[i]), output)) for i in others])
+            found = zip((model, dense), calibration.run(), strict=True)
+            after, expected = (_held_out(network, outputs, others) for network, outputs in found)
+            figures = chosen.measure(before, expected), chosen.measure(after, expected)
+            reports = calibration.reports()
+            left_out = sum(why == OVER for stage in reports for why in stage.left.values())
+            counts = sum(map(len, batches)), len(expected)
+            measured = make_record(model, chosen.name, figures, counts, origin_of(images), left_out)
+            report = CalibrationReport(measured, reports, time.perf_counter() - start)
+            write_record(model, replace(record, calibration=measured))
+        except BaseException:
+            model.load_state_dict(state)
+            raise
+    _logger.info("Calibrated:\n%s", report)
+    return report
+
+
+def make_record(
+    model: nn.Module,
+    metric: str,
+    figures: tuple[Figures, Figures],
+    images: tuple[int, int],
+    origin: str,
+    left_out: int,
+) -> CalibrationRecord:
+    """What is known of a calibration of a model as it is now.
+
+    Args:
+        model: The calibrated model.
+        metric: The metric's name.
+        figures: Before and after.
+        images: How many there were, and how many of them were held out.
+        origin: Of ``origin_of``.
+        left_out: Steps that a time budget left out.
+    """
+    return CalibrationRecord(
+        metric,
+        *figures,
+        *images,
+        origin,
+        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        {"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},
+        left_out,
+        entries_digest(model),
+        share_intervals(metric, figures[1], images[1]),
+    )
+
+
+def check_models(model: nn.Module, dense: nn.Module) -> None:
+    """Raises CalibrationError unless a converted model can be calibrated with a dense one."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MasterKeyConv2d)}
+    if not layers:
+        raise CalibrationError(f"{type(model).__name__} holds no converted layer; convert_to_masterkeys comes first.")
+    if is_sharded(model) or is_sharded(dense):
+        raise CalibrationError("The parameters are sharded, expected whole ones. Calibrate first, then shard.")
+    if entry := quantised_entry(model) or quantised_entry(dense):
+        raise CalibrationError(f"{entry}, expected ordinary tensors. Calibrate first, then quantise.")
+    others = dict(dense.named_modules())
+    for name, layer in layers.items():
+        other = others.get(name)
+        if isinstance(other, MasterKeyConv2d) or not isinstance(other, nn.Conv2d):
+            raise CalibrationError(
+                f"The dense model has {type(other).__name__} at {name}, expected the Conv2d that was converted."
+            )
+        if other.weight.shape != layer.weight.shape:
+            raise CalibrationError(
+                f"The dense model has kernels of {tuple(other.weight.shape)} at {name}, the converted one of "
+                f"{tuple(layer.weight.shape)}."
+            )
+    missing = [name for name, _ in model.named_modules() if name not in others]
+    if missing:
+        raise CalibrationError(f"The dense model has no {missing[0]}: give the one this model was converted from.")
+    _check_parameters(model, dense)
+    changed = _unexplained(model, dense)
+    if changed:
+        _logger.warning(
+            "%d parameters beside the kernels differ from the dense model's, as %s. The dense model should be the one "
+            "that this model was converted from.",
+            len(changed),
+            min(changed),
+        )
+
+
+def _check_parameters(model: nn.Module, dense: nn.Module) -> None:
+    """Their types, shapes and devices."""
+    own, given = (dict(m.named_parameters()) for m in (model, dense))
+    for name in own.keys() & given.keys():
+        a, b = own[name], given[name]
+        if a.shape != b.shape or a.device != b.device or a.dtype != b.dtype:
+            raise CalibrationError(
+                f"The dense model has {tuple(b.shape)} {b.dtype} on {b.device} at {name}, the converted one "
+                f"{tuple(a.shape)} {a.dtype} on {a.device}: give the one this model was converted from, in the same "
+                "place."
+            )
+    first = next(dense.parameters())
+    if first.device.type in ("meta", "mps") or first.dtype not in (torch.float32, torch.float64):
+        raise CalibrationError(
+            f"The models are {first.dtype} on {first.device}; calibrate in float32 on CPU or CUDA, then cast and move."
+        )
+    if any(parameter.is_inference() for parameter in (*model.parameters(), *dense.parameters())):
+        raise CalibrationError("The models were made in inference mode, which allows no change. Make them outside.")
+
+
+def _unexplained(model: nn.Module, dense: nn.Module) -> list[str]:
+    """Parameters that differ between a converted and its dense model for no reason that is known.
+
+    A calibration changes pointwise layers and the biases of converted ones. What a training after it changed nobody
+    knows, so then every difference has its reason.
+    """
+    own, given = (dict(m.named_parameters()) for m in (model, dense))
+    names = own.keys() & given.keys()
+    record = read_record(model)
+    if record.was_calibrated:
+        if record.calibration is None:
+            return []
+        fitted = {n for n, m in model.named_modules() if is_pointwise(m) or isinstance(m, MasterKeyConv2d)}
+        names = {name for name in names if name.rpartition(".")[0] not in fitted}
+    return [name for name in names if not torch.equal(own[name], given[name])]
+
+
+def _held_out(model: nn.Module, outputs: Iterable[torch.Tensor], batches: Sequence[int]) -> torch.Tensor:
+    """The outputs of the batches that are held out; all of them have to be finite."""
+    return torch.cat([out for i, out in enumerate(_finite(model, out) for out in outputs) if i in batches])
+
+
+def _finite(model: nn.Module, out: torch.Tensor) -> torch.Tensor:
+    if not out.isfinite().all():
+        raise CalibrationError(f"{type(model).__name__} puts out NaN or Inf on these images.")
+    return out
+
+
+def probe(model: nn.Module, images: torch.Tensor, metric: MetricLike = None, output: Output = None) -> Metric:
+    """The metric that suits a model's outputs; fails if it cannot work with such images."""
+    try:
+        raw = model(images)
+    except Exception as error:
+        raise CalibrationError(
+            f"{type(model).__name__} cannot work with images of {tuple(images.shape[1:])}: {error}"
+        ) from error
+    out = _finite(model, pick_output(model, raw, output))
+    return choose_metric(metric, out, gives_features(model, raw))

@@ -1,0 +1,406 @@
+"""Images to calibrate with: of a folder, a tensor, a loader; or crops of photographs that ship with this package."""
+
+import hashlib
+import logging
+import math
+import os
+import random
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform, is_img_extension, resolve_data_config
+from timm.data.transforms import str_to_pil_interp
+from timm.models import PretrainedCfg
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..conversion.wrapped import unwrapped
+from ..errors import CalibrationError
+from ..files import walk_files
+
+_logger = logging.getLogger(__name__)
+
+Images = torch.Tensor | Iterable[Any] | str | os.PathLike[str]
+Size = int | Sequence[int] | None
+
+FEWEST = 10  # images
+BUILTIN = "builtin"  # is their name wherever a folder of images is taken
+COUNT = 76  # crops, as many as there are photographs
+HELD_OUT = 4  # every fourth photograph can be kept for judging
+PART = 5  # every fifth batch is held out, where there are no images for that
+AREA = 0.05, 1.0  # of a photograph that a crop takes,
+RATIO = 3 / 4, 4 / 3  # its width to height, times that of the model's input
+KEYS = "pixel_values", "image", "images", "input"  # of a batch that is a dictionary
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How pictures become images for a model.
+
+    Attributes:
+        channels: 1 for grey.
+        config: What timm's ``create_transform`` takes: input size, mean, std, interpolation, crop.
+    """
+
+    channels: int
+    config: Mapping[str, Any]
+
+    @property
+    def normalisation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation, each (channels, 1, 1)."""
+        mean, std = (_per_channel(self.config[name], self.channels) for name in ("mean", "std"))
+        return torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+
+
+def prepare_for(
+    model: nn.Module | PretrainedCfg | Mapping[str, Any],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: Size = None,
+) -> Preparation:
+    """How images are prepared for a model: by its ``pretrained_cfg``, or by that of the one timm model inside it.
+
+    Args:
+        model: Any module, or a ``pretrained_cfg``. Of modules in one another that have a ``pretrained_cfg``, the
+            outermost counts.
+        mean: Of each channel, of pixels from 0 to 1; in place of the cfg's.
+        std: Standard deviation, the same way.
+        size: Height and width, or one number for both; in place of the cfg's.
+
+    Raises:
+        CalibrationError: No ``pretrained_cfg``, or those of several models, and not all of mean, std and size.
+    """
+    cfg, inner = _find_cfg(model) if isinstance(model, nn.Module) else (model, None)
+    cfg = cfg.to_dict() if isinstance(cfg, PretrainedCfg) else dict(cfg or {})
+    given = {"mean": mean, "std": std, "size": size}
+    missing = [f"{name}=" for name, value in given.items() if value is None]
+    if missing and not cfg:
+        raise CalibrationError(
+            f"{type(model).__name__} has no pretrained_cfg, nor has one model in it, so how its images are prepared is "
+            f"not known: give {', '.join(missing)}."
+        )
+    config = dict(resolve_data_config(pretrained_cfg=cfg or {"input_size": (3, 1, 1)}))
+    config |= {name: tuple(value) for name, value in (("mean", mean), ("std", std)) if value is not None}
+    channels = config["input_size"][0]
+    if isinstance(model, nn.Module):
+        channels = _in_chans(inner or model, cfg.get("first_conv"), channels)
+    if size is not None:
+        config["input_size"] = (channels, *((size, size) if isinstance(size, int) else size))
+    if len(config["input_size"]) != 3 or not all(isinstance(n, int) and n > 0 for n in config["input_size"]):
+        raise CalibrationError(f"size is {size!r}, expected a height and a width, or one number for both.")
+    return Preparation(channels, config)
+
+
+def _find_cfg(model: nn.Module) -> tuple[Any, nn.Module | None]:
+    """The cfg of a model or of the one in it that has one, and whose it is."""
+    found: dict[str, nn.Module] = {}
+    for name, module in unwrapped(model).named_modules():
+        if getattr(module, "pretrained_cfg", None) and not any(not o or name.startswith(f"{o}.") for o in found):
+            found[name] = module
+    inner = next(iter(found.values())) if len(found) == 1 else None
+    return getattr(inner, "pretrained_cfg", None), inner
+
+
+def builtin_images(
+    model: nn.Module | PretrainedCfg | Mapping[str, Any],
+    count: int = COUNT,
+    seed: int = 0,
+    *,
+    held_out: bool | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: Size = None,
+) -> torch.Tensor:
+    """Images prepared for a model, from photographs that ship: random crops at many scales, half of them mirrored.
+
+    They serve to calibrate with, not to measure by: they show few things, each several times. The photographs, with
+    authors and licences, are listed in ``data/photographs/sources.csv``. The same arguments give the same images, on
+    every machine with the same Pillow; no other random numbers are drawn from or changed.
+
+    Args:
+        model: A timm model, one with a single timm model in it, or a ``pretrained_cfg``: its input size, mean, standard
+            deviation and interpolation count. A model with other channels than three gets as many: grey for one, the
+            colours in turn for others.
+        count: How many.
+        seed: Another one gives other crops.
+        held_out: True for crops of every fourth photograph only, False for crops of the others only: one part to
+            calibrate with, one to compare networks by. None for all.
+        mean: Of each channel, of pixels from 0 to 1; in place of the cfg's.
+        std: Standard deviation, the same way.
+        size: Height and width, or one number for both; in place of the cfg's.
+
+    Returns:
+        (count, channels, height, width), normalised, on the CPU.
+
+    Raises:
+        CalibrationError: No count of images, or a model without a ``pretrained_cfg`` and not all of mean, std, size.
+
+    Example:
+        >>> images = builtin_images(timm.create_model("convnext_tiny"), 32)
+        >>> images = builtin_images(my_model, mean=[0.5] * 3, std=[0.5] * 3, size=224)
+    """
+    if count < 1:
+        raise CalibrationError(f"count is {count}, expected at least 1.")
+    preparation = prepare_for(model, mean, std, size)
+    height, width = preparation.config["input_size"][1:]
+    pictures = photographs()
+    if held_out is not None:
+        pictures = [picture for i, picture in enumerate(pictures) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
+    filters = preparation.config["interpolation"]
+    crops = draw_crops(pictures, (width, height), count, seed, interpolation=filters)
+    pixels = torch.stack([_channels(crop, preparation.channels) for crop in crops])
+    centre, spread = preparation.normalisation
+    return (pixels.float() / 255 - centre) / spread
+
+
+def photographs() -> list[Image.Image]:
+    """The photographs, in the order of their names."""
+    return list(named_photographs().values())
+
+
+def named_photographs() -> dict[str, Image.Image]:
+    """The photographs by name, as in ``sources.csv`` without the suffix, in its order."""
+    found = {}
+    for path in _files():
+        with path.open("rb") as file, Image.open(file) as image:
+            found[path.name.removesuffix(".webp")] = image.convert("RGB")
+    return found
+
+
+@lru_cache
+def photographs_sha256() -> str:
+    """The SHA-256 of all photographs, in hex."""
+    digest = hashlib.sha256()
+    for path in _files():
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _files() -> list[Any]:
+    folder = resources.files(__package__).joinpath("data/photographs")
+    return sorted((path for path in folder.iterdir() if path.name.endswith(".webp")), key=lambda path: path.name)
+
+
+def draw_crops(
+    pictures: list[Image.Image],
+    size: tuple[int, int],
+    count: int,
+    seed: int,
+    *,
+    area: tuple[float, float] = AREA,
+    ratio: tuple[float, float] = RATIO,
+    flips: bool = True,
+    interpolation: str = "bicubic",
+) -> Iterator[Image.Image]:
+    """Random crops, resized: of each picture one before any has two.
+
+    Args:
+        pictures: To crop from.
+        size: Width and height of a crop in the end.
+        count: How many.
+        seed: Of the crops.
+        area: Smallest and largest share of a picture.
+        ratio: Smallest and largest width to height, times that of ``size``; less where the picture ends.
+        flips: Mirror every other one, by chance.
+        interpolation: timm's name of it.
+    """
+    draw = random.Random(str(seed))  # the same numbers in every version of Python; as a number, -1 would be 1
+    filters = str_to_pil_interp("bilinear" if interpolation == "random" else interpolation)
+    for i in range(count):
+        if i % len(pictures) == 0:
+            order = sorted(range(len(pictures)), key=lambda _: draw.random())
+        picture = pictures[order[i % len(pictures)]]
+        share = area[0] + (area[1] - area[0]) * draw.random()
+        shape = size[0] / size[1] * ratio[0] * (ratio[1] / ratio[0]) ** draw.random()
+        pixels = share * picture.width * picture.height
+        w = min(max(1, round(math.sqrt(pixels * shape))), picture.width)
+        h = min(max(1, round(math.sqrt(pixels / shape))), picture.height)
+        x, y = (int(draw.random() * (most - taken + 1)) for most, taken in ((picture.width, w), (picture.height, h)))
+        crop = picture.resize(size, filters, (x, y, x + w, y + h))
+        mirrored = draw.random() < 0.5 and flips
+        yield crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else crop
+
+
+def _in_chans(model: nn.Module, stem: Any, otherwise: int) -> int:
+    """Channels that a model takes: its cfg keeps three, whatever ``in_chans`` was."""
+    name = stem if isinstance(stem, str) else next(iter(stem or ()), None)
+    layer = dict(model.named_modules()).get(name or "")
+    if not isinstance(layer, nn.Conv2d):
+        layer = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return layer.in_channels if layer is not None else otherwise
+
+
+def _channels(image: Image.Image, channels: int) -> torch.Tensor:
+    """(channels, height, width) of bytes: grey for one, else the three colours over and over."""
+    pixels = torch.from_numpy(np.array(image.convert("L" if channels == 1 else "RGB")))
+    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)[torch.arange(channels) % 3]
+
+
+def _per_channel(values: Any, channels: int) -> list[float]:
+    values = list(values)
+    if channels == 1:
+        return [sum(values) / len(values)]
+    return [values[i % len(values)] for i in range(channels)]
+
+
+def load_images(
+    images: Images,
+    model: nn.Module,
+    max_images: int,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: Size = None,
+) -> torch.Tensor:
+    """All images, of whatever ``calibrate_masterkeys`` takes, as one tensor like the model's parameters."""
+    if max_images < FEWEST:
+        raise CalibrationError(f"max_images is {max_images}, expected at least {FEWEST}.")
+    if isinstance(images, str) and images == BUILTIN:
+        images = builtin_images(model, min(COUNT, max_images), mean=mean, std=std, size=size)
+    elif isinstance(images, (str, os.PathLike)):
+        images = _load_folder(os.fspath(images), model, max_images, prepare_for(model, mean, std, size))
+    elif any(value is not None for value in (mean, std, size)):
+        raise CalibrationError("mean, std and size prepare a folder or 'builtin'; other images are taken as they are.")
+    elif not isinstance(images, torch.Tensor):
+        images = _collect(images, max_images)
+    if images.ndim != 4 or not images.is_floating_point():
+        raise CalibrationError(
+            f"images are {tuple(images.shape)} {images.dtype}, expected (N, channels, H, W), normalised floats."
+        )
+    if len(images) < FEWEST:
+        raise CalibrationError(f"{len(images)} images, expected at least {FEWEST}; some hundred are better.")
+    images = images[_spread(len(images), max_images)]
+    if not images.isfinite().all():
+        raise CalibrationError("images hold NaN or Inf.")
+    return images.to(next(model.parameters()))
+
+
+def split_images(
+    images: Images,
+    held_out: Images | None,
+    model: nn.Module,
+    max_images: int,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: Size = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images to fit to, and images to measure with; of the built-in ones, crops of other photographs.
+
+    Returns:
+        None for the second where a part of the first is to be held out.
+    """
+    how: dict[str, Any] = {"mean": mean, "std": std, "size": size}
+    if held_out is None and isinstance(images, str) and images == BUILTIN:
+        count = min(COUNT, max_images)
+        images, held_out = (builtin_images(model, count, held_out=part, **how) for part in (False, True))
+        how = {}
+    fitted = load_images(images, model, max_images, **how)
+    return fitted, None if held_out is None else load_images(held_out, model, max_images, **how)
+
+
+def split_batches(
+    fitted: torch.Tensor, held_out: torch.Tensor | None, batch_size: int
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Batches of images, and the indices of those that are held out: every fifth, if there are no images for that."""
+    if held_out is None:
+        batch_size = max(1, min(batch_size, len(fitted) // PART))
+        batches = fitted.split(batch_size)
+        others = list(range(PART - 1, len(batches), PART))
+    else:
+        batches = (*fitted.split(batch_size), *held_out.split(batch_size))
+        others = list(range(len(fitted.split(batch_size)), len(batches)))
+    return [batch.contiguous(memory_format=torch.channels_last) for batch in batches], others
+
+
+def origin_of(images: Images) -> str:
+    """What images are, for the record: "builtin", a folder's name, or "tensor"."""
+    folder = isinstance(images, (str, os.PathLike))
+    return os.path.basename(os.path.abspath(os.fspath(images))) if folder else "tensor"  # type: ignore[arg-type]
+
+
+def _collect(batches: Iterable[Any], max_images: int) -> torch.Tensor:
+    """The first images of an iterable of batches."""
+    parts: list[Any] = []
+    for batch in batches:
+        if isinstance(batch, Mapping):
+            batch = next((batch[key] for key in KEYS if key in batch), batch)
+        parts.append(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        if isinstance(parts[0], torch.Tensor) and sum(map(len, parts)) >= max_images:
+            break
+    kinds = {
+        tuple(part.shape[1:])
+        if isinstance(part, torch.Tensor)
+        else f"a {type(part).__name__}" + (f" of {', '.join(map(str, part))}" if isinstance(part, Mapping) else "")
+        for part in parts
+    }
+    if len(kinds) > 1 or not all(isinstance(part, torch.Tensor) for part in parts):
+        raise CalibrationError(
+            f"images come as {', '.join(map(str, kinds))}, expected batches (N, channels, H, W) of one size, alone, "
+            f"first in a tuple, or in a dictionary under one of {', '.join(KEYS)}."
+        )
+    return torch.cat(parts)[:max_images] if parts else torch.empty(0, 3, 1, 1)
+
+
+def _load_folder(folder: str, model: nn.Module, max_images: int, preparation: Preparation) -> torch.Tensor:
+    if not os.path.isdir(folder):
+        raise CalibrationError(f"There is no folder '{folder}'.")
+    files = _image_files(folder)
+    if not files:
+        raise CalibrationError(f"There are no images in '{folder}'.")
+    first = _spread(len(files), max_images).tolist()
+    others = sorted(set(range(len(files))).difference(first))  # in place of those that cannot be read
+    tensors: list[torch.Tensor] = []
+    bar = tqdm(total=len(first), desc="load images", unit="image", leave=False, disable=None)
+    with bar, warnings.catch_warnings(), torch.device("cpu"):
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        mode, transform = _transform(model, preparation)
+        for i in [*first, *others]:
+            if len(tensors) == len(first):
+                break
+            try:
+                with Image.open(files[i]) as image:
+                    tensors.append(transform(image.convert(mode)))
+            except Exception as error:  # a damaged file: decoders may raise anything
+                _logger.warning("'%s' is left out: %s", files[i], " ".join(str(error).split()) or repr(error))
+            else:
+                bar.update()
+    if len(tensors) < FEWEST:
+        raise CalibrationError(
+            f"{len(tensors)} of {len(files)} images in '{folder}' can be read, expected at least {FEWEST}."
+        )
+    return torch.stack(tensors)
+
+
+def _image_files(folder: str) -> list[Path]:
+    """The images in a folder, at all depths, through symbolic links; but for what is hidden."""
+    files = [path for path in walk_files(folder) if is_img_extension(path.suffix.lower())]
+    return [path for path in files if not any(name.startswith(".") for name in path.relative_to(folder).parts)]
+
+
+def _transform(model: nn.Module, preparation: Preparation) -> tuple[str, Any]:
+    """The mode of images (PIL's), and what makes tensors of them."""
+    channels = preparation.channels
+    if channels not in (1, 3):
+        raise CalibrationError(
+            f"{type(model).__name__} takes images of {channels} channels, a folder gives 3 or 1: give a tensor of "
+            "images or a DataLoader."
+        )
+    config = dict(preparation.config)
+    config["input_size"] = (channels, *config["input_size"][1:])
+    if channels == 1:  # the cfg may be of the weights in colour
+        config |= {name: tuple(_per_channel(config[name], 1)) for name in ("mean", "std")}
+    return "L" if channels == 1 else "RGB", create_transform(**config)
+
+
+def _spread(count: int, most: int) -> torch.Tensor:
+    """Indices, evenly spread, at most so many."""
+    return torch.arange(min(count, most), device="cpu") * count // min(count, most)

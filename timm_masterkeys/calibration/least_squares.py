@@ -1,0 +1,152 @@
+"""Least squares from sums of products: the keys of a layer, and ridge regression judged by folds."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+
+MOST_SETS = 100  # of keys that are all tried; eight keys have 70 at most
+RIDGES = tuple(10 ** (power / 2) for power in range(-10, 3))  # times the mean energy of a feature
+
+
+def choose_keys(covariance: torch.Tensor, keys_per_kernel: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The keys whose responses, with that of a constant kernel, come nearest to a layer's expected output.
+
+    Least squares over all sets of so many keys; where those are too many, by orthogonal matching pursuit: the key that
+    leaves the smallest error joins, and all are refitted.
+
+    Args:
+        covariance: (C, K + 2, K + 2) float64, for each channel of the responses to a kernel of ones and to the K keys,
+            and of the expected output.
+        keys_per_kernel: r.
+
+    Returns:
+        Keys (C, r), scale (C, r), shift (C,).
+    """
+    count, size = covariance.shape[0], covariance.shape[1] - 1
+    matrix, right = covariance[:, :size, :size], covariance[:, :size, size]
+    loading = 1e-6 * matrix.diagonal(dim1=1, dim2=2).mean(1) + 1e-30
+    matrix = matrix + loading[:, None, None] * torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    if math.comb(size - 1, keys_per_kernel) <= MOST_SETS:
+        every = [(0, *keys) for keys in itertools.combinations(range(1, size), keys_per_kernel)]
+        chosen, solution = _best(matrix, right, torch.tensor(every, device=matrix.device).expand(count, -1, -1))
+    else:
+        chosen = torch.zeros(count, 1, dtype=torch.long, device=matrix.device)
+        others = torch.arange(1, size, device=matrix.device).expand(count, -1)
+        for _ in range(keys_per_kernel):
+            grown = chosen.unsqueeze(1).expand(-1, others.shape[1], -1)
+            chosen, solution = _best(matrix, right, torch.cat([grown, others.unsqueeze(2)], 2))
+            others = others[others != chosen[:, -1:]].view(count, -1)
+    return chosen[:, 1:] - 1, solution[:, 1:], solution[:, 0]
+
+
+def _best(matrix: torch.Tensor, right: torch.Tensor, sets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of sets (C, sets, features) that with a channel's smallest error; with its solution, both (C, features)."""
+    channels = torch.arange(len(sets), device=sets.device)
+    among = matrix[channels[:, None, None, None], sets.unsqueeze(3), sets.unsqueeze(2)]
+    towards = right[channels[:, None, None], sets]
+    solutions = torch.linalg.solve(among, towards)
+    best = (solutions * towards).sum(2).argmax(1)
+    return sets[channels, best], solutions[channels, best]
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Sums over rows of features and residuals, in float64.
+
+    Attributes:
+        products: (1 + inputs, 1 + inputs + outputs), of (1, features) with (1, features, residual).
+        power: (outputs,), of the squared residuals.
+    """
+
+    products: torch.Tensor
+    power: torch.Tensor
+
+    @classmethod
+    def of(cls, features: torch.Tensor, residual: torch.Tensor) -> "Gram":
+        """Of features (rows, inputs) and residuals (rows, outputs), multiplied in their own type."""
+        x = torch.cat([features.new_ones(len(features), 1), features], 1)
+        products = torch.cat([x.T @ x, x.T @ residual], 1).double()
+        return cls(products, residual.square().sum(0, dtype=torch.float64))
+
+    def __add__(self, other: "Gram") -> "Gram":
+        return Gram(self.products + other.products, self.power + other.power)
+
+    def __sub__(self, other: "Gram") -> "Gram":
+        return Gram(self.products - other.products, self.power - other.power)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(inputs + outputs,), of features and residuals."""
+        return self.products[0, 1:] / self.products[0, 0]
+
+    def around(self, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sums of products (inputs, inputs), (inputs, outputs) and squares (outputs,) of what is left of a mean."""
+        size = len(self.products) - 1
+        n, total = self.products[0, 0], self.products[0, 1:]
+        left = self.products[1:, 1:] - torch.outer(mean[:size], total - n * mean)
+        left = left - torch.outer(total[:size], mean)
+        power = self.power - mean[size:] * (2 * total[size:] - n * mean[size:])
+        return left[:, :size], left[:, size:], power
+
+
+def fit_ridge(folds: list[Gram], weight: torch.Tensor, intercept: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """D (inputs, outputs) and b (outputs,) for which features @ D + b comes near the residual, by ridge regression.
+
+    Args:
+        folds: Parts of the rows. The ridge is taken whose fits to all but one come nearest to that one.
+        weight: (outputs,), how much an output counts in that error.
+        intercept: Fit b; else it is 0.
+
+    Returns:
+        D and b, fitted to all rows, or None if with every ridge the folds come no nearer than with nothing.
+    """
+    whole = sum(folds[1:], folds[0])
+    parts = [_centred(whole - fold, fold, intercept) for fold in folds]
+    best, least = 0.0, float((weight * whole.power).sum())
+    for ridge in reversed(RIDGES):  # from the strongest down, for as long as it helps
+        error = sum(_ridge_error(ridge, weight.float(), *part) for part in parts)
+        if not error < least:
+            break
+        best, least = ridge, error
+    if not best:
+        return None
+    mean = whole.mean if intercept else torch.zeros_like(whole.mean)
+    matrix, right, _ = whole.around(mean)
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    d = torch.linalg.solve(matrix + best * _energy(matrix) * identity, right)
+    return d, mean[len(d) :] - mean[: len(d)] @ d
+
+
+def _centred(fitted: Gram, test: Gram, intercept: bool) -> list[torch.Tensor]:
+    """Sums of what is fitted to and of what is tested on, around the mean of the former.
+
+    In float32, as they only choose among the ridges.
+    """
+    mean = fitted.mean if intercept else torch.zeros_like(fitted.mean)
+    matrix, right, _ = fitted.around(mean)
+    return [sums.float() for sums in (matrix, right, *test.around(mean))]
+
+
+def _ridge_error(
+    ridge: float,
+    weight: torch.Tensor,
+    matrix: torch.Tensor,
+    right: torch.Tensor,
+    test_matrix: torch.Tensor,
+    test_right: torch.Tensor,
+    power: torch.Tensor,
+) -> float:
+    """The squared error, on other rows than those fitted to; infinite where the ridge is lost in rounding."""
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    factor, failed = torch.linalg.cholesky_ex(matrix + ridge * _energy(matrix) * identity)
+    if failed:
+        return math.inf
+    d = torch.cholesky_solve(right, factor)
+    return float((weight * (power - 2 * (d * test_right).sum(0) + (d * (test_matrix @ d)).sum(0))).sum())
+
+
+def _energy(matrix: torch.Tensor) -> torch.Tensor:
+    """What ridges are multiples of; zero of no matrix."""
+    return matrix.diagonal().mean().clamp_min(1e-30)

@@ -1,0 +1,189 @@
+"""How near a network's outputs come to those of the dense network, in figures that suit the kind of output."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import CalibrationError
+
+Figures = dict[str, float]
+MetricLike = str | Callable[[torch.Tensor, torch.Tensor], Mapping[str, float] | float] | None
+
+SURE = 0.5  # a network is sure of a class to which it gives a larger probability than this
+FEW = 50  # images, under which a share is told with its interval
+MOST = 2**22  # numbers that are turned into float64 at a time
+Z = 1.959963984540054  # of the standard normal distribution, 97.5 % lie below
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is measured between a network's outputs and those of the dense network.
+
+    Attributes:
+        name: "classification", "dense prediction", "regression", "embedding", "features", or a callable's name.
+        measure: Gives the figures, by name, of outputs and expected outputs.
+        distance: Gives one number, 0 for equal outputs, by which layers are compared.
+        score_name: What ``score`` is called.
+        score: Gives of the figures the one that ``convert_to_agreement`` is asked for, 1 for equal outputs.
+    """
+
+    name: str
+    measure: Callable[[torch.Tensor, torch.Tensor], Figures]
+    distance: Callable[[torch.Tensor, torch.Tensor], float]
+    score_name: str
+    score: Callable[[Mapping[str, float]], float]
+
+
+def choose_metric(metric: MetricLike, expected: torch.Tensor, features: bool = False) -> Metric:
+    """The metric asked for, or else the one that suits the dense network's outputs.
+
+    - "classification", of (N, C) with more than one class: the figures of ``classification_figures``;
+    - "dense prediction", of (N, C, H, W) with more than one class: the same at each position;
+    - "regression", of one output, (N,), (N, 1) or (N, 1, H, W); "embedding", of a model without a head; and "features",
+      of anything else: the figures of ``regression_figures``.
+
+    Args:
+        metric: A name from above; a callable on outputs and expected outputs that gives a number or numbers by name,
+            of which the first is compared with the agreement asked for; or None.
+        expected: The dense network's outputs.
+        features: Whether the network has no head.
+
+    Raises:
+        CalibrationError: No such metric, or one that does not suit the outputs.
+    """
+    classes = expected.ndim in (2, 4) and expected.shape[1] > 1
+    if features:
+        fitting = "embedding"
+    elif classes:
+        fitting = "classification" if expected.ndim == 2 else "dense prediction"
+    elif expected.ndim == 1 or (expected.ndim in (2, 4) and expected.shape[1] == 1):
+        fitting = "regression"
+    else:
+        fitting = "features"
+    if callable(metric):
+        return _metric_of(metric, _METRICS[fitting].distance)
+    name = fitting if metric is None else metric
+    if name not in _METRICS:
+        raise CalibrationError(f"metric is {metric!r}, expected a callable, or one of {', '.join(_METRICS)}.")
+    sizes = {"classification": 2, "dense prediction": 4}
+    if name in sizes and not (classes and expected.ndim == sizes[name]):
+        shape = "(N, classes)" if sizes[name] == 2 else "(N, classes, H, W)"
+        raise CalibrationError(f"metric is {name!r}, which is of {shape}; the model gives {tuple(expected.shape)}.")
+    return _METRICS[name]
+
+
+def classification_figures(out: torch.Tensor, expected: torch.Tensor) -> Figures:
+    """How far two networks tell the same classes, (N, C) or, a class at each position, (N, C, H, W).
+
+    Returns:
+        "agreement": the share of images (positions) to which both give the same top class; "divergence": the
+        Kullback-Leibler divergence of the softmaxed outputs from the expected ones, in nats, the mean over images
+        (positions); "sure images" ("sure positions"): how many have a class to which the dense network gives a
+        probability above one half; and, if there are any, "sure agreement": the agreement on those.
+    """
+    count = same = sure = both = 0
+    divergence = 0.0
+    some = max(1, MOST // expected[0].numel())  # images at a time
+    for parts in zip(out.detach().split(some), expected.detach().split(some), strict=True):
+        log_p, log_q = (part.double().log_softmax(1) for part in parts)
+        top, (largest, expected_top) = log_p.argmax(1), log_q.max(1)
+        is_sure, is_same = largest > math.log(SURE), top == expected_top
+        count += top.numel()
+        same, sure, both = (a + int(b.sum()) for a, b in ((same, is_same), (sure, is_sure), (both, is_same & is_sure)))
+        divergence += float(F.kl_div(log_p, log_q, reduction="sum", log_target=True))
+    figures = {"agreement": same / count, "divergence": divergence / count}
+    if sure:
+        figures["sure agreement"] = both / sure
+    figures["sure images" if expected.ndim == 2 else "sure positions"] = float(sure)
+    return figures
+
+
+def regression_figures(out: torch.Tensor, expected: torch.Tensor) -> Figures:
+    """How near outputs of any shape come to the expected ones.
+
+    Each output is taken from its mean over the images: what is the same for all of them explains nothing.
+
+    Returns:
+        "relative error": the squared error over the variance of the expected outputs, both summed over all outputs, 1
+        for a network that gives the mean whatever it sees; "correlation": Pearson's, over all values, each from the
+        mean of its output, 0 where nothing varies.
+    """
+    x, y = (tensor.detach().double().reshape(len(tensor), -1) for tensor in (out, expected))
+    error = (x - y).square().sum()
+    x, y = x - x.mean(0), y - y.mean(0)
+    variance = y.square().sum()
+    norm = (x.square().sum() * variance).sqrt()
+    return {
+        "relative error": float(error / variance.clamp_min(1e-30)),
+        "correlation": float((x * y).sum() / norm) if norm > 0 else 0.0,
+    }
+
+
+def share_intervals(metric: str, figures: Mapping[str, float], images: int) -> dict[str, list[float]]:
+    """The 95 % intervals of the agreements that are of few images; of positions none, as they are not independent."""
+    counts = {"agreement": images, "sure agreement": int(figures.get("sure images", 0))}
+    return {
+        name: list(wilson_interval(round(figures[name] * count), count))
+        for name, count in counts.items()
+        if metric == "classification" and name in figures and 0 < count < FEW
+    }
+
+
+def wilson_interval(successes: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share that was seen as so many of ``count``."""
+    share, spread = successes / count, Z * Z / count
+    half = Z * math.sqrt(share * (1 - share) / count + spread / count / 4)
+    low, high = (share + spread / 2 - half) / (1 + spread), (share + spread / 2 + half) / (1 + spread)
+    return low if successes else 0.0, high if successes < count else 1.0
+
+
+def _explained(figures: Mapping[str, float]) -> float:
+    return max(0.0, 1 - figures["relative error"])
+
+
+def _relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return regression_figures(out, expected)["relative error"]
+
+
+def _divergence(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return classification_figures(out, expected)["divergence"]
+
+
+def _metric_of(function: Any, distance: Callable[[torch.Tensor, torch.Tensor], float]) -> Metric:
+    """A callable as a metric."""
+    name = getattr(function, "__name__", type(function).__name__)
+
+    def measure(out: torch.Tensor, expected: torch.Tensor) -> Figures:
+        found = function(out, expected)
+        figures = found if isinstance(found, Mapping) else {name: found}
+        try:
+            return {str(key): float(value) for key, value in figures.items()}
+        except (TypeError, ValueError, RuntimeError):
+            raise CalibrationError(
+                f"The metric {name} gives {found!r}, expected a number or numbers by name."
+            ) from None
+
+    def score(figures: Mapping[str, float]) -> float:
+        return next(iter(figures.values()))
+
+    return Metric(name, measure, distance, name, score)
+
+
+def _agreement(figures: Mapping[str, float]) -> float:
+    return figures["agreement"]
+
+
+_METRICS = {
+    **{
+        name: Metric(name, classification_figures, _divergence, "agreement", _agreement)
+        for name in ("classification", "dense prediction")
+    },
+    **{
+        name: Metric(name, regression_figures, _relative_error, "R2", _explained)
+        for name in ("regression", "embedding", "features")
+    },
+}

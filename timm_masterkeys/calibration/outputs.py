@@ -1,0 +1,85 @@
+"""Which of what a model puts out counts, whatever it comes in: a tensor, a tuple, a dictionary, an object."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CalibrationError
+
+Output = str | int | Callable[[Any], torch.Tensor] | None
+
+HEADS = ("logits", "out")  # of a head,
+FEATURES = ("last_hidden_state",)  # of a model without one
+
+
+def pick_output(model: nn.Module, raw: Any, output: Output = None) -> torch.Tensor:
+    """The tensor, of all that a model puts out, that calibration looks at.
+
+    Args:
+        model: The model, for the error, and whether its list is one of feature maps.
+        raw: What it puts out.
+        output: A key, an index or an attribute of it, or a callable on it. None takes a tensor as it is; of anything
+            else ``logits``, ``out`` or ``last_hidden_state``, by key or attribute, or else the first tensor; of a
+            ``features_only`` model's list the last, which has seen every layer.
+
+    Raises:
+        CalibrationError: There is no such output, or it is no tensor.
+    """
+    try:
+        found = _found(model, raw, output)
+    except (LookupError, AttributeError, TypeError) as error:
+        raise CalibrationError(
+            f"{type(model).__name__} puts out {_kind(raw)}, without {output!r} ({error})."
+        ) from error
+    if not isinstance(found, torch.Tensor):
+        asked = "a tensor in it" if output is None else f"a tensor at {output!r}, got {_kind(found)}"
+        raise CalibrationError(
+            f"{type(model).__name__} puts out {_kind(raw)}, expected {asked}. output= tells where it is: a key, an "
+            "index, an attribute, or a callable on what the model puts out."
+        )
+    return found
+
+
+def gives_features(model: nn.Module, raw: Any) -> bool:
+    """Whether a model has no head, so that its outputs' channels are features, not classes."""
+    if hasattr(model, "feature_info") and isinstance(raw, (Mapping, list, tuple)):
+        return True
+    head = any(_at(raw, name) is not None for name in HEADS)
+    return getattr(model, "num_classes", None) == 0 or (
+        not head and any(_at(raw, name) is not None for name in FEATURES)
+    )
+
+
+def _found(model: nn.Module, raw: Any, output: Output) -> Any:
+    if callable(output):
+        return output(raw)
+    if isinstance(output, str):
+        return raw[output] if isinstance(raw, Mapping) and output in raw else getattr(raw, output)
+    if output is not None:
+        return raw[output]
+    if isinstance(raw, torch.Tensor):
+        return raw
+    for name in HEADS + FEATURES:
+        if isinstance(_at(raw, name), torch.Tensor):
+            return _at(raw, name)
+    values = list(raw.values()) if isinstance(raw, Mapping) else list(raw) if isinstance(raw, (list, tuple)) else []
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if hasattr(model, "feature_info"):
+        tensors.reverse()
+    return tensors[0] if tensors else None
+
+
+def _at(raw: Any, name: str) -> Any:
+    if isinstance(raw, torch.Tensor):
+        return None
+    return raw.get(name) if isinstance(raw, Mapping) else getattr(raw, name, None)
+
+
+def _kind(raw: Any) -> str:
+    if isinstance(raw, Mapping):
+        return f"a {type(raw).__name__} of {', '.join(map(repr, raw))}"
+    if isinstance(raw, (list, tuple)):
+        return f"a {type(raw).__name__} of {', '.join(type(value).__name__ for value in raw)}"
+    return f"a {type(raw).__name__}"

@@ -1,0 +1,129 @@
+"""``timm-masterkeys convert``."""
+
+import argparse
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MasterKeysError
+from .options import TRAINABLE, add_agreement, add_conversion, add_model, given_options, read_config
+from .outputs import check_folder
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..conversion.config import MasterKeysConfig
+
+SUMMARY = "convert a model, calibrate it with images, and save it as a folder that timm loads"
+EXAMPLE = "convert convnext_tiny --pretrained --keys-per-kernel 4 --output out"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    add_model(parser)
+    add_conversion(parser)
+    add_agreement(parser)
+    parser.add_argument(
+        "--trainable",
+        default="shift",
+        choices=TRAINABLE,
+        help="what later training may change of each kernel: nothing, its shift, its scale and shift (affine), or, for "
+        "scale-space banks, its shift and its Gaussians' widths (scales) (default: shift)",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--license", metavar="NAME", help="the weights' licence, where timm does not know it")
+    images = parser.add_argument_group("calibration")
+    images.add_argument(
+        "--calibrate",
+        metavar="DIR",
+        help="a folder of images to calibrate with, without labels; some hundred of your own task are best. 'none': do "
+        "not calibrate (default: photographs that ship with timm_masterkeys)",
+    )
+    images.add_argument("--max-images", type=int, metavar="N", help="use at most so many images")
+    images.add_argument(
+        "--mean",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="the mean that is subtracted from each channel of images; 1 is white (default: the model's own)",
+    )
+    images.add_argument(
+        "--std",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="the standard deviation that each channel is divided by (default: the model's own)",
+    )
+    images.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="the height and width that images are brought to, or one number for both (default: the model's own)",
+    )
+    images.add_argument("--device", default="cpu", help="where to calibrate, as cuda (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Converts, calibrates and saves."""
+    from ..conversion.convert import convert
+    from ..conversion.report import conversion_report
+    from ..hub.card import inherited_license
+    from ..hub.save import save_pretrained
+    from ..timm_plugin.call import calibration_images
+    from .devices import check_device
+    from .load_model import check_name, has_weights, is_converted, load_model
+
+    if not has_weights(args):
+        check_name(args.model)
+        raise MasterKeysError("There are no weights to convert. Add --pretrained or --checkpoint FILE.")
+    config, images = read_config(args), calibration_images(args.calibrate, "--calibrate")
+    if config.agreement is not None and not images:
+        raise MasterKeysError("--agreement is measured with images: leave out --calibrate none.")
+    inherited_license(None, args.license)  # refuses a mistyped one
+    check_device(args.device)
+    check_folder(args.output)
+    dense = load_model(args).to(args.device)
+    if is_converted(dense, args):
+        raise MasterKeysError(
+            f"'{args.model}' is converted already. Inspect or publish it as it is, or convert the dense weights it was "
+            "made from."
+        )
+    if images:
+        model = _calibrated(dense, config, images, args)
+    else:
+        model = convert(dense, config, "project")
+    _note_source(model, args)
+    directory = save_pretrained(model.cpu(), args.output, license=args.license)
+    print(conversion_report(model))
+    print(f"\nsaved to {directory}: timm.create_model('local-dir:{directory}', pretrained=True) loads it")
+    if not images:
+        print("NOT calibrated, and of little use as it is: leave out --calibrate none, or fine-tune before use")
+
+
+def _calibrated(dense: "nn.Module", config: "MasterKeysConfig", images: str, args: argparse.Namespace) -> "nn.Module":
+    from ..calibration.agreement import convert_to_agreement
+    from ..calibration.calibrate import calibrate_masterkeys
+    from ..conversion.convert import convert
+
+    options: dict[str, Any] = given_options(args, "max_images", "mean", "std", "size")
+    if len(options.get("size", ())) == 1:
+        [options["size"]] = options["size"]
+    if config.agreement is None:
+        model = convert(dense, config, "project")
+        calibrate_masterkeys(model, dense, images, **options)
+        return model
+    options |= {name: getattr(config, name) for name in ("bank", "include", "exclude", "trainable")}
+    model, budget = convert_to_agreement(dense, config.agreement, images, **options)
+    print(budget, end="\n\n")
+    return model
+
+
+def _note_source(model: "nn.Module", args: argparse.Namespace) -> None:
+    """Notes whose weights the model has, where they are timm's own, so that their licence is inherited."""
+    import timm
+
+    from ..conversion.record import Source, read_record, write_record
+    from ..timm_plugin.names import dense_name
+
+    if args.pretrained and (cfg := timm.get_pretrained_cfg(dense_name(args.model))):
+        write_record(model, replace(read_record(model), source=Source.from_cfg(cfg)))

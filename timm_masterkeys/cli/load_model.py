@@ -1,0 +1,158 @@
+"""The model that a command is about: a name, a saved folder, a checkpoint, or a file of kernels."""
+
+import argparse
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+from timm.models import load_checkpoint, load_state_dict
+from torch import nn
+
+from ..conversion.apply import converted_layers
+from ..errors import CheckpointError, MasterKeysError
+from ..hub.save import is_masterkeys_tag
+from ..study.kernels import read_kernels
+from ..timm_plugin.names import dense_name
+from ..timm_plugin.published import list_architectures, published_source
+from .options import DEFAULT_BANK
+
+
+def load_model(args: argparse.Namespace) -> nn.Module:
+    """The model of the arguments: dense, unless it is a folder or a published name that holds a converted one.
+
+    Raises:
+        MasterKeysError: An unknown name, a file that is missing or damaged, or weights that do not fit.
+    """
+    if _is_kernel_file(args):
+        return _model_of_kernels(args.model)
+    classes = {} if args.num_classes is None else {"num_classes": args.num_classes}
+    if _is_folder(args.model):
+        return create(f"local-dir:{args.model}", pretrained=True, **classes)
+    check_name(args.model)
+    published = args.pretrained and published_source(args.model)
+    model = create(args.model if published else dense_name(args.model), pretrained=args.pretrained, **classes)
+    if args.checkpoint:
+        _load_checkpoint(model, args.checkpoint)
+    return model
+
+
+def has_weights(args: argparse.Namespace) -> bool:
+    """Whether the arguments say which weights to take; else a name stands for random ones."""
+    return bool(args.pretrained or args.checkpoint or _is_folder(args.model) or _is_kernel_file(args))
+
+
+def is_converted(model: nn.Module, args: argparse.Namespace) -> bool:
+    """Whether a model came converted.
+
+    Raises:
+        MasterKeysError: It did, and there are options for a conversion.
+    """
+    if not converted_layers(model):
+        return False
+    if (args.bank, args.keys_per_kernel, args.include, args.exclude) != (DEFAULT_BANK, 1, None, None):
+        raise MasterKeysError(
+            f"'{args.model}' is converted already: --bank, --keys-per-kernel, --include and --exclude cannot change "
+            "that. Leave them out."
+        )
+    return True
+
+
+def create(name: str, **kwargs: Any) -> nn.Module:
+    """``timm.create_model``, with errors of one kind.
+
+    Raises:
+        MasterKeysError: The model cannot be loaded.
+    """
+    try:
+        return timm.create_model(name, **kwargs)
+    except (MasterKeysError, OSError, RuntimeError):
+        raise
+    except Exception as error:  # timm's, of an odd config.json
+        raise CheckpointError(f"'{name}' cannot be loaded: {error!r}") from error
+
+
+def check_name(name: str) -> None:
+    """Checks that timm has a model of this name, or that it says where one lies, as ``hf-hub:org/name``.
+
+    Raises:
+        MasterKeysError: It has none; the message names the nearest ones.
+
+    Example:
+        >>> check_name("convnext_tny")
+        Traceback (most recent call last):
+        MasterKeysError: There is no timm model 'convnext_tny'. Did you mean convnext_tiny or ...?
+    """
+    if ":" in name or published_source(name):
+        return
+    if os.path.isfile(name):
+        raise MasterKeysError(f"'{name}' is a file. Name the architecture, and give the file with --checkpoint.")
+    if "/" in name:
+        raise MasterKeysError(f"There is no folder '{name}'. If it is on the Hub, its name is 'hf-hub:{name}'.")
+    arch, _, tag = name.partition(".")
+    if not timm.is_model(arch):
+        raise MasterKeysError(f"There is no timm model '{arch}'.{_nearest(arch, timm.list_models())}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:  # no such tag
+        if is_masterkeys_tag(tag) and arch not in list_architectures():
+            raise MasterKeysError(
+                f"There is no '{name}': {arch} has no depthwise convolutions, which are what is converted."
+            ) from None
+        known = timm.list_models(f"{arch}.*", include_tags=True)
+        raise MasterKeysError(f"{arch} has no weights '{tag}'.{_nearest(name, known)}") from None
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    found = difflib.get_close_matches(name, known, cutoff=0.75)
+    return f" Did you mean {' or '.join(found)}?" if found else " `timm-masterkeys list` prints those it converts."
+
+
+def _is_folder(name: str) -> bool:
+    """Whether the model is a folder; a timm name is one, whatever the current folder holds."""
+    return os.path.isdir(name) and not timm.is_model(name)
+
+
+def _is_kernel_file(args: argparse.Namespace) -> bool:
+    return bool(getattr(args, "kernel_files", False)) and os.path.isfile(args.model)
+
+
+def _load_checkpoint(model: nn.Module, path: str) -> None:
+    if not os.path.isfile(path):
+        raise CheckpointError(f"There is no file '{path}'.")
+    try:
+        load_checkpoint(model, path)
+    except RuntimeError as error:  # it does not fit
+        raise CheckpointError(f"Cannot load '{path}': {error}") from error
+    except Exception as error:  # a damaged file: unpickling may raise anything
+        raise CheckpointError(f"'{path}' is not a checkpoint that can be read: {error!r}") from error
+
+
+def _model_of_kernels(path: str) -> nn.Module:
+    """Depthwise convolutions with the kernels of a file, under the names they have there."""
+    kernels = read_kernels(path)
+    if path.endswith(".npz"):
+        with np.load(path) as arrays:
+            shapes = {name: array.shape for name, array in arrays.items()}
+    else:
+        state = load_state_dict(path, use_ema=True, weights_only=True)
+        shapes = {name.removesuffix(".weight"): tuple(value.shape) for name, value in state.items()}
+        shapes = {name: shape for name, shape in shapes.items() if len(shape) == 4}
+    names = [name for name, shape in shapes.items() if len(shape) == 3 or (len(shape) == 4 and shape[1] == 1)]
+    model = nn.Module()
+    for name, weight in zip(names, kernels, strict=True):
+        channels, height, width = weight.shape
+        layer = nn.Conv2d(channels, channels, (height, width), groups=channels, bias=False)
+        layer.weight = nn.Parameter(weight.unsqueeze(1).float())
+        *folders, last = name.split(".")
+        parent = model
+        for folder in folders:
+            if folder not in dict(parent.named_children()):
+                parent.add_module(folder, nn.Module())
+            parent = parent.get_submodule(folder)
+        parent.add_module(last, layer)
+    if not names:
+        raise MasterKeysError(f"'{Path(path).name}' holds no depthwise kernels.")
+    return model

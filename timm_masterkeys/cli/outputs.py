@@ -1,0 +1,70 @@
+"""Where commands write to: checked before the work, not after it."""
+
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MasterKeysError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def check_file(path: str) -> None:
+    """Raises MasterKeysError unless the folder of a file exists."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise MasterKeysError(f"Cannot write '{path}': there is no folder '{folder}'.")
+
+
+def check_folder(path: str) -> None:
+    """Raises MasterKeysError unless there is, or can be made, a folder to write into."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-"):
+            pass
+    except OSError as error:
+        raise MasterKeysError(f"Cannot write into '{path}': {error.strerror}: '{folder}'.") from error
+
+
+def figure_kind(path: str | Path) -> str:
+    """The kind of picture that a file's name asks for.
+
+    Raises:
+        MasterKeysError: Another name than of a .png, .svg or .pdf file.
+    """
+    kind = Path(path).suffix[1:]
+    if kind not in ("png", "svg", "pdf"):
+        raise MasterKeysError(f"Cannot draw into '{path}': expected a name that ends in .png, .svg or .pdf.")
+    return kind
+
+
+def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Writes a picture; whole or not at all."""
+    from ..files import atomic_path
+
+    with atomic_path(path) as tmp:
+        figure.savefig(tmp, format=figure_kind(path), dpi=130)
+
+
+def print_json(value: Any) -> None:
+    """Prints dataclasses, mappings and lists as JSON, with null for what is no finite number."""
+    print(json.dumps(_as_json(value), indent=2))
+
+
+def _as_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

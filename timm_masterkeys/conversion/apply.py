@@ -1,0 +1,166 @@
+"""The only place where a convolution becomes a MasterKeyConv2d, and where the layers of a model are replaced."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..errors import CheckpointError, ProjectionError
+from ..layers import MasterKeyConv2d, ScaledKeyConv2d
+from .config import LayerSettings
+
+_logger = logging.getLogger(__name__)
+
+Entries = Mapping[str, torch.Tensor]  # of one layer: key_index, scale, shift, ...
+
+
+def apply(
+    model: nn.Module,
+    layers: Mapping[str, LayerSettings],
+    weights: Literal["project", "random"] | Mapping[str, Entries] = "project",
+) -> nn.Module:
+    """Replaces depthwise convolutions of a model by MasterKeyConv2d. In place; nothing is replaced if one fails.
+
+    Args:
+        model: Any module.
+        layers: Settings by the name of the layer.
+        weights: "project" fits the kernels the model has; "random" is random initialisation, for training from scratch,
+            in a distributed run that of rank 0: all ranks must create the model; or each layer's own entries, by its
+            name, which are taken bit for bit.
+
+    Returns:
+        The model, or the new layer if the model itself is the convolution.
+
+    Raises:
+        ProjectionError: NaN or Inf in a kernel; the message names the layer and the channel.
+        CheckpointError: Entries that do not fit their layer.
+    """
+    return replace_layers(model, make_layers(model, layers, weights))
+
+
+def make_layers(
+    model: nn.Module,
+    layers: Mapping[str, LayerSettings],
+    weights: Literal["project", "random"] | Mapping[str, Entries] = "project",
+) -> dict[str, MasterKeyConv2d]:
+    """The layers for ``replace_layers``, by their names; arguments and errors as for ``apply``."""
+    new: dict[str, MasterKeyConv2d] = {}
+    for name, settings in tqdm(layers.items(), desc="convert", unit="layer", delay=2, leave=False, disable=None):
+        conv: Any = model.get_submodule(name)
+        try:
+            new[name] = make_layer(conv, settings, weights if isinstance(weights, str) else weights[name])
+        except ProjectionError as error:
+            raise ProjectionError(f"{name or type(conv).__name__}: {error}") from None
+        except CheckpointError as error:
+            raise CheckpointError(f"Layer {name}: {error}") from None
+    if weights == "random":
+        _take_from_rank_0(new.values())
+    return new
+
+
+@torch.no_grad()
+def _take_from_rank_0(layers: Iterable[MasterKeyConv2d]) -> None:
+    """Gives every rank of a distributed run the entries that rank 0 has, in one message; on the meta device nothing.
+
+    Each rank has a generator of its own: timm's train.py seeds it with the rank before it creates the model. Of what
+    they give, DistributedDataParallel makes parameters equal, but buffers only if it is asked to.
+    """
+    entries = [getattr(layer, name) for layer in layers for name in layer.compact_entries if name != "keys"]
+    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not distributed or any(entry.is_meta for entry in entries):
+        return
+    message = [[entry.detach().cpu() for entry in entries]]
+    dist.broadcast_object_list(message)
+    for entry, first in zip(entries, message[0], strict=True):
+        entry.copy_(first)
+
+
+def make_layer(
+    conv: nn.Conv2d, settings: LayerSettings, weights: Literal["project", "random"] | Entries = "project"
+) -> MasterKeyConv2d:
+    """A layer in place of a depthwise convolution, which stays as it is; arguments and errors as for ``apply``."""
+    kind = ScaledKeyConv2d if settings.sigmas else MasterKeyConv2d
+    asked = settings.bank, settings.keys_per_kernel, settings.trainable
+    if isinstance(weights, str):
+        return kind.from_conv(conv, *asked, fit=weights == "project")
+    layer = kind.unfitted(conv, *asked)
+    entries = {name: weights[name] for name in layer.compact_entries if name in weights}
+    missing = [name for name in layer.compact_entries if name not in entries]
+    if missing:
+        raise CheckpointError(f"{', '.join(missing)} is missing.")
+    try:
+        layer.load_state_dict(entries, strict=False)  # but for the bias, which it shares with the convolution
+    except RuntimeError as error:  # the first line is torch's own
+        raise CheckpointError(" ".join(str(error).split("\n\t")[1:]).removeprefix("layer ") or str(error)) from None
+    return layer
+
+
+def converted_layers(model: nn.Module) -> dict[str, MasterKeyConv2d]:
+    """The converted layers of a model by their names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
+
+
+def describe(model: nn.Module) -> dict[str, LayerSettings]:
+    """The settings of the converted layers of a model, by their names."""
+    return {
+        name: LayerSettings(layer.bank, layer.keys_per_kernel, layer.trainable, isinstance(layer, ScaledKeyConv2d))
+        for name, layer in converted_layers(model).items()
+    }
+
+
+def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """Puts layers in the places of the named modules, in every place where one is used. In place.
+
+    A checkpoint that does not fit the converted layers is then refused before anything of it is loaded.
+
+    Args:
+        model: Any module.
+        layers: New modules by the name of the module they replace.
+
+    Returns:
+        The model, or the new layer if the model itself is replaced.
+    """
+    new = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in new:
+            if not name:
+                return new[id(module)]
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new[id(module)])
+    hooks = [getattr(hook, "hook", None) for hook in model._load_state_dict_pre_hooks.values()]
+    if _check_checkpoint not in hooks and any(isinstance(layer, MasterKeyConv2d) for layer in layers.values()):
+        model.register_load_state_dict_pre_hook(_check_checkpoint)
+    return model
+
+
+def stop_checking(model: nn.Module) -> None:
+    """Takes away the check of checkpoints that ``replace_layers`` gave a model and its parts. In place."""
+    for module in model.modules():
+        for key, hook in list(module._load_state_dict_pre_hooks.items()):
+            if getattr(hook, "hook", None) is _check_checkpoint:
+                del module._load_state_dict_pre_hooks[key]
+
+
+def _check_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Refuses a checkpoint that does not fit before any layer, converted or not, has been touched."""
+    modules = module.named_modules(remove_duplicate=False)
+    layers = {f"{prefix}{name}.": layer for name, layer in modules if isinstance(layer, MasterKeyConv2d)}
+    problems = [problem for name, layer in layers.items() for problem in layer.check_state_dict(state_dict, name)]
+    if problems:
+        more = f"\n... and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            "The checkpoint does not fit the converted layers; into this model nothing was loaded.\n"
+            + "\n".join(problems[:5])
+            + more
+        )
+    dense = [name for name in layers if f"{name}weight" in state_dict]
+    if dense:
+        _logger.warning(
+            "The checkpoint has dense kernels for %d converted layers, which are projected on the keys. One-shot "
+            "conversion costs accuracy: calibrate_masterkeys(model, dense_model, images), or fine-tune.",
+            len(dense),
+        )

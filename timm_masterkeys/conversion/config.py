@@ -1,0 +1,157 @@
+"""The description of a conversion: what is asked of a model, and what that means for one layer."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import CheckpointError, ConversionError
+from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
+from ..keys.projection import check_keys_per_kernel
+from ..layers import ScaledKeyConv2d, Trainable, check_trainable
+
+Patterns = str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """How one layer is converted.
+
+    Attributes:
+        bank: The bank its keys are from.
+        keys_per_kernel: Keys per kernel.
+        trainable: What of each kernel trains, as for ``MasterKeyConv2d``.
+        sigmas: Whether each kernel has sigmas of its own (``ScaledKeyConv2d``), trained or not.
+    """
+
+    bank: KeyBank
+    keys_per_kernel: int = 1
+    trainable: Trainable = "shift"
+    sigmas: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON data; the bank by its digest."""
+        return {
+            "bank": self.bank.digest,
+            "keys_per_kernel": self.keys_per_kernel,
+            "trainable": self.trainable,
+            "sigmas": self.sigmas,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], banks: Mapping[str, KeyBank]) -> "LayerSettings":
+        """The settings from what ``to_dict`` gave, with the banks by digest.
+
+        Raises:
+            CheckpointError: A bank that is not there, or values that this version does not know.
+        """
+        try:
+            settings = cls(banks[data["bank"]], data["keys_per_kernel"], data["trainable"], data["sigmas"])
+            check_trainable(settings.trainable)
+            check_keys_per_kernel(settings.keys_per_kernel, settings.bank)
+        except (LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{dict(data)} are no settings that this version knows ({error!r}).") from None
+        return settings
+
+
+@dataclass(frozen=True)
+class MasterKeysConfig:
+    """What is asked of a conversion: one description for the calls, the names, the command line and saved files.
+
+    Args:
+        bank: Anything ``get_bank`` takes; kept as a KeyBank.
+        keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where fewer have a shape.
+        trainable: What of each kernel trains afterwards: "none", "shift", "affine" or "scales".
+        include: fnmatch pattern(s) on module names: only layers that match one are converted. Kept as a tuple.
+        exclude: fnmatch pattern(s) on module names: layers that match one stay dense. Kept as a tuple.
+        agreement: In (0, 1]: choose the keys of each layer by ``convert_to_agreement``; None to give every layer
+            ``keys_per_kernel``.
+
+    Raises:
+        BankError: No such bank.
+        ProjectionError: ``keys_per_kernel`` is out of range.
+        ConversionError: Any other value that is not as above, or values that exclude each other.
+
+    Example:
+        >>> config = MasterKeysConfig(keys_per_kernel=4, exclude="stages.0.*")
+        >>> MasterKeysConfig.from_dict(config.to_dict()) == config
+        True
+    """
+
+    bank: KeyBank
+    keys_per_kernel: int
+    trainable: Trainable
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    agreement: float | None
+
+    def __init__(
+        self,
+        bank: Bank = DEFAULT_BANK,
+        keys_per_kernel: int = 1,
+        trainable: Trainable = "shift",
+        include: Patterns = None,
+        exclude: Patterns = None,
+        agreement: float | None = None,
+    ) -> None:
+        bank = get_bank(bank)
+        check_keys_per_kernel(keys_per_kernel, bank)
+        check_trainable(trainable)
+        if trainable == "scales":
+            ScaledKeyConv2d.check_settings(bank, keys_per_kernel)
+        _check_agreement(agreement, keys_per_kernel, trainable)
+        values = (bank, keys_per_kernel, trainable, _tuple("include", include), _tuple("exclude", exclude), agreement)
+        for name, value in zip(self.__dataclass_fields__, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    @property
+    def layer(self) -> LayerSettings:
+        """The settings of a layer that is converted as asked."""
+        return LayerSettings(self.bank, self.keys_per_kernel, self.trainable, self.trainable == "scales")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The description as JSON data; the bank by name and digest."""
+        return {
+            "bank": {"name": self.bank.name, "digest": self.bank.digest},
+            "keys_per_kernel": self.keys_per_kernel,
+            "trainable": self.trainable,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "agreement": self.agreement,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], banks: Iterable[KeyBank] = ()) -> "MasterKeysConfig":
+        """The description from what ``to_dict`` gave.
+
+        Args:
+            data: The JSON data.
+            banks: Banks at hand, found by their digest; another is taken by its name.
+
+        Raises:
+            BankError: No such bank, or the bank of this name has another digest.
+            ConversionError, ProjectionError: As for the class.
+        """
+        digest = data["bank"]["digest"]
+        at_hand = next((bank for bank in banks if bank.digest == digest), None)
+        bank = at_hand or get_bank(data["bank"]["name"])
+        if bank.digest != digest:
+            raise CheckpointError(f"Bank '{bank.name}' is not the one described ({digest[:12]}...): give that bank.")
+        return cls(bank, **{name: value for name, value in data.items() if name != "bank"})
+
+
+def _tuple(name: str, patterns: Patterns) -> tuple[str, ...]:
+    given = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+    if not all(isinstance(pattern, str) for pattern in given):
+        raise ConversionError(f"{name} is {patterns!r}, expected a pattern on module names, or a list of such.")
+    return given
+
+
+def _check_agreement(agreement: Any, keys_per_kernel: int, trainable: Trainable) -> None:
+    if agreement is None:
+        return
+    if isinstance(agreement, bool) or not isinstance(agreement, (int, float)) or not 0 < agreement <= 1:
+        raise ConversionError(f"agreement is {agreement!r}, expected more than 0, at most 1 (0.95 for 95 %).")
+    if keys_per_kernel != 1:
+        raise ConversionError("agreement chooses the keys of each layer: drop keys_per_kernel.")
+    if trainable == "scales":
+        raise ConversionError("trainable is 'scales', which has one key per kernel: agreement has no number to choose.")

@@ -1,0 +1,160 @@
+"""Converts the depthwise convolutions of a model, fuses them back."""
+
+import logging
+from collections import Counter
+from typing import Literal
+
+from torch import nn
+
+from ..errors import ConversionError
+from ..keys.banks import DEFAULT_BANK, Bank
+from ..layers import Trainable
+from .apply import apply, converted_layers, replace_layers, stop_checking
+from .config import MasterKeysConfig, Patterns
+from .copies import copy_model
+from .plan import ConversionPlan, resolve
+from .record import add_conversion, forget_record
+from .wrapped import check_unwrapped, unwrapped
+
+_logger = logging.getLogger(__name__)
+
+
+def convert_to_masterkeys(
+    model: nn.Module,
+    bank: Bank = DEFAULT_BANK,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    keys_per_kernel: int = 1,
+    trainable: Trainable = "shift",
+    inplace: bool = False,
+) -> nn.Module:
+    """Replaces the depthwise convolutions of a model by MasterKeyConv2d, kernels projected on the nearest keys.
+
+    Everything else survives as it is: other layers, hooks, training mode, requires_grad, dtype, device, and modules
+    used in several places. One-shot conversion costs accuracy, of compact networks nearly all of it: read
+    ``conversion_report(model)``, then calibrate or fine-tune. Layers converted before are left alone, so several calls
+    can give different layers different settings; a call that finds nothing left to convert is refused.
+
+    Args:
+        model: Any module that holds depthwise ``nn.Conv2d`` or timm ``Conv2dSame``.
+        bank: Anything ``get_bank`` takes.
+        include: fnmatch pattern(s) on module names; only layers that match one are converted. In a ``features_only``
+            model, names as in the whole model match too.
+        exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
+        keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where fewer have a shape. All eight at
+            3x3 cancel each other with large scales: fuse such a model before it is cast to half precision.
+        trainable: What of each kernel trains afterwards: "none", "shift" (as in the paper) or "affine"; "scales", for
+            the ``scale-space-*`` banks, fits each kernel's sigmas too and trains them with the shift.
+        inplace: Change ``model`` itself; else a deep copy is converted and ``model`` stays as it is.
+
+    Returns:
+        The converted model (``model`` itself if inplace; a model that is itself a convolution gives a new layer).
+
+    Raises:
+        BankError: No such bank.
+        ProjectionError: NaN or Inf in a kernel (named by layer and channel), or keys_per_kernel out of range.
+        ConversionError: Nothing to convert, a pattern that matches nothing, an unknown ``trainable``, scales to learn
+            with another bank or several keys, a model that is wrapped or sharded already, or that cannot be copied.
+        In every case ``model`` is left as it was.
+
+    Example:
+        >>> model = convert_to_masterkeys(timm.create_model("convnext_tiny", pretrained=True))
+        >>> print(conversion_report(model))
+    """
+    config = MasterKeysConfig(bank, keys_per_kernel, trainable, include, exclude)
+    return convert(model, config, "project", inplace)
+
+
+def initialize_masterkeys(
+    model: nn.Module,
+    bank: Bank = DEFAULT_BANK,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    keys_per_kernel: int = 1,
+    trainable: Trainable = "shift",
+    inplace: bool = False,
+) -> nn.Module:
+    """As ``convert_to_masterkeys``, for training from scratch: keys are drawn, the model's kernels are not fitted.
+
+    Keys are drawn uniformly from torch's generator, scaled to the mean norm of each layer's own kernels, shift 0. Where
+    ``torch.distributed`` is initialised, all ranks get what rank 0 draws: all of them have to make the model.
+    Arguments, returns and errors as for ``convert_to_masterkeys``.
+
+    Example:
+        >>> torch.manual_seed(0)
+        >>> model = initialize_masterkeys(timm.create_model("convnext_atto", num_classes=10))
+    """
+    config = MasterKeysConfig(bank, keys_per_kernel, trainable, include, exclude)
+    return convert(model, config, "random", inplace)
+
+
+def fuse_masterkeys(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Replaces every MasterKeyConv2d by the ordinary convolution with its kernels; outputs are equal bit for bit.
+
+    Args:
+        model: A converted model; out of a wrapper it is taken, unless in place.
+        inplace: Change ``model`` itself; else a deep copy is fused and ``model`` stays as it is.
+
+    Raises:
+        ConversionError: The model holds no MasterKeyConv2d, is sharded, wrapped and to be changed in place, or cannot
+            be copied.
+
+    Example:
+        >>> dense = fuse_masterkeys(model)
+        >>> torch.onnx.export(dense, (x,), "model.onnx")
+    """
+    if not inplace:
+        model = unwrapped(model)
+    check_unwrapped(model)
+    if not converted_layers(model):
+        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: there is nothing to fuse.")
+    if not inplace:
+        model = copy_model(model)
+    stop_checking(model)
+    for module in model.modules():
+        forget_record(module)
+    return replace_layers(model, {name: layer.fuse() for name, layer in converted_layers(model).items()})
+
+
+def convert(
+    model: nn.Module,
+    config: MasterKeysConfig,
+    weights: Literal["project", "random"],
+    inplace: bool = False,
+    *,
+    flat_names: bool = False,
+) -> nn.Module:
+    """Converts a model as described: by projection, or with random keys for training from scratch.
+
+    Args:
+        model: As for ``convert_to_masterkeys``.
+        config: What is asked.
+        weights: As for ``apply``.
+        inplace: As for ``convert_to_masterkeys``.
+        flat_names: As for ``resolve``.
+
+    Raises:
+        ConversionError, ProjectionError: As for ``convert_to_masterkeys``.
+    """
+    check_unwrapped(model)
+    plan = resolve(config, model, flat_names=flat_names)
+    if not plan.converted:
+        raise ConversionError(_nothing_to_convert(model, plan))
+    if not inplace:
+        model = copy_model(model)
+    model = apply(model, plan.settings, weights)
+    add_conversion(model, config, plan.settings.keys())
+    _logger.info("Converted %d depthwise convolutions to bank %s.", len(plan.converted), config.bank.name)
+    return model
+
+
+def _nothing_to_convert(model: nn.Module, plan: ConversionPlan) -> str:
+    found = Counter(layer.reason for layer in plan.layers)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in found.most_common(4)) or "no convolution at all"
+    return (
+        f"{type(model).__name__} has nothing to convert. Looked for Conv2d with groups == in_channels > 1 and a kernel "
+        f"larger than 1x1; found {reasons}. plan_conversion(model) lists them all; fuse_masterkeys(model) undoes a "
+        "conversion."
+    )

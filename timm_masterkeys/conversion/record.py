@@ -1,0 +1,200 @@
+"""What is known of a converted model: what was asked, whose weights it has, what calibration measured. As data.
+
+The record is an attribute of the model, ``model.masterkeys``. Each claim in it holds for certain weights: where the
+model has others, ``read_record`` leaves the claim out.
+"""
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from ..files import tensors_sha256
+from .apply import converted_layers
+from .config import MasterKeysConfig
+from .wrapped import quantised_entry
+
+ATTRIBUTE = "masterkeys"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The dense weights that a model was converted from.
+
+    Attributes:
+        name: Hub id, or timm name; None for weights whose origin nobody told.
+        revision: Commit or branch on the Hub, if one was asked for.
+        sha256: Of the weights; None if they were not at hand.
+        license: The weights' licence, lower case, as on the Hub; None if unknown.
+        license_given: Whether somebody said so; else it came with the weights.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    license: str | None = None
+    license_given: bool = False
+
+    @classmethod
+    def from_cfg(cls, cfg: Any) -> "Source":
+        """The stock weights that a PretrainedCfg of timm's registry names."""
+        repo, _, revision = (cfg.hf_hub_id or "").partition("@")
+        tag = (cfg.tag or "").removeprefix("mk8").removeprefix("_")
+        return cls(repo or ".".join(filter(None, (cfg.architecture, tag))), revision or None, None, cfg.license)
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """What the last calibration measured, on images that were not used for fitting or choosing.
+
+    Attributes:
+        metric: What was measured: "classification", "dense prediction", "regression", "embedding", "features", or the
+            name of a callable.
+        before: Figures before calibration, by name; shares are in [0, 1], divergences in nats. "sure agreement" is the
+            agreement where the dense network is sure: where it gives its class a probability above one half.
+        after: The same figures after it.
+        images: Images given.
+        held_out: Those of them that gave the figures.
+        origin: What the images were: "builtin", the name of a folder, or "tensor".
+        time: When, in UTC, as ISO 8601.
+        versions: Of timm_masterkeys, timm and torch.
+        left_out: Steps that a time budget left out.
+        entries: The digest of the model's entries that were measured, see ``entries_digest``.
+        intervals: The 95 % interval, lowest and highest, of each share in ``after`` that is of fewer than 50 images.
+    """
+
+    metric: str
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    images: int
+    held_out: int
+    origin: str
+    time: str
+    versions: Mapping[str, str]
+    left_out: int = 0
+    entries: str = ""
+    intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """The figures in one line; those where the dense network is sure come first."""
+        names = sorted(self.after, key=lambda name: name != "sure agreement")
+        figures = ", ".join(self._figure(name) for name in names if name not in ("sure images", "sure positions"))
+        return f"on {self.images} images: {figures} ({self.held_out} held-out images)"
+
+    def _figure(self, name: str) -> str:
+        """One figure before and after, with what it is of and its interval."""
+        before, after = (
+            f"{figures[name]:.1%}" if name.endswith("agreement") else f"{figures[name]:.3g}"
+            for figures in (self.before, self.after)
+        )
+        notes, title = [], name
+        if name == "sure agreement":
+            title = "agreement where the dense network is sure"
+            notes += [f"{self.after[of]:,.0f} {of[5:]}" for of in ("sure images", "sure positions") if of in self.after]
+        elif name == "agreement" and "sure agreement" in self.after:
+            title = "agreement on all"
+        elif name == "agreement":
+            title = "agreement with the dense network"
+        if name in self.intervals:
+            low, high = self.intervals[name]
+            notes += [f"95 % interval {low:.1%} to {high:.1%}"]
+        return f"{title} {before} -> {after}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a converted model.
+
+    Attributes:
+        conversions: What was asked, a description for each call that converted layers.
+        source: The dense weights it was converted from; None if the user brought them without a word.
+        keys: The digest of the kernels' keys that belong to ``source``, see ``keys_digest``: keys never train, so
+            other keys are other weights.
+        calibration: What the last calibration measured; None if there was none.
+        was_calibrated: Whether there was one, be it of other weights: before a training, or with another head.
+    """
+
+    conversions: tuple[MasterKeysConfig, ...] = ()
+    source: Source | None = None
+    keys: str = ""
+    calibration: CalibrationRecord | None = None
+    was_calibrated: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON data."""
+        return {
+            "conversions": [config.to_dict() for config in self.conversions],
+            "source": asdict(self.source) if self.source else None,
+            "keys": self.keys,
+            "calibration": asdict(self.calibration) if self.calibration else None,
+        }
+
+
+def read_record(model: nn.Module) -> Record:
+    """The record of a model, without the claims that are of other weights than it has.
+
+    Example:
+        >>> model = timm.create_model("convnext_tiny.mk8", pretrained=True)
+        >>> read_record(model).source.license
+        'apache-2.0'
+    """
+    record = getattr(model, ATTRIBUTE, None)
+    if not isinstance(record, Record):
+        return Record()
+    if record.source and record.keys != keys_digest(model):
+        record = replace(record, source=None, keys="")
+    if record.calibration:
+        holds = record.calibration.entries == entries_digest(model)
+        record = replace(record, calibration=record.calibration if holds else None, was_calibrated=True)
+    return record
+
+
+def write_record(model: nn.Module, record: Record) -> None:
+    """Notes what is known of a model; its source is tied to the keys the model has now. In place."""
+    model.masterkeys = replace(record, keys=keys_digest(model) if record.source else "")  # type: ignore[assignment]
+
+
+def add_conversion(model: nn.Module, config: MasterKeysConfig, layers: Collection[str]) -> None:
+    """Notes that layers of a model were just converted; what was known of its source still holds. In place.
+
+    Args:
+        model: The model.
+        config: What was asked.
+        layers: The names of these layers.
+    """
+    record: Record = getattr(model, ATTRIBUTE, Record())
+    known = record.source is not None and record.keys == keys_digest(model, besides=layers)
+    write_record(model, Record((*record.conversions, config), record.source if known else None))
+
+
+def forget_record(model: nn.Module) -> None:
+    """Removes the record of a model. In place."""
+    model.__dict__.pop(ATTRIBUTE, None)
+
+
+def keys_digest(model: nn.Module, besides: Collection[str] = ()) -> str:
+    """SHA-256, in hex, of which keys the kernels of each converted layer have, but for some layers."""
+    digest = hashlib.sha256()
+    layers = {name: layer for name, layer in converted_layers(model).items() if name not in besides}
+    for name, layer in sorted(layers.items()):
+        digest.update(f"{name} {layer.bank.digest} ".encode())
+        if not layer.key_index.is_meta:
+            digest.update(layer.key_rows().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def entries_digest(model: nn.Module) -> str:
+    """SHA-256, in hex, of all entries of a model's state dict: names, types, shapes and values.
+
+    A quantised model, whose entries are no ordinary tensors, has none: what is returned says so.
+    """
+    if entry := quantised_entry(model):
+        return entry
+    return tensors_sha256(model.state_dict())
+
+
+def restore_record(model: nn.Module, record: Record) -> None:
+    """Gives a model that was just loaded the record it was saved with, claims tied as they were. In place."""
+    model.masterkeys = record  # type: ignore[assignment]

@@ -1,0 +1,379 @@
+"""How well the kernels of a converted model fit those of its dense model."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..errors import ConversionError
+from ..keys.operators import OPERATORS, fit_operators
+from ..layers import MasterKeyConv2d
+from .apply import converted_layers
+from .plan import plan_conversion, stage_of
+from .record import CalibrationRecord, Record, read_record
+from .table import number, share, table
+from .wrapped import unwrapped
+
+COVERAGE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # R2 of the coverage curve
+R2_MEANS = "R2: the share of a dense kernel's variance over its taps that the fit explains (1: all of it)."
+_NONE = (math.nan,) * 3
+
+
+class KernelFits(NamedTuple):
+    """The fit of each kernel of a converted layer, on the CPU.
+
+    Attributes:
+        r2: (C,) float32, meaningful where ``fitted``.
+        constant: (C,) bool, kernels that are constant in the dense model: they have no variance, so no R2.
+        random: (C,) bool, kernels with keys of random initialisation: they have no fit.
+        key: (C,) int64, the first key of each kernel, by index in the bank.
+    """
+
+    r2: torch.Tensor
+    constant: torch.Tensor
+    random: torch.Tensor
+    key: torch.Tensor
+
+    @property
+    def fitted(self) -> torch.Tensor:
+        """(C,) bool, kernels that have an R2."""
+        return ~self.constant & ~self.random
+
+
+def kernel_fits(layer: MasterKeyConv2d) -> KernelFits:
+    """The R2 and the first key of each kernel of a layer, and which kernels have no R2."""
+    size: Any = layer.kernel_size  # nn.Conv2d's is tuple[int, ...]
+    kept = torch.tensor(layer.bank.kept(size), device="cpu")
+    marks = layer.constant_kernels().cpu(), layer.random_kernels().cpu()
+    return KernelFits(layer.r2.float().cpu(), *marks, kept[layer.key_rows()[:, 0].cpu()])
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """The fit of one layer, or of several together. Constant kernels have no R2 and are only counted.
+
+    Attributes:
+        name: Module name.
+        kernel_size: (height, width).
+        channels: Kernels, the output channels.
+        keys_per_kernel: Keys per kernel.
+        constant: Kernels that are constant or all zero.
+        random: Kernels of random initialisation, which have no fit.
+        mean_r2: Mean R2, in [0, 1]; as all that follows NaN where no kernel has an R2.
+        median_r2: Median R2.
+        worst_r2: Smallest R2.
+        above_50: Share of kernels with R2 above 0.5.
+        above_90: Share of kernels with R2 above 0.9.
+        key_histogram: How many kernels have each key of the bank as their first, by index in the bank.
+        coverage: Share of kernels with R2 above each of ``COVERAGE``.
+    """
+
+    name: str
+    kernel_size: tuple[int, int]
+    channels: int
+    keys_per_kernel: int
+    constant: int
+    random: int
+    mean_r2: float
+    median_r2: float
+    worst_r2: float
+    above_50: float
+    above_90: float
+    key_histogram: tuple[int, ...]
+    coverage: tuple[float, ...]
+
+    def cells(self) -> list[str]:
+        """What a table shows of it; the titles are ``ConversionReport.titles``."""
+        return [
+            self.name,
+            "x".join(map(str, self.kernel_size)) if self.kernel_size[0] else "",
+            f"{self.channels:,}",
+            str(self.keys_per_kernel or ""),
+            *map(number, (self.mean_r2, self.median_r2, self.worst_r2)),
+            *map(share, (self.above_50, self.above_90)),
+            *map(str, self.key_histogram),
+        ]
+
+
+@dataclass(frozen=True)
+class OperatorReport:
+    """The dense kernels that one operator fits better than the others do, see ``fit_operators``.
+
+    Attributes:
+        operator: One of ``OPERATORS``, or "none" for kernels that no operator fits with an R2 above 0.5.
+        kernels: How many.
+        share: Of the kernels that are not constant.
+        chance: The share of Gaussian random kernels of the same sizes (a thousand of each) that come out so: at 3x3
+            most resemble some operator.
+        mean_r2: Mean R2 of the operator (of the best one, for "none"); NaN without kernels.
+        sigma: The 10 %, 50 % and 90 % quantile of the Gaussian's standard deviation, in taps.
+        upright: Share of first and second derivatives within 10 degrees of an axis of the image; else NaN.
+        half_pixel: Share of first derivatives that stand half a tap aside (four of five random ones do).
+    """
+
+    operator: str
+    kernels: int
+    share: float
+    chance: float
+    mean_r2: float
+    sigma: tuple[float, float, float]
+    upright: float
+    half_pixel: float
+
+    def cells(self) -> list[str]:
+        """What a table shows of it; the titles are ``OPERATOR_TITLES``."""
+        return [
+            self.operator,
+            f"{self.kernels:,}",
+            *map(share, (self.share, self.chance)),
+            number(self.mean_r2),
+            *(number(value, 2) for value in self.sigma),
+            *map(share, (self.upright, self.half_pixel)),
+        ]
+
+
+_TITLES = "resembles, kernels, share, random, mean R2, sigma 10%, median, 90%, along an axis, half a tap aside"
+OPERATOR_TITLES = tuple(_TITLES.split(", "))
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """The fit of a converted model; ``str()`` is a table, ``to_json()`` the same as JSON.
+
+    Attributes:
+        bank: Name of the bank (names, if layers differ).
+        layers: One LayerReport for each converted layer.
+        stages: The same by stage, a layer's name up to its first number (``stages.0``, ``blocks.3``).
+        total: All kernels together.
+        trainable_before: Trainable parameters of the model with ordinary, trainable depthwise kernels.
+        trainable_after: Trainable parameters now.
+        stored_before: Numbers stored for the ordinary model's parameters.
+        stored_after: Numbers stored now: other parameters, key indices, scales, shifts and the keys themselves.
+        dense: Depthwise layers that could be converted and were not.
+        record: What is known of the model: whose weights it has, and what a calibration of these very weights measured.
+        operators: The operators that the dense kernels resemble; empty if the dense model was not given.
+    """
+
+    bank: str
+    layers: tuple[LayerReport, ...]
+    stages: tuple[LayerReport, ...]
+    total: LayerReport
+    trainable_before: int
+    trainable_after: int
+    stored_before: int
+    stored_after: int
+    dense: int = 0
+    record: Record = field(default_factory=Record)
+    operators: tuple[OperatorReport, ...] = ()
+
+    @property
+    def calibration(self) -> CalibrationRecord | None:
+        """What the last calibration measured of these very weights; None if there is no such figure."""
+        return self.record.calibration
+
+    def to_json(self) -> str:
+        """The report as JSON text, null where a figure does not exist."""
+        figures = asdict(replace(self, record=Record()))
+        figures.pop("record")
+        calibration = asdict(self.calibration) if self.calibration else None
+        return json.dumps(_finite({**figures, "calibration": calibration}), indent=2, allow_nan=False)
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """Of the columns of a table of layers; ``k1``, ``k2``, ... count the kernels that have each key."""
+        keys = (f"k{index + 1}" for index in range(len(self.total.key_histogram)))
+        return ("layer", "kernel", "channels", "keys", "mean R2", "median", "worst", "R2>.5", "R2>.9", *keys)
+
+    @property
+    def rows(self) -> tuple[LayerReport, ...]:
+        """Of a table: the layers, the stages (where they are fewer), and the total."""
+        stages = self.stages if len(self.stages) < len(self.layers) else ()
+        return (*self.layers, *stages, self.total)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a table does not show: kernels without an R2, and layers that are not converted."""
+        notes = [
+            (self.total.constant, "kernels are constant in the dense model: they have no R2"),
+            (self.total.random, "kernels have keys of random initialisation: they are not fitted and have no R2"),
+            (self.dense, "depthwise layers are not converted"),
+        ]
+        return [f"{count:,} {text}" for count, text in notes if count]
+
+    def __str__(self) -> str:
+        marks = (f"{mark:g}" for mark in COVERAGE)
+        lines = [
+            R2_MEANS,
+            f"k1 to k{len(self.total.key_histogram)} count the kernels that have each key (of several, the first).",
+            "",
+            table(self.titles, (row.cells() for row in self.rows)),
+            "",
+            table(("R2 above", *marks), [("kernels", *map(share, self.total.coverage))]),
+            "",
+        ]
+        if self.operators:
+            lines += ["Which operator the dense kernels resemble, and how many random kernels of the same sizes do:"]
+            lines += [table(OPERATOR_TITLES, (row.cells() for row in self.operators)), ""]
+        lines += self.notes
+        lines.append(
+            f"bank {self.bank}; parameters: trainable {self.trainable_before:,} -> {self.trainable_after:,}, "
+            f"stored {self.stored_before:,} -> {self.stored_after:,}"
+        )
+        if self.calibration:
+            lines.append(f"calibrated {self.calibration.summary()}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def conversion_report(model: nn.Module, dense: nn.Module | None = None) -> ConversionReport:
+    """How well the kernels of each converted layer fit those of the dense model.
+
+    R2 is that of the fit when the model was converted or calibrated; it does not follow later training. Kernels of
+    random initialisation have none.
+
+    Args:
+        model: A converted model, wrapped or not. Not changed.
+        dense: The dense model it was made from, if the report is to tell which operators its kernels resemble.
+
+    Raises:
+        ConversionError: The model holds no MasterKeyConv2d, or it is on the meta device; the dense model lacks one of
+            the layers.
+
+    Example:
+        >>> report = conversion_report(model)
+        >>> print(report)
+        >>> report.total.mean_r2
+    """
+    model = unwrapped(model)
+    layers = converted_layers(model)
+    if not layers:
+        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
+    if any(layer.keys.is_meta for layer in layers.values()):
+        raise ConversionError("The model is on the meta device, its kernels have no values. Load weights first.")
+    for layer in layers.values():
+        layer.check_values()
+    fits = {name: kernel_fits(layer) for name, layer in layers.items()}
+    by_stage: dict[str, list[KernelFits]] = {}
+    for name, fit in fits.items():
+        by_stage.setdefault(stage_of(name), []).append(fit)
+    banks = [layer.bank for layer in layers.values()]
+    bins = max(map(len, banks))
+    return ConversionReport(
+        bank=", ".join(sorted({bank.name for bank in banks})),
+        layers=tuple(_layer_report(name, [fits[name]], bins, layer) for name, layer in layers.items()),
+        stages=tuple(_layer_report(name, stage, bins) for name, stage in by_stage.items()),
+        total=_layer_report("total", list(fits.values()), bins),
+        **_parameters(model, list(layers.values())),
+        dense=len(plan_conversion(model, banks[0]).converted),
+        record=read_record(model),
+        operators=() if dense is None else _operators(unwrapped(dense), list(layers)),
+    )
+
+
+def _layer_report(
+    name: str, fits: Sequence[KernelFits], bins: int, layer: MasterKeyConv2d | None = None
+) -> LayerReport:
+    """The report of one layer, or of the kernels of several."""
+    every = KernelFits(*(torch.cat(parts) for parts in zip(*fits, strict=True)))
+    r2 = every.r2[every.fitted]
+    if not len(r2):
+        r2 = r2.new_full((1,), math.nan)
+
+    def above(mark: float) -> float:
+        return float(torch.where(r2.isnan(), r2, (r2 > mark).float()).mean())
+
+    size: Any = (0, 0) if layer is None else layer.kernel_size
+    return LayerReport(
+        name=name,
+        kernel_size=size,
+        channels=len(every.r2),
+        keys_per_kernel=0 if layer is None else layer.keys_per_kernel,
+        constant=int(every.constant.sum()),
+        random=int(every.random.sum()),
+        mean_r2=float(r2.mean()),
+        median_r2=float(r2.quantile(0.5)),
+        worst_r2=float(r2.min()),
+        above_50=above(0.5),
+        above_90=above(0.9),
+        key_histogram=tuple(torch.bincount(every.key[~every.constant], minlength=bins).tolist()),
+        coverage=tuple(map(above, COVERAGE)),
+    )
+
+
+def _parameters(model: nn.Module, layers: Sequence[MasterKeyConv2d]) -> dict[str, int]:
+    """The numbers trained and stored, with ordinary depthwise kernels and now."""
+    stored = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    own = [p for layer in layers for name, p in layer.named_parameters(recurse=False) if name != "bias"]
+    kernels = sum(layer.out_channels * layer.keys[0].numel() for layer in layers)
+    compact = sum(getattr(layer, name).numel() for layer in layers for name in layer.compact_entries if name != "r2")
+    others = stored - sum(p.numel() for p in own)
+    return {
+        "trainable_before": trainable - sum(p.numel() for p in own if p.requires_grad) + kernels,
+        "trainable_after": trainable,
+        "stored_before": others + kernels,
+        "stored_after": others + compact,
+    }
+
+
+def _operators(dense: nn.Module, names: list[str]) -> tuple[OperatorReport, ...]:
+    """How many kernels of the named layers resemble each operator, and none."""
+    modules = dict(dense.named_modules())
+    missing = [name for name in names if not isinstance(modules.get(name), nn.Conv2d)]
+    if missing:
+        raise ConversionError(f"The dense model has no convolution '{missing[0]}'. Give the one this was made from.")
+    weights = [modules[name].weight.detach().float() for name in names]
+    r2, operator, sigma, orientation, aside = _fit_operators(weights)
+    chance = torch.stack([len(weight) * _chance(*weight.shape[2:]) for weight in weights]).sum(0) / len(r2)
+    best = r2.amax(1)
+    rows = []
+    for index, title in enumerate((*OPERATORS, "none")):
+        own = operator == index
+        low, middle, high = sigma[own].quantile(sigma.new_tensor([0.1, 0.5, 0.9])).tolist() if own.any() else _NONE
+        off = (orientation[own] + 45) % 90 - 45
+        rows.append(
+            OperatorReport(
+                operator=title,
+                kernels=int(own.sum()),
+                share=float(own.sum()) / max(1, int((operator >= 0).sum())),
+                chance=float(chance[index]),
+                mean_r2=float(best[own].mean()),
+                sigma=(low, middle, high),
+                upright=float((off.abs() <= 10).double().mean()) if "derivative" in title else math.nan,
+                half_pixel=float(aside[own].double().mean()) if title == "1st derivative" else math.nan,
+            )
+        )
+    return tuple(rows)
+
+
+def _fit_operators(weights: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """R2, operator (one past the last where no fit is above .5), sigma, orientation, half_pixel of all kernels."""
+    fits = [fit_operators(weight) for weight in weights]
+    r2, operator, *rest = (
+        torch.cat([getattr(fit, field) for fit in fits])
+        for field in ("r2", "operator", "sigma", "orientation", "half_pixel")
+    )
+    return r2, torch.where(r2.amax(1) > 0.5, operator, len(OPERATORS)).where(operator >= 0, operator), *rest
+
+
+@lru_cache(maxsize=16)
+def _chance(height: int, width: int) -> torch.Tensor:
+    """The share of random kernels that resemble each operator, and none, (5,)."""
+    _, operator, *_ = _fit_operators(
+        [torch.randn(1000, height, width, generator=torch.Generator().manual_seed(0), device="cpu")]
+    )
+    return torch.bincount(operator, minlength=len(OPERATORS) + 1) / len(operator)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null instead."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

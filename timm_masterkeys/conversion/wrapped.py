@@ -1,0 +1,76 @@
+"""What stands around a model: wrappers, averages, shards, compilation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..errors import ConversionError
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel, ModelEmaV2, ModelEmaV3)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of ``torch.compile``, (Distributed)DataParallel and averages of weights."""
+    inner: Any = model
+    while True:
+        if isinstance(inner, _WRAPPERS):
+            inner = inner.module
+        elif isinstance(inner, ModelEma):
+            inner = inner.ema
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        else:
+            return inner
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raises ConversionError if layers replaced now would escape a wrapper that has the old ones."""
+    kind = type(model).__name__
+    if unwrapped(model) is not model:
+        raise ConversionError(
+            f"Got a {kind}, which has taken hold of the layers as they are, expected the model in it. Convert or fuse "
+            "that, then wrap, compile or average it anew."
+        )
+    if is_sharded(model):
+        raise ConversionError(
+            f"The parameters of this {kind} are sharded, expected whole ones. Convert or fuse a model first, then "
+            "shard it; a sharded one's full state dict can be loaded into one that is not."
+        )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP has taken the model's parameters apart."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters()) or any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
+    )
+
+
+def quantised_entry(model: nn.Module) -> str:
+    """The first entry of a state dict that is no ordinary tensor, with what it is; empty if all are ordinary."""
+    for name, value in model.state_dict().items():
+        if type(value) is not torch.Tensor or value.is_quantized:
+            kind = type(value).__name__
+            return f"{name} is a quantised tensor" if kind == "Tensor" else f"{name} is of type {kind}"
+    return ""
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode, and nothing compiled, as that passes by hooks; every module gets its own mode back."""
+    before = [(m, m.training, m._compiled_call_impl) for model in models for m in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        for module, _, compiled in before:
+            if compiled is not None:
+                module._compiled_call_impl = None
+        yield
+    finally:
+        for module, module.training, compiled in before:
+            if compiled is not None:
+                module._compiled_call_impl = compiled

@@ -1,0 +1,244 @@
+"""The two weight files of a converted model: dense for stock timm, compact for the exact conversion.
+
+A compact file is a safetensors file. Its tensors are ``<layer>.<entry>`` for each entry of each converted layer
+(``keys``, ``key_index``, ``scale``, ``shift``, ``r2``, and ``log_sigma`` where kernels have sigmas) and
+``banks.<digest>``, the keys of each bank at their own size (float64). Its metadata has one entry, ``timm_masterkeys``:
+JSON with ``format_version``, ``banks`` (name, source, licence and resize by digest) and ``layers`` (settings by name,
+see ``LayerSettings``).
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..conversion.apply import converted_layers, describe, make_layers, replace_layers
+from ..conversion.config import LayerSettings
+from ..conversion.plan import flat_name, is_feature_extractor
+from ..conversion.wrapped import check_unwrapped, unwrapped
+from ..errors import BankError, CheckpointError, ConversionError
+from ..files import atomic_path
+from ..keys.banks import KeyBank
+from ..layers import MasterKeyConv2d, Trainable
+
+DENSE_NAME = "model.safetensors"
+COMPACT_NAME = "masterkeys.safetensors"
+FORMAT_VERSION = 1
+
+_METADATA = "timm_masterkeys"
+
+
+@dataclass(frozen=True)
+class Compact:
+    """What a compact file holds.
+
+    Attributes:
+        layers: Settings by the name of the layer.
+        entries: By the name of the layer, its entries.
+    """
+
+    layers: Mapping[str, LayerSettings]
+    entries: Mapping[str, Mapping[str, torch.Tensor]]
+
+    @property
+    def banks(self) -> set[KeyBank]:
+        """The banks of the layers."""
+        return {settings.bank for settings in self.layers.values()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The coarsest type that the scales were saved in."""
+        return max((entries["scale"].dtype for entries in self.entries.values()), key=lambda t: torch.finfo(t).eps)
+
+
+def describe_layers(layers: Mapping[str, LayerSettings]) -> dict[str, Any]:
+    """The settings of layers as JSON data: the banks by their digest, and each layer's settings."""
+    banks = sorted({settings.bank for settings in layers.values()}, key=lambda bank: bank.name)
+    return {
+        "format_version": FORMAT_VERSION,
+        "banks": {
+            bank.digest: {"name": bank.name, "source": bank.source, "licence": bank.licence, "resize": bank.resize}
+            for bank in banks
+        },
+        "layers": {name: settings.to_dict() for name, settings in layers.items()},
+    }
+
+
+def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes the exact compact form of the converted layers: banks, keys, key_index, scale, shift, r2. Atomic.
+
+    Args:
+        model: A converted model. Not changed.
+        path: A ``.safetensors`` file.
+
+    Raises:
+        ConversionError: The model holds no MasterKeyConv2d, or is an average of networks with different keys.
+        OSError: The file cannot be written.
+
+    Example:
+        >>> save_compact(model, "masterkeys.safetensors")
+    """
+    model = unwrapped(model)
+    layers, settings = converted_layers(model), describe(model)
+    if not layers:
+        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
+    tensors = {f"banks.{s.bank.digest}": torch.from_numpy(s.bank.keys.copy()) for s in settings.values()}
+    for name, layer in layers.items():
+        layer.check_keys()
+        entries = {entry: getattr(layer, entry) for entry in layer.compact_entries} | {"key_index": layer.key_rows()}
+        tensors |= {f"{name}.{entry}": v.detach().cpu().contiguous().clone() for entry, v in entries.items()}
+    with atomic_path(path) as tmp:  # one metadata entry: safetensors writes several in random order
+        save_file(tensors, tmp, {_METADATA: json.dumps(describe_layers(settings))})
+
+
+def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trainable | None = None) -> None:
+    """Turns the layers of a dense model that a compact file lists into MasterKeyConv2d, bit for bit. In place.
+
+    Args:
+        model: A model that holds the dense weights saved with the file; also its ``features_only`` form.
+        path: A file written by ``save_compact``.
+        trainable: Overrides the saved mode.
+
+    Raises:
+        CheckpointError: Not such a file, a newer format, layers the model lacks, or kernels that disagree with the
+            model's dense ones. The model is then as it was.
+        ConversionError: A ``trainable`` that the file's layers do not have, or a wrapped or sharded model.
+
+    Example:
+        >>> load_compact(dense_model, "masterkeys.safetensors")
+    """
+    check_unwrapped(model)
+    compact = read_compact(path)
+    try:
+        new = _make_layers(model, compact, trainable)
+        for here, layer in new.items():
+            if not _agree(layer, model.get_submodule(here).weight.detach(), compact.dtype):  # type: ignore[operator]
+                raise CheckpointError(
+                    f"It disagrees with the dense weights of {here}: the two are not of one conversion. Get both again."
+                )
+    except CheckpointError as error:
+        raise CheckpointError(f"'{path}' does not fit. {error}") from None
+    replace_layers(model, new)
+
+
+def restore_layers(
+    model: nn.Module, compact: Compact, trainable: Trainable | None = None, random: bool = False
+) -> None:
+    """Converts a dense model as a compact file says, without a look at its dense kernels. In place.
+
+    Args:
+        model: As for ``load_compact``.
+        compact: What the file holds.
+        trainable: As for ``load_compact``.
+        random: Take only the settings; keys are drawn, for training from scratch.
+
+    Raises:
+        CheckpointError, ConversionError: As for ``load_compact``; the model is then as it was.
+    """
+    replace_layers(model, _make_layers(model, compact, trainable, random))
+
+
+def _make_layers(
+    model: nn.Module, compact: Compact, trainable: Trainable | None, random: bool = False
+) -> dict[str, MasterKeyConv2d]:
+    """The layers of a compact file, by the names they have in this model; arguments as for ``restore_layers``."""
+    names = names_in(model, compact.layers)
+    layers = {
+        here: replace(compact.layers[name], trainable=trainable or compact.layers[name].trainable)
+        for name, here in names.items()
+    }
+    return make_layers(
+        model, layers, "random" if random else {here: compact.entries[name] for name, here in names.items()}
+    )
+
+
+def read_compact(path: str | os.PathLike[str]) -> Compact:
+    """Reads a compact file.
+
+    Raises:
+        CheckpointError: Not such a file, a newer format, or a damaged one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"Cannot read '{path}': {error}. Expected a file written by save_compact.") from error
+    if _METADATA not in metadata:
+        raise CheckpointError(f"'{path}' is no compact masterkeys file. Expected one written by save_compact.")
+    try:
+        about = json.loads(metadata[_METADATA])
+        check_version(path, about)
+        banks = {digest: _bank(digest, bank, tensors) for digest, bank in about["banks"].items()}
+        layers = {name: LayerSettings.from_dict(data, banks) for name, data in about["layers"].items()}
+    except (CheckpointError, BankError) as error:
+        raise CheckpointError(f"'{path}': {error}") from None
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"'{path}' is damaged ({type(error).__name__}: {error}). Get the file again.") from None
+    if not layers:
+        raise CheckpointError(f"'{path}' lists no layer. Expected a file written by save_compact.")
+    entries: dict[str, dict[str, torch.Tensor]] = {name: {} for name in layers}
+    for name, tensor in tensors.items():
+        layer, _, entry = name.rpartition(".")
+        if layer in entries:
+            if entry != "key_index" and not tensor.is_floating_point():
+                raise CheckpointError(f"'{path}' is damaged: {name} is {tensor.dtype}. Get the file again.")
+            entries[layer][entry] = tensor
+    return Compact(layers, entries)
+
+
+def check_version(path: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless this version reads what ``about`` describes."""
+    version = about.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"'{path}' has format version {version}, this one reads up to {FORMAT_VERSION}. Upgrade timm_masterkeys."
+        )
+
+
+def names_in(model: nn.Module, layers: Mapping[str, LayerSettings]) -> dict[str, str]:
+    """The names that layers of a saved model have in this one, by their saved name.
+
+    A ``features_only`` model has other names, and lacks the stages that were not asked for.
+
+    Raises:
+        CheckpointError: A layer that the model does not have, or that is converted already.
+    """
+    convs = {flat_name(name): name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    names = {name: convs[flat_name(name)] for name in layers if flat_name(name) in convs}
+    missing = [name for name in layers if name not in names]
+    if missing and not is_feature_extractor(model):
+        raise CheckpointError(f"The model has no layer {missing[0]}, which was converted. Use the model it came with.")
+    for name in names.values():
+        if isinstance(model.get_submodule(name), MasterKeyConv2d):
+            raise CheckpointError(f"{name} is converted already: compact files go with the dense model.")
+    return names
+
+
+def _bank(digest: str, about: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> KeyBank:
+    keys = tensors.pop(f"banks.{digest}", None)
+    if keys is None:
+        raise CheckpointError(f"lacks the keys of bank '{about['name']}'. Get the file again.")
+    bank = KeyBank(about["name"], keys.numpy(), about["source"], about["licence"], about["resize"])
+    if bank.digest != digest:
+        raise CheckpointError(f"bank '{bank.name}' does not match its digest. Get the file again.")
+    return bank
+
+
+def _agree(layer: MasterKeyConv2d, weight: torch.Tensor, saved: torch.dtype) -> bool:
+    """Whether a dense weight has the kernels of a layer, up to the rounding of its dtype, and of those saved."""
+    if weight.is_meta:
+        return True
+    kernels = layer.compose_weight().detach().double().cpu().flatten(1)
+    scale = layer.scale.detach().double().cpu().view(len(kernels), -1)
+    size = 8 * scale.abs().sum(1, keepdim=True) + kernels.abs()  # keys have norm 1: no tap of a term is larger
+    tolerance = sum(
+        8 * dtype.eps * (size + dtype.tiny) for dtype in map(torch.finfo, (saved, layer.scale.dtype, weight.dtype))
+    )
+    return bool(((weight.double().cpu().flatten(1) - kernels).abs() <= tolerance).all())

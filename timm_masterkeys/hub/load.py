@@ -1,0 +1,163 @@
+"""Loads saved models: finds their files, in a folder or on the Hub, and converts a dense model as they were."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from torch import nn
+
+from ..conversion.config import MasterKeysConfig
+from ..conversion.record import CalibrationRecord, Record, Source, restore_record
+from ..errors import CheckpointError
+from ..files import file_sha256
+from ..layers import Trainable
+from .files import COMPACT_NAME, DENSE_NAME, Compact, check_version, read_compact, restore_layers
+
+SECTION = "masterkeys"  # of config.json
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """The files of a saved model, on this machine.
+
+    Attributes:
+        folder: Where they are.
+        about: The section ``masterkeys`` of ``config.json``.
+    """
+
+    folder: Path
+    about: Mapping[str, Any]
+
+    @property
+    def dense(self) -> Path:
+        """The dense weights."""
+        return self.folder / DENSE_NAME
+
+    def check(self, *names: str) -> None:
+        """Raises CheckpointError unless these files are those that ``config.json`` speaks of."""
+        for name in names:
+            path = self.folder / name
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{name} is missing beside '{self.folder / 'config.json'}', which speaks of it: the exact "
+                    "conversion is lost. Get it again, or save the model again."
+                )
+            try:
+                expected = self.about["files"][name]
+            except (LookupError, TypeError) as error:
+                raise CheckpointError(f"'{self.folder / 'config.json'}' is damaged ({error!r}).") from None
+            if file_sha256(path) != expected:
+                raise CheckpointError(
+                    f"'{path}' is not the file that config.json speaks of (its SHA-256 differs): damaged, altered, or "
+                    "the files are not of one conversion. Get all of them again, or save the model again."
+                )
+
+
+def find_saved(cfg: Mapping[str, Any], cache_dir: Any = None, weights: bool = True) -> SavedModel | None:
+    """The saved model that a ``pretrained_cfg`` leads to, its files checked; on the Hub, they are downloaded.
+
+    Args:
+        cfg: With ``source`` "local-dir" and ``file``, or "hf-hub" and ``hf_hub_id``; timm has just read it.
+        cache_dir: The Hub's cache.
+        weights: The dense weights are needed too.
+
+    Returns:
+        None if there is no ``masterkeys`` section: it is no converted model, or not saved by this package.
+
+    Raises:
+        CheckpointError: A file that is missing, damaged, or of another conversion; or the Hub does not answer.
+    """
+    folder = Path(cfg["file"]) if cfg["source"] == "local-dir" else _cached_folder(cfg["hf_hub_id"], cache_dir)
+    about = read_section(folder / "config.json")
+    if about is None:
+        return None
+    names = (COMPACT_NAME, DENSE_NAME) if weights else (COMPACT_NAME,)
+    if cfg["source"] != "local-dir":
+        for name in names:
+            _download(cfg["hf_hub_id"], name, folder, cache_dir)
+    saved = SavedModel(folder, about)
+    saved.check(*names)
+    return saved
+
+
+def load_layers(
+    model: nn.Module, saved: SavedModel, trainable: Trainable | None = None, *, random: bool = False
+) -> nn.Module:
+    """Converts a dense model, which has the saved dense weights, as it was saved, bit for bit. In place.
+
+    Args:
+        model: The dense model; also its ``features_only`` form.
+        saved: From ``find_saved``.
+        trainable: Overrides the saved mode.
+        random: Take only the settings: keys are drawn, for training from scratch.
+
+    Raises:
+        CheckpointError: A compact file that does not fit. The model is then as it was.
+        ConversionError: A ``trainable`` that the saved layers do not have.
+    """
+    compact = read_compact(saved.folder / COMPACT_NAME)
+    restore_layers(model, compact, trainable, random)
+    if not random:
+        restore_record(model, read_saved_record(saved, compact))
+    return model
+
+
+def read_saved_record(saved: SavedModel, compact: Compact) -> Record:
+    """What was known of the saved model.
+
+    Raises:
+        CheckpointError: A section that is not as ``save_pretrained`` writes it.
+    """
+    try:
+        about = saved.about
+        return Record(
+            tuple(MasterKeysConfig.from_dict(config, compact.banks) for config in about["conversions"]),
+            Source(**about["source"]) if about["source"] else None,
+            about["keys"],
+            CalibrationRecord(**about["calibration"]) if about["calibration"] else None,
+        )
+    except (LookupError, TypeError, ValueError, CheckpointError) as error:
+        raise CheckpointError(f"'{saved.folder / 'config.json'}' is damaged ({error!r}).") from None
+
+
+def read_section(config: Path) -> Mapping[str, Any] | None:
+    """The ``masterkeys`` section of a config.json; None if there is none.
+
+    Raises:
+        CheckpointError: A section that this version cannot read.
+    """
+    if not config.is_file():
+        return None
+    try:
+        about = json.loads(config.read_text(encoding="utf-8")).get(SECTION)
+        if about is not None:
+            check_version(config, about)
+    except (AttributeError, ValueError) as error:
+        raise CheckpointError(f"'{config}' is damaged ({error!r}). Get it again, or save the model again.") from None
+    return about
+
+
+def _cached_folder(hub_id: str, cache_dir: Any) -> Path:
+    """The snapshot of a repository in the cache, of the revision that timm has just read ``config.json`` of."""
+    repo_id, _, revision = hub_id.partition("@")
+    found = try_to_load_from_cache(repo_id, "config.json", cache_dir=cache_dir, revision=revision or None)
+    if not isinstance(found, str):
+        raise CheckpointError(f"config.json of {hub_id} is not in the cache. Load the model by its name.")
+    return Path(found).parent
+
+
+def _download(hub_id: str, name: str, folder: Path, cache_dir: Any) -> None:
+    """A file of the snapshot's commit, so that all are of one commit; if it is there, the Hub is asked nothing."""
+    repo_id = hub_id.partition("@")[0]
+    try:
+        hf_hub_download(repo_id, name, revision=folder.name, cache_dir=cache_dir)
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"Cannot get {name} of {repo_id}: the Hub does not answer and the cache does not have it. Try again online."
+        ) from error
+    except EntryNotFoundError:
+        pass  # ``SavedModel.check`` tells

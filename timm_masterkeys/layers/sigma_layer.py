@@ -1,0 +1,102 @@
+"""The layer that learns a scale for each of its kernels, as in the scale-space paper."""
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import ConversionError
+from ..keys.banks import KeyBank, get_bank
+from ..keys.gaussian_banks import SIGMAS
+from ..keys.sigma_fit import SMALLEST, fit_scales, scaled_kernels
+from .masterkey import COMPACT_ENTRIES, MasterKeyConv2d, Trainable, fitted_entries
+
+
+class ScaledKeyConv2d(MasterKeyConv2d):
+    """A MasterKeyConv2d whose keys have a scale of their own in each channel, learned as in the scale-space paper.
+
+    Each channel keeps one of the eight operators of the ``scale-space-*`` banks (Lindeberg et al., JMIV 68(3), 2026)
+    and its scale; with ``trainable="scales"`` it learns sigma_x, sigma_y and shift. The sigmas are positive by
+    construction, the key is normalised (mean 0, norm 1) at any of them, and gamma of key 7 stays 1/2.
+    ``convert_to_masterkeys`` makes these layers for ``trainable="scales"``, the sigmas fitted to each kernel by least
+    squares, or, for training from scratch, as in the bank.
+
+    Args:
+        As for ``MasterKeyConv2d``, with ``bank`` one of the ``scale-space-*`` and one key per kernel.
+
+    Attributes:
+        log_sigma: (out_channels * 2,), the logarithms of sigma_x and sigma_y in taps, channel by channel; a parameter
+            if trainable is "scales", else a buffer.
+        operators: Which of the eight keys, from 0, each row of ``keys`` is.
+
+    Raises:
+        ConversionError: Another bank, or several keys per kernel.
+
+    Example:
+        >>> conv = ScaledKeyConv2d(96, 96, 7, padding=3, bank="scale-space-b", trainable="scales")
+        >>> conv.log_sigma.exp().view(96, 2)  # sigma_x, sigma_y
+    """
+
+    compact_entries: ClassVar[tuple[str, ...]] = (*COMPACT_ENTRIES, "log_sigma")
+
+    log_sigma: torch.Tensor
+    operators: list[int]
+
+    @staticmethod
+    def check_settings(bank: KeyBank, keys_per_kernel: int) -> None:
+        """Raises ConversionError unless the bank's keys have sigmas, and each kernel one key."""
+        names = [f"scale-space-{method}" for method in SIGMAS]
+        keys = get_bank(bank.name).keys if bank.name in names else bank.keys[:0]
+        # The keys are computed: another numpy's differ in the last digit.
+        if bank.keys.shape != keys.shape or not np.allclose(bank.keys, keys, rtol=0, atol=1e-9):
+            raise ConversionError(
+                f"Bank '{bank.name}' has no scales to learn, expected bank (mk_bank) one of {', '.join(names)}; or "
+                "convert without trainable='scales'; fuse_masterkeys(model) gives layers without a bank."
+            )
+        if keys_per_kernel != 1:
+            raise ConversionError(f"keys_per_kernel is {keys_per_kernel}, expected 1 where scales are learned.")
+
+    def _replace(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
+        self.check_settings(bank, keys_per_kernel)
+        super()._replace(conv, bank, keys_per_kernel, "none")
+        self.operators = list(bank.kept(self.kernel_size))  # type: ignore[arg-type]
+        self.register_buffer("log_sigma", self.scale.new_zeros(2 * self.out_channels))
+        self.set_trainable(trainable, requires_grad=conv.weight.requires_grad)
+
+    def set_trainable(self, trainable: Trainable, requires_grad: bool = True) -> None:
+        """As for a MasterKeyConv2d; "scales" trains sigmas and shift, the others leave the sigmas as they are."""
+        super().set_trainable(trainable, requires_grad)
+        if "log_sigma" in self._parameters or "log_sigma" in self._buffers:  # not yet while it is made
+            self._trains("log_sigma", trainable == "scales", requires_grad)
+
+    @torch.no_grad()
+    def reset_parameters(self, weight: torch.Tensor | None = None) -> None:
+        """As for a MasterKeyConv2d; sigmas as in the bank. In place."""
+        super().reset_parameters(weight)
+        values = [float(sigma) for sigma in SIGMAS[self.bank.name.removeprefix("scale-space-")].split()]
+        sigmas = torch.tensor(values, device=self.keys.device)
+        nominal = sigmas.clamp_min(SMALLEST).log().view(8, 2)[self.operators]
+        self.log_sigma.copy_(nominal[self.key_rows()[:, 0]].flatten())
+
+    def check_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> list[str]:
+        """As for a MasterKeyConv2d; entries of a layer with fixed scales, or sigmas that are not finite, do not fit."""
+        log_sigma = state_dict.get(prefix + "log_sigma")
+        if log_sigma is None and all(prefix + name in state_dict for name in COMPACT_ENTRIES):
+            return [f"{prefix}log_sigma: missing, not made with trainable='scales'; load the dense weights."]
+        if log_sigma is not None and not log_sigma.is_meta and not log_sigma.isfinite().all():
+            return [f"{prefix}log_sigma: holds NaN or Inf; repair the checkpoint first."]
+        return super().check_state_dict(state_dict, prefix)
+
+    def fitted(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        projection, log_sigma = fit_scales(weight, tuple(self.operators))
+        return {**fitted_entries(projection), "log_sigma": log_sigma.flatten()}
+
+    def _compose(self, rows: torch.Tensor) -> torch.Tensor:
+        operator = torch.tensor(self.operators, device=self.scale.device)[rows[:, 0]]
+        keys = scaled_kernels(operator, self.log_sigma.view(-1, 2), self.kernel_size[0], self.kernel_size[1])
+        return (keys * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)).unsqueeze(1)
+
+    def _trained_forward(self, input: torch.Tensor) -> torch.Tensor:
+        # The sigmas' gradient needs the whole weight gradient, so autograd it is.
+        return self._conv_forward(input, self.compose_weight(), self.bias)

@@ -1,0 +1,243 @@
+"""Dense weights, converted and calibrated once, then kept in the cache: what ``pretrained=True`` gives a ``.mk8`` name.
+
+An entry of the cache stands for the dense weights it was made from. A call loads it as it would load those: with its
+own head, input channels and preprocessing. So an entry depends on nothing but what its key covers.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors.torch import save_file
+from timm.models import PretrainedCfg
+from torch import nn
+
+from ..calibration.agreement import convert_to_agreement
+from ..calibration.calibrate import calibrate_masterkeys
+from ..calibration.images import BUILTIN, photographs_sha256
+from ..conversion.apply import describe
+from ..conversion.config import MasterKeysConfig
+from ..conversion.convert import convert, fuse_masterkeys
+from ..conversion.record import read_record, write_record
+from ..errors import CheckpointError
+from ..files import file_sha256, folder_sha256, os_errors, tensors_sha256
+from ..hub.files import COMPACT_NAME, DENSE_NAME, describe_layers, save_compact
+from ..hub.load import SECTION, SavedModel, read_section
+from .cache import MARK, cache_folder, cached_folder, temporary_folder
+from .call import Call
+
+_logger = logging.getLogger(__name__)
+
+CALIBRATION = 4  # counts up whenever calibration gives other networks
+
+_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # of the images
+_READING = ("custom_load", "first_conv", "classifier")  # how timm reads the weights
+
+
+@contextmanager
+def calibrated(call: Call, state: Mapping[str, Any] | None, images: str) -> Iterator[SavedModel]:
+    """The calibrated network of a call's dense weights, as a saved model; made first if it is not in the cache.
+
+    Args:
+        call: The call.
+        state: The dense weights' state dict, if they are not timm's own.
+        images: "builtin", or the path of a folder.
+
+    Raises:
+        MasterKeysError: As ``calibrate_masterkeys`` and ``convert_to_agreement``.
+    """
+    shape = _own_shape(call, state)
+    built: list[nn.Module] = []
+    digest = key = None
+    with suppress(TypeError):  # something of the weights, or of the arguments, cannot be told from others like it
+        digest = _weights_sha256(call) or ""
+        key = _key(call, shape, digest, images)
+    if digest == "":  # not here yet: building the network fetches it
+        built.append(_undisturbed(partial(_build, call, shape)))
+        digest = _weights_sha256(call) or tensors_sha256(built[0].state_dict())
+        key = key and {**key, "weights": digest}
+
+    def make() -> nn.Module:
+        return _undisturbed(lambda: _calibrate(call, built.pop() if built else _build(call, shape), images, digest))
+
+    with _folder(call, key, make) as folder:
+        about = read_section(folder / "config.json")
+        assert about is not None
+        yield SavedModel(folder, about)
+
+
+def _folder(call: Call, key: Any, make: Callable[[], nn.Module]) -> AbstractContextManager[Path]:
+    """The entry with this key; without one, a folder that lasts as long as the context."""
+    if key is None:
+        _logger.warning("%s: its arguments cannot be compared with those of other calls: it is not kept.", call.name)
+        return temporary_folder(make(), partial(_save, None))
+    short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    root = cache_folder(call.cache_dir)
+    return cached_folder(root, f"{call.name}-{short}", make, partial(_save, key), _usable)
+
+
+def _key(call: Call, shape: tuple[int, int], digest: str, images: str) -> dict[str, Any] | None:
+    """All that an entry depends on, as JSON data; None where what the weights lack may be random.
+
+    Raises:
+        TypeError: An argument cannot be told from others like it.
+    """
+    if call.kwargs.get("pretrained_strict", True):
+        return {
+            "calibration": CALIBRATION,
+            "timm": timm.__version__,
+            "architecture": call.arch,
+            "arguments": _as_json(call.arguments),
+            "weights": digest,
+            "in_chans, num_classes": shape,
+            "reading": _as_json([getattr(call.cfg, name) for name in _READING]),
+            "preprocessing": _as_json([getattr(call.cfg, name) for name in _PREPROCESSING]),
+            "source": _as_json(call.source.__dict__),
+            "images": photographs_sha256() if images == BUILTIN else folder_sha256(images),
+            "origin": images if images == BUILTIN else os.path.basename(images),
+            "conversion": _shared_config(call).to_dict(),
+            "flat_names": call.flat_names and bool(call.config.include or call.config.exclude),
+        }
+    return None
+
+
+def _shared_config(call: Call) -> MasterKeysConfig:
+    """The conversion of an entry: what trains is chosen when it is loaded, but for sigmas, which are fitted."""
+    trainable = call.config.trainable
+    return replace(call.config, trainable=trainable if trainable == "scales" else "shift")
+
+
+def _as_json(value: Any) -> Any:
+    """An argument as JSON data. Classes and functions of torch and timm go by their names; TypeError for others."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {"mapping": [[_as_json(name), _as_json(item)] for name, item in value.items()]}
+    if isinstance(value, partial):
+        return {"partial": [_as_json(part) for part in (value.func, value.args, value.keywords)]}
+    module, name = getattr(value, "__module__", None) or "", getattr(value, "__qualname__", "")
+    if module.partition(".")[0] in ("torch", "timm") and name and "<" not in name:
+        return {"name": f"{module}.{name}"}
+    raise TypeError(f"{value!r} cannot be told from others like it")
+
+
+def _own_shape(call: Call, state: Mapping[str, Any] | None) -> tuple[int, int]:
+    """Input channels and classes of the weights themselves, whatever the call makes of them."""
+    cfg, state = call.cfg, state or {}
+    stem, head = (state.get(f"{_first(name)}.weight") for name in (cfg.first_conv, cfg.classifier))
+    channels = cfg.input_size[0] if stem is None else stem.shape[1]
+    if head is not None:
+        return channels, len(head)
+    if stem is not None:  # the names are timm's: a checkpoint without a head
+        return channels, 0
+    registered: Any = timm.get_pretrained_cfg(call.name)
+    classes = cfg.num_classes if cfg.num_classes >= 0 else registered.num_classes
+    return channels, classes + (cfg.label_offset or 0)
+
+
+def _first(name: Any) -> str:
+    return name if isinstance(name, str) else next(iter(name or ()), "")
+
+
+def _build(call: Call, shape: tuple[int, int]) -> nn.Module:
+    """The dense network with the weights as they are: their own head and input channels."""
+    channels, classes = shape
+    size = (channels, *call.cfg.input_size[1:])
+    cfg = replace(call.cfg, input_size=size, num_classes=classes, label_offset=None)
+    own = replace(call, cfg=cfg, kwargs={**call.arguments, "cache_dir": call.cache_dir})
+    return own.build(True).eval()
+
+
+def _calibrate(call: Call, dense: nn.Module, images: str, digest: str | None) -> nn.Module:
+    """Converts and calibrates a dense network."""
+    _logger.warning(
+        "%s: calibrating with %s, once; it is kept in the cache afterwards (mk_calibrate=False turns it off).",
+        call.name,
+        "photographs that ship with timm_masterkeys" if images == BUILTIN else images,
+    )
+    config = _shared_config(call)
+    if config.agreement is None:
+        model = convert(dense, config, "project", flat_names=call.flat_names)
+        told = calibrate_masterkeys(model, dense, images).summary()
+    else:
+        settings = {name: getattr(config, name) for name in ("bank", "include", "exclude", "trainable")}
+        model, budget = convert_to_agreement(dense, config.agreement, images, **settings)
+        told = budget.summary()
+    _logger.warning("%s: calibrated %s.", call.name, told)
+    write_record(model, replace(read_record(model), source=replace(call.source, sha256=digest)))
+    return model
+
+
+def _save(key: Any, model: nn.Module, folder: Path) -> None:
+    """Writes an entry: a saved model without a cfg, which is the call's matter."""
+    dense = fuse_masterkeys(model).to(memory_format=torch.contiguous_format)
+    with os_errors():
+        save_file(dense.state_dict(), folder / DENSE_NAME)
+    save_compact(model, folder / COMPACT_NAME)
+    files = {name: file_sha256(folder / name) for name in (DENSE_NAME, COMPACT_NAME)}
+    section = {**describe_layers(describe(model)), **read_record(model).to_dict(), "files": files}
+    about = {"made_by": MARK, "key": key, SECTION: section}
+    (folder / "config.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+
+
+def _usable(folder: Path) -> bool:
+    """Whether the files of an entry are there, as they were saved."""
+    try:
+        about = read_section(folder / "config.json")
+        if about is not None:
+            SavedModel(folder, about).check(DENSE_NAME, COMPACT_NAME)
+        return about is not None
+    except (CheckpointError, OSError):
+        return False
+
+
+def _undisturbed(work: Callable[[], nn.Module]) -> nn.Module:
+    """Does work in float32 on the CPU, whatever mode torch is in, and without a trace in its random numbers."""
+    dtype = torch.get_default_dtype()
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.device("cpu"):
+        torch.set_default_dtype(torch.float32)
+        try:
+            return work()
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def _weights_sha256(call: Call) -> str | None:
+    """The SHA-256 of the weights that timm would load; None if they are not on this machine yet.
+
+    Raises:
+        TypeError: A state dict with something in it that has no digest.
+    """
+    cfg: PretrainedCfg = call.cfg
+    if cfg.state_dict:
+        return tensors_sha256(cfg.state_dict)
+    if cfg.file:
+        return file_sha256(cfg.file) if os.path.isfile(cfg.file) else None
+    if cfg.hf_hub_id:
+        repo_id, _, revision = cfg.hf_hub_id.partition("@")
+        names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+        for filename in names:
+            where: Any = {"cache_dir": call.cache_dir, "revision": revision or None}
+            path = try_to_load_from_cache(repo_id, filename, **where)
+            if isinstance(path, str):
+                blob = os.path.basename(os.path.realpath(path))  # of a large file its SHA-256 is the name
+                return blob if len(blob) == 64 else file_sha256(path)
+        return None
+    if cfg.url:
+        folder = call.cache_dir or os.path.join(torch.hub.get_dir(), "checkpoints")
+        path = os.path.join(folder, os.path.basename(str(cfg.url)))
+        return file_sha256(path) if os.path.isfile(path) else None
+    return None

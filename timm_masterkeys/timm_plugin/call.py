@@ -1,0 +1,216 @@
+"""What a call of ``timm.create_model`` asks of a ``.mk8`` name: weights, conversion, arguments of the network."""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import PretrainedCfg, load_model_config_from_hf, resolve_pretrained_cfg
+
+from ..calibration.images import BUILTIN
+from ..conversion.config import MasterKeysConfig
+from ..conversion.record import Source
+from ..errors import CheckpointError, ConversionError
+from . import compat
+from .published import published_source
+
+_logger = logging.getLogger(__name__)
+
+CALIBRATE_VARIABLE = "TIMM_MASTERKEYS_CALIBRATE"
+OFF = ("none", "false", "0", "no")
+
+_SETTINGS = tuple(field.name for field in fields(MasterKeysConfig))
+_LOCATION = ("source", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "custom_load")  # of a cfg's weights
+
+# Arguments that change nothing of the dense weights: an entry of the cache is loaded with them.
+_WHEN_LOADING = frozenset(
+    "num_classes in_chans global_pool drop_rate drop_path_rate drop_block_rate attn_drop_rate proj_drop_rate "
+    "features_only feature_cls out_indices cache_dir device dtype".split()
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call, sorted.
+
+    Attributes:
+        arch: The architecture.
+        stock: timm's own function that builds it.
+        cfg: The ``pretrained_cfg``, with the call's overlay.
+        registered: Whether the weights are those that timm has under this name.
+        given: The settings of the conversion that the call gave, by their names without ``mk_``.
+        calibrate: What it gave as ``mk_calibrate``; None if nothing.
+        kwargs: What goes to ``stock`` beside the cfg.
+    """
+
+    arch: str
+    stock: compat.Entrypoint
+    cfg: PretrainedCfg
+    registered: bool
+    given: Mapping[str, Any]
+    calibrate: Any
+    kwargs: Mapping[str, Any]
+
+    @cached_property
+    def config(self) -> MasterKeysConfig:
+        """The conversion that is asked for; a saved one takes no more than ``trainable`` of it.
+
+        Raises:
+            MasterKeysError: Settings that cannot be had.
+        """
+        return MasterKeysConfig(**self.given)
+
+    @property
+    def name(self) -> str:
+        """``arch.tag``."""
+        return f"{self.arch}.{self.cfg.tag}"
+
+    @property
+    def cache_dir(self) -> Any:
+        """Where weights are downloaded to; None for the default."""
+        return self.kwargs.get("cache_dir")
+
+    @property
+    def flat_names(self) -> bool:
+        """Whether patterns may be on names as in a ``features_only`` model."""
+        return bool(self.kwargs.get("features_only"))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that say what the dense network is, whatever head and input a call gives it."""
+        return {name: value for name, value in self.kwargs.items() if name not in _WHEN_LOADING}
+
+    @property
+    def source(self) -> Source:
+        """Whose the dense weights are, as far as it is known."""
+        if self.registered or self.cfg.source == "hf-hub":
+            return Source.from_cfg(self.cfg)
+        return Source(license=self.cfg.license if self.cfg.source == "local-dir" else None)
+
+    def build(self, pretrained: bool, **location: Any) -> Any:
+        """The dense network, by timm's own function.
+
+        Args:
+            pretrained: Load the weights.
+            location: ``file=`` or ``state_dict=``, where they are, if not where the cfg says.
+
+        Raises:
+            CheckpointError: A file that cannot be read.
+        """
+        cfg = replace(self.cfg, **{**dict.fromkeys(_LOCATION), "custom_load": False, **location} if location else {})
+        try:
+            model: Any = self.stock(pretrained=pretrained, pretrained_cfg=cfg, **self.kwargs)
+        except SafetensorError as error:
+            raise CheckpointError(f"Cannot read the weights of {self.name}: {error}. Get the file again.") from error
+        where = {name: getattr(self.cfg, name) for name in _LOCATION if name != "state_dict"}
+        for module in model.modules():  # a features_only wrapper and the model in it have a cfg each
+            own = getattr(module, "pretrained_cfg", None)
+            if isinstance(own, dict):
+                own.pop("state_dict", None)
+                own.update(where)
+                for name in [name for name, value in where.items() if value is None]:
+                    del own[name]
+        return model
+
+    def images(self) -> str | None:
+        """What to calibrate with: "builtin", the path of a folder, or None for no calibration.
+
+        Raises:
+            ConversionError: No such folder.
+        """
+        return None if torch.empty(0).is_meta else calibration_images(self.calibrate)
+
+    def tell_unused(self, why: str) -> None:
+        """Warns if the call asks for a calibration that there is none of."""
+        if self.calibrate is not None and not _is_off(self.calibrate):
+            _logger.warning("%s: mk_calibrate=%r has no effect: %s.", self.name, self.calibrate, why)
+
+
+def read_call(arch: str, stock: compat.Entrypoint, pretrained: bool, given: Mapping[str, Any]) -> Call:
+    """Sorts what a call gives; the cfg may come as a tag, a dict or a PretrainedCfg.
+
+    Args:
+        arch: The architecture.
+        stock: timm's own function that builds it.
+        pretrained: As for ``timm.create_model``.
+        given: What ``timm.create_model`` passes on.
+
+    Raises:
+        MasterKeysError: A name that is pointed at weights of another architecture.
+    """
+    kwargs = dict(given)
+    cfg, overlay = kwargs.pop("pretrained_cfg"), kwargs.pop("pretrained_cfg_overlay", None)
+    name = f"{arch}.{tag_of(cfg)}"
+    published = published_source(name) if pretrained or tag_of(cfg) not in compat.cfgs(arch) else None
+    resolved = resolve_pretrained_cfg(arch, cfg, overlay)
+    registered = timm.get_pretrained_cfg(name)
+    usual = registered is not None and _location(resolved) == _location(registered)
+    if pretrained and published and registered and usual:
+        resolved = _published_cfg(arch, published, resolved, registered, kwargs)
+    settings = {setting: kwargs.pop(f"mk_{setting}") for setting in _SETTINGS if f"mk_{setting}" in kwargs}
+    calibrate = kwargs.pop("mk_calibrate", None)
+    if isinstance(kwargs.get("pretrained_model_args"), dict):  # a published model's own arguments
+        arguments = kwargs["pretrained_model_args"].items()
+        kwargs["pretrained_model_args"] = {n: value for n, value in arguments if not n.startswith("mk_")}
+    return Call(arch, stock, resolved, usual, settings, calibrate, kwargs)
+
+
+def tag_of(cfg: Any) -> str | None:
+    """The pretrained tag of a ``pretrained_cfg`` as a call gives it: a tag, a dict or a PretrainedCfg."""
+    if isinstance(cfg, str):
+        return cfg
+    return cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", None)
+
+
+def calibration_images(given: Any = None, option: str = "mk_calibrate") -> str | None:
+    """What to calibrate with: ``"builtin"``, the path of a folder, or None for no calibration.
+
+    Args:
+        given: What the caller asks for: "builtin", True, False, "none" or a folder; if None, the environment variable
+            ``TIMM_MASTERKEYS_CALIBRATE`` is asked, and then it is "builtin".
+        option: What the caller knows it by, for errors.
+
+    Raises:
+        ConversionError: No such folder.
+    """
+    asked = os.environ.get(CALIBRATE_VARIABLE) or BUILTIN if given is None else given
+    if asked is True or asked == BUILTIN:
+        return BUILTIN
+    if _is_off(asked):
+        return None
+    if not isinstance(asked, (str, os.PathLike)) or not os.path.isdir(asked):
+        name = option if given is not None else CALIBRATE_VARIABLE
+        raise ConversionError(
+            f"{name} is {asked!r}, expected a folder of images, 'builtin', or 'none' (False) for no calibration."
+        )
+    return os.path.abspath(asked)
+
+
+def _is_off(asked: Any) -> bool:
+    return asked is False or (isinstance(asked, str) and asked.lower() in OFF)
+
+
+def _location(cfg: PretrainedCfg) -> list[Any]:
+    return [getattr(cfg, name) or None for name in _LOCATION]
+
+
+def _published_cfg(
+    arch: str, source: str, given: PretrainedCfg, registered: PretrainedCfg, kwargs: dict[str, Any]
+) -> PretrainedCfg:
+    """The cfg of published weights, with what the call changes; their arguments go among the call's, as in timm."""
+    cfg, architecture, model_args = load_model_config_from_hf(source, cache_dir=kwargs.get("cache_dir"))
+    if architecture != arch:
+        raise CheckpointError(
+            f"{source} holds a {architecture}, but a name of {arch} was pointed at it with use_weights."
+        )
+    changed = {field.name: getattr(given, field.name) for field in fields(PretrainedCfg)}
+    changed = {name: value for name, value in changed.items() if value != getattr(registered, name)}
+    kwargs["pretrained_model_args"] = dict(model_args or {})
+    for name, value in kwargs["pretrained_model_args"].items():
+        kwargs.setdefault(name, value)
+    return replace(PretrainedCfg(**cfg), **changed)

@@ -1,0 +1,195 @@
+"""The entry point of all ``.mk8`` names: from a call of ``timm.create_model`` to a network."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from timm.models import load_state_dict
+from torch import nn
+
+from ..conversion.config import LayerSettings
+from ..conversion.convert import convert
+from ..conversion.plan import resolve
+from ..conversion.record import Record, write_record
+from ..conversion.report import conversion_report
+from ..errors import CheckpointError, ConversionError
+from ..hub.files import DENSE_NAME, Compact, names_in, restore_layers
+from ..hub.load import SavedModel, find_saved, load_layers
+from ..layers import COMPACT_ENTRIES
+from . import compat
+from .calibrated import calibrated
+from .call import Call, read_call
+
+_logger = logging.getLogger(__name__)
+
+
+def create(arch: str, stock: compat.Entrypoint, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
+    """Builds the network that a call asks for.
+
+    Args:
+        arch: The architecture.
+        stock: timm's own function that builds it.
+        pretrained: As for ``timm.create_model``.
+        kwargs: What ``timm.create_model`` passes on, with the settings of the conversion (``mk_...``) among it.
+
+    Raises:
+        MasterKeysError: Settings that cannot be had, or weights that cannot be loaded.
+    """
+    call = read_call(arch, stock, pretrained, kwargs)
+    if saved := _find_saved(call, pretrained):
+        return _load_saved(call, saved, pretrained)
+    if not pretrained:
+        return _initialize(call)
+    state = _own_weights(call)
+    if state and _compact_entries(state):
+        return _load_checkpoint(call, state)
+    if (call.cfg.has_weights or call.cfg.state_dict) and not call.cfg.source and (images := call.images()):
+        with calibrated(call, state, images) as entry:
+            return _load(call, entry)
+    return _convert_only(call)
+
+
+def _find_saved(call: Call, pretrained: bool) -> SavedModel | None:
+    """The converted model that was saved where the call's weights are, if that is a folder or a repository."""
+    if call.cfg.source not in ("hf-hub", "local-dir"):
+        return None
+    return find_saved(call.cfg.to_dict(), call.cache_dir, weights=pretrained)
+
+
+def _load_saved(call: Call, saved: SavedModel, pretrained: bool) -> nn.Module:
+    """The network as it was saved; without its weights, the settings alone are taken."""
+    fixed = sorted(f"mk_{name}" for name in call.given.keys() - {"trainable"})
+    if fixed:
+        raise ConversionError(
+            f"{', '.join(fixed)} cannot change a saved conversion. Drop them, or convert the source weights anew."
+        )
+    call.tell_unused("these weights are of a converted model, and loaded as they were saved")
+    return _load(call, saved) if pretrained else load_layers(call.build(False), saved, _trainable(call), random=True)
+
+
+def _load(call: Call, saved: SavedModel) -> nn.Module:
+    """The network with saved weights: timm builds the dense one with them, then its layers are converted as saved."""
+    return load_layers(call.build(True, file=str(saved.dense)), saved, _trainable(call))
+
+
+def _trainable(call: Call) -> Any:
+    return call.given.get("trainable")
+
+
+def _initialize(call: Call) -> nn.Module:
+    """The network with random weights."""
+    _refuse_agreement(call)
+    call.tell_unused("there are no weights to calibrate without pretrained=True")
+    return convert(call.build(False), call.config, "random", inplace=True, flat_names=call.flat_names)
+
+
+def _convert_only(call: Call) -> nn.Module:
+    """The network with dense weights, projected on the keys and not calibrated; which is told."""
+    _refuse_agreement(call)
+    call.tell_unused("only weights that timm has under a name, or in a file or state dict, are calibrated")
+    model = convert(call.build(True), call.config, "project", inplace=True, flat_names=call.flat_names)
+    write_record(model, Record((call.config,), call.source))
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        report = conversion_report(model)
+        _logger.warning(
+            "%s: %s kernels of %d layers projected on bank %s, mean R2 %.2f, and NOT calibrated. One-shot conversion "
+            "costs accuracy: calibrate_masterkeys(model, dense_model, images), or fine-tune.",
+            call.name,
+            f"{report.total.channels:,}",
+            len(report.layers),
+            report.bank,
+            report.total.mean_r2,
+        )
+    return model
+
+
+def _refuse_agreement(call: Call) -> None:
+    if call.config.agreement is not None:
+        raise ConversionError(
+            "mk_agreement chooses keys by calibrating dense weights: it needs pretrained=True, a name without "
+            "published weights, and images (no mk_calibrate=False)."
+        )
+
+
+def _own_weights(call: Call) -> Mapping[str, Any] | None:
+    """The state dict of weights that are not timm's own: given as such, behind an address, in a file or a folder."""
+    cfg = call.cfg
+    if cfg.state_dict and not cfg.source:
+        return _unwrapped(cfg.state_dict)
+    if cfg.url and not (cfg.file or cfg.hf_hub_id or cfg.source or cfg.custom_load or call.registered):
+        where = {"model_dir": call.cache_dir, "map_location": "cpu", "weights_only": True}
+        return _unwrapped(torch.hub.load_state_dict_from_url(str(cfg.url), **where))
+    if cfg.source == "hf-hub":
+        path = _download(str(cfg.hf_hub_id), call.cache_dir)
+    else:
+        path = Path(cfg.file or "", DENSE_NAME if cfg.source == "local-dir" else "")
+    if cfg.custom_load or not path.is_file():
+        return None  # timm reads it, or says what is wrong
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+                if not any(name.endswith(".key_index") for name in names):  # then the shapes are all that is needed
+                    return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+        return load_state_dict(str(path))
+    except SafetensorError as error:
+        raise CheckpointError(f"Cannot read '{path}': {error}. Get the file again.") from error
+
+
+def _download(hub_id: str, cache_dir: Any) -> Path:
+    repo_id, _, revision = hub_id.partition("@")
+    try:
+        return Path(hf_hub_download(repo_id, DENSE_NAME, revision=revision or None, cache_dir=cache_dir))
+    except EntryNotFoundError:  # another format, maybe
+        return Path()
+
+
+def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict out of the checkpoint it is in, as timm's own functions take it out."""
+    inner = next((state[name] for name in ("state_dict", "model") if isinstance(state.get(name), Mapping)), None)
+    return state if inner is None else _unwrapped(inner)
+
+
+def _compact_entries(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """The entries of the converted layers in a state dict, by the name of the layer."""
+    names = [name.removesuffix(".key_index") for name in state if name.endswith(".key_index")]
+    entries = (*COMPACT_ENTRIES, "log_sigma")
+    return {name: {e: state[f"{name}.{e}"] for e in entries if f"{name}.{e}" in state} for name in names}
+
+
+def _load_checkpoint(call: Call, state: Mapping[str, Any]) -> nn.Module:
+    """The network with a checkpoint of a converted one: its layers, and the rest through timm's own loader."""
+    _refuse_agreement(call)
+    call.tell_unused("these weights are of a converted model, and loaded as they are")
+    entries = _compact_entries(state)
+    given = {f"{name}.{entry}" for name, found in entries.items() for entry in found}
+    rest = {name: value for name, value in state.items() if name not in given}
+    layers = {name: _layer_settings(call, name, found) for name, found in entries.items()}
+    for name, found in entries.items():  # in the kernels' places, until the layers are converted
+        rest[f"{name}.weight"] = found["scale"].new_zeros(len(found["key_index"]), 1, *found["keys"].shape[1:])
+    model = call.build(True, state_dict=rest)
+    planned = resolve(call.config, model, flat_names=call.flat_names).settings.keys()
+    here = set(names_in(model, layers).values())
+    if here - planned or (planned - here and (call.config.include or call.config.exclude)):
+        raise CheckpointError(
+            f"The weights are of a model converted in other layers than this one would be, as {min(here ^ planned)}. "
+            "Create it with the settings the checkpoint was made with (mk_include, mk_exclude)."
+        )
+    restore_layers(model, Compact(layers, entries))
+    write_record(model, Record((call.config,), call.source))
+    return model
+
+
+def _layer_settings(call: Call, name: str, entries: Mapping[str, torch.Tensor]) -> LayerSettings:
+    """The settings of a layer in a checkpoint: what the checkpoint tells, else what the call asks for."""
+    missing = [entry for entry in COMPACT_ENTRIES if entry not in entries]
+    if missing:
+        raise CheckpointError(f"The checkpoint lacks {', '.join(missing)} of {name}: the entries belong together.")
+    keys = call.config.keys_per_kernel if "keys_per_kernel" in call.given else entries["key_index"].shape[-1]
+    sigmas = "log_sigma" in entries or call.config.trainable == "scales"
+    return LayerSettings(call.config.bank, keys, call.config.trainable, sigmas)

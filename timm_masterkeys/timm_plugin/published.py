@@ -1,0 +1,114 @@
+"""Names that were pointed at published weights, by ``use_weights`` or the environment variable."""
+
+import os
+from dataclasses import replace
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+import timm
+from timm.models import PretrainedCfg
+
+from ..errors import ConversionError
+from ..hub.files import DENSE_NAME
+from ..hub.save import is_masterkeys_tag
+from . import compat
+
+WEIGHTS_VARIABLE = "TIMM_MASTERKEYS_WEIGHTS"
+
+_sources: dict[str, str] = {}  # by name, ``org/name`` or ``org/name@revision``
+
+
+def list_architectures() -> list[str]:
+    """The timm architectures that hold depthwise convolutions and so have ``.mk8`` names; from a shipped table."""
+    return resources.files(__package__).joinpath("data/architectures.txt").read_text().split()
+
+
+def use_weights(name: str | os.PathLike[str], source: str = "") -> None:
+    """Points a ``.mk8`` name, or all names of a list, at published weights: a team's own, calibrated or fine-tuned.
+
+    ``pretrained=True`` then loads them, with the classes, preprocessing and arguments they were published with. The
+    environment variable ``TIMM_MASTERKEYS_WEIGHTS`` does the same: ``name=source`` pairs and paths of lists, parted by
+    blanks. It is read when weights of a ``.mk8`` name are first asked for; what is wrong with it is an error then.
+
+    Args:
+        name: ``<arch>.mk8``, or ``<arch>.mk8_<anything>`` for a new name. Or, without a source, the path of a list such
+            as ``timm-masterkeys zoo`` writes: ``name=source`` a line; empty lines and those with # are passed over.
+        source: ``org/name`` or ``org/name@revision`` on the Hub, published by ``push_to_hub``.
+
+    Raises:
+        ConversionError: Not such a name, an architecture without depthwise convolutions, no such source, or a list that
+            cannot be read or holds one of these; none of its names is then pointed anywhere.
+
+    Example:
+        >>> use_weights("convnext_tiny.mk8_ours", "org/convnext_tiny.mk8@4f2a91c")
+        >>> model = timm.create_model("convnext_tiny.mk8_ours", pretrained=True)
+        >>> use_weights("zoo/names.txt")
+    """
+    pairs = _read_list(name) if not source and os.path.isfile(name) else [(os.fspath(name), source)]
+    for pair in pairs:
+        _check_pair(*pair)
+    for own, published in pairs:
+        arch, _, tag = own.partition(".")
+        stock = timm.get_pretrained_cfg(arch) or PretrainedCfg(architecture=arch)
+        cfg = replace(stock, url=None, hf_hub_id=published, hf_hub_filename=DENSE_NAME, tag=tag, license=None)
+        compat.add_tag(arch, tag, cfg)
+        _sources[own] = published
+
+
+def published_source(name: str) -> str | None:
+    """Where the published weights are that a name was pointed at; None if it was pointed at none.
+
+    Raises:
+        ConversionError: The environment variable holds something else than pairs and paths of lists.
+    """
+    _read_variable(os.environ.get(WEIGHTS_VARIABLE, ""))
+    return _sources.get(name)
+
+
+def is_pointed(name: str) -> bool:
+    """Whether ``use_weights`` pointed a name at published weights; the environment variable is not read."""
+    return name in _sources
+
+
+@lru_cache(maxsize=1)  # an error is raised again each time
+def _read_variable(value: str) -> None:
+    parts = [value] if os.path.isfile(value) else value.split()
+    try:
+        pairs = [pair for part in parts for pair in (_read_list(part) if _is_list(part) else [_pair(part)])]
+        for pair in pairs:
+            _check_pair(*pair)
+    except ConversionError as error:
+        raise ConversionError(f"{WEIGHTS_VARIABLE} is '{value}': {error}") from None
+    for name, source in pairs:
+        if name not in _sources:  # what the program says goes before
+            use_weights(name, source)
+
+
+def _is_list(part: str) -> bool:
+    return os.path.isfile(part) or part.endswith(".txt")
+
+
+def _read_list(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"The list of names '{path}' cannot be read: {error}.") from None
+    return [_pair(line) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, source = text.strip().partition("=")
+    return name, source
+
+
+def _check_pair(name: str, source: str) -> None:
+    arch, _, tag = name.partition(".")
+    if not is_masterkeys_tag(tag) or arch not in list_architectures():
+        raise ConversionError(
+            f"Got the name '{name}', expected '<arch>.mk8' or '<arch>.mk8_<name>', the architecture one of "
+            "list_architectures(); or the path of a list of them."
+        )
+    repo_id, _, revision = source.partition("@")
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")) or ("@" in source and not revision):
+        raise ConversionError(f"Got the source '{source}' for {name}, expected 'org/name' or 'org/name@revision'.")
