@@ -91,6 +91,7 @@ def test_what_is_taken():
     for raw in ({"aux": one, "logits": two}, {"logits": two, "out": one}, {"x": 3, "y": two}, [two, one], ("a", two)):
         assert pick_output(model, raw) is two
     assert pick_output(model, {"hidden": one, "last_hidden_state": two}) is two
+    assert pick_output(model, {"last_hidden_state": one, "image_embeds": two}) is two
     assert pick_output(model, two) is two
 
 
@@ -116,6 +117,16 @@ def test_which_models_have_no_head():
     assert gives_features(headless, torch.ones(1, 3)) and gives_features(plain, state)
     assert not gives_features(plain, torch.ones(1, 3)) and not gives_features(plain, logits)
     assert not gives_features(plain, {**state, "logits": torch.ones(1)})
+    assert gives_features(plain, {"image_embeds": torch.ones(1, 3)})
+
+
+def test_vectors_of_length_one_are_embeddings():
+    logits = torch.randn(4, 3)
+    unit = nn.functional.normalize(logits)
+    plain = nn.Identity()
+    assert gives_features(plain, unit, unit) and not gives_features(plain, logits, logits)
+    one = torch.tensor([[1.0], [-1.0]])  # one output is a number
+    assert not gives_features(plain, one, one)
 
 
 def test_a_feature_extractor_is_judged_by_the_last_of_its_maps():

@@ -94,7 +94,8 @@ def test_the_same_after_json(model):
     assert Source(**data["source"]) == record.source
     assert CalibrationRecord(**data["calibration"]) == record.calibration
     assert asdict(record.calibration)["after"] == {"agreement": 0.75, "divergence": 0.5}
-    assert record.calibration.summary().startswith("on 100 images")
+    summary = record.calibration.summary()
+    assert summary.startswith("on 100 images") and summary.endswith("(classification, 20 held-out images)")
 
 
 def test_digests_see_every_value(model):

@@ -124,8 +124,8 @@ def calibrate_masterkeys(
         metric: What the figures are: None for those that suit the dense model's output, a name of ``choose_metric``'s,
             or a callable on outputs and expected outputs that gives a number, or numbers by name.
         output: Which of what the model puts out is looked at, where that is not a tensor: a key, an index, an
-            attribute, or a callable on it. None takes ``logits``, ``out`` or ``last_hidden_state``, or else the first
-            tensor; of a ``features_only`` model the last.
+            attribute, or a callable on it. None takes ``logits``, ``out``, ``image_embeds``, ``image_features`` or
+            ``last_hidden_state``, or else the first tensor; of a ``features_only`` model the last.
         mean: For a folder and ``"builtin"``, of each channel, of pixels from 0 to 1. Together with ``std`` and ``size``
             it says how images are prepared where neither the model nor the one timm model in it has a
             ``pretrained_cfg``; where one has, it takes the place of what that says.
@@ -308,4 +308,4 @@ def probe(model: nn.Module, images: torch.Tensor, metric: MetricLike = None, out
             f"{type(model).__name__} cannot work with images of {tuple(images.shape[1:])}: {error}"
         ) from error
     out = _finite(model, pick_output(model, raw, output))
-    return choose_metric(metric, out, gives_features(model, raw))
+    return choose_metric(metric, out, gives_features(model, raw, out))

@@ -43,8 +43,8 @@ def choose_metric(metric: MetricLike, expected: torch.Tensor, features: bool = F
 
     - "classification", of (N, C) with more than one class: the figures of ``classification_figures``;
     - "dense prediction", of (N, C, H, W) with more than one class: the same at each position;
-    - "regression", of one output, (N,), (N, 1) or (N, 1, H, W); "embedding", of a model without a head; and "features",
-      of anything else: the figures of ``regression_figures``.
+    - "regression", of one output, (N,), (N, 1) or (N, 1, H, W); "embedding", of a model without a head
+      (``gives_features``); and "features", of anything else: the figures of ``regression_figures``.
 
     Args:
         metric: A name from above; a callable on outputs and expected outputs that gives a number or numbers by name,

@@ -11,7 +11,8 @@ from ..errors import CalibrationError
 Output = str | int | Callable[[Any], torch.Tensor] | None
 
 HEADS = ("logits", "out")  # of a head,
-FEATURES = ("last_hidden_state",)  # of a model without one
+FEATURES = ("image_embeds", "image_features", "last_hidden_state")  # of a model without one
+EMBEDDERS = ("open_clip",)  # libraries whose models put out embeddings, as plain tensors
 
 
 def pick_output(model: nn.Module, raw: Any, output: Output = None) -> torch.Tensor:
@@ -21,8 +22,8 @@ def pick_output(model: nn.Module, raw: Any, output: Output = None) -> torch.Tens
         model: The model, for the error, and whether its list is one of feature maps.
         raw: What it puts out.
         output: A key, an index or an attribute of it, or a callable on it. None takes a tensor as it is; of anything
-            else ``logits``, ``out`` or ``last_hidden_state``, by key or attribute, or else the first tensor; of a
-            ``features_only`` model's list the last, which has seen every layer.
+            else what ``HEADS`` or ``FEATURES`` name, by key or attribute, or else the first tensor; of the list of a
+            ``features_only`` model the last, which has seen every layer.
 
     Raises:
         CalibrationError: There is no such output, or it is no tensor.
@@ -42,14 +43,28 @@ def pick_output(model: nn.Module, raw: Any, output: Output = None) -> torch.Tens
     return found
 
 
-def gives_features(model: nn.Module, raw: Any) -> bool:
-    """Whether a model has no head, so that its outputs' channels are features, not classes."""
+def gives_features(model: nn.Module, raw: Any, out: torch.Tensor | None = None) -> bool:
+    """Whether a model has no head, so that its outputs' channels are features, not classes.
+
+    Args:
+        model: The model.
+        raw: What it puts out.
+        out: The tensor in it that counts: vectors of length 1 are embeddings.
+    """
     if hasattr(model, "feature_info") and isinstance(raw, (Mapping, list, tuple)):
+        return True
+    if type(model).__module__.partition(".")[0] in EMBEDDERS or _is_normalised(out):
         return True
     head = any(_at(raw, name) is not None for name in HEADS)
     return getattr(model, "num_classes", None) == 0 or (
         not head and any(_at(raw, name) is not None for name in FEATURES)
     )
+
+
+def _is_normalised(out: torch.Tensor | None) -> bool:
+    if out is None or out.ndim != 2 or out.shape[1] == 1 or not out.is_floating_point():
+        return False
+    return bool((out.detach().norm(dim=1) - 1).abs().max() < 1e-3)
 
 
 def _found(model: nn.Module, raw: Any, output: Output) -> Any:

@@ -78,10 +78,10 @@ class CalibrationRecord:
     intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def summary(self) -> str:
-        """The figures in one line; those where the dense network is sure come first."""
+        """The figures and their metric in one line; those where the dense network is sure come first."""
         names = sorted(self.after, key=lambda name: name != "sure agreement")
         figures = ", ".join(self._figure(name) for name in names if name not in ("sure images", "sure positions"))
-        return f"on {self.images} images: {figures} ({self.held_out} held-out images)"
+        return f"on {self.images} images: {figures} ({self.metric}, {self.held_out} held-out images)"
 
     def _figure(self, name: str) -> str:
         """One figure before and after, with what it is of and its interval."""
