@@ -984,7 +984,7 @@ def test_what_is_made_of_the_weight_is_plain(trainable, tmp_path):
         layer.weight.clone(),
         copy.deepcopy(layer.weight.detach()),
         pickle.loads(pickle.dumps(layer.weight.detach())),
-        torch.load(tmp_path / "weight.pt"),
+        torch.load(tmp_path / "weight.pt", weights_only=True),
         load_file(tmp_path / "weight.safetensors")["weight"],
     ):
         assert type(made) is torch.Tensor and torch.equal(made, expected)
