@@ -442,7 +442,8 @@ def test_server_errors(hub, worker, method, path, status):
     """)
     assert fault.hits == 1
     if out != "True":
-        assert "Nothing was published" in out or ("commit" in path and "Run again" in out)
+        uploads = ("/preupload/", "/objects/batch", "/commit/")  # an old client does not try the first two again itself
+        assert "Nothing was published" in out or (path in uploads and "Run again" in out)
         assert name not in hub.repos or len(hub.repos[name].branches["main"]) == 1
         worker.run(f"assert mk.push_to_hub(converted(seed=5), {name!r}).committed")
     assert len(hub.repos[name].branches["main"]) == 2
