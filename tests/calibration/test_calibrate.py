@@ -585,6 +585,17 @@ def test_a_model_of_no_library_is_calibrated_twice_without_a_warning(caplog):
     assert not caplog.text
 
 
+@pytest.mark.parametrize("second", ["whole", "part"])
+def test_a_part_that_was_calibrated_alone_is_known_to_be(caplog, second):
+    dense = nn.Sequential(Crossing(), nn.Identity()).eval()
+    model, x = mk.convert_to_masterkeys(dense), torch.randn(20, 3, 16, 16)
+    mk.calibrate_masterkeys(model[0], dense[0], x)
+    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=False))
+    mk.calibrate_masterkeys(*((model, dense) if second == "whole" else (model[0], dense[0])), x)
+    mk.calibrate_masterkeys(model, dense, x)
+    assert not caplog.text
+
+
 def everything(*models):
     """All that a failed calibration has to leave as it was."""
     found = []

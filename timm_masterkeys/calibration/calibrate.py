@@ -279,10 +279,13 @@ def _unexplained(model: nn.Module, dense: nn.Module) -> list[str]:
     """
     own, given = (dict(m.named_parameters()) for m in (model, dense))
     names = own.keys() & given.keys()
-    record = read_record(model)
-    if record.was_calibrated:
-        if record.calibration is None:
-            return []
+    records = {part: read_record(part) for part in model.modules()}
+    calibrated = [record for record in records.values() if record.was_calibrated]
+    if records[model].was_calibrated:  # as a whole, after its parts
+        calibrated = [records[model]]
+    if any(record.calibration is None for record in calibrated):
+        return []
+    if calibrated:
         fitted = {n for n, m in model.named_modules() if is_pointwise(m) or isinstance(m, MasterKeyConv2d)}
         names = {name for name in names if name.rpartition(".")[0] not in fitted}
     return [name for name in names if not torch.equal(own[name], given[name])]

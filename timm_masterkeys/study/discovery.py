@@ -3,7 +3,6 @@
 Not imported with the package: ``from timm_masterkeys.study.discovery import collect_kernels, discover_bank``.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from ..calibration.images import builtin_images
 from ..conversion.apply import converted_layers
 from ..conversion.convert import convert_to_masterkeys
+from ..conversion.copies import copy_model
 from ..conversion.plan import plan_conversion
 from ..conversion.table import number, table
 from ..errors import BankError
@@ -382,7 +382,7 @@ def agreement_score(model: nn.Module, images: torch.Tensor | Literal["builtin"])
     """
     if converted_layers(model):
         raise BankError(f"The {type(model).__name__} is a converted model. Give the dense model it was made from.")
-    model = copy.deepcopy(model).eval()
+    model = copy_model(model).eval()
     shown = images if isinstance(images, torch.Tensor) else builtin_images(model)
 
     @torch.inference_mode()

@@ -4,7 +4,6 @@ Not imported with the package: ``from timm_masterkeys.study.page import html_pag
 """
 
 import base64
-import copy
 import io
 import math
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from torch import nn
 
 from ..conversion.apply import converted_layers
 from ..conversion.convert import convert_to_masterkeys
+from ..conversion.copies import copy_model
 from ..conversion.report import OPERATOR_TITLES, R2_MEANS, ConversionReport, conversion_report
 from ..conversion.table import number
 from ..conversion.wrapped import unwrapped
@@ -147,7 +147,7 @@ def _operators(report: ConversionReport) -> list[str]:
 
 def _control(dense: nn.Module, report: ConversionReport) -> nn.Module:
     """The dense model converted with random keys, as many per kernel as the report's layers have."""
-    model = copy.deepcopy(dense)
+    model = copy_model(dense)
     for count in sorted({layer.keys_per_kernel for layer in report.layers}):
         names = [layer.name for layer in report.layers if layer.keys_per_kernel == count]
         most = len(get_bank(CONTROL))
