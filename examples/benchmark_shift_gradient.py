@@ -3,11 +3,12 @@
 A backward pass needs the gradients of a layer's input and of its shifts. The shifts' is the sum over the taps of the
 whole weight gradient ("whole"), or comes from sums of the input over the kernel's windows, in parts that stay in the
 cache ("sums"). Both ways take turns in every layer; medians are printed, and their ratio: below 1, sums are faster.
-``WHOLE_UP_TO`` and ``SUMS_FROM`` of ``timm_masterkeys/layers/depthwise.py`` are chosen by this. Run it on an idle
-machine: a busy one flatters whatever computes less.
+``WHOLE_UP_TO`` of ``timm_masterkeys/layers/depthwise.py`` is chosen by this. Run it on an idle machine, with the
+variables of "Training cost" in examples/README.md: a busy one, or one that fetches new pages, flatters whatever
+computes less.
 
-    python examples/benchmark_shift_gradient.py --threads 1 --csv shift_gradient.csv
-    python examples/benchmark_shift_gradient.py --threads 2 --models convnext_tiny --rounds 5
+    python examples/benchmark_shift_gradient.py --threads 1 2 --csv shift_gradient.csv
+    python examples/benchmark_shift_gradient.py --models convnext_tiny --rounds 5
 """
 
 import argparse
@@ -24,6 +25,7 @@ import timm
 import torch
 
 from timm_masterkeys import MasterKeyConv2d, convert_to_masterkeys
+from timm_masterkeys.conversion.table import table
 from timm_masterkeys.layers import depthwise
 
 NETWORKS = ["tf_efficientnet_lite0", "mobilenetv3_large_100", "convnext_tiny", "starnet_s1", "efficientnet_b0"]
@@ -93,6 +95,7 @@ def rows(names: list[str], batch_size: int, rounds: int) -> Iterator[dict[str, A
                 input = torch.randn(batch_size, case.channels, case.height, case.width)
                 times = backward_times(layer, input.to(memory_format=memory_format), rounds)
                 yield {
+                    "threads": torch.get_num_threads(),
                     "network": name,
                     "layers": count,
                     "channels": case.channels,
@@ -112,28 +115,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=NETWORKS, help="timm names")
     parser.add_argument("--batch-size", type=int, default=8, help="images")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
+    parser.add_argument("--threads", type=int, nargs="+", default=[2], help="of PyTorch")
     parser.add_argument("--rounds", type=int, default=9, help="turns of either way, of which the medians are taken")
     parser.add_argument("--csv", type=argparse.FileType("w"), default=sys.stdout, help="file for the rows")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    total: defaultdict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    total: defaultdict[tuple[int, str, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     writer = None
-    for row in rows(args.models, args.batch_size, args.rounds):
-        if writer is None:
-            writer = csv.DictWriter(args.csv, list(row))
-            writer.writeheader()
-        writer.writerow(row)
-        args.csv.flush()
-        sums = total[row["network"], row["kernel"], row["layout"]]
-        sums[0] += row["layers"] * row["whole_ms"]
-        sums[1] += row["layers"] * row["sums_ms"]
-    print(f"\n{args.threads} threads, batches of {args.batch_size}; all layers together")
-    for (name, kernel, layout), (whole, summed) in sorted(total.items()):
-        print(
-            f"{name:<24} {kernel:>5} {layout:<13} whole {whole:8.2f} ms  sums {summed:8.2f} ms  {summed / whole:5.2f}"
-        )
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        for row in rows(args.models, args.batch_size, args.rounds):
+            if writer is None:
+                writer = csv.DictWriter(args.csv, list(row), lineterminator="\n")
+                writer.writeheader()
+            writer.writerow(row)
+            args.csv.flush()
+            both = total[threads, row["network"], row["kernel"], row["layout"]]
+            both[0] += row["layers"] * row["whole_ms"]
+            both[1] += row["layers"] * row["sums_ms"]
+    header = ["threads", "network", "kernel", "layout", "whole ms", "sums ms", "ratio"]
+    print(f"Batches of {args.batch_size}, all layers together")
+    print(table(header, [[*map(str, key), f"{w:.2f}", f"{s:.2f}", f"{s / w:.2f}"] for key, (w, s) in total.items()]))
 
 
 if __name__ == "__main__":

@@ -167,3 +167,18 @@ def test_small_data_says_what_was_measured():
             if arm != "dense":
                 cell += f" ({interval([top1 - arms['dense'][seed] for seed, top1 in seeds.items()])})"
             assert any(cell in row for row in table), (arm, cell)
+
+
+def test_the_gradient_of_a_shift_says_what_was_measured():
+    text, ratios = section(MEASURED, "Training cost"), {True: [], False: []}
+    for (*_, kernel, _), layers in groups("shift_gradient.csv", "threads", "network", "kernel", "layout").items():
+        sums, whole = (sum(int(row["layers"]) * float(row[way]) for row in layers) for way in ("sums_ms", "whole_ms"))
+        ratios[kernel == "3x3"].append(sums / whole)
+    for found in ratios.values():
+        assert f"{min(found):.2f} to {max(found):.2f}" in " ".join(text.split()), found
+    steps = []
+    for rows_ in groups("shift_steps.csv", "threads", "px").values():
+        ms = {row["variant"]: float(row["ms"]) for row in rows_}
+        steps.append(f"{ms['shift'] / ms['none']:.2f}")
+    assert sorted(steps) == ["1.08", "1.09", "1.09", "1.11"]
+    assert "costs 1.08 times" in text and "1.09 to 1.11 times" in text

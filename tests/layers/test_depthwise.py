@@ -122,10 +122,10 @@ def test_many_channels_and_images(geometry, memory_format, trainable, keys_per_k
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("rule", [{"WHOLE_UP_TO": 99}, {"WHOLE_UP_TO": 0}, {"SUMS_FROM": 0}, {"SUMS_FROM": 1 << 40}])
-def test_either_way_to_the_shifts_gradient_is_exact(rule, geometry, memory_format, monkeypatch):
-    for name, value in {"CACHED": 2**16, **rule}.items():
-        monkeypatch.setattr(f"timm_masterkeys.layers.depthwise.{name}", value)
+@pytest.mark.parametrize("whole_up_to", [0, 3, 99])
+def test_either_way_to_the_shifts_gradient_is_exact(whole_up_to, geometry, memory_format, monkeypatch):
+    monkeypatch.setattr(depthwise, "CACHED", 2**16)
+    monkeypatch.setattr(depthwise, "WHOLE_UP_TO", whole_up_to)
     taken = []
     for way in ("_window_sums", "_convolution_backward"):
         own = getattr(depthwise, way)
@@ -137,8 +137,7 @@ def test_either_way_to_the_shifts_gradient_is_exact(rule, geometry, memory_forma
     for a, b in zip(torch.autograd.grad((layer(x) * weights).sum(), inputs), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * float(b.abs().max()))
     whole = any(way == "_convolution_backward" and mask[1] for way, mask in taken)
-    small = max(layer.kernel_size) <= 3
-    assert whole == (rule == {"WHOLE_UP_TO": 99} or (small and rule.get("SUMS_FROM", 0) > 0))
+    assert whole == (max(layer.kernel_size) <= whole_up_to)
     assert whole != any(way == "_window_sums" for way, _ in taken)
 
 

@@ -20,9 +20,8 @@ Pair = tuple[int, int]
 
 CACHED = 2 << 20  # bytes of input worked on at a time
 # Taps a side up to which the whole weight gradient gives the shift's; above, it is summed from windows of the input
-# (examples/benchmark_shift_gradient.py compares them). And bytes of input from which windows are summed at any size.
+# (examples/benchmark_shift_gradient.py compares them).
 WHOLE_UP_TO = 3
-SUMS_FROM: int | None = None
 
 
 class Case(NamedTuple):
@@ -182,7 +181,7 @@ class _AffineDepthwise(torch.autograd.Function):
             grad_input, needs_input = depthwise_conv2d(grad, turned, None, (1, 1), full, geometry[2]), False
         # Where the whole weight gradient costs less than filtering the input, scale and shift come from it.
         if not gpu_sums and (
-            (needs_shift and _whole_is_cheaper(size, input))
+            (needs_shift and max(size) <= WHOLE_UP_TO)
             or (needs_scale and (keys[0].numel() < 16 or key_index.shape[1] > 2))
         ):
             mask = [needs_input, True, needs_bias]
@@ -218,11 +217,6 @@ class _AffineDepthwise(torch.autograd.Function):
 
 # PyTorch asks for it at every call; computing it anew costs more than all else around the convolution.
 _AffineDepthwise.forward.__signature__ = inspect.signature(_AffineDepthwise.forward)  # type: ignore[attr-defined]
-
-
-def _whole_is_cheaper(size: Pair, input: torch.Tensor) -> bool:
-    """Whether a shift's gradient costs less as the sum of the whole weight gradient than from windows of the input."""
-    return max(size) <= WHOLE_UP_TO and (SUMS_FROM is None or input.nbytes < SUMS_FROM)
 
 
 def any_gpu_kernel(operation: str) -> bool:
