@@ -76,10 +76,10 @@ def initialize_masterkeys(
     trainable: Trainable = "shift",
     inplace: bool = False,
 ) -> nn.Module:
-    """As ``convert_to_masterkeys``, for training from scratch: keys are drawn, the model's kernels are not fitted.
+    """As ``convert_to_masterkeys``, for training from scratch: keys are random, the model's kernels are not fitted.
 
-    Keys are drawn uniformly from torch's generator, scaled to the mean norm of each layer's own kernels, shift 0. Where
-    ``torch.distributed`` is initialised, all ranks get what rank 0 draws: all of them have to make the model.
+    Keys are chosen uniformly by torch's generator, scaled to the mean norm of each layer's own kernels, shift 0. Where
+    ``torch.distributed`` is initialised, all ranks get the keys of rank 0: all of them have to make the model.
     Arguments, returns and errors as for ``convert_to_masterkeys``.
 
     Example:

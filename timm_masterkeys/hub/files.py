@@ -136,7 +136,7 @@ def restore_layers(
         model: As for ``load_compact``.
         compact: What the file holds.
         trainable: As for ``load_compact``.
-        random: Take only the settings; keys are drawn, for training from scratch.
+        random: Take only the settings; keys are random, for training from scratch.
 
     Raises:
         CheckpointError, ConversionError: As for ``load_compact``; the model is then as it was.

@@ -93,7 +93,7 @@ def load_layers(
         model: The dense model; also its ``features_only`` form.
         saved: From ``find_saved``.
         trainable: Overrides the saved mode.
-        random: Take only the settings: keys are drawn, for training from scratch.
+        random: Take only the settings; keys are random, for training from scratch.
 
     Raises:
         CheckpointError: A compact file that does not fit. The model is then as it was.

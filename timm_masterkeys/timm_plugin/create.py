@@ -46,8 +46,8 @@ def create(arch: str, stock: compat.Entrypoint, pretrained: bool, kwargs: Mappin
     if not pretrained:
         return _initialize(call)
     state = _own_weights(call)
-    if state and _compact_entries(state):
-        return _load_checkpoint(call, state)
+    if state and (entries := _compact_entries(state)):
+        return _load_checkpoint(call, state, entries)
     if (call.cfg.has_weights or call.cfg.state_dict) and not call.cfg.source and (images := call.images()):
         with calibrated(call, state, images) as entry:
             return _load(call, entry)
@@ -162,11 +162,10 @@ def _compact_entries(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tens
     return {name: {e: state[f"{name}.{e}"] for e in entries if f"{name}.{e}" in state} for name in names}
 
 
-def _load_checkpoint(call: Call, state: Mapping[str, Any]) -> nn.Module:
+def _load_checkpoint(call: Call, state: Mapping[str, Any], entries: Mapping[str, dict[str, torch.Tensor]]) -> nn.Module:
     """The network with a checkpoint of a converted one: its layers, and the rest through timm's own loader."""
     _refuse_agreement(call)
     call.tell_unused("these weights are of a converted model, and loaded as they are")
-    entries = _compact_entries(state)
     given = {f"{name}.{entry}" for name, found in entries.items() for entry in found}
     rest = {name: value for name, value in state.items() if name not in given}
     layers = {name: _layer_settings(call, name, found) for name, found in entries.items()}
