@@ -12,8 +12,8 @@ from timm.models import load_checkpoint, load_state_dict
 from torch import nn
 
 from ..conversion.apply import converted_layers
+from ..conversion.tags import is_masterkeys_tag
 from ..errors import CheckpointError, MasterKeysError
-from ..hub.save import is_masterkeys_tag
 from ..study.kernels import read_kernels
 from ..timm_plugin.names import dense_name
 from ..timm_plugin.published import list_architectures, published_source

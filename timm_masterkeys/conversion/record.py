@@ -14,6 +14,7 @@ from torch import nn
 from ..files import tensors_sha256
 from .apply import converted_layers
 from .config import MasterKeysConfig
+from .tags import dense_tag
 from .wrapped import quantised_entry
 
 ATTRIBUTE = "masterkeys"
@@ -41,8 +42,9 @@ class Source:
     def from_cfg(cls, cfg: Any) -> "Source":
         """The stock weights that a PretrainedCfg of timm's registry names."""
         repo, _, revision = (cfg.hf_hub_id or "").partition("@")
-        tag = (cfg.tag or "").removeprefix("mk8").removeprefix("_")
-        return cls(repo or ".".join(filter(None, (cfg.architecture, tag))), revision or None, None, cfg.license)
+        return cls(
+            repo or ".".join(filter(None, (cfg.architecture, dense_tag(cfg.tag)))), revision or None, None, cfg.license
+        )
 
 
 @dataclass(frozen=True)

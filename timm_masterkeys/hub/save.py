@@ -21,6 +21,7 @@ from ..conversion.apply import converted_layers, describe
 from ..conversion.convert import fuse_masterkeys
 from ..conversion.record import Record, Source, keys_digest
 from ..conversion.report import ConversionReport, conversion_report
+from ..conversion.tags import masterkeys_tag
 from ..conversion.wrapped import unwrapped
 from ..errors import ConversionError
 from ..files import atomic_path, file_sha256, os_errors, work_folder
@@ -31,7 +32,6 @@ from .files import COMPACT_NAME, DENSE_NAME, describe_layers, save_compact
 
 _logger = logging.getLogger(__name__)
 
-TAG = "mk8"
 FILES = (DENSE_NAME, COMPACT_NAME, "README.md", "config.json")  # config.json last: without it nothing loads
 
 _ORIGIN = ("license", "hf_hub_id", "url", "origin_url", "tag")  # of a cfg: of weights that the model may not have
@@ -125,23 +125,6 @@ def save_pretrained(
             repo_id or directory,
         )
     return directory
-
-
-def masterkeys_tag(tag: str | None) -> str:
-    """The tag of converted weights, by that of the dense ones; a tag of converted weights stays.
-
-    Example:
-        >>> masterkeys_tag("in12k"), masterkeys_tag("mk8_in12k"), masterkeys_tag(None)
-        ('mk8_in12k', 'mk8_in12k', 'mk8')
-    """
-    if is_masterkeys_tag(tag):
-        return str(tag)
-    return f"{TAG}_{tag}" if tag else TAG
-
-
-def is_masterkeys_tag(tag: str | None) -> bool:
-    """Whether a pretrained tag is one of this package's: ``mk8`` or ``mk8_...``."""
-    return tag is not None and (tag == TAG or tag.startswith(f"{TAG}_"))
 
 
 def timm_cfg(model: nn.Module) -> dict[str, Any]:

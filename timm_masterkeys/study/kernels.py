@@ -15,9 +15,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..conversion.apply import converted_layers
+from ..conversion.tags import is_masterkeys_tag
 from ..errors import BankError
 from ..hub.files import COMPACT_NAME, DENSE_NAME
-from ..hub.save import is_masterkeys_tag
 from ..keys.banks import Bank, get_bank
 from ..keys.projection import constant_kernels
 

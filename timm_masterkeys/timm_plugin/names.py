@@ -14,8 +14,8 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 from ..conversion.plan import plan_conversion
+from ..conversion.tags import TAG, dense_tag, is_masterkeys_tag, masterkeys_tag
 from ..errors import ConversionError
-from ..hub.save import TAG, is_masterkeys_tag
 from ..layers import MasterKeyConv2d
 from . import compat
 from .call import tag_of
@@ -69,14 +69,14 @@ def dense_name(name: str) -> str:
     arch, _, tag = name.partition(".")
     if not is_masterkeys_tag(tag) or tag not in compat.cfgs(arch):
         return name
-    stock = "" if is_pointed(name) else tag.removeprefix(TAG).removeprefix("_")
+    stock = "" if is_pointed(name) else dense_tag(tag)
     return f"{arch}.{stock}" if stock else arch
 
 
 def _register_tags(arch: str) -> None:
     stock = {tag: cfg for tag, cfg in compat.cfgs(arch).items() if not is_masterkeys_tag(tag)}
     for tag, cfg in (stock or {"": PretrainedCfg(architecture=arch)}).items():
-        own = f"{TAG}_{tag}" if tag else TAG
+        own = masterkeys_tag(tag)
         if not is_pointed(f"{arch}.{own}"):
             compat.add_tag(arch, own, replace(cfg, tag=own))
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import timm
 from timm.models import PretrainedCfg
 
+from ..conversion.tags import is_masterkeys_tag
 from ..errors import ConversionError
 from ..hub.files import DENSE_NAME
-from ..hub.save import is_masterkeys_tag
 from . import compat
 
 WEIGHTS_VARIABLE = "TIMM_MASTERKEYS_WEIGHTS"

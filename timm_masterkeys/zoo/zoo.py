@@ -34,11 +34,12 @@ from ..conversion.config import MasterKeysConfig
 from ..conversion.convert import convert
 from ..conversion.plan import resolve
 from ..conversion.record import Source, read_record, write_record
+from ..conversion.tags import is_masterkeys_tag, masterkeys_tag
 from ..errors import ZooError
 from ..files import atomic_path, folder_sha256, locked, walk_files
 from ..hub.card import inherited_license
 from ..hub.publish import push_to_hub
-from ..hub.save import is_masterkeys_tag, masterkeys_tag, save_pretrained
+from ..hub.save import save_pretrained
 from ..timm_plugin.published import list_architectures
 from ..version import __version__
 from .evaluate import Labels, Measurement, measure
