@@ -2,7 +2,8 @@
 
 An arm is ``dense``, or keys per kernel, start and what trains, as ``4-repaired-affine`` or ``1-plain-shift``. Networks
 start as the ImageNet weights converted (``plain``), repaired as well (``repaired``), or, ``late``, as the dense network
-that was fine-tuned, then converted and repaired. With ``-kd`` at the end an arm also learns from that dense network.
+that was fine-tuned, then converted and repaired. With ``-kd`` an arm also learns from that dense network. ``@N`` at the
+end gives an arm N epochs of its own, with a learning rate that is best for so many; ``@0`` is the start itself.
 The folder is an ImageFolder, ``FOLDER/train/CLASS/*.jpg`` and ``FOLDER/validation/CLASS/*.jpg``; validation may lack
 classes.
 
@@ -47,14 +48,16 @@ class Arm:
     start: str
     trainable: str
     distilled: bool
+    epochs: int | None  # of its own; None: those of the study
 
     @classmethod
     def parse(cls, name: str) -> "Arm":
         """An arm by its name."""
-        found = re.fullmatch(r"(?:dense|(\d+)-(plain|repaired|late)-(shift|affine|none))(-kd)?", name)
+        found = re.fullmatch(r"(?:dense|(\d+)-(plain|repaired|late)-(shift|affine|none))(-kd)?(?:@(\d+))?", name)
         if not found or found[1] == "0":
-            raise argparse.ArgumentTypeError(f"'{name}', expected dense, or such as 4-repaired-affine; -kd after it")
-        return cls(name, int(found[1] or 0), found[2] or "", found[3] or "", bool(found[4]))
+            raise argparse.ArgumentTypeError(f"'{name}', expected dense, or such as 4-repaired-affine, then -kd, @2")
+        epochs = None if found[5] is None else int(found[5])
+        return cls(name, int(found[1] or 0), found[2] or "", found[3] or "", bool(found[4]), epochs)
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,13 @@ class Study:
     def rate(self, arm: Arm) -> float:
         """The learning rate of an arm: the given one, or that which is best on held-out training images.
 
-        A distilled or late arm takes that of the same arm, repaired at the start and without a teacher.
+        A distilled or late arm takes that of the same arm, repaired at the start and without a teacher, unless it has
+        epochs of its own.
         """
-        if not self.args.tune:
+        if not self.args.tune or arm.epochs == 0:
             return float(self.args.lr)
-        arm = Arm.parse(arm.name.removesuffix("-kd").replace("late", "repaired"))
+        if arm.epochs is None:
+            arm = Arm.parse(arm.name.removesuffix("-kd").replace("late", "repaired"))
         if arm not in self.rates:
             tried = {lr: self.last(Run(arm, self.args.seeds[0], lr, HELD_OUT)) for lr in self.args.tune}
             self.rates[arm] = max(tried, key=lambda lr: float(tried[lr]["top1"]))
@@ -112,6 +117,8 @@ class Study:
 
     def length(self, run: Run) -> int:
         """Epochs of a run; those that choose a learning rate may have a number of their own."""
+        if run.arm.epochs is not None:
+            return run.arm.epochs
         return int(self.args.epochs if run.split == ALL else self.args.tune_epochs or self.args.epochs)
 
     def recipe(self, epochs: int) -> list[str]:
@@ -140,15 +147,23 @@ class Study:
         if checkpoint.exists():
             given += ["--resume", checkpoint]
         print(f"{run.arm.name}, seed {run.seed}, lr {run.lr:g}, {run.split}", flush=True)
-        log = self.script("train.py", given, folder)
+        log = self.script("train.py", given, folder) if self.length(run) else ""
         self.save(started, checkpoint, run)
         given = ["--data-dir", self.data(run), "--class-map", self.work / "classes.txt", "--split", "validation"]
         given += ["--model", f"local-dir:{self.network(run)}", "--pretrained", "--device", self.args.device]
         told = self.script("validate.py", [*given, "-b", self.args.batch_size, "--workers", self.args.workers], folder)
-        validated = re.findall(r'"top1": ([\d.]+)', told)[-1]
         for path in folder.glob("*.pth.tar"):
             path.unlink()
+        validated, top5 = (re.findall(rf'"{name}": ([\d.]+)', told)[-1] for name in ("top1", "top5"))
+        if not self.length(run):
+            cells = {"epoch": 0, "top1": validated, "top5": top5, "loss": "", "seconds": "", "validate.py": validated}
+            return [self.row(run, cells)]
         return self.epochs(run, folder / "summary.csv", log, validated)
+
+    def row(self, run: Run, cells: dict[str, Any]) -> dict[str, str]:
+        """A row of the file of results."""
+        versions = {"timm_masterkeys": mk.__version__, "timm": timm.__version__, "torch": torch.__version__}
+        return {name: str(value) for name, value in (self.settings(run) | cells | versions).items()}
 
     def epochs(self, run: Run, summary: Path, log: str, validated: str) -> list[dict[str, str]]:
         """Rows of what train.py noted of each epoch: accuracies in its summary, seconds in its log."""
@@ -162,8 +177,7 @@ class Study:
             cells = {"epoch": i + 1, "top1": f"{float(row['eval_top1']):.3f}", "top5": f"{float(row['eval_top5']):.3f}"}
             cells |= {"loss": f"{float(row['train_loss']):.4f}", "seconds": f"{seconds[str(i)]:.0f}"}
             cells["validate.py"] = validated if i + 1 == self.length(run) else ""
-            versions = {"timm_masterkeys": mk.__version__, "timm": timm.__version__, "torch": torch.__version__}
-            rows.append({name: str(value) for name, value in (self.settings(run) | cells | versions).items()})
+            rows.append(self.row(run, cells))
         return rows
 
     def script(self, name: str, given: list[Any], folder: Path) -> str:
@@ -238,7 +252,8 @@ class Study:
         model: Any = timm.create_model(
             f"local-dir:{started}", pretrained=True, num_classes=len(self.classes), **trainable
         )
-        load_checkpoint(model, str(checkpoint))
+        if self.length(run):
+            load_checkpoint(model, str(checkpoint))
         model.pretrained_cfg |= self.preparation()
         if run.arm.keys:
             mk.save_pretrained(model, self.network(run), license=self.license(), config={"label_names": self.classes})
@@ -272,7 +287,7 @@ class Study:
 def table(rows: list[dict[str, str]]) -> str:
     """A line an arm: mean and spread of its seeds after one epoch, half of them and all; and above dense, in pairs."""
     last = max(int(row["epoch"]) for row in rows)
-    shown = sorted({1, (last + 1) // 2, last})
+    shown = sorted({min(1, last), (last + 1) // 2, last})
     found: dict[str, dict[int, dict[str, float]]] = {}  # arm, epoch, seed
     rates = {row["arm"]: row["lr"] for row in rows}
     for row in rows:
@@ -320,11 +335,11 @@ def main() -> None:
         for arm in args.arms:
             row = study.last(Run(arm, seed, study.rate(arm)))
             print(json.dumps({name: row[name] for name in ("arm", "seed", "lr", "top1", "top5")}), flush=True)
-    rates = {arm.name: str(study.rate(arm)) for arm in args.arms}
-    own = study.settings(Run(args.arms[0], args.seeds[0], args.lr))
-    same = {name: str(own[name]) for name in ("model", "measured on", "arguments")}  # the file may hold other recipes
-    print(table([row for row in study.rows() if same.items() <= row.items() and rates.get(row["arm"]) == row["lr"]]))
-
+    last = [study.last(Run(arm, seed, study.rate(arm))) for arm in args.arms for seed in args.seeds]
+    for epochs in sorted({row["epochs"] for row in last}, key=int):
+        ended = [{name: row[name] for name in ("model", "arm", "lr", "measured on", "arguments")} for row in last]
+        ended = [row for row in ended if f"--epochs {epochs} " in row["arguments"]]  # the file may hold other recipes
+        print(table([row for row in study.rows() if any(own.items() <= row.items() for own in ended)]))
 
 if __name__ == "__main__":
     main()
