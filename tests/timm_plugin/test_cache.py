@@ -24,7 +24,7 @@ def usable(folder):
 
 
 def load_or_make(root, name, make, save=save):
-    with cached_folder(root, name, make, save, usable) as folder:
+    with cached_folder(root / name, make, save, usable) as folder:
         return json.loads((folder / "config.json").read_text())["made"]
 
 
@@ -56,7 +56,7 @@ def test_damage_is_made_anew(tmp_path, caplog, damage):
 def test_errors_of_the_caller_are_not_damage(tmp_path):
     make = Maker()
     for _ in range(2):
-        with pytest.raises(OSError, match="no such argument"), cached_folder(tmp_path, "net", make, save, usable):
+        with pytest.raises(OSError, match="no such argument"), cached_folder(tmp_path / "net", make, save, usable):
             raise OSError("no such argument")
     assert make.calls == 1 and load_or_make(tmp_path, "net", make) == "made 1"
 
@@ -73,7 +73,7 @@ def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path, caplog):
     assert load_or_make(tmp_path / "file" / "cache", "net", make) == "made 1"
     assert load_or_make(tmp_path / "file" / "cache", "net", make) == "made 2"
     assert "cannot be written" in caplog.text
-    with cached_folder(tmp_path / "file" / "cache", "net", make, save, usable) as folder:
+    with cached_folder(tmp_path / "file" / "cache" / "net", make, save, usable) as folder:
         assert usable(folder)
     assert not folder.exists()
 
