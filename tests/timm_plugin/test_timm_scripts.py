@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import timm_masterkeys as mk
 from timm_masterkeys.zoo.evaluate import find_labels, measure
-from timm_masterkeys.zoo.zoo import timm_columns
+from timm_masterkeys.zoo.results import timm_columns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
