@@ -8,6 +8,8 @@ from hub_server import HubServer
 from safetensors.torch import save
 from torch import nn
 
+pytestmark = pytest.mark.slow
+
 CODE = """
 import sys, timm, timm_masterkeys
 timm_masterkeys.calibration.images.COUNT = 15

@@ -3,7 +3,6 @@
 import copy
 import csv
 import json
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
