@@ -2,8 +2,10 @@
 
 import copy
 import json
+import os
 from dataclasses import replace
 from functools import lru_cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -176,6 +178,25 @@ def test_no_call_changes_what_another_gives(files, tmp_path, monkeypatch, caplog
         monkeypatch.setenv("TIMM_MASTERKEYS_CACHE", str(tmp_path / name.replace("/", "")))
         assert_equal(everything(call()), first[name], name)
     assert 15 < count < len(table) - 8
+
+
+def test_a_file_that_is_rewritten_in_place(files, tmp_path, monkeypatch):
+    """Its digest is remembered for as long as it is the same file, even if its time is set back."""
+    hashed, file_sha256 = [], calibrated.file_sha256
+    monkeypatch.setattr(calibrated, "file_sha256", lambda path: hashed.append(str(path)) or file_sha256(path))
+    monkeypatch.setattr(calibrated, "_SETTLED", -1)  # as if it had been there for long
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(Path(files["dense"]).read_bytes())
+    first, again, before = create(str(path)), create(str(path)), path.stat()
+    assert hashed.count(str(path)) == 1
+    same(first, again)
+    path.write_bytes(Path(files["other"]).read_bytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    same(create(str(path)), create(files["other"]))
+    monkeypatch.setattr(calibrated, "_SETTLED", 60)
+    create(str(path)), create(str(path))
+    assert hashed.count(str(path)) == 4
 
 
 def test_the_first_call_builds_the_network_twice(files, monkeypatch):

@@ -8,11 +8,12 @@ import hashlib
 import json
 import logging
 import os
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ _logger = logging.getLogger(__name__)
 CALIBRATION = 4  # counts up whenever calibration gives other networks
 
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # of the images
+_SETTLED = 2  # seconds: the coarsest tick of a file system's clock
 _READING = ("custom_load", "first_conv", "classifier")  # how timm reads the weights
 
 
@@ -72,22 +74,19 @@ def calibrated(call: Call, state: Mapping[str, Any] | None, images: str) -> Iter
         short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         folder = cache_folder(call.cache_dir) / f"{call.name}-{short}"
 
-    def calibrate(dense: nn.Module) -> nn.Module:
-        which = "photographs that ship with timm_masterkeys" if images == BUILTIN else images
+    def calibrate() -> nn.Module:
+        dense = built.pop() if built else _build(call, shape)
         _logger.warning(
             "%s: calibrating with %s, once; it is kept in the cache afterwards (mk_calibrate=False turns it off).",
             call.name,
-            which,
+            "photographs that ship with timm_masterkeys" if images == BUILTIN else images,
         )
         model, report = convert_and_calibrate(dense, config, images, call.flat_names)
         _logger.warning("%s: calibrated %s.", call.name, report.summary())
         write_record(model, replace(read_record(model), source=replace(call.source, sha256=digest)))
         return model
 
-    def make() -> nn.Module:
-        return _undisturbed(lambda: calibrate(built.pop() if built else _build(call, shape)))
-
-    with cached_folder(folder, make, partial(_save, key), _usable) as saved:
+    with cached_folder(folder, partial(_undisturbed, calibrate), partial(_save, key), _usable) as saved:
         about = read_section(saved / "config.json")
         assert about is not None
         yield SavedModel(saved, about)
@@ -270,4 +269,19 @@ def _weights_sha256(call: Call) -> str | None:
 
 
 def _digest(path: str) -> str:
-    return file_sha256(path) if os.path.isfile(path) else ""
+    """The SHA-256 of a file, "" without one; of a file as it was hashed before, by this process, it is remembered.
+
+    A file is known by what git's index knows it by. ``st_ctime_ns`` changes whenever a file is written, even if its
+    time of modification is set back; but not within a tick of the clock, so a file that was just written is read.
+    """
+    if not os.path.isfile(path):
+        return ""
+    stat = os.stat(path)
+    if time.time() - max(stat.st_mtime, stat.st_ctime) < _SETTLED:
+        return file_sha256(path)
+    return _known_sha256(path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@lru_cache(maxsize=64)
+def _known_sha256(path: str, *stat: int) -> str:
+    return file_sha256(path)

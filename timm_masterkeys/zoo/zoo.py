@@ -161,10 +161,7 @@ def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
     (zoo.output / "models").mkdir(parents=True, exist_ok=True)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     pending = [*names[rank::world], *(name for i, name in enumerate(names) if i % world != rank)]
-    for wait in (
-        False,
-        True,
-    ):  # networks that others work on come last: they are done by then, or their process was killed
+    for wait in (False, True):  # networks that others work on come last: by then they are done, or free
         for name in pending.copy():
             with locked(zoo.output / f".{name}.lock", wait) as held:
                 if not held:
