@@ -209,7 +209,7 @@ def test_the_first_call_builds_the_network_twice(files, monkeypatch):
     assert len(built) == 3
 
 
-# --- What is calibrated is the network that was asked for
+# --- What is calibrated is the network of the call
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_arguments_reach_the_dense_network(files, root, monkeypatch, file, argum
     assert [type(m) for m in fused.modules()] == [type(m) for m in stock.modules()]
 
 
-def test_arguments_that_cannot_be_told_apart_are_not_kept(files, root, caplog):
+def test_arguments_that_cannot_be_compared_are_not_kept(files, root, caplog):
     class Act(nn.ReLU):
         pass
 
@@ -301,7 +301,7 @@ def test_a_stale_variable_matters_where_images_are_needed(files, tmp_path, monke
         create(files["dense"])
 
 
-def test_a_dense_checkpoint_in_a_converted_model_is_told(files, caplog):
+def test_a_dense_checkpoint_in_a_converted_model_is_a_warning(files, caplog):
     timm.create_model(NAME, checkpoint_path=files["pth"])
     assert "dense kernels for 4 converted layers" in caplog.text and "One-shot conversion costs accuracy" in caplog.text
 

@@ -220,7 +220,7 @@ def test_deprecated_names_are_never_silently_dense():
 
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_an_architecture_of_ones_own_that_was_not_registered(monkeypatch, depthwise):
-    """One that was there before this package was imported: what has depthwise convolutions is told to register."""
+    """One that was there before this package was imported; the error says how to register it, if that is of use."""
     net = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8 if depthwise else 1))
     monkeypatch.setitem(timm.models._registry._model_entrypoints, "my_own_net", lambda pretrained=False, **kwargs: net)
     mk.register_names()
@@ -296,7 +296,7 @@ def test_pretrained_is_the_stock_model_converted(weights, file, caplog, source, 
     assert len(layers(model)) == 9 and "state_dict" not in model.pretrained_cfg
     assert model.default_cfg is model.pretrained_cfg
     assert model.pretrained_cfg["architecture"] == ARCH and f"{ARCH}.{model.pretrained_cfg['tag']}" == name
-    assert read_record(model) == Record((mk.MasterKeysConfig(),), Source(), keys_digest(model))  # whose, nobody told
+    assert read_record(model) == Record((mk.MasterKeysConfig(),), Source(), keys_digest(model))  # of unknown source
     assert resolve_model_data_config(model) == resolve_model_data_config(timm.create_model(ARCH))
 
     (record,) = caplog.records  # one line: what it is, how well it fits, what to do
@@ -650,7 +650,7 @@ def pointed(monkeypatch):
     ],
 )
 def test_what_is_wrong_with_the_variable_is_an_error_for_every_name(pointed, tmp_path, monkeypatch, value, message):
-    """Each time weights of a name are asked for, and not before; no name is then pointed anywhere."""
+    """Each time a name's weights are loaded, and not before; no name is then pointed anywhere."""
     (tmp_path / "my zoo").mkdir()
     for names in (tmp_path / "names.txt", tmp_path / "my zoo" / "names.txt"):
         names.write_text(f"{MK8}_ours=org/a\n{MK8}=nonsense\n")
@@ -688,7 +688,7 @@ def test_a_name_that_only_the_variable_knows(pointed, monkeypatch):
 
 
 def test_a_list_of_names(pointed, tmp_path):
-    """All of its names or none; what is not a pair is passed over if it is meant to be."""
+    """All of its names or none; comments and empty lines are ignored."""
     names = tmp_path / "names.txt"
     names.write_text(f"# our zoo\n\n{ARCH}.mk8_zoo1=org/a@0a1b\n  {ARCH}.mk8_zoo2=org/b\n")
     mk.use_weights(names)
@@ -759,13 +759,13 @@ def test_each_missing_name_is_a_warning(monkeypatch, caplog, name):
     assert len(caplog.records) == 1
 
 
-@pytest.mark.parametrize(("version", "told"), [("1.0.29.dev0", 1), ("0.9.16", 1), ("1.0.31", 0), ("1.1.0.dev0", 0)])
-def test_a_timm_of_a_checkout_that_is_too_old_is_told(version, told, monkeypatch, caplog):
+@pytest.mark.parametrize(("version", "warnings"), [("1.0.29.dev0", 1), ("0.9.16", 1), ("1.0.31", 0), ("1.1.0.dev0", 0)])
+def test_a_timm_of_a_checkout_that_is_too_old_is_a_warning(version, warnings, monkeypatch, caplog):
     monkeypatch.setattr(timm, "__version__", version)
     with caplog.at_level(logging.WARNING):
         mk.register_names()
         mk.register_names("test_convnext")
-    assert len(caplog.records) == told
+    assert len(caplog.records) == warnings
     assert all(version in r.getMessage() and os.path.dirname(timm.__file__) in r.getMessage() for r in caplog.records)
 
 

@@ -130,17 +130,17 @@ def commits(hub, org="alice"):
 
 @pytest.mark.slow
 def test_torchrun_a_broken_model_and_a_hub_that_fails(hub, command, tmp_path):
-    """What can be done is done, once; what failed is told; a second run does that and nothing else."""
+    """What can be done is done, once; what failed is listed; a second run does that and nothing else."""
     once = hub.drop(("POST", "test_efficientnet.*/commit/"), when="after")  # made, its answer lost
     hub.fail(("POST", "test_convnext3.*/preupload/"), 403, times=None)
-    code, out, told = finish(command(tmp_path / "zoo", launcher=TORCHRUN))
-    assert code == 1 and once.hits == 1, told
+    code, out, err = finish(command(tmp_path / "zoo", launcher=TORCHRUN))
+    assert code == 1 and once.hits == 1, err
     hub.faults.clear()
     first, failures = rows(tmp_path / "zoo"), tmp_path / "zoo" / "models"
     assert sorted(first) == NAMES
     assert [name for name, row in first.items() if not row["sha"]] == ["test_convnext3.mk8_r160_in1k"]
-    assert "2 of 4 networks failed" in told and "test_convnext2.r160_in1k (" in told and "head.fc.bias" in told
-    assert "test_convnext3.r160_in1k (Nothing was" in told  # by the first to end: torchrun then ends the other
+    assert "2 of 4 networks failed" in err and "test_convnext2.r160_in1k (" in err and "head.fc.bias" in err
+    assert "test_convnext3.r160_in1k (Nothing was" in err  # by the first to end: torchrun then ends the other
     assert "Traceback" in (failures / "test_convnext2.r160_in1k" / "failure.txt").read_text()
     downloads = [hub.count("GET", rf"timm/{arch}\..*filename=model.safetensors") for arch in ARCHS]
     assert downloads == [1, 1, 1]

@@ -152,7 +152,7 @@ def _as_json(value: Any) -> Any:
     """An argument as JSON data, classes and functions of torch and timm by their names.
 
     Raises:
-        TypeError: A value that cannot be told from others like it.
+        TypeError: A value that cannot be compared with those of other calls.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -165,7 +165,7 @@ def _as_json(value: Any) -> Any:
     module, name = getattr(value, "__module__", None) or "", getattr(value, "__qualname__", "")
     if module.partition(".")[0] in ("torch", "timm") and name and "<" not in name:
         return {"name": f"{module}.{name}"}
-    raise TypeError(f"{value!r} cannot be told from others like it")
+    raise TypeError(f"{value!r} cannot be compared with the arguments of other calls")
 
 
 def _own_shape(call: Call, state: Mapping[str, Any] | None) -> tuple[int, int]:

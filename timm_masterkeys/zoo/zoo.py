@@ -66,7 +66,7 @@ class Zoo:
     dataset: str = ""  # the labelled images' name on model cards; the folder's name if empty
     license: str | None = None  # for weights of which timm does not know the licence; without it, those fail
     private: bool | None = None  # new repositories are private
-    dry_run: bool = False  # everything but publishing: the Hub is asked, nothing is changed there
+    dry_run: bool = False  # everything but publishing: the Hub is read, nothing is changed there
     keep_weights: bool = False  # keep downloads, in timm's usual cache, and the saved networks
     batch_size: int = 64  # images at a time when measuring
     workers: int = 4  # processes that read images
