@@ -21,6 +21,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_as_if_the_script_ran_alone(tmp_path):
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "beside.py").write_text("VALUE = 7")
@@ -31,9 +32,7 @@ def test_as_if_the_script_ran_alone(tmp_path):
     assert done.returncode == 3, done.stderr
     argv, cwd, value, registered, file = json.loads(done.stdout)
     assert argv == ["scripts/train.py", "3", "--model", "a b"]
-    assert os.path.samefile(cwd, tmp_path) and os.path.samefile(
-        file if os.path.isabs(file) else tmp_path / file, script
-    )
+    assert os.path.samefile(cwd, tmp_path) and os.path.samefile(tmp_path / file, script)
     assert value == 7 and registered
 
 
@@ -59,12 +58,13 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_spawned_processes_know_the_names(tmp_path):
     (tmp_path / "train.py").write_text(SPAWNING)
-    done = run("-m", "timm_masterkeys.launch", tmp_path / "train.py", tmp_path / "told.txt")
+    done = run("-m", "timm_masterkeys.launch", tmp_path / "train.py", tmp_path / "written.txt")
     assert (done.returncode, done.stdout) == (0, "[True]\n"), done.stderr
-    told = (tmp_path / "told.txt").read_text().split()
-    assert told == ["True", "__mp_main__", str(tmp_path / "train.py"), str(tmp_path / "told.txt")]
+    written = (tmp_path / "written.txt").read_text().split()
+    assert written == ["True", "__mp_main__", str(tmp_path / "train.py"), str(tmp_path / "written.txt")]
 
 
 @pytest.mark.parametrize(
@@ -75,17 +75,19 @@ def test_errors_and_help(monkeypatch, capsys, arguments, code, out, err):
     monkeypatch.setattr(sys, "argv", ["launch", *arguments])
     with pytest.raises(SystemExit) as ended:
         launch.main()
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert ended.value.code == code
-    assert all(text in said if text else not said for text, said in ((out, told.out), (err, told.err)))
+    assert all(text in got if text else not got for text, got in ((out, printed.out), (err, printed.err)))
 
 
-def test_an_error_of_the_script(tmp_path):
-    (tmp_path / "fails.py").write_text("raise ValueError('of the script')")
-    failed = run("-m", "timm_masterkeys.launch", tmp_path / "fails.py")
-    assert failed.returncode == 1 and "ValueError: of the script" in failed.stderr
+def test_names_are_registered_and_an_error_of_the_script_is_its_own(tmp_path):
+    code = "import sys, timm\nprint(timm.is_model('convnext_atto.mk8_d2_in1k'), *sys.argv[1:])\nraise ValueError('own')"
+    (tmp_path / "fails.py").write_text(code)
+    failed = run("-m", "timm_masterkeys.launch", tmp_path / "fails.py", "--model", "x")
+    assert (failed.returncode, failed.stdout) == (1, "True --model x\n") and "ValueError: own" in failed.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c(tmp_path):
     (tmp_path / "waits.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)")
     command = [sys.executable, "-m", "timm_masterkeys.launch", str(tmp_path / "waits.py")]

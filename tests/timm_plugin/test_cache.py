@@ -24,7 +24,7 @@ def usable(folder):
 
 
 def load_or_make(root, name, make, save=save):
-    with cached_folder(root, name, make, save, usable) as folder:
+    with cached_folder(root / name, make, save, usable) as folder:
         return json.loads((folder / "config.json").read_text())["made"]
 
 
@@ -37,17 +37,10 @@ class Maker:
         return f"made {self.calls}"
 
 
-def test_made_once(tmp_path):
-    make = Maker()
-    assert [load_or_make(tmp_path / "new", "net", make) for _ in range(3)] == ["made 1"] * 3
-    assert load_or_make(tmp_path / "new", "other", make) == "made 2"
-    assert sorted(entry.path.name for entry in list_entries(tmp_path / "new")) == ["net", "other"]
-
-
 @pytest.mark.parametrize("damage", [lambda config: config.write_text("x"), lambda config: config.unlink()])
-def test_damage_is_made_anew(tmp_path, caplog, damage):
+def test_made_once_and_anew_after_damage(tmp_path, caplog, damage):
     make = Maker()
-    load_or_make(tmp_path, "net", make)
+    assert [load_or_make(tmp_path, "net", make) for _ in range(2)] == ["made 1"] * 2
     damage(tmp_path / "net" / "config.json")
     assert load_or_make(tmp_path, "net", make) == "made 2" and "is damaged and is made anew" in caplog.text
     assert load_or_make(tmp_path, "net", make) == "made 2"
@@ -56,7 +49,7 @@ def test_damage_is_made_anew(tmp_path, caplog, damage):
 def test_errors_of_the_caller_are_not_damage(tmp_path):
     make = Maker()
     for _ in range(2):
-        with pytest.raises(OSError, match="no such argument"), cached_folder(tmp_path, "net", make, save, usable):
+        with pytest.raises(OSError, match="no such argument"), cached_folder(tmp_path / "net", make, save, usable):
             raise OSError("no such argument")
     assert make.calls == 1 and load_or_make(tmp_path, "net", make) == "made 1"
 
@@ -70,12 +63,11 @@ def test_what_cannot_be_made_leaves_nothing(tmp_path):
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     make = Maker()
-    assert load_or_make(tmp_path / "file" / "cache", "net", make) == "made 1"
-    assert load_or_make(tmp_path / "file" / "cache", "net", make) == "made 2"
-    assert "cannot be written" in caplog.text
-    with cached_folder(tmp_path / "file" / "cache", "net", make, save, usable) as folder:
-        assert usable(folder)
-    assert not folder.exists()
+    for entry in (tmp_path / "file" / "cache" / "net", None):  # and without a place in the cache
+        with cached_folder(entry, make, save, usable) as folder:
+            assert usable(folder)
+        assert not folder.exists()
+    assert make.calls == 2 and caplog.text.count("cannot be written") == 1
 
 
 def test_a_full_disk_only_costs_time(tmp_path, caplog):

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import json
 import logging
 import os
 import re
@@ -33,7 +32,6 @@ from timm_masterkeys.timm_plugin import compat, published
 ARCH = "test_convnext"  # timm's own miniature: 9 7x7 depthwise layers, 0.27 million parameters, stock tag r160_in1k
 MK8 = f"{ARCH}.mk8"
 OWN = re.compile(r"\.mk8(_|$)")
-FEATURE_CLASSES = ["list", "dict", "hook", "getter", "fx"]
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +70,6 @@ def same(a, b):
     a, b = a.state_dict(), b.state_dict()
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def told(code, *args, **kwargs):
-    """What a process of its own printed, and logged; nothing may go wrong in it."""
-    done = run("-c", code, *args, **kwargs)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
 
 
 # --- Registration
@@ -153,6 +144,7 @@ assert type(timm.create_model("my_net").dw) is nn.Conv2d
 """
 
 
+@pytest.mark.slow
 def test_import_adds_names_and_changes_nothing_else():
     command = [sys.executable, "-c", REGISTRATION + ARCHITECTURE_OF_ONES_OWN]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -178,9 +170,14 @@ def test_every_name_is_there():
     assert timm.is_model("convnext_tiny.mk8_fb_in22k") and "convnext_tiny.mk8_fb_in22k" in listed
     assert "ghostnet_050.mk8" in expected - set(listed)  # timm has no weights of it
     assert not any("." in name for name in timm.list_models())
+    assert list(timm.models.get_arch_pretrained_cfgs("convnext_atto")) == [
+        "convnext_atto.d2_in1k",
+        "convnext_atto.mk8",
+        "convnext_atto.mk8_d2_in1k",
+    ]
 
 
-@pytest.mark.parametrize("name", ["convnext_tiny", "convnext_tiny.fb_in22k", "ghostnet_050", "davit_huge", ARCH])
+@pytest.mark.parametrize("name", ["convnext_tiny.fb_in22k", "ghostnet_050", ARCH])
 def test_cfg_is_the_stock_one(name):
     arch, _, tag = name.partition(".")
     own = f"{arch}.mk8_{tag}" if tag else f"{arch}.mk8"
@@ -192,61 +189,38 @@ def test_cfg_is_the_stock_one(name):
     assert timm.get_pretrained_cfg_value(own, "input_size") == stock.input_size
 
 
-def test_other_tags_of_an_architecture_are_listed_in_order():
-    assert list(timm.models.get_arch_pretrained_cfgs("convnext_atto")) == [
-        "convnext_atto.d2_in1k",
-        "convnext_atto.mk8",
-        "convnext_atto.mk8_d2_in1k",
-    ]
-
-
 @pytest.mark.parametrize("pretrained", [False, True])
-@pytest.mark.parametrize("arch", [ARCH, "convnext_atto"])
-@pytest.mark.parametrize("tag", ["mk8_nope", "mk8_", "mk8nope"])
-def test_unknown_tag_of_ours_names_those_there_are(arch, tag, pretrained):
-    stock = timm.get_pretrained_cfg(arch).tag
-    with pytest.raises(ConversionError) as told:
-        timm.create_model(f"{arch}.{tag}", pretrained=pretrained)
-    assert str(told.value) in [
-        f"Got {arch}.{tag}, expected {arch}.{a} or {arch}.{b}."
-        for a, b in (("mk8", f"mk8_{stock}"), (f"mk8_{stock}", "mk8"))
-    ]
-
-
-def test_the_nearest_tag_comes_first():
-    with pytest.raises(ConversionError, match=r"Got convnext_tiny\.mk8_in12_k, expected convnext_tiny\.mk8_in12k or "):
-        timm.create_model("convnext_tiny.mk8_in12_k")
-
-
-def test_unknown_stock_tags_and_architectures_are_timms_own_errors():
-    with pytest.raises(RuntimeError, match=re.escape(f"Invalid pretrained tag (mk9) for {ARCH}.")):
-        timm.create_model(f"{ARCH}.mk9")
-    with pytest.raises(RuntimeError, match=re.escape("Unknown model (convnext_tni)")):
-        timm.create_model("convnext_tni.mk8")
-
-
-@pytest.mark.parametrize("name", ["resnet18.mk8", "resnet18.mk8_a1_in1k", "vit_tiny_patch16_224.mk8"])
-@pytest.mark.parametrize("pretrained", [False, True])
-def test_architecture_without_depthwise_convolutions_has_no_names(name, pretrained):
-    arch = name.partition(".")[0]
-    with pytest.raises(ConversionError, match=f"Got {re.escape(name)}, but {arch} has no depthwise convolutions"):
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        (f"{MK8}_nope", ConversionError, f"Got {MK8}_nope, expected {MK8} or {MK8}_r160_in1k."),
+        (f"{MK8}_", ConversionError, f"Got {MK8}_, expected {MK8} or {MK8}_r160_in1k."),
+        (f"{MK8}nope", ConversionError, f"Got {MK8}nope, expected {MK8} or {MK8}_r160_in1k."),
+        ("convnext_tiny.mk8_in12_k", ConversionError, "convnext_tiny.mk8_in12_k, expected convnext_tiny.mk8_in12k or "),
+        ("resnet18.mk8", ConversionError, "Got resnet18.mk8, but resnet18 has no depthwise convolutions"),
+        ("resnet18.mk8_a1_in1k", ConversionError, "Got resnet18.mk8_a1_in1k, but resnet18 has no depthwise"),
+        (f"{ARCH}.mk9", RuntimeError, f"Invalid pretrained tag (mk9) for {ARCH}."),  # these are timm's
+        ("convnext_tni.mk8", RuntimeError, "Unknown model (convnext_tni)"),
+    ],
+)
+def test_names_that_there_are_not(name, error, message, pretrained):
+    with pytest.raises(error, match=re.escape(message)):
         timm.create_model(name, pretrained=pretrained)
-    assert f"{arch}.mk8" not in timm.list_models(f"{arch}*", include_tags=True)
-    with pytest.raises(RuntimeError, match="Invalid pretrained tag"):  # a name that timm does not list
-        timm.get_pretrained_cfg(name)
+    assert name not in timm.list_models("*", include_tags=True)
 
 
-def test_deprecated_names_of_architectures_without_depthwise_convolutions():
-    with (
-        pytest.warns(UserWarning, match="Mapping deprecated model name"),
-        pytest.raises(ConversionError, match="has no depthwise convolutions"),
-    ):
+@pytest.mark.filterwarnings("ignore:Mapping deprecated model name:UserWarning")
+def test_deprecated_names_are_never_silently_dense():
+    model = timm.create_model("mnasnet_b1.mk8", device="meta")
+    assert len(layers(model)) == 17 and model.pretrained_cfg["tag"] == "mk8"
+    assert not layers(timm.create_model("mnasnet_b1", device="meta"))
+    with pytest.raises(ConversionError, match="has no depthwise convolutions"):
         timm.create_model("resnetv2_50x1_bitm.mk8")
 
 
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_an_architecture_of_ones_own_that_was_not_registered(monkeypatch, depthwise):
-    """One that was there before this package was imported: what has depthwise convolutions is told to register."""
+    """One that was there before this package was imported; the error says how to register it, if that is of use."""
     net = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8 if depthwise else 1))
     monkeypatch.setitem(timm.models._registry._model_entrypoints, "my_own_net", lambda pretrained=False, **kwargs: net)
     mk.register_names()
@@ -254,14 +228,6 @@ def test_an_architecture_of_ones_own_that_was_not_registered(monkeypatch, depthw
     with pytest.raises(ConversionError, match=expected):
         timm.create_model("my_own_net.mk8")
     assert timm.create_model("my_own_net") is net
-
-
-def test_deprecated_names_are_never_silently_dense():
-    with pytest.warns(UserWarning, match="Mapping deprecated model name mnasnet_b1"):
-        model = timm.create_model("mnasnet_b1.mk8", device="meta")
-    assert len(layers(model)) == 17 and model.pretrained_cfg["tag"] == "mk8"
-    with pytest.warns(UserWarning, match="Mapping deprecated model name mnasnet_b1"):
-        assert not layers(timm.create_model("mnasnet_b1", device="meta"))
 
 
 # --- Stock names
@@ -279,21 +245,16 @@ def test_stock_creation_is_untouched(name):
     assert timm.models.model_entrypoint(ARCH).__name__ == ARCH
 
 
-@pytest.mark.parametrize("setting", ["bank", "keys_per_kernel", "trainable", "include", "exclude"])
-def test_settings_are_refused_by_stock_names(setting):
-    with pytest.raises(TypeError, match=f"unexpected keyword argument 'mk_{setting}'"):
-        timm.create_model(ARCH, **{f"mk_{setting}": "none"})
-
-
-def test_unknown_setting_is_refused():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'mk_keys'"):
-        timm.create_model(MK8, mk_keys=1)
+@pytest.mark.parametrize(("name", "setting"), [(ARCH, "mk_bank"), (ARCH, "mk_exclude"), (MK8, "mk_keys")])
+def test_settings_that_a_name_does_not_have(name, setting):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{setting}'"):
+        timm.create_model(name, **{setting: "none"})
 
 
 # --- From scratch
 
 
-def test_scratch_is_drawn_from_the_bank_and_seeded(caplog):
+def test_scratch_is_random_from_the_bank_and_seeded(caplog):
     with caplog.at_level(logging.WARNING):
         model = timm.create_model(MK8)
         other = timm.create_model(MK8)
@@ -326,21 +287,16 @@ def test_meta_device_and_dtype():
 # --- Pretrained
 
 
-def sources(weights, file):
-    return {"file": {"file": file}, "state_dict": {"state_dict": dict(weights)}}
-
-
-@pytest.mark.parametrize("source", ["file", "state_dict"])
-@pytest.mark.parametrize("name", [MK8, f"{ARCH}.mk8_r160_in1k"])
+@pytest.mark.parametrize(("source", "name"), [("file", MK8), ("state_dict", f"{ARCH}.mk8_r160_in1k")])
 def test_pretrained_is_the_stock_model_converted(weights, file, caplog, source, name):
     with caplog.at_level(logging.WARNING):
-        overlay = sources(weights, file)[source]
+        overlay = {"file": file} if source == "file" else {"state_dict": dict(weights)}
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     same(model, mk.convert_to_masterkeys(stock(weights)))
     assert len(layers(model)) == 9 and "state_dict" not in model.pretrained_cfg
     assert model.default_cfg is model.pretrained_cfg
     assert model.pretrained_cfg["architecture"] == ARCH and f"{ARCH}.{model.pretrained_cfg['tag']}" == name
-    assert read_record(model) == Record((mk.MasterKeysConfig(),), Source(), keys_digest(model))  # whose, nobody told
+    assert read_record(model) == Record((mk.MasterKeysConfig(),), Source(), keys_digest(model))  # of unknown source
     assert resolve_model_data_config(model) == resolve_model_data_config(timm.create_model(ARCH))
 
     (record,) = caplog.records  # one line: what it is, how well it fits, what to do
@@ -352,9 +308,7 @@ def test_pretrained_is_the_stock_model_converted(weights, file, caplog, source, 
     assert "calibrate_masterkeys(model, dense_model, images), or fine-tune" in record.getMessage()
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{"num_classes": 5}, {"num_classes": 0}, {"in_chans": 1}, {"in_chans": 1, "num_classes": 7}]
-)
+@pytest.mark.parametrize("kwargs", [{"num_classes": 0}, {"in_chans": 1, "num_classes": 7}])
 def test_other_heads_and_inputs(weights, file, kwargs):
     overlay = {"file": file}
     model = timm.create_model(MK8, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
@@ -364,8 +318,10 @@ def test_other_heads_and_inputs(weights, file, kwargs):
     assert model.stem[0].in_channels == kwargs.get("in_chans", 3)
 
 
-@pytest.mark.parametrize("feature_cls", FEATURE_CLASSES)
-@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize(
+    ("feature_cls", "pretrained"),
+    [("list", True), ("dict", False), ("hook", True), ("getter", False), ("fx", True), ("fx", False)],
+)
 def test_features_only(weights, feature_cls, pretrained):
     kwargs = {"features_only": True, "feature_cls": feature_cls, "out_indices": (0, 2)}
     overlay = {"state_dict": dict(weights)} if pretrained else None
@@ -384,22 +340,29 @@ def test_features_only(weights, feature_cls, pretrained):
     assert model.pretrained_cfg["tag"] == "mk8"
     with torch.no_grad():
         x = torch.randn(1, 3, 64, 64)
-        out, wanted = model(x), expected(x)
-    out, wanted = (list(o.values()) if isinstance(o, dict) else o for o in (out, wanted))
+        outputs = [model(x), expected(x)]
+    out, expected_out = (list(o.values()) if isinstance(o, dict) else o for o in outputs)
     assert [o.shape for o in out] == [(1, 24, 16, 16), (1, 48, 4, 4)]
-    assert all(torch.equal(a, b) for a, b in zip(out, wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(out, expected_out, strict=True))
 
 
-@pytest.mark.parametrize("feature_cls", FEATURE_CLASSES)
-@pytest.mark.parametrize("pretrained", [True, False])
-@pytest.mark.parametrize("setting", ["mk_include", "mk_exclude"])
-def test_patterns_for_the_whole_model_hold_for_its_features(weights, feature_cls, pretrained, setting):
+@pytest.mark.parametrize(
+    ("feature_cls", "pretrained", "setting", "pattern"),
+    [
+        ("list", True, "mk_include", "stages.1.*"),
+        ("dict", False, "mk_exclude", ["*.blocks.0.conv_dw", "stages.2.blocks.1.*"]),
+        ("hook", False, "mk_include", ["*.blocks.0.conv_dw", "stages.2.blocks.1.*"]),
+        ("getter", True, "mk_exclude", "stages.1.*"),
+        ("fx", True, "mk_include", ["*.blocks.0.conv_dw", "stages.2.blocks.1.*"]),
+        ("fx", False, "mk_exclude", "stages.1.*"),
+    ],
+)
+def test_patterns_for_the_whole_model_hold_for_its_features(weights, feature_cls, pretrained, setting, pattern):
     overlay = {"state_dict": dict(weights)} if pretrained else None
-    for pattern in ("stages.1.*", ["*.blocks.0.conv_dw", "stages.2.blocks.1.*"]):
-        whole = timm.create_model(MK8, **{setting: pattern})
-        settings = {"features_only": True, "feature_cls": feature_cls, setting: pattern}
-        model = timm.create_model(MK8, pretrained=pretrained, pretrained_cfg_overlay=overlay, **settings)
-        assert [flat_name(name) for name in layers(model)] == [flat_name(name) for name in layers(whole)] != []
+    whole = timm.create_model(MK8, **{setting: pattern})
+    settings = {"features_only": True, "feature_cls": feature_cls, setting: pattern}
+    model = timm.create_model(MK8, pretrained=pretrained, pretrained_cfg_overlay=overlay, **settings)
+    assert [flat_name(name) for name in layers(model)] == [flat_name(name) for name in layers(whole)] != []
 
 
 def test_patterns_of_stages_that_features_lack(caplog):
@@ -412,8 +375,9 @@ def test_patterns_of_stages_that_features_lack(caplog):
         timm.create_model(MK8, mk_include="stages.3.*", **kwargs)
 
 
-@pytest.mark.parametrize("arch", ["test_convnext", "test_efficientnet", "mobilenetv4_conv_small_035", "starnet_s1"])
-@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize(
+    ("arch", "features"), [("test_convnext", True), ("test_efficientnet", False), ("starnet_s1", True)]
+)
 def test_the_pattern_that_the_error_recommends_works(arch, features, caplog):
     model = timm.create_model(arch, features_only=features)
     try:
@@ -427,9 +391,7 @@ def test_the_pattern_that_the_error_recommends_works(arch, features, caplog):
     assert 0 < len(found) < len(mk.plan_conversion(model).converted) and found[0] in message
 
 
-@pytest.mark.parametrize(
-    "kind", ["dense.safetensors", "compact.safetensors", "dense.pth", "compact.pth", "train.pth.tar"]
-)
+@pytest.mark.parametrize("kind", ["dense.safetensors", "compact.safetensors", "dense.pth", "train.pth.tar"])
 def test_checkpoint_path(weights, tmp_path, kind):
     converted = mk.convert_to_masterkeys(stock(weights))
     content = dict(weights) if kind.startswith("dense") else converted.state_dict()
@@ -453,9 +415,6 @@ def trained(weights, **settings):
     return model
 
 
-CHECKPOINTS = ["file.safetensors", "file.pth", "train.pth.tar", "state_dict"]
-
-
 def overlay_of(state_dict, tmp_path, kind):
     """The same weights from any of the places timm takes some from."""
     state_dict = {name: value.clone() for name, value in state_dict.items()}
@@ -469,8 +428,16 @@ def overlay_of(state_dict, tmp_path, kind):
     return {"file": str(path)}
 
 
-@pytest.mark.parametrize("kind", CHECKPOINTS)
-@pytest.mark.parametrize("kwargs", [{}, {"num_classes": -1}, {"num_classes": 5}, {"in_chans": 1}])
+@pytest.mark.parametrize(
+    ("kind", "kwargs"),
+    [
+        ("file.safetensors", {"num_classes": -1}),
+        ("file.safetensors", {"in_chans": 1}),
+        ("file.pth", {}),
+        ("train.pth.tar", {"num_classes": 5}),
+        ("state_dict", {}),
+    ],
+)
 def test_a_converted_checkpoint_as_pretrained_weights(weights, tmp_path, caplog, kind, kwargs):
     """It comes back as it is, not its pointwise layers with random kernels projected."""
     model = trained(weights)
@@ -485,7 +452,7 @@ def test_a_converted_checkpoint_as_pretrained_weights(weights, tmp_path, caplog,
     assert all(type(p) is nn.Parameter and p.requires_grad for p in again.parameters())
 
 
-@pytest.mark.parametrize("feature_cls", FEATURE_CLASSES)
+@pytest.mark.parametrize("feature_cls", ["dict", "fx"])
 def test_features_of_a_converted_checkpoint(weights, feature_cls):
     model = trained(weights)
     kwargs = {"features_only": True, "feature_cls": feature_cls, "out_indices": (0, 2)}
@@ -500,7 +467,7 @@ def test_features_of_a_converted_checkpoint(weights, feature_cls):
     assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
 
 
-@pytest.mark.parametrize("arch", ["test_efficientnet", "test_mambaout", "ghostnet_050", "fastvit_t8", "starnet_s1"])
+@pytest.mark.parametrize("arch", ["test_mambaout", "ghostnet_050", "fastvit_t8"])
 def test_converted_checkpoints_of_other_families(arch):
     given = mk.initialize_masterkeys(timm.create_model(arch), keys_per_kernel=2).state_dict()
     overlay = {"state_dict": dict(given), "num_classes": -1}
@@ -511,15 +478,14 @@ def test_converted_checkpoints_of_other_families(arch):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "num_classes"),
     [
-        {"bank": "random8:3"},
-        {"keys_per_kernel": 3, "trainable": "affine"},
-        {"exclude": "stages.0.*"},
-        {"bank": "scale-space-b", "trainable": "scales"},
+        ({"bank": "random8:3"}, 5),
+        ({"keys_per_kernel": 3, "trainable": "affine"}, 1000),
+        ({"exclude": "stages.0.*"}, 5),
+        ({"bank": "scale-space-b", "trainable": "scales"}, 1000),
     ],
 )
-@pytest.mark.parametrize("num_classes", [1000, 5])
 def test_a_converted_checkpoint_with_settings(weights, settings, num_classes):
     model = trained(weights, **settings)
     overlay = {"state_dict": dict(model.state_dict())}
@@ -589,10 +555,9 @@ def test_cfg_as_an_argument(weights, kind):
     assert kind != "object" or cfg.state_dict  # the caller's own cfg keeps it
 
 
-@pytest.mark.parametrize("arch", ["ghostnet_050", "test_mambaout"])
-def test_pretrained_without_weights_fails_as_stock(arch):
+def test_pretrained_without_weights_fails_as_stock():
     messages = []
-    for name in (arch, f"{arch}.mk8"):
+    for name in ("ghostnet_050", "ghostnet_050.mk8"):
         with pytest.raises(RuntimeError, match="No pretrained weights exist") as error:
             timm.create_model(name, pretrained=True)
         messages.append(str(error.value))
@@ -616,16 +581,15 @@ def from_command_line(*arguments):
     return parser.parse_args(["--model-kwargs", *arguments]).model_kwargs
 
 
-@pytest.mark.parametrize("pretrained", [True, False])
 @pytest.mark.parametrize(
-    ("arguments", "settings"),
+    ("arguments", "settings", "pretrained"),
     [
-        (["mk_bank=random8:3"], {"bank": "random8:3"}),
-        (["mk_keys_per_kernel=3", "mk_trainable=affine"], {"keys_per_kernel": 3, "trainable": "affine"}),
-        (["mk_trainable=none"], {"trainable": "none"}),
-        (["mk_include=stages.1.*"], {"include": "stages.1.*"}),
-        (["mk_exclude=['stages.0.*', '*.1.conv_dw']"], {"exclude": ["stages.0.*", "*.1.conv_dw"]}),
-        (["mk_bank=None", "num_classes=3"], {}),
+        (["mk_bank=random8:3"], {"bank": "random8:3"}, True),
+        (["mk_keys_per_kernel=3", "mk_trainable=affine"], {"keys_per_kernel": 3, "trainable": "affine"}, False),
+        (["mk_trainable=none"], {"trainable": "none"}, True),
+        (["mk_include=stages.1.*"], {"include": "stages.1.*"}, False),
+        (["mk_exclude=['stages.0.*', '*.1.conv_dw']"], {"exclude": ["stages.0.*", "*.1.conv_dw"]}, True),
+        (["mk_bank=None", "num_classes=3"], {}, False),
     ],
 )
 def test_settings(weights, pretrained, arguments, settings):
@@ -640,14 +604,7 @@ def test_settings(weights, pretrained, arguments, settings):
         expected = mk.initialize_masterkeys(timm.create_model(ARCH, **classes), **settings)
     same(model, expected)
     assert [(n, p.shape) for n, p in model.named_parameters()] == [(n, p.shape) for n, p in expected.named_parameters()]
-    assert 0 < len(layers(model)) <= 9
     assert {layer.bank.name for layer in layers(model).values()} == {settings.get("bank", "babaiee2025")}
-
-
-def test_bank_as_an_object(weights):
-    bank = mk.KeyBank("mine", torch.randn(3, 5, 5))
-    model = timm.create_model(MK8, mk_bank=bank, mk_keys_per_kernel=2)
-    assert {layer.bank for layer in layers(model).values()} == {bank}
 
 
 @pytest.mark.parametrize(
@@ -683,11 +640,9 @@ def pointed(monkeypatch):
     ("value", "message"),
     [
         (f"{MK8}=orgname", f"Got the source 'orgname' for {MK8}, expected 'org/name'"),
-        (f"{MK8}", f"Got the source '' for {MK8}"),
         (f"{MK8} = org/name", f"Got the source '' for {MK8}"),
         (f"{MK8}_ours=org/name@", "Got the source 'org/name@'"),
         (f"{MK8}=org/a,test_convnext2.mk8=org/b", "Got the source 'org/a,test_convnext2.mk8=org/b'"),
-        (f"{MK8}_ours=a/b/{MK8}", "Got the source 'a/b/"),
         ("resnet18.mk8=org/a", "Got the name 'resnet18.mk8'"),
         (f"{MK8}=org/a {{folder}}/none.txt", "none.txt' cannot be read"),
         (f"{MK8}=org/a {{folder}}/names.txt", "Got the source 'nonsense'"),
@@ -695,7 +650,7 @@ def pointed(monkeypatch):
     ],
 )
 def test_what_is_wrong_with_the_variable_is_an_error_for_every_name(pointed, tmp_path, monkeypatch, value, message):
-    """Each time weights of a name are asked for, and not before; no name is then pointed anywhere."""
+    """Each time a name's weights are loaded, and not before; no name is then pointed anywhere."""
     (tmp_path / "my zoo").mkdir()
     for names in (tmp_path / "names.txt", tmp_path / "my zoo" / "names.txt"):
         names.write_text(f"{MK8}_ours=org/a\n{MK8}=nonsense\n")
@@ -733,7 +688,7 @@ def test_a_name_that_only_the_variable_knows(pointed, monkeypatch):
 
 
 def test_a_list_of_names(pointed, tmp_path):
-    """All of its names or none; what is not a pair is passed over if it is meant to be."""
+    """All of its names or none; comments and empty lines are ignored."""
     names = tmp_path / "names.txt"
     names.write_text(f"# our zoo\n\n{ARCH}.mk8_zoo1=org/a@0a1b\n  {ARCH}.mk8_zoo2=org/b\n")
     mk.use_weights(names)
@@ -750,17 +705,11 @@ def test_a_list_of_names(pointed, tmp_path):
         mk.use_weights("nowhere.txt")
 
 
-ONE_NAME = """
-import timm
-from timm.models import _registry
-import timm_masterkeys as mk
-mk.timm_plugin.names.compat.wrap_entrypoint = lambda arch, wrap: print(arch)
-mk.register_names("test_convnext")
-"""
-
-
-def test_one_name_to_register():
-    assert told(ONE_NAME)[0].split() == [ARCH]
+def test_one_name_to_register(monkeypatch):
+    wrapped = []
+    monkeypatch.setattr(compat, "wrap_entrypoint", lambda arch, wrap: wrapped.append(arch))
+    mk.register_names(ARCH)
+    assert wrapped == [ARCH]
 
 
 # --- FX
@@ -790,11 +739,6 @@ def test_fx_keeps_the_layer_whole():
 # --- timm's private names
 
 
-def test_private_names_are_where_they_are_expected():
-    """Fails when timm moves what ``compat.py`` needs: adapt that one module, then add the version to its ``TESTED``."""
-    assert not compat.unsupported(), compat.unsupported()
-
-
 def test_only_one_module_touches_them():
     private = re.compile(r"timm(\.\w+)*\._[a-z]|from timm\S* import .*\b_[a-z]|\._(model_args|traits)\b")
     for path in Path(mk.__file__).parent.rglob("*.py"):
@@ -805,7 +749,9 @@ def test_only_one_module_touches_them():
 @pytest.mark.parametrize(
     "name", ["_model_entrypoints", "_model_has_pretrained", "_model_pretrained_cfgs", "_model_with_tags"]
 )
-def test_each_missing_name_is_told(monkeypatch, caplog, name):
+def test_each_missing_name_is_a_warning(monkeypatch, caplog, name):
+    """``unsupported`` fails here when timm moves a name: adapt ``compat.py`` alone, then add to its ``TESTED``."""
+    assert not compat.unsupported(), compat.unsupported()
     monkeypatch.delattr(timm.models._registry, name)
     assert name in compat.unsupported() and timm.__version__ in compat.unsupported()
     with caplog.at_level(logging.WARNING):
@@ -813,44 +759,31 @@ def test_each_missing_name_is_told(monkeypatch, caplog, name):
     assert len(caplog.records) == 1
 
 
-@pytest.mark.parametrize(("version", "told"), [("1.0.29.dev0", 1), ("0.9.16", 1), ("1.0.31", 0), ("1.1.0.dev0", 0)])
-def test_a_timm_of_a_checkout_that_is_too_old_is_told(version, told, monkeypatch, caplog):
+@pytest.mark.parametrize(("version", "warnings"), [("1.0.29.dev0", 1), ("0.9.16", 1), ("1.0.31", 0), ("1.1.0.dev0", 0)])
+def test_a_timm_of_a_checkout_that_is_too_old_is_a_warning(version, warnings, monkeypatch, caplog):
     monkeypatch.setattr(timm, "__version__", version)
     with caplog.at_level(logging.WARNING):
         mk.register_names()
         mk.register_names("test_convnext")
-    assert len(caplog.records) == told
+    assert len(caplog.records) == warnings
     assert all(version in r.getMessage() and os.path.dirname(timm.__file__) in r.getMessage() for r in caplog.records)
 
 
 MOVED = """
-import json, logging
 import timm
 from timm.models import _registry
 del _registry._model_has_pretrained
-
-class Records(logging.Handler):
-    def emit(self, record):
-        told.append([record.levelname, record.getMessage()])
-
-told = []
-logging.getLogger().addHandler(Records())
 import timm_masterkeys as mk
-model = mk.convert_to_masterkeys(timm.create_model("test_convnext"))
-assert len([m for m in model.modules() if isinstance(m, mk.MasterKeyConv2d)]) == 9
-mk.fuse_masterkeys(model)
+mk.fuse_masterkeys(mk.convert_to_masterkeys(timm.create_model("test_convnext")))
 try:
     timm.create_model("test_convnext.mk8")
 except RuntimeError as error:
-    told.append(["error", str(error)])
-print(json.dumps(told))
+    print(error)
 """
 
 
 def test_a_timm_that_moved_its_registry():
-    *records, error = json.loads(told(MOVED)[0])
-    assert error == ["error", "Invalid pretrained tag (mk8) for test_convnext."]  # timm's own
-    (level, message), *others = [line for line in records if line[0] == "WARNING"]
-    assert level == "WARNING" and not others
-    assert "_model_has_pretrained" in message and f"timm {timm.__version__} moved" in message
-    assert "No .mk8 names; convert_to_masterkeys(model) works all the same." in message
+    done = run("-c", MOVED)
+    assert (done.returncode, done.stdout) == (0, "Invalid pretrained tag (mk8) for test_convnext.\n"), done.stderr
+    assert "_model_has_pretrained" in done.stderr and f"timm {timm.__version__} moved" in done.stderr
+    assert done.stderr.count("No .mk8 names; convert_to_masterkeys(model) works all the same.") == 1

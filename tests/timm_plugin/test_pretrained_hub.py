@@ -8,6 +8,8 @@ from hub_server import HubServer
 from safetensors.torch import save
 from torch import nn
 
+pytestmark = pytest.mark.slow
+
 CODE = """
 import sys, timm, timm_masterkeys
 timm_masterkeys.calibration.images.COUNT = 15
@@ -41,15 +43,15 @@ def run(env, **arguments):
 
 
 def test_calibrated_online_then_loaded_without_a_request(hub, env):
-    first, told = run(env)
-    assert "calibrating with photographs that ship" in told and "calibrated on 30 images" in told
+    first, log = run(env)
+    assert "calibrating with photographs that ship" in log and "calibrated on 30 images" in log
     before = hub.count()
-    again, told = run(env)
-    assert (again, told) == (first, "") and hub.count() == before
+    again, log = run(env)
+    assert (again, log) == (first, "") and hub.count() == before
     offline = {**env, "HF_HUB_OFFLINE": "1"}
     assert run(offline)[0] == first
-    out, told = run(offline, num_classes=5, in_chans=1, mk_trainable="affine")
-    assert out and "calibrat" not in told
+    out, log = run(offline, num_classes=5, in_chans=1, mk_trainable="affine")
+    assert out and "calibrat" not in log
 
 
 def test_killed_half_way_and_again(env, tmp_path):
@@ -61,7 +63,7 @@ def test_killed_half_way_and_again(env, tmp_path):
     process.communicate()
     cache = tmp_path / "home" / "assets" / "timm_masterkeys"
     assert not [path for path in cache.glob("[!.]*") if path.is_dir()]
-    first, told = run(env)
-    assert "calibrated on" in told
+    first, log = run(env)
+    assert "calibrated on" in log
     assert run(env) == (first, "")
     assert not list(cache.glob(".*/"))

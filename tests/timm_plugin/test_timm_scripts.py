@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import timm_masterkeys as mk
 from timm_masterkeys.zoo.evaluate import find_labels, measure
-from timm_masterkeys.zoo.zoo import timm_columns
+from timm_masterkeys.zoo.results import timm_columns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -150,11 +150,11 @@ def test_averaged_checkpoints_validate_infer_and_export(data, tmp_path):
     index = {name: value for name, value in model.state_dict().items() if name.endswith("key_index")}
     assert index and all(torch.equal(value, last[name]) for name, value in index.items())
 
-    ours = ["--model", f"{MODEL}.mk8", "--checkpoint", tmp_path / "mean.safetensors", *SMALL[:6]]
+    converted = ["--model", f"{MODEL}.mk8", "--checkpoint", tmp_path / "mean.safetensors", *SMALL[:6]]
     data_args = ["--data-dir", data, "--device", DEVICE, "-b", 4, "--workers", 1]
     top1 = []
     for extra in ([], ["--reparam"]):
-        text = run("validate.py", *ours, *data_args, "--split", "validation", *extra, cwd=tmp_path)
+        text = run("validate.py", *converted, *data_args, "--split", "validation", *extra, cwd=tmp_path)
         top1.append(re.findall(r'"top1": ([\d.]+)', text)[-1])
     dense = timm.create_model(MODEL, num_classes=2)
     dense.load_state_dict(mk.fuse_masterkeys(model).state_dict())
@@ -165,7 +165,7 @@ def test_averaged_checkpoints_validate_infer_and_export(data, tmp_path):
     assert len(set(top1)) == 1
 
     pytest.importorskip("pandas")
-    run("inference.py", *ours, *data_args, "--results-dir", tmp_path, cwd=tmp_path)
+    run("inference.py", *converted, *data_args, "--results-dir", tmp_path, cwd=tmp_path)
     assert list(tmp_path.glob("*.csv"))
     bench = ["--model", f"{MODEL}.mk8", "--img-size", 64, "-b", 2, "--device", DEVICE, "--num-bench-iter", 5]
     text = run("benchmark.py", *bench, "--num-warm-iter", 1, cwd=tmp_path)
@@ -199,18 +199,7 @@ def test_the_zoo_measures_what_validate_measures(data, dense, tmp_path, test_siz
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     config = {"architecture": MODEL, "num_classes": 3, "pretrained_cfg": {**model.pretrained_cfg, "num_classes": 3}}
     (tmp_path / "config.json").write_text(json.dumps(config, default=str))
-    given = [
-        "--data-dir",
-        data,
-        "--class-map",
-        tmp_path / "classes.txt",
-        "--device",
-        "cpu",
-        "-b",
-        "3",
-        "--workers",
-        "1",
-    ]
+    given = ["--data-dir", data, "--class-map", tmp_path / "classes.txt", "--device", "cpu", "-b", 3, "--workers", 1]
     given += ["--model", f"local-dir:{tmp_path}", "--pretrained", "--results-file", tmp_path / "results.csv"]
     run("validate.py", *given, cwd=tmp_path, plugin=False)
     with open(tmp_path / "results.csv", newline="") as file:
@@ -220,13 +209,15 @@ def test_the_zoo_measures_what_validate_measures(data, dense, tmp_path, test_siz
     assert {name: str(value) for name, value in row.items()} == expected
 
 
-def test_train_from_a_repaired_network(data, dense, tmp_path, monkeypatch):
-    """``--pretrained`` alone repairs, once; the second run starts from the cache."""
+def test_train_from_a_calibrated_network(data, dense, tmp_path, monkeypatch):
+    """``--pretrained`` alone calibrates, once; the second run starts from the cache."""
     monkeypatch.setenv("TIMM_MASTERKEYS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TIMM_MASTERKEYS_CALIBRATE", "builtin")
     weights = ["--pretrained", "--pretrained-path", dense]
     for _ in range(2):
         state = train(data, tmp_path, *weights)["state_dict"]
         (entry,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
-        repaired = timm.create_model(f"local-dir:{entry}", pretrained=True, num_classes=2)
-        assert all(torch.equal(state[name], value) for name, value in frozen(repaired.state_dict(), repaired).items())
+        calibrated = timm.create_model(f"local-dir:{entry}", pretrained=True, num_classes=2)
+        assert all(
+            torch.equal(state[name], value) for name, value in frozen(calibrated.state_dict(), calibrated).items()
+        )

@@ -142,7 +142,7 @@ def test_with_names_of_their_own(tests, tmp_path):
     outcomes, printed = run(tests, tmp_path, OWN_NAMES)
     failed, expected = outcomes["failure"] | outcomes["error"], set()
     for start, message in EXCEPTIONS.items():
-        names = {name for name, told in failed.items() if name.startswith(start) and message in told}
+        names = {name for name, text in failed.items() if name.startswith(start) and message in text}
         assert names, (start, message)  # one that holds by now is to be taken from the list
         expected |= names
     assert failed.keys() == expected, printed

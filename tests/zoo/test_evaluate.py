@@ -42,17 +42,14 @@ def test_labels_do_not_shift_where_classes_are_missing(tmp_path):
     assert given(synsets) == {SYNSETS[7]: 7, SYNSETS[999]: 999}
     numbers = find_labels(folder(tmp_path / "numbers", **{"7": 1, "31": 1, "100": 1}))
     assert given(numbers) == {"7": 7, "31": 31, "100": 100} and numbers.num_classes == 1000
+    folder(tmp_path / "split" / "train", **{"5": 3})
+    folder(tmp_path / "split" / "validation", **{"5": 1})
+    assert len(find_labels(tmp_path / "split").files) == 1
     (tmp_path / "map.txt").write_text("cat\ndog\nbee\n")
     mapped = find_labels(folder(tmp_path / "pets", dog=1), tmp_path / "map.txt")
     assert (given(mapped), mapped.num_classes) == ({"dog": 1}, 3)
     (tmp_path / "map.pkl").write_bytes(pickle.dumps({"dog": 0, "cat": 1}))
     assert given(find_labels(tmp_path / "pets", tmp_path / "map.pkl")) == {"dog": 0}
-
-
-def test_the_split_is_found_as_timm_finds_it(tmp_path):
-    folder(tmp_path / "train", **{"5": 3})
-    folder(tmp_path / "validation", **{"5": 1})
-    assert len(find_labels(tmp_path).files) == 1
 
 
 def test_what_names_the_images_is_in_their_checksum(tmp_path):
@@ -145,14 +142,10 @@ def test_an_image_that_cannot_be_read_is_left_out(tmp_path, caplog, workers):
     assert measure([model], find_labels(root), batch_size=3, workers=0) == measured
 
 
-def test_no_image_that_can_be_read(tmp_path):
-    (tmp_path / "3").mkdir()
-    (tmp_path / "3" / "none.png").write_bytes(b"")
-    with pytest.raises(ZooError, match="None of the 1 images"):
-        measure([timm.create_model("test_efficientnet")], find_labels(tmp_path), workers=0)
-
-
-def test_other_classes_are_refused(tmp_path):
+def test_other_classes_and_no_image_that_can_be_read_are_refused(tmp_path):
     labels = find_labels(folder(tmp_path / "images", **{"3": 1}))
     with pytest.raises(ZooError, match=r"10 classes, the labels are of 1000"):
         measure([timm.create_model("test_efficientnet", num_classes=10)], labels)
+    (tmp_path / "images" / "3" / "0.png").write_bytes(b"")
+    with pytest.raises(ZooError, match="None of the 1 images"):
+        measure([timm.create_model("test_efficientnet")], labels, workers=0)

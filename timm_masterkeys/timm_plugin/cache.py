@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from huggingface_hub import constants
 
@@ -20,24 +20,14 @@ _logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "TIMM_MASTERKEYS_CACHE"
 MARK = "timm_masterkeys cache entry"  # an entry has it in its config.json, under the name "made_by"
 
-_FOLDER = "timm_masterkeys"
-
-Made = TypeVar("Made")
-
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A calibrated network in the cache.
-
-    Attributes:
-        path: The folder.
-        size: Bytes.
-        used: When it was last loaded, in seconds since 1970.
-    """
+    """A calibrated network in the cache."""
 
     path: Path
-    size: int
-    used: float
+    size: int  # bytes
+    used: float  # when it was last loaded, in seconds since 1970
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -47,25 +37,23 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     to ``create_model``, else in the Hub's cache for other libraries (``HF_HOME/assets``).
     """
     parent = os.environ.get(CACHE_VARIABLE) or cache_dir or constants.HF_ASSETS_CACHE
-    return Path(parent).expanduser() / _FOLDER
+    return Path(parent).expanduser() / "timm_masterkeys"
 
 
 @contextmanager
 def cached_folder(
-    root: Path,
-    name: str,
-    make: Callable[[], Made],
-    save: Callable[[Made, Path], object],
+    folder: Path | None,
+    make: Callable[[], Any],
+    save: Callable[[Any, Path], object],
     usable: Callable[[Path], bool],
 ) -> Iterator[Path]:
-    """Gives ``root/name``, made first if it is missing or damaged; by one process, the others wait for it.
+    """Gives a folder, made first if it is missing or damaged; by one process, the others wait for it.
 
-    A folder appears whole or not at all. Where the cache cannot be written, what was made is in a temporary folder,
-    which lasts as long as the context.
+    A folder appears whole or not at all. Where it cannot be written, or there is to be none, what was made is in a
+    temporary folder, which lasts as long as the context.
 
     Args:
-        root: The cache's folder; made if missing.
-        name: Of the folder in it.
+        folder: An entry of the cache; its parents are made if missing. None keeps nothing.
         make: Does the work.
         save: Writes what was made into an empty folder.
         usable: Whether a folder's files are as they were saved.
@@ -73,11 +61,11 @@ def cached_folder(
     Raises:
         Whatever ``make`` raises.
     """
-    folder = root / name
-    made = None if usable(folder) else _make_entry(folder, make, save, usable)
-    if made is not None:
-        with temporary_folder(made, save) as temporary:
-            yield temporary
+    made = make() if folder is None else _make_entry(folder, make, save, usable)
+    if folder is None or made is not None:
+        with tempfile.TemporaryDirectory(prefix="timm_masterkeys-") as temporary:
+            save(made, Path(temporary))
+            yield Path(temporary)
         return
     with suppress(OSError):  # a cache that others fill
         os.utime(folder)
@@ -85,22 +73,24 @@ def cached_folder(
 
 
 def _make_entry(
-    folder: Path, make: Callable[[], Made], save: Callable[[Made, Path], object], usable: Callable[[Path], bool]
-) -> Made | None:
-    """Makes an entry under its lock, unless another did meanwhile; returns what was made if it cannot be written."""
+    folder: Path, make: Callable[[], Any], save: Callable[[Any, Path], object], usable: Callable[[Path], bool]
+) -> Any:
+    """Makes an entry under its lock, unless it is there; returns what was made if it cannot be written, else None."""
+    if usable(folder):
+        return None
     with ExitStack() as stack:
         work = None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder.with_name(f".{folder.name}.lock")))
-            if usable(folder):
+            if usable(folder):  # another process has made it meanwhile
                 return None
             if folder.exists():
                 _logger.warning("%s is damaged and is made anew.", folder)
                 shutil.rmtree(folder)
             work = stack.enter_context(work_folder(folder.parent, folder.name))
         except OSError as error:
-            _tell_unwritable(folder, error)
+            _warn_unwritable(folder, error)
         made = make()
         if work is None:
             return made
@@ -108,21 +98,13 @@ def _make_entry(
             save(made, work)
             os.replace(work, folder)
         except OSError as error:
-            _tell_unwritable(folder, error)
+            _warn_unwritable(folder, error)
             return made
     return None
 
 
-def _tell_unwritable(folder: Path, error: OSError) -> None:
+def _warn_unwritable(folder: Path, error: OSError) -> None:
     _logger.warning("%s cannot be written (%s): what is made now will be made again next time.", folder, error)
-
-
-@contextmanager
-def temporary_folder(made: Made, save: Callable[[Made, Path], object]) -> Iterator[Path]:
-    """Gives a folder with what was made, which lasts as long as the context; arguments as for ``cached_folder``."""
-    with tempfile.TemporaryDirectory(prefix="timm_masterkeys-") as folder:
-        save(made, Path(folder))
-        yield Path(folder)
 
 
 def list_entries(root: Path) -> list[CacheEntry]:
@@ -149,7 +131,6 @@ def clear_entries(root: Path) -> int:
 
 def _is_entry(folder: Path) -> bool:
     try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(about["made_by"] == MARK)
+        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8"))["made_by"] == MARK)
     except (OSError, ValueError, LookupError, TypeError):
         return False

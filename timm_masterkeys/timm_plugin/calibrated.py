@@ -8,10 +8,12 @@ import hashlib
 import json
 import logging
 import os
+import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from safetensors.torch import save_file
 from timm.models import PretrainedCfg
 from torch import nn
 
-from ..calibration.agreement import convert_to_agreement
-from ..calibration.calibrate import calibrate_masterkeys
+from ..calibration.agreement import KeyBudget, convert_to_agreement
+from ..calibration.calibrate import CalibrationReport, calibrate_masterkeys
 from ..calibration.images import BUILTIN, photographs_sha256
 from ..conversion.apply import describe
 from ..conversion.config import MasterKeysConfig
@@ -33,7 +35,7 @@ from ..errors import CheckpointError
 from ..files import file_sha256, folder_sha256, os_errors, tensors_sha256
 from ..hub.files import COMPACT_NAME, DENSE_NAME, describe_layers, save_compact
 from ..hub.load import SECTION, SavedModel, read_section
-from .cache import MARK, cache_folder, cached_folder, temporary_folder
+from .cache import MARK, cache_folder, cached_folder
 from .call import Call
 
 _logger = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ _logger = logging.getLogger(__name__)
 CALIBRATION = 4  # counts up whenever calibration gives other networks
 
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # of the images
+_SETTLED = 2  # seconds: the coarsest tick of a file system's clock
 _READING = ("custom_load", "first_conv", "classifier")  # how timm reads the weights
 
 
@@ -56,43 +59,70 @@ def calibrated(call: Call, state: Mapping[str, Any] | None, images: str) -> Iter
     Raises:
         MasterKeysError: As ``calibrate_masterkeys`` and ``convert_to_agreement``.
     """
+    config = _shared_config(call)  # checked before anything is downloaded
     shape = _own_shape(call, state)
     built: list[nn.Module] = []
-    digest = key = None
-    with suppress(TypeError):  # something of the weights, or of the arguments, cannot be told from others like it
-        digest = _weights_sha256(call) or ""
-        key = _key(call, shape, digest, images)
-    if digest == "":  # not here yet: building the network fetches it
+    digest = _weights_sha256(call)
+    if digest == "":  # building the network downloads them
         built.append(_undisturbed(partial(_build, call, shape)))
         digest = _weights_sha256(call) or tensors_sha256(built[0].state_dict())
-        key = key and {**key, "weights": digest}
-
-    def make() -> nn.Module:
-        return _undisturbed(lambda: _calibrate(call, built.pop() if built else _build(call, shape), images, digest))
-
-    with _folder(call, key, make) as folder:
-        about = read_section(folder / "config.json")
-        assert about is not None
-        yield SavedModel(folder, about)
-
-
-def _folder(call: Call, key: Any, make: Callable[[], nn.Module]) -> AbstractContextManager[Path]:
-    """The entry with this key; without one, a folder that lasts as long as the context."""
+    key = _key(call, config, shape, digest, images)
+    folder = None
     if key is None:
         _logger.warning("%s: its arguments cannot be compared with those of other calls: it is not kept.", call.name)
-        return temporary_folder(make(), partial(_save, None))
-    short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    root = cache_folder(call.cache_dir)
-    return cached_folder(root, f"{call.name}-{short}", make, partial(_save, key), _usable)
+    else:
+        short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        folder = cache_folder(call.cache_dir) / f"{call.name}-{short}"
+
+    def calibrate() -> nn.Module:
+        dense = built.pop() if built else _build(call, shape)
+        _logger.warning(
+            "%s: calibrating with %s, once; it is kept in the cache afterwards (mk_calibrate=False turns it off).",
+            call.name,
+            "photographs that ship with timm_masterkeys" if images == BUILTIN else images,
+        )
+        model, report = convert_and_calibrate(dense, config, images, call.flat_names)
+        _logger.warning("%s: calibrated %s.", call.name, report.summary())
+        write_record(model, replace(read_record(model), source=replace(call.source, sha256=digest)))
+        return model
+
+    with cached_folder(folder, partial(_undisturbed, calibrate), partial(_save, key), _usable) as saved:
+        about = read_section(saved / "config.json")
+        assert about is not None
+        yield SavedModel(saved, about)
 
 
-def _key(call: Call, shape: tuple[int, int], digest: str, images: str) -> dict[str, Any] | None:
-    """All that an entry depends on, as JSON data; None where what the weights lack may be random.
+def convert_and_calibrate(
+    dense: nn.Module, config: MasterKeysConfig, images: str, flat_names: bool = False
+) -> tuple[nn.Module, CalibrationReport | KeyBudget]:
+    """A calibrated network as described, made of a dense one, which stays as it is; and the figures.
+
+    Args:
+        dense: A timm model.
+        config: The conversion.
+        images: "builtin", or the path of a folder.
+        flat_names: As for ``convert``.
 
     Raises:
-        TypeError: An argument cannot be told from others like it.
+        MasterKeysError: As ``calibrate_masterkeys`` and ``convert_to_agreement``.
     """
-    if call.kwargs.get("pretrained_strict", True):
+    if config.agreement is not None:
+        settings = {name: getattr(config, name) for name in ("bank", "include", "exclude", "trainable")}
+        return convert_to_agreement(dense, config.agreement, images, **settings)
+    model = convert(dense, config, "project", flat_names=flat_names)
+    return model, calibrate_masterkeys(model, dense, images)
+
+
+def _key(
+    call: Call, config: MasterKeysConfig, shape: tuple[int, int], digest: str | None, images: str
+) -> dict[str, Any] | None:
+    """All that an entry depends on, as JSON data.
+
+    None if something cannot be compared with that of other calls, or if what the weights lack may be random.
+    """
+    if digest is None or not call.kwargs.get("pretrained_strict", True):
+        return None
+    try:
         return {
             "calibration": CALIBRATION,
             "timm": timm.__version__,
@@ -105,10 +135,11 @@ def _key(call: Call, shape: tuple[int, int], digest: str, images: str) -> dict[s
             "source": _as_json(call.source.__dict__),
             "images": photographs_sha256() if images == BUILTIN else folder_sha256(images),
             "origin": images if images == BUILTIN else os.path.basename(images),
-            "conversion": _shared_config(call).to_dict(),
-            "flat_names": call.flat_names and bool(call.config.include or call.config.exclude),
+            "conversion": config.to_dict(),
+            "flat_names": call.flat_names and bool(config.include or config.exclude),
         }
-    return None
+    except TypeError:
+        return None
 
 
 def _shared_config(call: Call) -> MasterKeysConfig:
@@ -118,7 +149,11 @@ def _shared_config(call: Call) -> MasterKeysConfig:
 
 
 def _as_json(value: Any) -> Any:
-    """An argument as JSON data. Classes and functions of torch and timm go by their names; TypeError for others."""
+    """An argument as JSON data, classes and functions of torch and timm by their names.
+
+    Raises:
+        TypeError: A value that cannot be compared with those of other calls.
+    """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
@@ -130,7 +165,7 @@ def _as_json(value: Any) -> Any:
     module, name = getattr(value, "__module__", None) or "", getattr(value, "__qualname__", "")
     if module.partition(".")[0] in ("torch", "timm") and name and "<" not in name:
         return {"name": f"{module}.{name}"}
-    raise TypeError(f"{value!r} cannot be told from others like it")
+    raise TypeError(f"{value!r} cannot be compared with the arguments of other calls")
 
 
 def _own_shape(call: Call, state: Mapping[str, Any] | None) -> tuple[int, int]:
@@ -160,26 +195,6 @@ def _build(call: Call, shape: tuple[int, int]) -> nn.Module:
     return own.build(True).eval()
 
 
-def _calibrate(call: Call, dense: nn.Module, images: str, digest: str | None) -> nn.Module:
-    """Converts and calibrates a dense network."""
-    _logger.warning(
-        "%s: calibrating with %s, once; it is kept in the cache afterwards (mk_calibrate=False turns it off).",
-        call.name,
-        "photographs that ship with timm_masterkeys" if images == BUILTIN else images,
-    )
-    config = _shared_config(call)
-    if config.agreement is None:
-        model = convert(dense, config, "project", flat_names=call.flat_names)
-        told = calibrate_masterkeys(model, dense, images).summary()
-    else:
-        settings = {name: getattr(config, name) for name in ("bank", "include", "exclude", "trainable")}
-        model, budget = convert_to_agreement(dense, config.agreement, images, **settings)
-        told = budget.summary()
-    _logger.warning("%s: calibrated %s.", call.name, told)
-    write_record(model, replace(read_record(model), source=replace(call.source, sha256=digest)))
-    return model
-
-
 def _save(key: Any, model: nn.Module, folder: Path) -> None:
     """Writes an entry: a saved model without a cfg, which is the call's matter."""
     dense = fuse_masterkeys(model).to(memory_format=torch.contiguous_format)
@@ -188,19 +203,28 @@ def _save(key: Any, model: nn.Module, folder: Path) -> None:
     save_compact(model, folder / COMPACT_NAME)
     files = {name: file_sha256(folder / name) for name in (DENSE_NAME, COMPACT_NAME)}
     section = {**describe_layers(describe(model)), **read_record(model).to_dict(), "files": files}
-    about = {"made_by": MARK, "key": key, SECTION: section}
+    about = {"made_by": MARK, "key": key, SECTION: {**section, "crc32": _checksums(folder)}}
     (folder / "config.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
 
 
 def _usable(folder: Path) -> bool:
     """Whether the files of an entry are there, as they were saved."""
     try:
-        about = read_section(folder / "config.json")
-        if about is not None:
-            SavedModel(folder, about).check(DENSE_NAME, COMPACT_NAME)
-        return about is not None
-    except (CheckpointError, OSError):
+        section = read_section(folder / "config.json")
+        return section is not None and section["crc32"] == _checksums(folder)
+    except (CheckpointError, OSError, LookupError, TypeError):
         return False
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    """The CRC-32 of an entry's weight files: it shows damage, in a third of the time that SHA-256 takes."""
+    checksums = {}
+    for name in (DENSE_NAME, COMPACT_NAME):
+        checksums[name] = 0
+        with open(folder / name, "rb") as file:
+            while chunk := file.read(1 << 18):
+                checksums[name] = zlib.crc32(chunk, checksums[name])
+    return checksums
 
 
 def _undisturbed(work: Callable[[], nn.Module]) -> nn.Module:
@@ -216,16 +240,18 @@ def _undisturbed(work: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _weights_sha256(call: Call) -> str | None:
-    """The SHA-256 of the weights that timm would load; None if they are not on this machine yet.
+    """The SHA-256 of the weights that timm would load; "" if they are not on this machine yet.
 
-    Raises:
-        TypeError: A state dict with something in it that has no digest.
+    None for a state dict that holds something that has no digest.
     """
     cfg: PretrainedCfg = call.cfg
     if cfg.state_dict:
-        return tensors_sha256(cfg.state_dict)
+        try:
+            return tensors_sha256(cfg.state_dict)
+        except TypeError:
+            return None
     if cfg.file:
-        return file_sha256(cfg.file) if os.path.isfile(cfg.file) else None
+        return _digest(cfg.file)
     if cfg.hf_hub_id:
         repo_id, _, revision = cfg.hf_hub_id.partition("@")
         names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
@@ -235,9 +261,27 @@ def _weights_sha256(call: Call) -> str | None:
             if isinstance(path, str):
                 blob = os.path.basename(os.path.realpath(path))  # of a large file its SHA-256 is the name
                 return blob if len(blob) == 64 else file_sha256(path)
-        return None
+        return ""
     if cfg.url:
         folder = call.cache_dir or os.path.join(torch.hub.get_dir(), "checkpoints")
-        path = os.path.join(folder, os.path.basename(str(cfg.url)))
-        return file_sha256(path) if os.path.isfile(path) else None
-    return None
+        return _digest(os.path.join(folder, os.path.basename(str(cfg.url))))
+    return ""
+
+
+def _digest(path: str) -> str:
+    """The SHA-256 of a file, "" without one; of a file as it was hashed before, by this process, it is remembered.
+
+    A file is known by what git's index knows it by. ``st_ctime_ns`` changes whenever a file is written, even if its
+    time of modification is set back; but not within a tick of the clock, so a file that was just written is read.
+    """
+    if not os.path.isfile(path):
+        return ""
+    stat = os.stat(path)
+    if time.time() - max(stat.st_mtime, stat.st_ctime) < _SETTLED:
+        return file_sha256(path)
+    return _known_sha256(path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@lru_cache(maxsize=64)
+def _known_sha256(path: str, *stat: int) -> str:
+    return file_sha256(path)

@@ -22,7 +22,6 @@ from .published import published_source
 _logger = logging.getLogger(__name__)
 
 CALIBRATE_VARIABLE = "TIMM_MASTERKEYS_CALIBRATE"
-OFF = ("none", "false", "0", "no")
 
 _SETTINGS = tuple(field.name for field in fields(MasterKeysConfig))
 _LOCATION = ("source", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "custom_load")  # of a cfg's weights
@@ -36,38 +35,23 @@ _WHEN_LOADING = frozenset(
 
 @dataclass(frozen=True)
 class Call:
-    """A call, sorted.
-
-    Attributes:
-        arch: The architecture.
-        stock: timm's own function that builds it.
-        cfg: The ``pretrained_cfg``, with the call's overlay.
-        registered: Whether the weights are those that timm has under this name.
-        given: The settings of the conversion that the call gave, by their names without ``mk_``.
-        calibrate: What it gave as ``mk_calibrate``; None if nothing.
-        kwargs: What goes to ``stock`` beside the cfg.
-    """
+    """A call, sorted."""
 
     arch: str
-    stock: compat.Entrypoint
-    cfg: PretrainedCfg
-    registered: bool
-    given: Mapping[str, Any]
-    calibrate: Any
-    kwargs: Mapping[str, Any]
+    stock: compat.Entrypoint  # timm's own function that builds the architecture
+    cfg: PretrainedCfg  # with the call's overlay
+    registered: bool  # the weights are those that timm has under this name
+    given: Mapping[str, Any]  # the call's settings of the conversion, by their names without ``mk_``
+    calibrate: Any  # the call's ``mk_calibrate``; None if it has none
+    kwargs: Mapping[str, Any]  # what goes to ``stock`` beside the cfg
 
     @cached_property
     def config(self) -> MasterKeysConfig:
-        """The conversion that is asked for; a saved one takes no more than ``trainable`` of it.
-
-        Raises:
-            MasterKeysError: Settings that cannot be had.
-        """
+        """The conversion; of a saved model only ``trainable`` may differ. MasterKeysError for wrong settings."""
         return MasterKeysConfig(**self.given)
 
     @property
     def name(self) -> str:
-        """``arch.tag``."""
         return f"{self.arch}.{self.cfg.tag}"
 
     @property
@@ -118,27 +102,17 @@ class Call:
         return model
 
     def images(self) -> str | None:
-        """What to calibrate with: "builtin", the path of a folder, or None for no calibration.
-
-        Raises:
-            ConversionError: No such folder.
-        """
+        """What to calibrate with, as ``calibration_images`` says; None on the meta device."""
         return None if torch.empty(0).is_meta else calibration_images(self.calibrate)
 
-    def tell_unused(self, why: str) -> None:
-        """Warns if the call asks for a calibration that there is none of."""
+    def warn_unused(self, why: str) -> None:
+        """Warns if the call gives images for a calibration, but nothing is calibrated."""
         if self.calibrate is not None and not _is_off(self.calibrate):
             _logger.warning("%s: mk_calibrate=%r has no effect: %s.", self.name, self.calibrate, why)
 
 
 def read_call(arch: str, stock: compat.Entrypoint, pretrained: bool, given: Mapping[str, Any]) -> Call:
-    """Sorts what a call gives; the cfg may come as a tag, a dict or a PretrainedCfg.
-
-    Args:
-        arch: The architecture.
-        stock: timm's own function that builds it.
-        pretrained: As for ``timm.create_model``.
-        given: What ``timm.create_model`` passes on.
+    """Sorts the arguments of a call, given as for ``create.create``; the cfg may be a tag, a dict or a PretrainedCfg.
 
     Raises:
         MasterKeysError: A name that is pointed at weights of another architecture.
@@ -150,7 +124,7 @@ def read_call(arch: str, stock: compat.Entrypoint, pretrained: bool, given: Mapp
     resolved = resolve_pretrained_cfg(arch, cfg, overlay)
     registered = timm.get_pretrained_cfg(name)
     usual = registered is not None and _location(resolved) == _location(registered)
-    if pretrained and published and registered and usual:
+    if pretrained and published and usual:
         resolved = _published_cfg(arch, published, resolved, registered, kwargs)
     settings = {setting: kwargs.pop(f"mk_{setting}") for setting in _SETTINGS if f"mk_{setting}" in kwargs}
     calibrate = kwargs.pop("mk_calibrate", None)
@@ -171,28 +145,28 @@ def calibration_images(given: Any = None, option: str = "mk_calibrate") -> str |
     """What to calibrate with: ``"builtin"``, the path of a folder, or None for no calibration.
 
     Args:
-        given: What the caller asks for: "builtin", True, False, "none" or a folder; if None, the environment variable
-            ``TIMM_MASTERKEYS_CALIBRATE`` is asked, and then it is "builtin".
-        option: What the caller knows it by, for errors.
+        given: "builtin", True, False, "none" or a folder. None stands for the environment variable
+            ``TIMM_MASTERKEYS_CALIBRATE``, which is "builtin" by default.
+        option: The name of the argument, for errors.
 
     Raises:
         ConversionError: No such folder.
     """
-    asked = os.environ.get(CALIBRATE_VARIABLE) or BUILTIN if given is None else given
-    if asked is True or asked == BUILTIN:
+    images = os.environ.get(CALIBRATE_VARIABLE) or BUILTIN if given is None else given
+    if images is True or images == BUILTIN:
         return BUILTIN
-    if _is_off(asked):
+    if _is_off(images):
         return None
-    if not isinstance(asked, (str, os.PathLike)) or not os.path.isdir(asked):
+    if not isinstance(images, (str, os.PathLike)) or not os.path.isdir(images):
         name = option if given is not None else CALIBRATE_VARIABLE
         raise ConversionError(
-            f"{name} is {asked!r}, expected a folder of images, 'builtin', or 'none' (False) for no calibration."
+            f"{name} is {images!r}, expected a folder of images, 'builtin', or 'none' (False) for no calibration."
         )
-    return os.path.abspath(asked)
+    return os.path.abspath(images)
 
 
-def _is_off(asked: Any) -> bool:
-    return asked is False or (isinstance(asked, str) and asked.lower() in OFF)
+def _is_off(images: Any) -> bool:
+    return images is False or (isinstance(images, str) and images.lower() in ("none", "false", "0", "no"))
 
 
 def _location(cfg: PretrainedCfg) -> list[Any]:
@@ -208,8 +182,11 @@ def _published_cfg(
         raise CheckpointError(
             f"{source} holds a {architecture}, but a name of {arch} was pointed at it with use_weights."
         )
-    changed = {field.name: getattr(given, field.name) for field in fields(PretrainedCfg)}
-    changed = {name: value for name, value in changed.items() if value != getattr(registered, name)}
+    changed = {
+        field.name: value
+        for field in fields(PretrainedCfg)
+        if (value := getattr(given, field.name)) != getattr(registered, field.name)
+    }
     kwargs["pretrained_model_args"] = dict(model_args or {})
     for name, value in kwargs["pretrained_model_args"].items():
         kwargs.setdefault(name, value)

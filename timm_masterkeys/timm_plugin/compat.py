@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 
 import timm
-from timm.models import PretrainedCfg, register_notrace_module
+from timm.models import PretrainedCfg
 from torch import nn
 
 TESTED = ("1.0.31",)
@@ -34,7 +34,7 @@ def unsupported() -> str:
 
 
 def too_old() -> str:
-    """What to say of a timm older than the oldest tested, as a checkout may hold; empty if it is not."""
+    """A warning about a timm older than the oldest tested, as a checkout may hold; empty if it is not."""
     running, oldest = (tuple(map(int, re.findall(r"\d+", v)[:3])) for v in (timm.__version__, TESTED[0]))
     if running >= oldest:
         return ""
@@ -86,8 +86,3 @@ def wrap_entrypoint(arch: str, wrap: Callable[[Entrypoint], Entrypoint]) -> None
         wrapped = wrap(stock)
         setattr(wrapped, _MARK, stock)
         _model_entrypoints[arch] = wrapped
-
-
-def keep_whole_in_fx(module: type[nn.Module]) -> None:
-    """Makes FX feature extraction call a layer as one node instead of tracing into it."""
-    register_notrace_module(module)

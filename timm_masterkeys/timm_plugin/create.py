@@ -41,10 +41,14 @@ def create(arch: str, stock: compat.Entrypoint, pretrained: bool, kwargs: Mappin
         MasterKeysError: Settings that cannot be had, or weights that cannot be loaded.
     """
     call = read_call(arch, stock, pretrained, kwargs)
-    if saved := _find_saved(call, pretrained):
-        return _load_saved(call, saved, pretrained)
+    if call.cfg.source in ("hf-hub", "local-dir"):
+        saved = find_saved(call.cfg.to_dict(), call.cache_dir, weights=pretrained)
+        if saved is not None:
+            return _load_saved(call, saved, pretrained)
     if not pretrained:
-        return _initialize(call)
+        _refuse_agreement(call)
+        call.warn_unused("there are no weights to calibrate without pretrained=True")
+        return convert(call.build(False), call.config, "random", inplace=True, flat_names=call.flat_names)
     state = _own_weights(call)
     if state and (entries := _compact_entries(state)):
         return _load_checkpoint(call, state, entries)
@@ -54,13 +58,6 @@ def create(arch: str, stock: compat.Entrypoint, pretrained: bool, kwargs: Mappin
     return _convert_only(call)
 
 
-def _find_saved(call: Call, pretrained: bool) -> SavedModel | None:
-    """The converted model that was saved where the call's weights are, if that is a folder or a repository."""
-    if call.cfg.source not in ("hf-hub", "local-dir"):
-        return None
-    return find_saved(call.cfg.to_dict(), call.cache_dir, weights=pretrained)
-
-
 def _load_saved(call: Call, saved: SavedModel, pretrained: bool) -> nn.Module:
     """The network as it was saved; without its weights, the settings alone are taken."""
     fixed = sorted(f"mk_{name}" for name in call.given.keys() - {"trainable"})
@@ -68,30 +65,21 @@ def _load_saved(call: Call, saved: SavedModel, pretrained: bool) -> nn.Module:
         raise ConversionError(
             f"{', '.join(fixed)} cannot change a saved conversion. Drop them, or convert the source weights anew."
         )
-    call.tell_unused("these weights are of a converted model, and loaded as they were saved")
-    return _load(call, saved) if pretrained else load_layers(call.build(False), saved, _trainable(call), random=True)
+    call.warn_unused("these weights are of a converted model, and loaded as they were saved")
+    if pretrained:
+        return _load(call, saved)
+    return load_layers(call.build(False), saved, call.given.get("trainable"), random=True)
 
 
 def _load(call: Call, saved: SavedModel) -> nn.Module:
     """The network with saved weights: timm builds the dense one with them, then its layers are converted as saved."""
-    return load_layers(call.build(True, file=str(saved.dense)), saved, _trainable(call))
-
-
-def _trainable(call: Call) -> Any:
-    return call.given.get("trainable")
-
-
-def _initialize(call: Call) -> nn.Module:
-    """The network with random weights."""
-    _refuse_agreement(call)
-    call.tell_unused("there are no weights to calibrate without pretrained=True")
-    return convert(call.build(False), call.config, "random", inplace=True, flat_names=call.flat_names)
+    return load_layers(call.build(True, file=str(saved.dense)), saved, call.given.get("trainable"))
 
 
 def _convert_only(call: Call) -> nn.Module:
-    """The network with dense weights, projected on the keys and not calibrated; which is told."""
+    """The network with dense weights, projected on the keys and not calibrated; a warning says so."""
     _refuse_agreement(call)
-    call.tell_unused("only weights that timm has under a name, or in a file or state dict, are calibrated")
+    call.warn_unused("only weights that timm has under a name, or in a file or state dict, are calibrated")
     model = convert(call.build(True), call.config, "project", inplace=True, flat_names=call.flat_names)
     write_record(model, Record((call.config,), call.source))
     if not any(parameter.is_meta for parameter in model.parameters()):
@@ -117,7 +105,7 @@ def _refuse_agreement(call: Call) -> None:
 
 
 def _own_weights(call: Call) -> Mapping[str, Any] | None:
-    """The state dict of weights that are not timm's own: given as such, behind an address, in a file or a folder."""
+    """The state dict of weights that are not timm's own, wherever they are; on the meta device if shapes are enough."""
     cfg = call.cfg
     if cfg.state_dict and not cfg.source:
         return _unwrapped(cfg.state_dict)
@@ -125,32 +113,28 @@ def _own_weights(call: Call) -> Mapping[str, Any] | None:
         where = {"model_dir": call.cache_dir, "map_location": "cpu", "weights_only": True}
         return _unwrapped(torch.hub.load_state_dict_from_url(str(cfg.url), **where))
     if cfg.source == "hf-hub":
-        path = _download(str(cfg.hf_hub_id), call.cache_dir)
+        repo_id, _, revision = str(cfg.hf_hub_id).partition("@")
+        try:
+            path = Path(hf_hub_download(repo_id, DENSE_NAME, revision=revision or None, cache_dir=call.cache_dir))
+        except EntryNotFoundError:  # another format, maybe
+            return None
     else:
         path = Path(cfg.file or "", DENSE_NAME if cfg.source == "local-dir" else "")
     if cfg.custom_load or not path.is_file():
-        return None  # timm reads it, or says what is wrong
+        return None  # timm reads it, or raises
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())
-                if not any(name.endswith(".key_index") for name in names):  # then the shapes are all that is needed
+                if not any(name.endswith(".key_index") for name in names):  # dense weights: timm reads the values
                     return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
         return load_state_dict(str(path))
     except SafetensorError as error:
         raise CheckpointError(f"Cannot read '{path}': {error}. Get the file again.") from error
 
 
-def _download(hub_id: str, cache_dir: Any) -> Path:
-    repo_id, _, revision = hub_id.partition("@")
-    try:
-        return Path(hf_hub_download(repo_id, DENSE_NAME, revision=revision or None, cache_dir=cache_dir))
-    except EntryNotFoundError:  # another format, maybe
-        return Path()
-
-
 def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict out of the checkpoint it is in, as timm's own functions take it out."""
+    """The state dict in a checkpoint."""
     inner = next((state[name] for name in ("state_dict", "model") if isinstance(state.get(name), Mapping)), None)
     return state if inner is None else _unwrapped(inner)
 
@@ -165,7 +149,7 @@ def _compact_entries(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tens
 def _load_checkpoint(call: Call, state: Mapping[str, Any], entries: Mapping[str, dict[str, torch.Tensor]]) -> nn.Module:
     """The network with a checkpoint of a converted one: its layers, and the rest through timm's own loader."""
     _refuse_agreement(call)
-    call.tell_unused("these weights are of a converted model, and loaded as they are")
+    call.warn_unused("these weights are of a converted model, and loaded as they are")
     given = {f"{name}.{entry}" for name, found in entries.items() for entry in found}
     rest = {name: value for name, value in state.items() if name not in given}
     layers = {name: _layer_settings(call, name, found) for name, found in entries.items()}
@@ -185,7 +169,7 @@ def _load_checkpoint(call: Call, state: Mapping[str, Any], entries: Mapping[str,
 
 
 def _layer_settings(call: Call, name: str, entries: Mapping[str, torch.Tensor]) -> LayerSettings:
-    """The settings of a layer in a checkpoint: what the checkpoint tells, else what the call asks for."""
+    """The settings of a layer in a checkpoint: those of the call, where the checkpoint does not determine them."""
     missing = [entry for entry in COMPACT_ENTRIES if entry not in entries]
     if missing:
         raise CheckpointError(f"The checkpoint lacks {', '.join(missing)} of {name}: the entries belong together.")

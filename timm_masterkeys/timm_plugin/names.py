@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, register_notrace_module
 from torch import nn
 
 from ..conversion.plan import plan_conversion
@@ -29,8 +29,8 @@ def register_names(architectures: str | Sequence[str] | None = None) -> None:
     """Registers ``<arch>.mk8`` and ``<arch>.mk8_<stock tag>`` with timm. Done on import; again, it changes nothing.
 
     Stock names, tags, defaults and weights stay as they are. ``<arch>.mk8`` takes the stock default weights and
-    ``<arch>.mk8_<tag>`` those of that tag, through timm's own loader, and converts them. Any other name of that kind,
-    of whatever architecture, is a ConversionError that says which there are, or why there is none.
+    ``<arch>.mk8_<tag>`` those of that tag, through timm's own loader, and converts them. Any other ``.mk8`` name is a
+    ConversionError that says which there are, or why there is none.
 
     Args:
         architectures: Name or names; ``list_architectures()`` if None. Names timm does not know are passed over.
@@ -45,7 +45,7 @@ def register_names(architectures: str | Sequence[str] | None = None) -> None:
         return
     if architectures is None and (problem := compat.too_old()):
         _logger.warning("%s.", problem)
-    compat.keep_whole_in_fx(MasterKeyConv2d)
+    register_notrace_module(MasterKeyConv2d)  # FX feature extraction calls it as one node
     names = [architectures] if isinstance(architectures, str) else architectures or list_architectures()
     known = compat.architectures()
     for arch in known.intersection(names):
@@ -97,7 +97,7 @@ def _with_masterkeys(arch: str, stock: compat.Entrypoint) -> compat.Entrypoint:
 
 
 def _check_tag(arch: str, tag: str, stock: compat.Entrypoint) -> None:
-    """Raises ConversionError, which says what there is, unless an architecture has a tag of ours."""
+    """Raises ConversionError, which says which names there are, unless an architecture has a tag of ours."""
     if tag not in compat.cfgs(arch):
         published_source(f"{arch}.{tag}")  # reads the environment variable, which may know the tag
     if tag in compat.cfgs(arch):

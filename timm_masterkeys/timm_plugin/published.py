@@ -29,11 +29,11 @@ def use_weights(name: str | os.PathLike[str], source: str = "") -> None:
 
     ``pretrained=True`` then loads them, with the classes, preprocessing and arguments they were published with. The
     environment variable ``TIMM_MASTERKEYS_WEIGHTS`` does the same: ``name=source`` pairs and paths of lists, parted by
-    blanks. It is read when weights of a ``.mk8`` name are first asked for; what is wrong with it is an error then.
+    blanks. It is read with the first weights of a ``.mk8`` name; what is wrong with it is an error then.
 
     Args:
         name: ``<arch>.mk8``, or ``<arch>.mk8_<anything>`` for a new name. Or, without a source, the path of a list such
-            as ``timm-masterkeys zoo`` writes: ``name=source`` a line; empty lines and those with # are passed over.
+            as ``timm-masterkeys zoo`` writes: ``name=source`` a line; empty lines and those with # are ignored.
         source: ``org/name`` or ``org/name@revision`` on the Hub, published by ``push_to_hub``.
 
     Raises:
@@ -74,8 +74,10 @@ def is_pointed(name: str) -> bool:
 @lru_cache(maxsize=1)  # an error is raised again each time
 def _read_variable(value: str) -> None:
     parts = [value] if os.path.isfile(value) else value.split()
+    pairs: list[tuple[str, str]] = []
     try:
-        pairs = [pair for part in parts for pair in (_read_list(part) if _is_list(part) else [_pair(part)])]
+        for part in parts:
+            pairs += _read_list(part) if os.path.isfile(part) or part.endswith(".txt") else [_pair(part)]
         for pair in pairs:
             _check_pair(*pair)
     except ConversionError as error:
@@ -83,10 +85,6 @@ def _read_variable(value: str) -> None:
     for name, source in pairs:
         if name not in _sources:  # what the program says goes before
             use_weights(name, source)
-
-
-def _is_list(part: str) -> bool:
-    return os.path.isfile(part) or part.endswith(".txt")
 
 
 def _read_list(path: str | os.PathLike[str]) -> list[tuple[str, str]]:

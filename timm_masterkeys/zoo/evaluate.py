@@ -23,26 +23,17 @@ from ..errors import ZooError
 _logger = logging.getLogger(__name__)
 
 IMAGENET = 1000  # classes, where no class map says otherwise
-
-
 UNREADABLE = -1  # the label of an image that cannot be read
 
 
 @dataclass(frozen=True)
 class Labels:
-    """A folder of labelled images.
+    """A folder of labelled images."""
 
-    Attributes:
-        folder: It holds a folder of images for each class.
-        files: The images' paths, each with the index of its class in the network's outputs.
-        num_classes: Classes that a network must have.
-        sha256: Of the files' names, sizes and labels.
-    """
-
-    folder: Path
-    files: tuple[tuple[str, int], ...]
-    num_classes: int
-    sha256: str
+    folder: Path  # it holds a folder of images for each class
+    files: tuple[tuple[str, int], ...]  # paths, each with the index of its class in the network's outputs
+    num_classes: int  # that a network must have
+    sha256: str  # of the files' names, sizes and labels
 
     @property
     def classes(self) -> int:
@@ -60,23 +51,14 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The accuracy of some networks on the same images.
+    """The accuracy of some networks on the same images."""
 
-    Attributes:
-        accuracies: One for each network.
-        images: Images that were measured with: those that can be read.
-        classes: Classes that these images are of.
-        img_size: Width of the images, as the networks took them.
-        crop_pct: Share of an image's sides that was taken, from its middle.
-        interpolation: How images were resized.
-    """
-
-    accuracies: tuple[Accuracy, ...]
-    images: int
-    classes: int
-    img_size: int
-    crop_pct: float
-    interpolation: str
+    accuracies: tuple[Accuracy, ...]  # one for each network
+    images: int  # that can be read
+    classes: int  # that these images are of
+    img_size: int  # width of the images, as the networks took them
+    crop_pct: float  # share of an image's sides that was taken, from its middle
+    interpolation: str  # how images were resized
 
 
 def find_labels(folder: str | os.PathLike[str], class_map: str | os.PathLike[str] = "") -> Labels:
@@ -169,9 +151,8 @@ def measure(
     if first.num_classes != labels.num_classes:
         raise ZooError(f"The network has {first.num_classes} classes, the labels are of {labels.num_classes}.")
     config = resolve_data_config(model=first, use_test_size=True)
-    preparation = {
-        name: config[name] for name in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    }
+    names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    preparation = {name: config[name] for name in names}
     dataset = _Images(labels.files, "RGB" if config["input_size"][0] == 3 else "L")
     loader = create_loader(
         dataset, batch_size=batch_size, num_workers=workers, device=torch.device(device), **preparation

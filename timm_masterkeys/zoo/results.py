@@ -2,77 +2,56 @@
 
 import csv
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import timm
 from huggingface_hub import EvalResult
+from torch import nn
 
+from ..conversion.apply import converted_layers
+from ..conversion.config import MasterKeysConfig
+from ..conversion.plan import resolve
+from ..conversion.record import read_record
 from ..errors import ZooError
 from ..files import atomic_path
+from .evaluate import Measurement
 
 TABLE, NAMES = "results.csv", "names.txt"
 
 
 @dataclass(frozen=True)
 class Result:
-    """A row of results.csv. The first nine columns are those of timm's results files; accuracies are in percent.
+    """A row of results.csv. The first nine columns are those of timm's results files; accuracies are in percent."""
 
-    Attributes:
-        model: The ``.mk8`` name of the calibrated network, which the next columns are about.
-        top1: Top-1 accuracy.
-        top1_err: 100 less that.
-        top5: Top-5 accuracy.
-        top5_err: 100 less that.
-        param_count: Millions of parameters, as timm's validate.py counts them.
-        img_size: Width of the images.
-        crop_pct: Share of an image's sides that was taken, from its middle.
-        interpolation: How the images were resized.
-        dense_top1: Top-1 accuracy of the dense network, with timm's own weights.
-        dense_top5: Its top-5 accuracy.
-        uncalibrated_top1: Top-1 accuracy of the converted network before calibration.
-        uncalibrated_top5: Its top-5 accuracy.
-        keys: Keys per kernel, the mean over all kernels that could be converted. A k x k kernel that stayed dense, for
-            the agreement that was asked for, counts as k * k keys.
-        bank: Name of the bank.
-        agreement: Percent of the held-out images with the same top class by the calibrated and the dense network.
-        divergence: Kullback-Leibler divergence of their outputs in nats, on the same images.
-        calibration_images: Images that were used to calibrate, as its record counts them.
-        held_out_images: Images that agreement and divergence were measured on.
-        images: Labelled images that the accuracies were measured on: all that can be read.
-        classes: Classes that these images are of.
-        seconds: Time for download, conversion, calibration and measurement.
-        source: The name of the dense network in timm.
-        repo: Where it is published, or would be.
-        sha: The commit it is published in; empty if it is not.
-    """
-
-    model: str
+    model: str  # the ``.mk8`` name of the calibrated network, which the next columns are about
     top1: float
-    top1_err: float
+    top1_err: float  # 100 less top1
     top5: float
     top5_err: float
-    param_count: float
-    img_size: int
-    crop_pct: float
-    interpolation: str
-    dense_top1: float
+    param_count: float  # millions of parameters, as timm's validate.py counts them
+    img_size: int  # width of the images
+    crop_pct: float  # share of an image's sides that was taken, from its middle
+    interpolation: str  # how the images were resized
+    dense_top1: float  # of the dense network, with timm's own weights
     dense_top5: float
-    uncalibrated_top1: float
+    uncalibrated_top1: float  # of the converted network before calibration
     uncalibrated_top5: float
-    keys: float
+    keys: float  # keys per kernel, the mean over all kernels that could be converted; a dense k x k kernel counts k * k
     bank: str
-    agreement: float | None
-    divergence: float | None
-    calibration_images: int
-    held_out_images: int
-    images: int
-    classes: int
-    seconds: float
-    source: str
-    repo: str
-    sha: str = ""
+    agreement: float | None  # percent of the held-out images with the dense network's top class
+    divergence: float | None  # Kullback-Leibler divergence from the dense network's outputs in nats, same images
+    calibration_images: int  # as the calibration's record counts them
+    held_out_images: int  # that agreement and divergence were measured on
+    images: int  # labelled images that the accuracies were measured on: all that can be read
+    classes: int  # that these images are of
+    seconds: float  # for download, conversion, calibration and measurement
+    source: str  # the name of the dense network in timm
+    repo: str  # where it is published, or would be
+    sha: str = ""  # the commit it is published in; empty if it is not
 
     def metrics(self, dataset: str) -> list[EvalResult]:
         """The published network's accuracy for the model-index of its card."""
@@ -96,6 +75,46 @@ class Result:
     def measured(self) -> dict[str, object]:
         """What was measured, for config.json: also of the dense network, and before calibration."""
         return {name: value for name, value in asdict(self).items() if name not in ("seconds", "repo", "sha")}
+
+
+def timm_columns(name: str, model: nn.Module, measured: Measurement) -> dict[str, Any]:
+    """The columns of timm's results files, of the first network that was measured."""
+    accuracy = measured.accuracies[0]
+    return {
+        "model": name,
+        "top1": accuracy.top1,
+        "top1_err": round(100 - accuracy.top1, 4),
+        "top5": accuracy.top5,
+        "top5_err": round(100 - accuracy.top5, 4),
+        "param_count": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
+        "img_size": measured.img_size,
+        "crop_pct": measured.crop_pct,
+        "interpolation": measured.interpolation,
+    }
+
+
+def keys_per_kernel(model: nn.Module, dense: nn.Module, config: MasterKeysConfig) -> float:
+    """The mean over all kernels that could be converted; a kernel that stayed dense counts as many keys as weights."""
+    layers, planned = converted_layers(model), resolve(config, dense).converted
+    keys = kernels = 0
+    for plan in planned:
+        per_kernel = layers[plan.name].keys_per_kernel if plan.name in layers else math.prod(plan.kernel_size)
+        keys += per_kernel * plan.out_channels
+        kernels += plan.out_channels
+    return round(keys / kernels, 2)
+
+
+def calibration_columns(model: nn.Module) -> dict[str, Any]:
+    """The figures of the calibration's record, as columns."""
+    record = read_record(model).calibration
+    assert record is not None
+    agreement, divergence = (record.after.get(name) for name in ("agreement", "divergence"))
+    return {
+        "agreement": None if agreement is None else round(100 * agreement, 2),
+        "divergence": None if divergence is None else round(divergence, 4),
+        "calibration_images": record.images,
+        "held_out_images": record.held_out,
+    }
 
 
 def read_result(path: Path) -> Result | None:

@@ -7,7 +7,6 @@ ended, however that was. Whoever works on a network holds a lock on it, which en
 
 import copy
 import json
-import math
 import os
 import shutil
 import time
@@ -24,15 +23,10 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from timm.data import is_img_extension
-from torch import nn
 
-from ..calibration.agreement import convert_to_agreement
-from ..calibration.calibrate import calibrate_masterkeys
 from ..calibration.images import BUILTIN, FEWEST, photographs_sha256
-from ..conversion.apply import apply, converted_layers, describe
+from ..conversion.apply import apply, describe
 from ..conversion.config import MasterKeysConfig
-from ..conversion.convert import convert
-from ..conversion.plan import resolve
 from ..conversion.record import Source, read_record, write_record
 from ..conversion.tags import is_masterkeys_tag, masterkeys_tag
 from ..errors import ZooError
@@ -40,55 +34,51 @@ from ..files import atomic_path, folder_sha256, locked, walk_files
 from ..hub.card import inherited_license
 from ..hub.publish import push_to_hub
 from ..hub.save import save_pretrained
+from ..timm_plugin.calibrated import convert_and_calibrate
 from ..timm_plugin.published import list_architectures
 from ..version import __version__
-from .evaluate import Labels, Measurement, measure
-from .results import NAMES, TABLE, Result, read_result, write_names, write_result, write_table
+from .evaluate import Labels, measure
+from .results import (
+    NAMES,
+    TABLE,
+    Result,
+    calibration_columns,
+    keys_per_kernel,
+    read_result,
+    timm_columns,
+    write_names,
+    write_result,
+    write_table,
+)
 
 SETTINGS = "zoo.json"
 
 
 @dataclass(frozen=True)
 class Zoo:
-    """What is to be made of every network, and where.
+    """What to make of every network, and where."""
 
-    Attributes:
-        org: User or organisation on the Hub; a network is published as ``org/<arch>.mk8_<tag>``.
-        labels: Images to measure with, from ``find_labels``.
-        output: Folder to work in, and for the results.
-        images: Images to calibrate with: a folder, or "builtin".
-        config: The conversion.
-        dataset: The labelled images' name on model cards; the folder's name if empty.
-        license: For weights of which timm does not know the licence; without it, those are not made.
-        private: New repositories are private.
-        dry_run: Everything but publishing: the Hub is asked, nothing is changed there.
-        keep_weights: Keep what was downloaded, in timm's usual cache, and the saved networks.
-        batch_size: Images at a time when measuring.
-        workers: Processes that read images.
-        device: Where to work.
-    """
-
-    org: str
-    labels: Labels
-    output: Path
-    images: str = BUILTIN
+    org: str  # user or organisation on the Hub; a network is published as ``org/<arch>.mk8_<tag>``
+    labels: Labels  # images to measure with
+    output: Path  # folder to work in, and for the results
+    images: str = BUILTIN  # to calibrate with: a folder, or "builtin"
     config: MasterKeysConfig = field(default_factory=MasterKeysConfig)
-    dataset: str = ""
-    license: str | None = None
-    private: bool | None = None
-    dry_run: bool = False
-    keep_weights: bool = False
-    batch_size: int = 64
-    workers: int = 4
+    dataset: str = ""  # the labelled images' name on model cards; the folder's name if empty
+    license: str | None = None  # for weights of which timm does not know the licence; without it, those fail
+    private: bool | None = None  # new repositories are private
+    dry_run: bool = False  # everything but publishing: the Hub is read, nothing is changed there
+    keep_weights: bool = False  # keep downloads, in timm's usual cache, and the saved networks
+    batch_size: int = 64  # images at a time when measuring
+    workers: int = 4  # processes that read images
     device: str = "cpu"
 
     def folder(self, name: str) -> Path:
-        """Where all is that belongs to a timm name."""
+        """Where the files of a network are, by its timm name."""
         return self.output / "models" / name
 
     def repo(self, name: str) -> str:
-        """Where the network of a timm name is published."""
-        return f"{self.org}/{_own_name(name)}"
+        """Where a network is published, by its timm name."""
+        return f"{self.org}/{_converted_name(name)}"
 
     def settings(self) -> dict[str, Any]:
         """What results depend on, as JSON data: it must not differ within one table."""
@@ -102,19 +92,12 @@ class Zoo:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a network.
+    """The state of a network after a run."""
 
-    Attributes:
-        name: timm's name of the dense one.
-        result: What was measured; None if it was not.
-        error: What went wrong in this run, in a line; empty if nothing.
-        fresh: Whether it was done now, by this process.
-    """
-
-    name: str
-    result: Result | None
-    error: str = ""
-    fresh: bool = True
+    name: str  # timm's name of the dense one
+    result: Result | None  # None if it was not measured
+    error: str = ""  # what went wrong in this run, in a line
+    fresh: bool = True  # this process did it now
 
     def __str__(self) -> str:
         parts = [self.name]
@@ -157,10 +140,10 @@ def plan_zoo(patterns: Sequence[str], num_classes: int) -> tuple[list[str], dict
 
 
 def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
-    """Makes every network that is not made yet, and tells of each when it is done or has failed.
+    """Makes every network that is not made yet, and yields the outcome of each when it is done or has failed.
 
     Several processes may do this at once, in one output folder: RANK and WORLD_SIZE, as of torchrun, say with which
-    networks each begins, and whoever is done helps the others. Each ends when all networks are done, and tells of all.
+    networks each begins, and one that is done helps the others. Each ends when all networks are done, and yields all.
     results.csv and names.txt are up to date after each.
 
     Args:
@@ -168,7 +151,7 @@ def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
         zoo: What to do.
 
     Raises:
-        ZooError: An option that cannot be, results of other settings in the output folder, or an account that may not
+        ZooError: An option out of range, results of other settings in the output folder, or an account that may not
             publish. Nothing was done.
     """
     started = time.time()
@@ -178,7 +161,7 @@ def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
     (zoo.output / "models").mkdir(parents=True, exist_ok=True)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     pending = [*names[rank::world], *(name for i, name in enumerate(names) if i % world != rank)]
-    for wait in (False, True):  # what others are at comes last: either they finish it, or they were killed
+    for wait in (False, True):  # networks that others work on come last: by then they are done, or free
         for name in pending.copy():
             with locked(zoo.output / f".{name}.lock", wait) as held:
                 if not held:
@@ -284,30 +267,32 @@ def _is_new(path: Path, started: float) -> bool:
 def _make(name: str, zoo: Zoo) -> Result:
     """Downloads, converts, calibrates, measures and saves a network."""
     start, folder = time.perf_counter(), zoo.folder(name)
-    license = _license(name, zoo)
+    cfg: Any = timm.get_pretrained_cfg(name)
+    license = cfg.license or zoo.license
+    if not license:
+        raise ZooError("The licence of the source weights is not known. Find it out and pass it: --license.")
     cache = None if zoo.keep_weights else folder / "download"
     dense = timm.create_model(name, pretrained=True, cache_dir=cache).eval().to(zoo.device)
-    calibrated = _calibrated(dense, zoo)
+    calibrated, _ = convert_and_calibrate(dense, zoo.config, zoo.images)
     uncalibrated = apply(copy.deepcopy(dense), describe(calibrated))
     models = [calibrated, dense, uncalibrated]
     measured = measure(models, zoo.labels, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device)
     result = Result(
-        **timm_columns(_own_name(name), calibrated, measured),
+        **timm_columns(_converted_name(name), calibrated, measured),
         dense_top1=measured.accuracies[1].top1,
         dense_top5=measured.accuracies[1].top5,
         uncalibrated_top1=measured.accuracies[2].top1,
         uncalibrated_top5=measured.accuracies[2].top5,
-        keys=round(_keys_per_kernel(calibrated, dense, zoo.config), 2),
+        keys=keys_per_kernel(calibrated, dense, zoo.config),
         bank=zoo.config.bank.name,
-        **_calibration_columns(calibrated),
+        **calibration_columns(calibrated),
         images=measured.images,
         classes=measured.classes,
         seconds=round(time.perf_counter() - start, 1),
         source=name,
         repo=zoo.repo(name),
     )
-    source = Source.from_cfg(timm.get_pretrained_cfg(name))
-    write_record(calibrated, replace(read_record(calibrated), source=source))
+    write_record(calibrated, replace(read_record(calibrated), source=Source.from_cfg(cfg)))
     save_pretrained(calibrated.cpu(), folder / "weights", license=license, **_card_entries(result, zoo))
     with locked(zoo.output / ".zoo.lock"):
         _check_settings(zoo, write=True)
@@ -315,68 +300,9 @@ def _make(name: str, zoo: Zoo) -> Result:
     return result
 
 
-def _license(name: str, zoo: Zoo) -> str:
-    """The licence of a network; raises without one, before any work is done."""
-    cfg: Any = timm.get_pretrained_cfg(name)
-    license = cfg.license or zoo.license
-    if not license:
-        raise ZooError("The licence of the source weights is not known. Find it out and pass it: --license.")
-    return str(license)
-
-
-def _calibrated(dense: nn.Module, zoo: Zoo) -> nn.Module:
-    """A network, converted and calibrated as asked."""
-    config = zoo.config
-    if config.agreement is not None:
-        settings = {name: getattr(config, name) for name in ("bank", "include", "exclude", "trainable")}
-        return convert_to_agreement(dense, config.agreement, zoo.images, **settings)[0]
-    model = convert(dense, config, "project")
-    calibrate_masterkeys(model, dense, zoo.images)
-    return model
-
-
-def timm_columns(own: str, model: nn.Module, measured: Measurement) -> dict[str, Any]:
-    """The columns of timm's results files."""
-    best = measured.accuracies[0]
-    return {
-        "model": own,
-        "top1": best.top1,
-        "top1_err": round(100 - best.top1, 4),
-        "top5": best.top5,
-        "top5_err": round(100 - best.top5, 4),
-        "param_count": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
-        "img_size": measured.img_size,
-        "crop_pct": measured.crop_pct,
-        "interpolation": measured.interpolation,
-    }
-
-
-def _own_name(name: str) -> str:
+def _converted_name(name: str) -> str:
     arch, _, tag = name.partition(".")
     return f"{arch}.{masterkeys_tag(tag)}"
-
-
-def _keys_per_kernel(model: nn.Module, dense: nn.Module, config: MasterKeysConfig) -> float:
-    """The mean over all kernels that could be converted; a kernel that stayed dense counts as many keys as weights."""
-    layers, planned = converted_layers(model), resolve(config, dense).converted
-    keys = [
-        layers[plan.name].keys_per_kernel if plan.name in layers else math.prod(plan.kernel_size) for plan in planned
-    ]
-    kernels = [plan.out_channels for plan in planned]
-    return sum(each * count for each, count in zip(keys, kernels, strict=True)) / sum(kernels)
-
-
-def _calibration_columns(model: nn.Module) -> dict[str, Any]:
-    """What the calibration's record says, in our columns."""
-    record = read_record(model).calibration
-    assert record is not None
-    agreement, divergence = (record.after.get(name) for name in ("agreement", "divergence"))
-    return {
-        "agreement": None if agreement is None else round(100 * agreement, 2),
-        "divergence": None if divergence is None else round(divergence, 4),
-        "calibration_images": record.images,
-        "held_out_images": record.held_out,
-    }
 
 
 def _publish(name: str, result: Result, zoo: Zoo) -> Result:
@@ -398,7 +324,7 @@ def _publish(name: str, result: Result, zoo: Zoo) -> Result:
 
 
 def _card_entries(result: Result, zoo: Zoo) -> Mapping[str, Any]:
-    """What card and config.json say of the measurement, the same when saved and when published."""
+    """The measurement for the card and config.json, the same when saved and when published."""
     dataset = zoo.dataset or zoo.labels.folder.name
     evaluation = {"dataset": dataset, **result.measured()}
     return {"repo_id": result.repo, "metrics": result.metrics(dataset), "config": {"evaluation": evaluation}}
@@ -409,7 +335,7 @@ def _write_tables(output: Path) -> None:
     with locked(output / ".zoo.lock"):
         results: list[Result] = []
         for path in sorted((output / "models").glob("*/result.json")):
-            with suppress(ZooError):  # told as the network's own failure
+            with suppress(ZooError):  # a damaged result is that network's failure
                 results += filter(None, [read_result(path)])
         write_table(output / TABLE, results)
         write_names(output / NAMES, results)
