@@ -32,8 +32,6 @@ def test_collect_kernels(tmp_path):
         weights = kernels.weights(equal)
         assert abs(float(weights.sum()) - 1) < 1e-12
         assert abs(float(weights[kernels.network == 4].sum()) - each) < 1e-12
-    searched, apart = kernels.split(["array"])
-    assert len(apart) == 47 and len(searched) == 4 * count and apart.weights().sum() == pytest.approx(1)
 
 
 def test_pretrained_names_and_strips():
