@@ -9,7 +9,6 @@ EXAMPLE = "list 'mobilenet*' --pretrained"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
     parser.add_argument(
         "pattern", nargs="?", default="*", help="list only architectures that match, as 'convnext*' (default: all)"
     )
@@ -19,7 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the names, one a line."""
     import timm
 
     from ..timm_plugin.published import list_architectures

@@ -6,15 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
-from timm.models import load_checkpoint, load_state_dict
+from timm.models import load_checkpoint
 from torch import nn
 
 from ..conversion.apply import converted_layers
 from ..conversion.tags import is_masterkeys_tag
 from ..errors import CheckpointError, MasterKeysError
-from ..study.kernels import read_kernels
+from ..study.kernels import read_file
 from ..timm_plugin.names import dense_name
 from ..timm_plugin.published import list_architectures, published_source
 from .options import DEFAULT_BANK
@@ -42,6 +41,13 @@ def load_model(args: argparse.Namespace) -> nn.Module:
 def has_weights(args: argparse.Namespace) -> bool:
     """Whether the arguments say which weights to take; else a name stands for random ones."""
     return bool(args.pretrained or args.checkpoint or _is_folder(args.model) or _is_kernel_file(args))
+
+
+def require_weights(args: argparse.Namespace, problem: str) -> None:
+    """Raises MasterKeysError, which says the problem, if the model has random weights, or of an unknown name that."""
+    if not has_weights(args):
+        check_name(args.model)
+        raise MasterKeysError(f"{problem} Add --pretrained or --checkpoint FILE.")
 
 
 def is_converted(model: nn.Module, args: argparse.Namespace) -> bool:
@@ -132,27 +138,19 @@ def _load_checkpoint(model: nn.Module, path: str) -> None:
 
 def _model_of_kernels(path: str) -> nn.Module:
     """Depthwise convolutions with the kernels of a file, under the names they have there."""
-    kernels = read_kernels(path)
-    if path.endswith(".npz"):
-        with np.load(path) as arrays:
-            shapes = {name: array.shape for name, array in arrays.items()}
-    else:
-        state = load_state_dict(path, use_ema=True, weights_only=True)
-        shapes = {name.removesuffix(".weight"): tuple(value.shape) for name, value in state.items()}
-        shapes = {name: shape for name, shape in shapes.items() if len(shape) == 4}
-    names = [name for name, shape in shapes.items() if len(shape) == 3 or (len(shape) == 4 and shape[1] == 1)]
+    kernels = read_file(path)
+    if not kernels:
+        raise MasterKeysError(f"'{Path(path).name}' holds no depthwise kernels.")
     model = nn.Module()
-    for name, weight in zip(names, kernels, strict=True):
+    for name, weight in kernels.items():
         channels, height, width = weight.shape
         layer = nn.Conv2d(channels, channels, (height, width), groups=channels, bias=False)
         layer.weight = nn.Parameter(weight.unsqueeze(1).float())
-        *folders, last = name.split(".")
+        *folders, last = (name if path.endswith(".npz") else name.removesuffix(".weight")).split(".")
         parent = model
         for folder in folders:
             if folder not in dict(parent.named_children()):
                 parent.add_module(folder, nn.Module())
             parent = parent.get_submodule(folder)
         parent.add_module(last, layer)
-    if not names:
-        raise MasterKeysError(f"'{Path(path).name}' holds no depthwise kernels.")
     return model

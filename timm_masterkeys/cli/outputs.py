@@ -1,5 +1,6 @@
 """Where commands write to: checked before the work, not after it."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -53,9 +54,9 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
         figure.savefig(tmp, format=figure_kind(path), dpi=130)
 
 
-def print_json(value: Any) -> None:
-    """Prints dataclasses, mappings and lists as JSON, with null for what is no finite number."""
-    print(json.dumps(_as_json(value), indent=2))
+def print_result(args: argparse.Namespace, value: Any, text: Any) -> None:
+    """Prints a text, or with ``--json`` dataclasses, mappings and lists as JSON, null for what is no finite number."""
+    print(json.dumps(_as_json(value), indent=2) if args.json else text)
 
 
 def _as_json(value: Any) -> Any:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from ..errors import ZooError
-from .options import add_agreement, add_conversion, read_config
+from .options import add_conversion, add_options, check_device, read_config
 
 SUMMARY = (
     "convert, calibrate, measure and publish every timm network that matches; the same command again continues where "
@@ -15,15 +15,13 @@ EXAMPLE = "zoo 'convnext*' --org my-team --images photographs --evaluate imagene
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
     parser.add_argument(
         "pattern", nargs="+", help="timm names that have pretrained weights, as 'convnext*' or convnext_tiny.fb_in1k"
     )
     parser.add_argument(
         "--org", required=True, help="user or organisation on the Hub; a network is published as ORG/ARCH.mk8_TAG"
     )
-    add_conversion(parser)
-    add_agreement(parser)
+    add_conversion(parser, "--agreement")
     parser.add_argument(
         "--images",
         default="builtin",
@@ -52,12 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the folder for results.csv (accuracies), names.txt (for use_weights) and work in progress (default: zoo)",
     )
-    parser.add_argument(
-        "--license",
-        metavar="NAME",
-        help="the licence of the weights of which timm knows none; without it, such networks fail",
-    )
-    parser.add_argument("--private", action="store_true", default=None, help="make new repositories private")
+    add_options(parser, "--license", "--private")
     parser.add_argument(
         "--dry-run", action="store_true", help="do everything but publish; the same command without it then publishes"
     )
@@ -74,13 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Makes the zoo, and prints what becomes of each network."""
     import torch
 
     from ..zoo.evaluate import find_labels
     from ..zoo.results import TABLE
     from ..zoo.zoo import Zoo, make_zoo, plan_zoo
-    from .devices import check_device
 
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = args.device or (gpu if torch.cuda.is_available() else "cpu")

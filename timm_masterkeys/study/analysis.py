@@ -15,6 +15,8 @@ from ..errors import BankError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
 from .kernels import CONTROL_BANK, Kernels, Source, collect_kernels, name_sources, read_kernels
 
+DEFAULT_BANKS = DEFAULT_BANK, CONTROL_BANK
+
 
 @dataclass(frozen=True)
 class ComparedKernels:
@@ -93,7 +95,7 @@ def _cells(row: ComparedKernels) -> list[str]:
 
 
 def compare_networks(
-    sources: Mapping[str, Source] | Sequence[Source], banks: Sequence[Bank] = (DEFAULT_BANK, CONTROL_BANK)
+    sources: Mapping[str, Source] | Sequence[Source], banks: Sequence[Bank] = DEFAULT_BANKS
 ) -> Comparison:
     """Fits every depthwise kernel of some networks with the nearest key of some banks, size by size.
 
