@@ -107,6 +107,7 @@ def commands():
     return prepare, train, f"python - <<'END'\n{publish}\nEND", name, validate
 
 
+@pytest.mark.slow
 def test_published_and_loaded_by_name(hub, folder, shell):
     """Whoever points a name at what was published has the same network: accuracy, outputs and names of classes."""
     prepare, _, publish, name, _ = commands()
