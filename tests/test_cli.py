@@ -461,7 +461,7 @@ def bad(*args, says):
         bad("inspect", ARCH, "--checkpoint", "nope.pth", says="There is no file 'nope.pth'"),
         bad("publish", "nope", "me/model", says="There is no timm model 'nope'"),
         bad("publish", "./nope", "me/model", says="There is no folder './nope'"),
-        bad("compare", "/nope", says="Cannot read kernels from '/nope': there is no such file."),
+        bad("compare", "/nope", says="'/nope' is no file"),
         bad("convert", ARCH, "--output", "out", says="no weights to convert. Add --pretrained"),
     ],
 )

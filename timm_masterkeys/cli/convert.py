@@ -18,16 +18,17 @@ EXAMPLE = "convert convnext_tiny --pretrained --keys-per-kernel 4 --output out"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add_model(parser)
     add_conversion(parser, "--agreement")
-    parser.add_argument(
+    add(
         "--trainable",
         default="shift",
         choices=TRAINABLE,
         help="what later training may change of each kernel: nothing, its shift, its scale and shift (affine), or, for "
         "scale-space banks, its shift and its Gaussians' widths (scales) (default: shift)",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
+    add("--output", required=True, metavar="DIR", help="the folder to write")
     add_options(parser, "--license", "--device")
     images = parser.add_argument_group("calibration")
     images.add_argument(

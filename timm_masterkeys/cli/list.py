@@ -9,12 +9,9 @@ EXAMPLE = "list 'mobilenet*' --pretrained"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "pattern", nargs="?", default="*", help="list only architectures that match, as 'convnext*' (default: all)"
-    )
-    parser.add_argument(
-        "--pretrained", action="store_true", help="list each name that has pretrained weights, with the weights' tag"
-    )
+    add = parser.add_argument
+    add("pattern", nargs="?", default="*", help="list only architectures that match, as 'convnext*' (default: all)")
+    add("--pretrained", action="store_true", help="list each name that has pretrained weights, with the weights' tag")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,20 +12,19 @@ EXAMPLE = "publish out me/convnext_tiny.mk8 --private"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "model",
         help="a folder written by convert or by save_pretrained, or a .mk8 name, whose pretrained weights are then "
         "calibrated first",
     )
-    parser.add_argument("repo_id", metavar="ORG/NAME", help="the repository on the Hub; made if there is none")
-    parser.add_argument("--revision", metavar="BRANCH", help="the branch to commit to, made if missing (default: main)")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument(
+    add("repo_id", metavar="ORG/NAME", help="the repository on the Hub; made if there is none")
+    add("--revision", metavar="BRANCH", help="the branch to commit to, made if missing (default: main)")
+    add("--create-pr", action="store_true", help="open a pull request instead of committing")
+    add(
         "--message", default="Publish a master key filters model", help="the title of the commit (default: %(default)s)"
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything and show what would be published, but change nothing"
-    )
+    add("--dry-run", action="store_true", help="check everything and show what would be published, but change nothing")
     add_options(parser, "--license", "--private", "--json")
 
 

@@ -15,55 +15,42 @@ EXAMPLE = "zoo 'convnext*' --org my-team --images photographs --evaluate imagene
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "pattern", nargs="+", help="timm names that have pretrained weights, as 'convnext*' or convnext_tiny.fb_in1k"
-    )
-    parser.add_argument(
-        "--org", required=True, help="user or organisation on the Hub; a network is published as ORG/ARCH.mk8_TAG"
-    )
+    add = parser.add_argument
+    add("pattern", nargs="+", help="timm names that have pretrained weights, as 'convnext*' or convnext_tiny.fb_in1k")
+    add("--org", required=True, help="user or organisation on the Hub; a network is published as ORG/ARCH.mk8_TAG")
     add_conversion(parser, "--agreement")
-    parser.add_argument(
+    add(
         "--images",
         default="builtin",
         metavar="DIR",
         help="a folder of images to calibrate with, without labels (default: photographs that ship with "
         "timm_masterkeys)",
     )
-    parser.add_argument(
+    add(
         "--evaluate",
         required=True,
         metavar="DIR",
         help="labelled images to measure the accuracy on: a folder for each class, named after it",
     )
-    parser.add_argument(
+    add(
         "--class-map",
         metavar="FILE",
         help="a file with the names of the classes' folders, one a line, in the order of the network's outputs "
         "(default: ImageNet-1k's synsets, or class indices)",
     )
-    parser.add_argument(
-        "--dataset", metavar="NAME", help="the labelled images' name on model cards (default: their folder's name)"
-    )
-    parser.add_argument(
+    add("--dataset", metavar="NAME", help="the labelled images' name on model cards (default: their folder's name)")
+    add(
         "--output",
         default="zoo",
         metavar="DIR",
         help="the folder for results.csv (accuracies), names.txt (for use_weights) and work in progress (default: zoo)",
     )
     add_options(parser, "--license", "--private")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="do everything but publish; the same command without it then publishes"
-    )
-    parser.add_argument("--keep-weights", action="store_true", help="keep downloads and published networks on disk")
-    parser.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="how many images to measure at a time (default: 64)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=4, metavar="N", help="how many processes read labelled images (default: 4)"
-    )
-    parser.add_argument(
-        "--device", help="where to compute (default: the GPU if there is one; under torchrun one for each process)"
-    )
+    add("--dry-run", action="store_true", help="do everything but publish; the same command without it then publishes")
+    add("--keep-weights", action="store_true", help="keep downloads and published networks on disk")
+    add("--batch-size", type=int, default=64, metavar="N", help="how many images to measure at a time (default: 64)")
+    add("--workers", type=int, default=4, metavar="N", help="how many processes read labelled images (default: 4)")
+    add("--device", help="where to compute (default: the GPU if there is one; under torchrun one for each process)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -26,7 +26,6 @@ from ..keys.projection import constant_kernels
 Array = torch.Tensor | np.ndarray
 Source = str | os.PathLike[str] | nn.Module | Array | Sequence[Array]
 CONTROL_BANK = "random8:0"  # as many random keys as the published bank has
-_FILES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,14 +164,13 @@ def _read_name(name: str) -> list[torch.Tensor]:
         if _is_converted_folder(Path(name)):
             raise _converted(f"'{name}'")
         raise BankError(f"'{name}' is a folder. Give its file of dense weights, as model.safetensors.")
-    if name.endswith(_FILES) or os.path.isabs(name):
-        raise BankError(f"Cannot read kernels from '{name}': there is no such file.")
     if ":" not in name and is_masterkeys_tag(name.partition(".")[2]):
         raise _converted(f"'{name}'")
     try:
-        return read_kernels(timm.create_model(name, pretrained=True))
-    except RuntimeError as error:
+        model = timm.create_model(name, pretrained=True)
+    except (RuntimeError, ValueError) as error:
         raise BankError(f"'{name}' is no file, and timm cannot make it: {error}") from error
+    return read_kernels(model)
 
 
 def read_file(path: str) -> dict[str, torch.Tensor]:
