@@ -34,14 +34,11 @@ def test_collect_kernels(tmp_path):
         assert abs(float(weights[kernels.network == 4].sum()) - each) < 1e-12
 
 
-def test_pretrained_names_and_strips():
+def test_strips_and_what_is_no_kernel():
     rows = torch.randn(40, 1, 1, 11)
     assert collect_kernels([rows], (1, 11)).kernel_size == (1, 11)
     others = [torch.randn(4), torch.randn(8, 4, 3, 3)]  # a bias and an ordinary convolution
-    assert [tuple(k.shape) for k in read_kernels([rows, torch.randn(3, 5, 5), *others])] == [
-        (40, 1, 11),
-        (3, 5, 5),
-    ]
+    assert [tuple(k.shape) for k in read_kernels([rows, torch.randn(3, 5, 5), *others])] == [(40, 1, 11), (3, 5, 5)]
 
 
 def test_the_fit_is_that_of_the_projection():
