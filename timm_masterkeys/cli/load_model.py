@@ -44,18 +44,14 @@ def has_weights(args: argparse.Namespace) -> bool:
 
 
 def require_weights(args: argparse.Namespace, problem: str) -> None:
-    """Raises MasterKeysError, which says the problem, if the model has random weights, or of an unknown name that."""
+    """Raises MasterKeysError if the name is unknown, or else, with the problem, if it stands for random weights."""
     if not has_weights(args):
         check_name(args.model)
         raise MasterKeysError(f"{problem} Add --pretrained or --checkpoint FILE.")
 
 
 def is_converted(model: nn.Module, args: argparse.Namespace) -> bool:
-    """Whether a model came converted.
-
-    Raises:
-        MasterKeysError: It did, and there are options for a conversion.
-    """
+    """Whether a model was loaded converted; raises MasterKeysError if options for a conversion are given for one."""
     if not converted_layers(model):
         return False
     if (args.bank, args.keys_per_kernel, args.include, args.exclude) != (DEFAULT_BANK, 1, None, None):
@@ -67,30 +63,17 @@ def is_converted(model: nn.Module, args: argparse.Namespace) -> bool:
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:
-    """``timm.create_model``, with errors of one kind.
-
-    Raises:
-        MasterKeysError: The model cannot be loaded.
-    """
+    """``timm.create_model``; what it raises for a damaged config.json becomes a CheckpointError."""
     try:
         return timm.create_model(name, **kwargs)
     except (MasterKeysError, OSError, RuntimeError):
         raise
-    except Exception as error:  # timm's, of an odd config.json
+    except Exception as error:
         raise CheckpointError(f"'{name}' cannot be loaded: {error!r}") from error
 
 
 def check_name(name: str) -> None:
-    """Checks that timm has a model of this name, or that it says where one lies, as ``hf-hub:org/name``.
-
-    Raises:
-        MasterKeysError: It has none; the message names the nearest ones.
-
-    Example:
-        >>> check_name("convnext_tny")
-        Traceback (most recent call last):
-        MasterKeysError: There is no timm model 'convnext_tny'. Did you mean convnext_tiny or ...?
-    """
+    """Raises MasterKeysError unless timm has a model of this name, or the name says where one lies (``hf-hub:...``)."""
     if ":" in name or published_source(name):
         return
     if os.path.isfile(name):

@@ -59,8 +59,8 @@ class Discovery:
             ceiling, as many lines fitted to the very kernels measured.
         searched: Kernels searched.
         held_out: Kernels held out.
-        constant: Kernels left out as they are constant.
-        non_finite: Kernels left out as they hold NaN or Inf.
+        constant: Kernels left out, as they are constant.
+        non_finite: Kernels left out, as they hold NaN or Inf.
     """
 
     bank: KeyBank
@@ -116,8 +116,7 @@ def discover_bank(
         device: Where the search computes; kernels, the keys given to ``score`` and the bank stay on the CPU.
 
     Raises:
-        BankError: Unknown networks to hold out, too few kernels, a number of keys out of range, an unknown method, or
-            a device without float64.
+        BankError: An unknown network or method, too few kernels, keys out of range, or a device without float64.
 
     Example:
         >>> found = discover_bank(kernels, held_out=["b"])
@@ -138,20 +137,12 @@ def discover_bank(
     lines = best if method == "lines" else fit_lines(searched.values, weights, len(best), seed)
     how = f"{method}, seed {seed}, all {'networks' if equal_networks else 'kernels'} count the same"
     how += "" if score is None else ", by a score of its own"
-    source = (
-        f"discovered ({how}) in {len(searched):,} kernels of {', '.join(n for n in kernels.names if n not in names)}"
-    )
+    networks = ", ".join(network for network in kernels.names if network not in names)
+    source = f"discovered ({how}) in {len(searched):,} kernels of {networks}"
     source += f"; held out: {', '.join(names)}" if names else ""
-    return Discovery(
-        bank=KeyBank(name, best.cpu().unflatten(1, kernels.kernel_size).numpy(), source, resize="crop"),
-        curve=curve,
-        elbow=elbow,
-        r2=_measure(best, lines, searched, apart, equal_networks, seed),
-        searched=len(searched),
-        held_out=len(apart),
-        constant=kernels.constant,
-        non_finite=kernels.non_finite,
-    )
+    bank = KeyBank(name, best.cpu().unflatten(1, kernels.kernel_size).numpy(), source, resize="crop")
+    r2 = _measure(best, lines, searched, apart, equal_networks, seed)
+    return Discovery(bank, curve, elbow, r2, len(searched), len(apart), kernels.constant, kernels.non_finite)
 
 
 def _check_search(keys: int | None, method: str, device: str | torch.device) -> None:

@@ -27,8 +27,8 @@ try:
 except ImportError as error:
     raise ImportError("Pictures need matplotlib: pip install 'timm_masterkeys[plot]'") from error
 
-DIVERGING = "RdBu_r"  # zero is white; told apart with any colour vision
-# Okabe and Ito's colours, told apart with any colour vision; beyond eight they come again, hatched.
+DIVERGING = "RdBu_r"  # zero is white; readable with any colour vision
+# Okabe and Ito's colours, readable with any colour vision; beyond eight they come again, hatched.
 BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"
 COLOURS = (ORANGE, "#E69F00", "#CC79A7", "#F0E442", "#009E73", BLACK, "#56B4E9", BLUE)
 
