@@ -87,19 +87,14 @@ def _read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         )
         subparser.set_defaults(run=command.run, parser=subparser)
     args = parser.parse_args(argv)
-    _refuse_empty(args)
+    for name, value in vars(args).items():
+        if value == "" or (isinstance(value, list) and "" in value):  # as a shell passes an unset variable
+            args.parser.error(f"argument {name.replace('_', '-')} is empty. Is it a variable that is not set?")
     return args
 
 
-def _refuse_empty(args: argparse.Namespace) -> None:
-    """Exits if an argument is an empty string, as a shell passes an unset variable."""
-    for name, value in vars(args).items():
-        if value == "" or (isinstance(value, list) and "" in value):
-            args.parser.error(f"argument {name.replace('_', '-')} is empty. Is it a variable that is not set?")
-
-
 def _configure_logging(verbose: bool) -> None:
-    """Warnings of this package are shown, with ``verbose`` what everybody logs."""
+    """Shows warnings of this package; with ``verbose``, information of all packages."""
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
     logging.getLogger("timm_masterkeys").setLevel(logging.INFO if verbose else logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
