@@ -18,7 +18,7 @@ from ..errors import CalibrationError
 from ..layers import MasterKeyConv2d
 from ..version import __version__
 from .blocks import is_pointwise
-from .blockwise import OVER, STAGES, BlockwiseCalibration, Stage, StageReport
+from .blockwise import OVER, STAGES, Stage, StageReport, calibrate_blocks
 from .images import Images, Size, origin_of, split_batches, split_images
 from .memory import check_memory, freed_memory_kept
 from .metrics import Figures, Metric, MetricLike, choose_metric, share_intervals
@@ -167,12 +167,10 @@ def calibrate_masterkeys(
         probe(model, batches[0][:2], metric, output)
         check_memory(dense, torch.cat(batches))
         try:
-            calibration = BlockwiseCalibration(model, dense, batches, others, stages, time_budget, output)
             before = torch.cat([_finite(model, pick_output(model, model(batches[i]), output)) for i in others])
-            found = zip((model, dense), calibration.run(), strict=True)
-            after, expected = (_held_out(network, outputs, others) for network, outputs in found)
+            reports, *outputs = calibrate_blocks(model, dense, batches, others, stages, time_budget, output)
+            after, expected = map(_held_out, (model, dense), outputs, (others, others))
             figures = chosen.measure(before, expected), chosen.measure(after, expected)
-            reports = calibration.reports()
             left_out = sum(why == OVER for stage in reports for why in stage.left.values())
             counts = sum(map(len, batches)), len(expected)
             measured = make_record(model, chosen.name, figures, counts, origin_of(images), left_out)
