@@ -23,20 +23,7 @@ from ..keys.banks import DEFAULT_BANK, Bank, KeyBank
 from ..layers import MasterKeyConv2d, Trainable
 from .blocks import hooked
 from .calibrate import calibrate_masterkeys, check_models, make_record, probe
-from .images import (
-    BUILTIN,
-    COUNT,
-    FEWEST,
-    FROM_CFG,
-    HELD_OUT,
-    Images,
-    Pixels,
-    Size,
-    builtin_images,
-    is_builtin,
-    load_images,
-    origin_of,
-)
+from .images import BUILTIN, Images, Pixels, Size, origin_of, split_for_choice
 from .memory import check_memory
 from .metrics import Figures, Metric, MetricLike
 from .outputs import Output, pick_output
@@ -218,36 +205,23 @@ def convert_to_agreement(
 
 
 Attempt = tuple[nn.Module, Spending, CalibrationRecord]
-Choices = Mapping[str, Mapping[int, MasterKeyConv2d | None]]
+Choices = Mapping[str, Mapping[int, MasterKeyConv2d | None]]  # by layer and keys per kernel; None for a dense layer
 
 
 @dataclass(frozen=True)
 class _Search:
-    """What all networks tried have in common.
-
-    Attributes:
-        dense: The dense network.
-        config: Of the conversion.
-        kernels: The number of each layer's.
-        layers: By name and keys per kernel, each layer as it would be; None where it stays dense.
-        fitted: Images to calibrate with.
-        held_out: Images to judge by.
-        origin: Of the images.
-        metric: By which the networks are judged.
-        options: Arguments of ``calibrate_masterkeys``.
-        expected: The dense network's outputs for the held-out images.
-    """
+    """What all networks tried have in common."""
 
     dense: nn.Module
     config: MasterKeysConfig
-    kernels: Mapping[str, int]
+    kernels: Mapping[str, int]  # how many each layer has
     layers: Choices
-    fitted: torch.Tensor
-    held_out: torch.Tensor
+    fitted: torch.Tensor  # images to calibrate with
+    held_out: torch.Tensor  # images to judge by
     origin: str
     metric: Metric
-    options: Mapping[str, Any]
-    expected: torch.Tensor
+    options: Mapping[str, Any]  # of calibrate_masterkeys
+    expected: torch.Tensor  # the dense network's outputs for the held-out images
 
     def distances(self, images: torch.Tensor) -> dict[str, dict[int, float]]:
         """How far the output moves when one layer has so many keys, by layer and number."""
@@ -313,7 +287,7 @@ def order_steps(kernels: Mapping[str, int], distances: Mapping[str, Mapping[int,
     """The order in which layers get more keys: where the distance falls most for each key spent comes first.
 
     Args:
-        kernels: Of each layer.
+        kernels: The number of each layer's.
         distances: By layer and keys per kernel; each begins with the fewest.
 
     Returns:
@@ -341,28 +315,6 @@ def _choices(conv: Any, bank: KeyBank) -> dict[int, MasterKeyConv2d | None]:
     choices: dict[int, MasterKeyConv2d | None] = {layer.keys_per_kernel: layer for layer in found}
     taps = conv.weight[0].numel()
     return {**choices, taps: None} if taps > max(choices) + 1 else choices  # else all keys and the shift are as good
-
-
-def split_for_choice(
-    images: Images, dense: nn.Module, max_images: int = 300, given: Pixels = FROM_CFG
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images to calibrate with, and images to judge by; of the built-in ones, crops of different photographs."""
-    if is_builtin(images):
-        judges = 8 * (COUNT // HELD_OUT)  # many crops of each photograph, as they judge only
-        fitted, judging = (
-            builtin_images(dense, count, held_out=part, **given._asdict())
-            for count, part in ((min(COUNT, max_images), False), (judges, True))
-        )
-        return load_images(fitted, dense, max_images), load_images(judging, dense, judges)
-    least = HELD_OUT * FEWEST
-    most = max_images * HELD_OUT // (HELD_OUT - 1)
-    tensor = load_images(images, dense, most, given)
-    if len(tensor) < least:
-        raise CalibrationError(
-            f"{len(tensor)} images, expected at least {least}, as every fourth is held out; some hundred are better."
-        )
-    held_out = torch.arange(len(tensor), device=tensor.device) % HELD_OUT == HELD_OUT - 1
-    return tensor[~held_out], tensor[held_out]
 
 
 def _outputs(model: nn.Module, images: torch.Tensor, batch_size: int, output: Output) -> torch.Tensor:

@@ -18,21 +18,14 @@ Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 @dataclass
 class Block:
-    """A block with converted layers, or a pointwise layer outside of all blocks.
-
-    Attributes:
-        name: Module name.
-        converted: Names of the converted layers in it, in their order.
-        pointwise: Name of the last pointwise layer in it; empty if it has none.
-        positions: Of each of these layers, how many of its outputs an image has at different places.
-        done: The outermost modules that have run before the block begins, with the shape of one image's output.
-    """
+    """A block with converted layers, or a pointwise layer outside of all blocks."""
 
     name: str
-    converted: list[str] = field(default_factory=list)
-    pointwise: str = ""
-    positions: dict[str, int] = field(default_factory=dict)
+    converted: list[str] = field(default_factory=list)  # layers in it, in their order
+    pointwise: str = ""  # the last pointwise layer in it; empty if it has none
+    positions: dict[str, int] = field(default_factory=dict)  # of each of these layers, in the output for one image
     done: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """The outermost modules that have run before the block begins, with the shape of one image's output."""
 
 
 class Reached(Exception):
@@ -41,21 +34,13 @@ class Reached(Exception):
 
 @dataclass
 class _Pass:
-    """What was seen of the modules in one forward pass, by their names.
+    """What was seen of the modules in one forward pass, by their names."""
 
-    Attributes:
-        ran: Pointwise and converted layers, in their order, as often as they ran.
-        positions: As in ``Block``.
-        clock: A name when a module begins, and again when it ends.
-        shapes: Of one image's output.
-        norms: By a layer's name that of the norm after it.
-    """
-
-    ran: list[str] = field(default_factory=list)
-    positions: dict[str, int] = field(default_factory=dict)
-    clock: list[str] = field(default_factory=list)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    norms: dict[str, str] = field(default_factory=dict)
+    ran: list[str] = field(default_factory=list)  # pointwise and converted layers, in their order, each time they ran
+    positions: dict[str, int] = field(default_factory=dict)  # as in Block
+    clock: list[str] = field(default_factory=list)  # a name when a module begins, and again when it ends
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of one image's output
+    norms: dict[str, str] = field(default_factory=dict)  # by a layer's name that of the norm after it
 
 
 def find_blocks(model: nn.Module, images: torch.Tensor) -> tuple[list[Block], dict[str, str]]:
@@ -150,16 +135,8 @@ class BlockwiseNetwork:
     """Runs a model block by block over batches of images, each block fed by the outputs of the block before it.
 
     The model runs up to a block with everything before it skipped. Where that does not lead to the same arguments (a
-    connection past several blocks), everything runs.
-
-    Args:
-        model: Any model.
-        blocks: Of ``find_blocks``.
-        batches: Of images.
-        output: Which of the model's outputs counts, see ``pick_output``.
-
-    Attributes:
-        outputs: Of the last block that ran, a batch each; the caller sets them.
+    connection past several blocks), everything runs. The caller sets ``outputs`` to those of the last block that ran,
+    a batch each.
     """
 
     def __init__(

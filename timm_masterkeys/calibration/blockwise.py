@@ -84,14 +84,8 @@ def calibrate_blocks(
 ) -> tuple[tuple[StageReport, ...], Outputs, Outputs]:
     """Calibrates the converted network, block by block. In place.
 
-    Args:
-        model: The converted network, which is changed.
-        dense: The dense network.
-        batches: Of images.
-        held_out: Indices of the batches that are not fitted to, but give the reports' errors.
-        stages: What to do in each block.
-        time_budget: Seconds after which the blocks still to come get their statistics only; None for no limit.
-        output: Which of the networks' outputs counts, see ``pick_output``.
+    The batches with the indices ``held_out`` are not fitted to, but give the reports' errors. After ``time_budget``
+    seconds the blocks still to come get their statistics only.
 
     Returns:
         What each stage did; and the outputs of the converted and of the dense network, a batch each.

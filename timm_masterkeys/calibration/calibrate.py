@@ -192,13 +192,7 @@ def make_record(
 ) -> CalibrationRecord:
     """The record of a calibration of a model as it is now.
 
-    Args:
-        model: The calibrated model.
-        metric: The metric's name.
-        figures: Before and after.
-        images: How many there were, and how many of them were held out.
-        origin: Of ``origin_of``.
-        left_out: Steps that a time budget left out.
+    ``figures`` are those before and after it, ``images`` the numbers of all images and of those held out.
     """
     return CalibrationRecord(
         metric,
@@ -225,15 +219,9 @@ def check_models(model: nn.Module, dense: nn.Module) -> None:
     others = dict(dense.named_modules())
     for name, layer in layers.items():
         other = others.get(name)
-        if isinstance(other, MasterKeyConv2d) or not isinstance(other, nn.Conv2d):
-            raise CalibrationError(
-                f"The dense model has {type(other).__name__} at {name}, expected the Conv2d that was converted."
-            )
-        if other.weight.shape != layer.weight.shape:
-            raise CalibrationError(
-                f"The dense model has kernels of {tuple(other.weight.shape)} at {name}, the converted one of "
-                f"{tuple(layer.weight.shape)}."
-            )
+        fits = isinstance(other, nn.Conv2d) and other.weight.shape == layer.weight.shape
+        if isinstance(other, MasterKeyConv2d) or not fits:
+            raise CalibrationError(f"The dense model has {other} at {name}, expected the Conv2d that was converted.")
     missing = [name for name, _ in model.named_modules() if name not in others]
     if missing:
         raise CalibrationError(f"The dense model has no {missing[0]}: give the one this model was converted from.")

@@ -57,15 +57,10 @@ FROM_CFG = Pixels()
 
 
 def prepare_for(model: nn.Module | PretrainedCfg | Mapping[str, Any], given: Pixels) -> dict[str, Any]:
-    """How images are prepared for a model: by its ``pretrained_cfg``, or by that of the one timm model inside it.
+    """The arguments of timm's ``create_transform`` for a model, with its channels, and mean and std of each.
 
-    Args:
-        model: Any module, or a ``pretrained_cfg``. Of modules in one another that have a ``pretrained_cfg``, the
-            outermost counts.
-        given: Takes the place of what the cfg says.
-
-    Returns:
-        The arguments of timm's ``create_transform``: input size, interpolation and crop; mean and std of each channel.
+    They are those of its ``pretrained_cfg``, or of that of the one timm model inside it: of modules in one another that
+    have one, the outermost counts. What is given takes their place.
 
     Raises:
         CalibrationError: No ``pretrained_cfg``, or those of several models, and not all of mean, std and size.
@@ -173,10 +168,7 @@ def named_photographs() -> dict[str, Image.Image]:
 @lru_cache
 def photographs_sha256() -> str:
     """The SHA-256 of all photographs, in hex."""
-    digest = hashlib.sha256()
-    for path in _files():
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in _files())).hexdigest()
 
 
 def _files() -> list[Any]:
@@ -243,7 +235,7 @@ def load_images(images: Images, model: nn.Module, max_images: int, given: Pixels
     """All images, of whatever ``calibrate_masterkeys`` takes, as one tensor like the model's parameters."""
     if max_images < FEWEST:
         raise CalibrationError(f"max_images is {max_images}, expected at least {FEWEST}.")
-    if is_builtin(images):
+    if _is_builtin(images):
         images = builtin_images(model, min(COUNT, max_images), **given._asdict())
     elif isinstance(images, (str, os.PathLike)):
         images = _load_folder(os.fspath(images), model, max_images, prepare_for(model, given))
@@ -263,7 +255,7 @@ def load_images(images: Images, model: nn.Module, max_images: int, given: Pixels
     return images.to(next(model.parameters()))
 
 
-def is_builtin(images: Any) -> bool:
+def _is_builtin(images: Any) -> bool:
     """Whether images are the photographs that ship."""
     return isinstance(images, str) and images == BUILTIN
 
@@ -276,12 +268,34 @@ def split_images(
     Returns:
         None for the second where a part of the first is to be held out.
     """
-    if held_out is None and is_builtin(images):
+    if held_out is None and _is_builtin(images):
         count, how = min(COUNT, max_images), given._asdict()
         images, held_out = (builtin_images(model, count, held_out=part, **how) for part in (False, True))
         given = FROM_CFG
     fitted = load_images(images, model, max_images, given)
     return fitted, None if held_out is None else load_images(held_out, model, max_images, given)
+
+
+def split_for_choice(
+    images: Images, dense: nn.Module, max_images: int = 300, given: Pixels = FROM_CFG
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images to calibrate with, and images to judge by; of the built-in ones, crops of different photographs."""
+    if _is_builtin(images):
+        judges = 8 * (COUNT // HELD_OUT)  # many crops of each photograph, as they judge only
+        fitted, judging = (
+            builtin_images(dense, count, held_out=part, **given._asdict())
+            for count, part in ((min(COUNT, max_images), False), (judges, True))
+        )
+        return load_images(fitted, dense, max_images), load_images(judging, dense, judges)
+    least = HELD_OUT * FEWEST
+    most = max_images * HELD_OUT // (HELD_OUT - 1)
+    tensor = load_images(images, dense, most, given)
+    if len(tensor) < least:
+        raise CalibrationError(
+            f"{len(tensor)} images, expected at least {least}, as every fourth is held out; some hundred are better."
+        )
+    held_out = torch.arange(len(tensor), device=tensor.device) % HELD_OUT == HELD_OUT - 1
+    return tensor[~held_out], tensor[held_out]
 
 
 def split_batches(

@@ -53,15 +53,10 @@ def _best(matrix: torch.Tensor, right: torch.Tensor, sets: torch.Tensor) -> tupl
 
 @dataclass(frozen=True)
 class Gram:
-    """Sums over rows of features and residuals, in float64.
+    """Sums over rows of features and residuals, in float64."""
 
-    Attributes:
-        products: (1 + inputs, 1 + inputs + outputs), of (1, features) with (1, features, residual).
-        power: (outputs,), of the squared residuals.
-    """
-
-    products: torch.Tensor
-    power: torch.Tensor
+    products: torch.Tensor  # (1 + inputs, 1 + inputs + outputs), of (1, features) with (1, features, residual)
+    power: torch.Tensor  # (outputs,), of the squared residuals
 
     @classmethod
     def of(cls, features: torch.Tensor, residual: torch.Tensor) -> "Gram":

@@ -76,14 +76,10 @@ def needed_memory(model: nn.Module, images: torch.Tensor) -> int:
 
 
 def free_memory(device: torch.device, root: str | os.PathLike[str] = "/") -> float:
-    """Free bytes on a device; infinite where they are not known.
+    """Free bytes on a device; infinite where they are not known. ``root`` is the folder of ``proc`` and ``sys``.
 
     On the CPU what Linux says is available, or what the limits of the process's control groups leave if that is less.
     A group's cached files count as free, as it gives them back.
-
-    Args:
-        device: CPU or CUDA.
-        root: Where ``proc`` and ``sys`` are.
     """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
