@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import CheckpointError, ProjectionError
+from ..errors import CheckpointError, ConversionError, ProjectionError
 from ..layers import MasterKeyConv2d, ScaledKeyConv2d
 from .config import LayerSettings
 
@@ -99,9 +99,12 @@ def make_layer(
     return layer
 
 
-def converted_layers(model: nn.Module) -> dict[str, MasterKeyConv2d]:
-    """The converted layers of a model by their names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
+def converted_layers(model: nn.Module, required: bool = False) -> dict[str, MasterKeyConv2d]:
+    """The converted layers of a model by their names; ConversionError if there have to be some and are none."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
+    if required and not layers:
+        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
+    return layers
 
 
 def describe(model: nn.Module) -> dict[str, LayerSettings]:

@@ -5,13 +5,14 @@ model has others, ``read_record`` leaves the claim out.
 """
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from ..files import tensors_sha256
+from ..keys.banks import KeyBank
 from .apply import converted_layers
 from .config import MasterKeysConfig
 from .tags import dense_tag
@@ -197,6 +198,20 @@ def entries_digest(model: nn.Module) -> str:
     return tensors_sha256(model.state_dict())
 
 
-def restore_record(model: nn.Module, record: Record) -> None:
-    """Gives a model that was just loaded the record it was saved with, claims tied as they were. In place."""
-    model.masterkeys = record  # type: ignore[assignment]
+def restore_record(model: nn.Module, data: Mapping[str, Any], banks: Iterable[KeyBank]) -> None:
+    """Gives a model that was just loaded the record it was saved with, claims tied as they were. In place.
+
+    Args:
+        model: The loaded model.
+        data: From ``Record.to_dict``.
+        banks: The banks of the model's layers.
+
+    Raises:
+        LookupError, TypeError, ValueError, CheckpointError: The data are damaged.
+    """
+    model.masterkeys = Record(  # type: ignore[assignment]
+        tuple(MasterKeysConfig.from_dict(config, banks) for config in data["conversions"]),
+        Source(**data["source"]) if data["source"] else None,
+        data["keys"],
+        CalibrationRecord(**data["calibration"]) if data["calibration"] else None,
+    )

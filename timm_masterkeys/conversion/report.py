@@ -250,9 +250,7 @@ def conversion_report(model: nn.Module, dense: nn.Module | None = None) -> Conve
         >>> report.total.mean_r2
     """
     model = unwrapped(model)
-    layers = converted_layers(model)
-    if not layers:
-        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
+    layers = converted_layers(model, required=True)
     if any(layer.keys.is_meta for layer in layers.values()):
         raise ConversionError("The model is on the meta device, its kernels have no values. Load weights first.")
     for layer in layers.values():
