@@ -124,9 +124,9 @@ def make_card(
 ) -> ModelCard:
     """Writes the card of a converted model; ``datasets``, ``tags`` and ``metrics`` are as for ``save_pretrained``.
 
-    ``config`` is the saved config.json; ``repo_id`` appears in the examples. Of the ``existing`` README the text outside
-    this package's marks and its own metadata stay; ConversionError if its metadata or marks cannot be read. If the
-    model is not ``calibrated`` (or in no need of it), and no results are listed either, the card says so first.
+    ``config`` is the saved config.json; ``repo_id`` appears in the examples. Of the ``existing`` README the text
+    outside this package's marks and its own metadata stay; ConversionError if its metadata or marks cannot be read. If
+    the model is not ``calibrated`` (or in no need of it), and no results are listed either, the card says so first.
     """
     before, after, fields = _hand_written(existing)
     license, base_model, name = source.license, _base_model(source), repo_id.rpartition("/")[2]
