@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 import timm_masterkeys as mk
 
 REAL = 40e6
-QUICK = ["convnext_atto", "ghostnet_050", "inception_next_atto", "mobilenetv3_small_050", "starnet_s1", "test_resnet"]
+QUICK = ["convnext_atto", "ghostnet_050", "mobilenetv3_small_050", "test_resnet"]
 
 
 @pytest.fixture(autouse=True)

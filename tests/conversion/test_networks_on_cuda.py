@@ -1,4 +1,4 @@
-"""Whole networks on a GPU: compiled, captured, mixed precision, saved; no waiting for the device; repair, discovery.
+"""Whole networks on a GPU: compiled, captured, in mixed precision, saved; no waits, calibration, discovery.
 
 What should be the same on CPU and GPU is in the other files, which run there with ``-m cuda`` as well.
 """
@@ -157,7 +157,7 @@ def test_saved_on_one_device_loaded_on_the_other(cuda, tmp_path):
 
 
 @pytest.mark.parametrize("stages", [("projection", "statistics", "absorption"), ("healing",)])
-def test_repair(stages, cuda):
+def test_calibration(stages, cuda):
     """On the GPU as on the CPU, within rounding."""
     reports = []
     for device in ("cpu", cuda):

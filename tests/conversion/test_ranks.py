@@ -69,6 +69,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 def test_ranks_agree():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -15,13 +15,10 @@ import base64
 import json
 import os
 import re
-import socket
-import struct
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
 from email.message import Message
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,18 +26,13 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, quote, unquote
 
+import yaml
+
 Match = tuple[str, str]  # regular expressions: the whole method ("GET|HEAD"), any part of the path with its query
 
-ROLES = ("write", "read")
 ASIDE = "/api/agent-harnesses"  # asked for at most once a home, whatever the call: neither logged nor made to fail
-LOGGED = ("authorization", "content-type", "range", "user-agent")
 LFS_SUFFIXES = (".bin", ".npz", ".onnx", ".pt", ".pth", ".safetensors")
-LICENSES = frozenset(
-    "afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 cc cc-by-2.0 "
-    "cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 "
-    "cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 gpl gpl-2.0 "
-    "gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 mit mpl-2.0 openrail other unknown unlicense wtfpl zlib".split()
-)
+LICENSES = frozenset("apache-2.0 bsd-3-clause cc-by-nc-4.0 mit other unknown".split())
 
 
 @dataclass(frozen=True)
@@ -50,7 +42,6 @@ class Commit:
     sha: str
     files: dict[str, bytes]
     message: str
-    description: str = ""
     author: str = "system"
     lfs: frozenset[str] = frozenset()
 
@@ -75,40 +66,27 @@ class Repo:
         return Commit(sha1("\n".join(parts).encode()).hexdigest(), files, message, **fields)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Request:
-    """A request, noted when its head has come; ``status`` stays 0 if the connection is closed without an answer."""
+    """A request, noted when its head has come."""
 
     method: str
     path: str
-    headers: dict[str, str]
+    headers: Mapping[str, str]
     origin: str
-    size: int = 0
-    status: int = 0
-    fault: str = "none"
 
 
 @dataclass
 class Fault:
     """What goes wrong with the next ``times`` requests that match (None: with all of them); ``hits`` counts them."""
 
-    kind: Literal["none", "fail", "before", "after", "stall", "truncate", "alter"]
+    kind: Literal["fail", "before", "after", "stall", "truncate", "alter"]
     match: Match
     times: int | None
     status: int = 0
-    headers: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
-    reset: bool = False
     change: Callable[[bytes], bytes] = bytes
     hits: int = 0
-
-
-@dataclass(frozen=True)
-class Token:
-    """Who a token stands for, and what it allows: "write" or "read"."""
-
-    user: str
-    role: str
 
 
 class HubServer:
@@ -116,21 +94,19 @@ class HubServer:
 
     Attributes:
         url: Where the API is; the storage has an origin of its own.
-        tokens: Who may come: alice and bob, each with ``token(name)`` and ``token(name, "read")``.
+        tokens: Users by their tokens: alice and bob.
         orgs: Organisations, and who may write to them.
         repos: What is stored, by id.
         requests: All requests, in the order they came.
-        lfs_size: A file above this size is LFS whatever its name.
     """
 
     def __init__(self) -> None:
-        self.tokens = {self.token(user, role): Token(user, role) for user in ("alice", "bob") for role in ROLES}
+        self.tokens = {self.token(user): user for user in ("alice", "bob")}
         self.orgs = {"lab": ["alice"]}
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.errors: list[BaseException] = []  # the server's own, raised when it is closed
-        self.lfs_size = 10 * 2**20
         self.lock = threading.RLock()
         self.closed = threading.Event()
 
@@ -150,9 +126,9 @@ class HubServer:
         if self.errors and kind is None:
             raise self.errors[0]
 
-    def token(self, user: str, role: str = "write") -> str:
+    def token(self, user: str) -> str:
         """The token of a user."""
-        return f"hf_{user}_{role}"
+        return f"hf_{user}_write"
 
     def env(self, home: Path, token: str | None = None, **extra: str) -> dict[str, str]:
         """The environment of a client: this Hub, a home of its own, a token or none, no proxy, no Xet."""
@@ -167,38 +143,31 @@ class HubServer:
         repo = self.repos[repo_id] = Repo(repo_id, private)
         history = repo.branches["main"] = [repo.make([], {".gitattributes": attributes}, "initial commit")]
         if files:
-            lfs = frozenset(path for path, data in files.items() if self.is_lfs(path, len(data)))
+            lfs = frozenset(path for path in files if path.endswith(LFS_SUFFIXES))
             repo.objects |= {sha256(files[path]).hexdigest(): files[path] for path in lfs}
             author = repo_id.split("/")[0]
             history.append(repo.make(history, history[0].files | dict(files), "Add files", author=author, lfs=lfs))
         return repo
 
-    def is_lfs(self, path: str, size: int) -> bool:
-        """Whether a file is stored as an LFS object."""
-        return path.endswith(LFS_SUFFIXES) or size > self.lfs_size
+    def fail(self, match: Match, status: int = 500, times: int | None = 1) -> Fault:
+        """Answers with an error and does no work."""
+        return self._add(Fault("fail", match, times, status=status))
 
-    def fail(self, match: Match, status: int = 500, times: int | None = 1, **headers: str) -> Fault:
-        """Answers with an error and does no work; ``Retry_After="1"`` is sent as a header."""
-        told = {name.replace("_", "-"): value for name, value in headers.items()}
-        return self._add(Fault("fail", match, times, status=status, headers=told))
+    def drop(self, match: Match, when: Literal["before", "after"] = "before") -> Fault:
+        """Closes the connection before the work, or after it (a lost answer)."""
+        return self._add(Fault(when, match, 1))
 
-    def drop(
-        self, match: Match, when: Literal["before", "after"] = "before", times: int | None = 1, reset: bool = False
-    ) -> Fault:
-        """Closes the connection before the work, or after it (a lost answer); ``reset`` sends a TCP reset."""
-        return self._add(Fault(when, match, times, reset=reset))
-
-    def stall(self, match: Match, seconds: float, times: int | None = 1) -> Fault:
+    def stall(self, match: Match, seconds: float) -> Fault:
         """Waits before the work, at most until the server is closed."""
-        return self._add(Fault("stall", match, times, seconds=seconds))
+        return self._add(Fault("stall", match, 1, seconds=seconds))
 
-    def truncate(self, match: Match, times: int | None = 1) -> Fault:
+    def truncate(self, match: Match) -> Fault:
         """Announces the whole body, sends half of it and closes; LFS files come from ``/storage/…&filename=``."""
-        return self._add(Fault("truncate", match, times))
+        return self._add(Fault("truncate", match, 1))
 
-    def alter(self, match: Match, times: int | None = 1, change: Callable[[bytes], bytes] | None = None) -> Fault:
-        """Sends another body under the same headers; by default one bit in its middle is flipped."""
-        return self._add(Fault("alter", match, times, change=change or _flip_bit))
+    def alter(self, match: Match, change: Callable[[bytes], bytes]) -> Fault:
+        """Sends another body under the same headers."""
+        return self._add(Fault("alter", match, 1, change=change))
 
     def _add(self, fault: Fault) -> Fault:
         with self.lock:
@@ -215,25 +184,19 @@ class HubServer:
                     return fault
         return None
 
-    def select(self, method: str = ".*", path: str = "", status: int | None = None) -> list[Request]:
-        """The requests with this method, this in their path, and this status."""
-        found = [r for r in list(self.requests) if re.fullmatch(method, r.method) and re.search(path, r.path)]
-        return [request for request in found if status in (None, request.status)]
+    def select(self, method: str = ".*", path: str = "") -> list[Request]:
+        """The requests with this method and this in their path."""
+        return [r for r in list(self.requests) if re.fullmatch(method, r.method) and re.search(path, r.path)]
 
-    def count(self, method: str = ".*", path: str = "", status: int | None = None) -> int:
+    def count(self, method: str = ".*", path: str = "") -> int:
         """How many requests ``select`` finds."""
-        return len(self.select(method, path, status))
+        return len(self.select(method, path))
 
     @property
     def leaks(self) -> list[Request]:
         """Requests that show a token where none belongs: in the path, or to the storage."""
         in_path = self.select(path="|".join(self.tokens))
         return in_path + [r for r in self.requests if r.origin == "storage" and "authorization" in r.headers]
-
-
-def _flip_bit(body: bytes) -> bytes:
-    middle = len(body) // 2
-    return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :] if body else body
 
 
 # -------------------------------------------------------------------------------------------------------- the transport
@@ -284,30 +247,30 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         hub, origin, quiet = self.server.hub, self.server.origin, self.path == ASIDE
-        headers = {name: self.headers[name] for name in LOGGED if name in self.headers}
-        request = Request(self.command, self.path, headers, origin)
         if not quiet:
-            hub.requests.append(request)
+            hub.requests.append(Request(self.command, self.path, self.headers, origin))
         size = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(size)
-        fault = (None if quiet else hub.take_fault(self.command, self.path)) or Fault("none", ("", ""), 0)
-        request.size, request.fault, answer = len(body), fault.kind, None
-        if fault.kind == "stall":
+        fault = None if quiet else hub.take_fault(self.command, self.path)
+        kind, answer = fault.kind if fault else "", None
+        if fault and kind == "stall":
             hub.closed.wait(fault.seconds)
-        if fault.kind == "fail" and fault.status <= 500:
-            answer = _json({"error": "Internal Error"}, fault.status, fault.headers)
-        elif fault.kind == "fail":  # by what stands before the Hub
-            answer = Answer(fault.status, b"<html>Unavailable</html>", {"Content-Type": "text/html", **fault.headers})
-        elif fault.kind != "before" and len(body) == size:
+        if fault and kind == "fail":
+            html = {"Content-Type": "text/html"}  # of what stands before the Hub
+            answer = (
+                _json({"error": "Internal Error"}, fault.status)
+                if fault.status <= 500
+                else Answer(fault.status, b"<html>Unavailable</html>", html)
+            )
+        elif kind != "before" and len(body) == size:
             with hub.lock:
                 answer = Call(hub, origin, self.command, self.path, self.headers, body).answer()
-        if fault.kind == "alter" and answer:
+        if fault and answer and kind == "alter":
             answer = replace(answer, body=fault.change(answer.body))
-        if answer is None or fault.kind == "after":
-            self._hang_up(fault.reset)
+        if answer is None or kind == "after":
+            self.close_connection = True
         else:
-            request.status = answer.status
-            self._send(answer, fault.kind == "truncate")
+            self._send(answer, kind == "truncate")
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
@@ -320,12 +283,6 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(answer.body[: len(answer.body) // 2] if truncate else answer.body)
         self.close_connection = self.close_connection or truncate
-
-    def _hang_up(self, reset: bool) -> None:
-        self.close_connection = True
-        if reset:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            os.close(self.connection.detach())
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -367,22 +324,9 @@ def _object_url(hub: HubServer, repo: Repo, oid: str) -> str:
 
 
 def _card_data(readme: str) -> dict[str, Any]:
-    """The top level of a card's front matter, as far as it is scalars and lists of them; the rest is left out."""
+    """The front matter of a card."""
     block = re.match(r"---\r?\n(.*?)^---\s*$", readme, re.DOTALL | re.MULTILINE)
-    data: dict[str, Any] = {}
-    key = ""
-    for line in block[1].splitlines() if block else ():
-        if found := re.fullmatch(r"([\w-]+):(?:\s+(.*?))?\s*", line):
-            key, value = found[1], found[2] or ""
-            inline = re.fullmatch(r"\[(.*)\]", value)
-            items = [item.strip(" '\"") for item in inline[1].split(",")] if inline else []
-            data[key] = items if inline or not value else value.strip("'\"")
-        elif (found := re.fullmatch(r"\s*- (.*)", line)) and isinstance(data.get(key), list):
-            data[key].append(found[1].strip(" '\""))
-        elif line.strip() and not (key and line[0] == " ") and line[0] != "#":
-            raise ValueError(f"bad line in the front matter: {line!r}")
-    data.pop("model-index", None)
-    return data
+    return yaml.safe_load(block[1]) if block else {}
 
 
 def _listed(value: str | list[str]) -> list[str]:
@@ -431,8 +375,8 @@ class Call:
         return {name: values[0] for name, values in parse_qs(self.path.partition("?")[2]).items()}
 
     @property
-    def caller(self) -> Token | None:
-        """Who asks; None without a token."""
+    def caller(self) -> str | None:
+        """The user who asks; None without a token."""
         header = self.headers.get("authorization", "")
         if header and header.removeprefix("Bearer ") not in self.hub.tokens:
             raise HubError(401, "Invalid credentials in Authorization header")
@@ -440,8 +384,7 @@ class Call:
 
     def owns(self, namespace: str) -> bool:
         """Whether the caller is, or belongs to, a namespace."""
-        user = self.caller.user if self.caller else None
-        return user == namespace or user in self.hub.orgs.get(namespace, ())
+        return self.caller == namespace or self.caller in self.hub.orgs.get(namespace, ())
 
     def repo(self, need: Literal["read", "pull", "write"] = "read") -> Repo:
         """The repository, if the caller may read it, open a pull request on it, or write to it."""
@@ -451,8 +394,6 @@ class Call:
             raise HubError(401, "Invalid username or password.", "RepoNotFound")
         if repo is None or (repo.private and not owner):
             raise HubError(404, "Repository not found", "RepoNotFound")
-        if need != "read" and caller is not None and caller.role != "write":
-            raise HubError(403, "Forbidden: you must use a write token to upload to a repository.")
         if need == "write" and not owner:
             raise HubError(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
         return repo
@@ -485,18 +426,15 @@ class Call:
     def _whoami(self) -> Answer:
         if self.caller is None:
             raise HubError(401, "Invalid username or password.")
-        user, role = self.caller.user, self.caller.role
-        orgs = [{"type": "org", "name": org} for org, members in self.hub.orgs.items() if user in members]
-        auth = {"type": "access_token", "accessToken": {"displayName": "tests", "role": role}}
-        return _json({"type": "user", "id": user, "name": user, "orgs": orgs, "auth": auth})
+        return _json({"type": "user", "id": self.caller, "name": self.caller, "orgs": []})
 
     @_route("POST", "/api/repos/create")
     def _create_repo(self) -> Answer:
         asked = json.loads(self.body)
         if self.caller is None:
             raise HubError(401, "Invalid username or password.")
-        owner = asked.get("organization") or self.caller.user
-        if not self.owns(owner) or self.caller.role != "write":
+        owner = asked.get("organization") or self.caller
+        if not self.owns(owner):
             raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
         repo_id = f"{owner}/{asked['name']}"
         url = f"{self.hub.url}/{repo_id}"
@@ -505,22 +443,9 @@ class Call:
         self.hub.add_repo(repo_id, private=asked.get("visibility") == "private" or asked.get("private") is True)
         return _json({"url": url, "name": repo_id})
 
-    @_route("PUT", f"{_MODEL}/settings")
-    def _settings(self) -> Answer:
-        asked = json.loads(self.body)
-        self.repo("write").private = asked.get("visibility") == "private" or asked.get("private") is True
-        return _json({})
-
-    @_route("GET", f"{_MODEL}/auth-check(?P<write>/write)?")
-    def _auth_check(self) -> Answer:
-        self.repo("write" if "write" in self.args else "read")
-        return _json({})
-
     @_route("POST", f"{_MODEL}/branch/(?P<name>[^/]+)")
     def _create_branch(self) -> Answer:
         repo, name = self.repo("write"), self.args["name"]
-        if name.startswith("refs/"):
-            raise HubError(400, f"Invalid reference for a branch: {name}")
         if name in repo.branches:
             raise HubError(409, f"Reference already exists: {name}")
         self.args["rev"] = json.loads(self.body or b"{}").get("startingPoint", "main")
@@ -536,15 +461,6 @@ class Call:
             refs["pullRequests" if pull else "branches"].append(ref)
         return _json(refs)
 
-    @_route("GET", f"{_MODEL}/commits/{_REV}")
-    def _commits(self) -> Answer:
-        rows = []
-        for i, commit in enumerate(self.history(self.repo())):
-            date = (datetime(2024, 1, 1) + timedelta(minutes=i)).strftime("%Y-%m-%dT%H:%M:%S.000Z")
-            row = {"id": commit.sha, "title": commit.message, "message": commit.description, "date": date}
-            rows.append(row | {"authors": [{"user": commit.author}]})
-        return _json(rows[::-1])
-
     # ---------------------------------------------------------------------------------------------------------- reading
     @_route("GET", f"{_MODEL}(/revision/{_REV})?")
     def _model_info(self) -> Answer:
@@ -554,20 +470,7 @@ class Call:
         siblings = [{"rfilename": row["path"]} for row in rows]
         if "blobs" in self.query:
             siblings = [{"rfilename": row["path"], "blobId": row["oid"], **row} for row in rows]
-        try:
-            card = _card_data(commit.files.get("README.md", b"").decode())
-        except ValueError:
-            card = {}
-        tags = _listed(card.get("tags", [])) + [f"license:{name}" for name in _listed(card.get("license", []))]
-        info: dict[str, Any] = {name: card[name] for name in ("library_name", "pipeline_tag") if name in card}
-        info |= {"id": repo.id, "author": repo.id.split("/")[0], "sha": commit.sha, "private": repo.private}
-        return _json(info | {"tags": tags, "siblings": siblings, "cardData": card or None})
-
-    @_route("GET", f"{_MODEL}/tree/{_REV}")
-    def _tree(self) -> Answer:
-        commit = self.history(self.repo())[-1]
-        deep = self.query.get("recursive", "").lower() in ("1", "true")
-        return _json([_row(commit, path) for path in sorted(commit.files) if deep or "/" not in path])
+        return _json({"id": repo.id, "sha": commit.sha, "private": repo.private, "tags": [], "siblings": siblings})
 
     @_route("GET HEAD", f"/{_REPO}/resolve/{_REV}/(?P<path>.+)")
     def _resolve(self) -> Answer:
@@ -623,7 +526,7 @@ class Call:
         warnings, errors = [], []
         try:
             card = _card_data(json.loads(self.body)["content"])
-        except ValueError as error:
+        except (ValueError, yaml.YAMLError) as error:
             card, errors = {"": ""}, [str(error)]
         if not card:
             warnings.append("empty or missing yaml metadata in repo card")
@@ -640,7 +543,7 @@ class Call:
         head = self.target()[1][-1]
         rows = []
         for file in json.loads(self.body)["files"]:
-            old, lfs = head.files.get(file["path"]), self.hub.is_lfs(file["path"], file["size"])
+            old, lfs = head.files.get(file["path"]), file["path"].endswith(LFS_SUFFIXES)
             row = {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
             rows.append(row | ({} if old is None else {"oid": sha256(old).hexdigest() if lfs else _blob_id(old)}))
         return _json({"files": rows})
@@ -664,14 +567,10 @@ class Call:
                     lfs.add(path)
                 case "lfsFile":
                     raise HubError(400, "An LFS pointer pointed to a file that does not exist.")
-                case "deletedFile" if path in files:
-                    del files[path]
-                case "deletedFile":
-                    raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
                 case other:
                     raise HubError(400, f"The tests' Hub does not know {other}")
-        fields = {"description": header["value"].get("description", ""), "author": self.caller and self.caller.user}
-        made = repo.make(self.history(repo), files, header["value"]["summary"], lfs=frozenset(lfs), **fields)
+        fields = {"lfs": frozenset(lfs), "author": self.caller}
+        made = repo.make(self.history(repo), files, header["value"]["summary"], **fields)
         info = {"success": True, "commitOid": made.sha, "commitUrl": f"{self.hub.url}/{repo.id}/commit/{made.sha}"}
         if not pull:
             history.append(made)

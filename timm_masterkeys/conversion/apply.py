@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import CheckpointError, ProjectionError
+from ..errors import CheckpointError, ConversionError, ProjectionError
 from ..layers import MasterKeyConv2d, ScaledKeyConv2d
 from .config import LayerSettings
 
@@ -28,9 +28,8 @@ def apply(
     Args:
         model: Any module.
         layers: Settings by the name of the layer.
-        weights: "project" fits the kernels the model has; "random" is random initialisation, for training from scratch,
-            in a distributed run that of rank 0: all ranks must create the model; or each layer's own entries, by its
-            name, which are taken bit for bit.
+        weights: "project" fits the kernels the model has; "random" is random initialisation, in a distributed run that
+            of rank 0 (all ranks must create the model); or entries by the name of the layer, taken bit for bit.
 
     Returns:
         The model, or the new layer if the model itself is the convolution.
@@ -47,7 +46,7 @@ def make_layers(
     layers: Mapping[str, LayerSettings],
     weights: Literal["project", "random"] | Mapping[str, Entries] = "project",
 ) -> dict[str, MasterKeyConv2d]:
-    """The layers for ``replace_layers``, by their names; arguments and errors as for ``apply``."""
+    """The new layers by their names; arguments and errors as for ``apply``."""
     new: dict[str, MasterKeyConv2d] = {}
     for name, settings in tqdm(layers.items(), desc="convert", unit="layer", delay=2, leave=False, disable=None):
         conv: Any = model.get_submodule(name)
@@ -66,8 +65,8 @@ def make_layers(
 def _take_from_rank_0(layers: Iterable[MasterKeyConv2d]) -> None:
     """Gives every rank of a distributed run the entries that rank 0 has, in one message; on the meta device nothing.
 
-    Each rank has a generator of its own: timm's train.py seeds it with the rank before it creates the model. Of what
-    they give, DistributedDataParallel makes parameters equal, but buffers only if it is asked to.
+    timm's train.py seeds each rank's generator with the rank before it creates the model, and DistributedDataParallel
+    may leave buffers as they are.
     """
     entries = [getattr(layer, name) for layer in layers for name in layer.compact_entries if name != "keys"]
     distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -84,10 +83,10 @@ def make_layer(
 ) -> MasterKeyConv2d:
     """A layer in place of a depthwise convolution, which stays as it is; arguments and errors as for ``apply``."""
     kind = ScaledKeyConv2d if settings.sigmas else MasterKeyConv2d
-    asked = settings.bank, settings.keys_per_kernel, settings.trainable
+    arguments = settings.bank, settings.keys_per_kernel, settings.trainable
     if isinstance(weights, str):
-        return kind.from_conv(conv, *asked, fit=weights == "project")
-    layer = kind.unfitted(conv, *asked)
+        return kind.from_conv(conv, *arguments, fit=weights == "project")
+    layer = kind.unfitted(conv, *arguments)
     entries = {name: weights[name] for name in layer.compact_entries if name in weights}
     missing = [name for name in layer.compact_entries if name not in entries]
     if missing:
@@ -99,9 +98,12 @@ def make_layer(
     return layer
 
 
-def converted_layers(model: nn.Module) -> dict[str, MasterKeyConv2d]:
-    """The converted layers of a model by their names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
+def converted_layers(model: nn.Module, required: bool = False) -> dict[str, MasterKeyConv2d]:
+    """The converted layers of a model by their names; ConversionError if there have to be some and are none."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
+    if required and not layers:
+        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
+    return layers
 
 
 def describe(model: nn.Module) -> dict[str, LayerSettings]:
@@ -115,14 +117,8 @@ def describe(model: nn.Module) -> dict[str, LayerSettings]:
 def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
     """Puts layers in the places of the named modules, in every place where one is used. In place.
 
-    A checkpoint that does not fit the converted layers is then refused before anything of it is loaded.
-
-    Args:
-        model: Any module.
-        layers: New modules by the name of the module they replace.
-
-    Returns:
-        The model, or the new layer if the model itself is replaced.
+    A checkpoint that does not fit the converted layers is then refused before anything of it is loaded. Returns the
+    model, or the new layer if the model itself is replaced.
     """
     new = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
     for name, module in list(model.named_modules(remove_duplicate=False)):

@@ -1,4 +1,4 @@
-"""The description of a conversion: what is asked of a model, and what that means for one layer."""
+"""The description of a conversion: of a whole model, and of one layer."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,7 @@ Patterns = str | Sequence[str] | None
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """How one layer is converted.
-
-    Attributes:
-        bank: The bank its keys are from.
-        keys_per_kernel: Keys per kernel.
-        trainable: What of each kernel trains, as for ``MasterKeyConv2d``.
-        sigmas: Whether each kernel has sigmas of its own (``ScaledKeyConv2d``), trained or not.
-    """
+    """How one layer is converted; ``sigmas``: its kernels have sigmas of their own (``ScaledKeyConv2d``)."""
 
     bank: KeyBank
     keys_per_kernel: int = 1
@@ -39,11 +32,7 @@ class LayerSettings:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], banks: Mapping[str, KeyBank]) -> "LayerSettings":
-        """The settings from what ``to_dict`` gave, with the banks by digest.
-
-        Raises:
-            CheckpointError: A bank that is not there, or values that this version does not know.
-        """
+        """The settings from what ``to_dict`` gave, with the banks by digest; CheckpointError for unknown values."""
         try:
             settings = cls(banks[data["bank"]], data["keys_per_kernel"], data["trainable"], data["sigmas"])
             check_trainable(settings.trainable)
@@ -55,7 +44,7 @@ class LayerSettings:
 
 @dataclass(frozen=True)
 class MasterKeysConfig:
-    """What is asked of a conversion: one description for the calls, the names, the command line and saved files.
+    """The description of a conversion, for the calls, the names, the command line and saved files alike.
 
     Args:
         bank: Anything ``get_bank`` takes; kept as a KeyBank.
@@ -99,13 +88,14 @@ class MasterKeysConfig:
         if trainable == "scales":
             ScaledKeyConv2d.check_settings(bank, keys_per_kernel)
         _check_agreement(agreement, keys_per_kernel, trainable)
-        values = (bank, keys_per_kernel, trainable, _tuple("include", include), _tuple("exclude", exclude), agreement)
+        patterns = _as_tuple("include", include), _as_tuple("exclude", exclude)
+        values = (bank, keys_per_kernel, trainable, *patterns, agreement)
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
 
     @property
     def layer(self) -> LayerSettings:
-        """The settings of a layer that is converted as asked."""
+        """The settings of each layer that is converted."""
         return LayerSettings(self.bank, self.keys_per_kernel, self.trainable, self.trainable == "scales")
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,14 +111,11 @@ class MasterKeysConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], banks: Iterable[KeyBank] = ()) -> "MasterKeysConfig":
-        """The description from what ``to_dict`` gave.
-
-        Args:
-            data: The JSON data.
-            banks: Banks at hand, found by their digest; another is taken by its name.
+        """The description from what ``to_dict`` gave; the bank is one of ``banks`` by its digest, else by its name.
 
         Raises:
-            BankError: No such bank, or the bank of this name has another digest.
+            BankError: No such bank.
+            CheckpointError: The bank of this name has another digest.
             ConversionError, ProjectionError: As for the class.
         """
         digest = data["bank"]["digest"]
@@ -139,7 +126,7 @@ class MasterKeysConfig:
         return cls(bank, **{name: value for name, value in data.items() if name != "bank"})
 
 
-def _tuple(name: str, patterns: Patterns) -> tuple[str, ...]:
+def _as_tuple(name: str, patterns: Patterns) -> tuple[str, ...]:
     given = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
     if not all(isinstance(pattern, str) for pattern in given):
         raise ConversionError(f"{name} is {patterns!r}, expected a pattern on module names, or a list of such.")

@@ -1,4 +1,4 @@
-"""Converts the depthwise convolutions of a model, fuses them back."""
+"""Converts the depthwise convolutions of a model, and fuses them back."""
 
 import logging
 from collections import Counter
@@ -12,7 +12,7 @@ from ..layers import Trainable
 from .apply import apply, converted_layers, replace_layers, stop_checking
 from .config import MasterKeysConfig, Patterns
 from .copies import copy_model
-from .plan import ConversionPlan, resolve
+from .plan import resolve
 from .record import add_conversion, forget_record
 from .wrapped import check_unwrapped, unwrapped
 
@@ -108,8 +108,7 @@ def fuse_masterkeys(model: nn.Module, inplace: bool = False) -> nn.Module:
     if not inplace:
         model = unwrapped(model)
     check_unwrapped(model)
-    if not converted_layers(model):
-        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: there is nothing to fuse.")
+    converted_layers(model, required=True)
     if not inplace:
         model = copy_model(model)
     stop_checking(model)
@@ -126,14 +125,7 @@ def convert(
     *,
     flat_names: bool = False,
 ) -> nn.Module:
-    """Converts a model as described: by projection, or with random keys for training from scratch.
-
-    Args:
-        model: As for ``convert_to_masterkeys``.
-        config: What is asked.
-        weights: As for ``apply``.
-        inplace: As for ``convert_to_masterkeys``.
-        flat_names: As for ``resolve``.
+    """Converts a model as described; arguments as for ``resolve``, ``apply`` and ``convert_to_masterkeys``.
 
     Raises:
         ConversionError, ProjectionError: As for ``convert_to_masterkeys``.
@@ -141,20 +133,16 @@ def convert(
     check_unwrapped(model)
     plan = resolve(config, model, flat_names=flat_names)
     if not plan.converted:
-        raise ConversionError(_nothing_to_convert(model, plan))
+        found = Counter(layer.reason for layer in plan.layers)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in found.most_common(4)) or "no convolution at all"
+        raise ConversionError(
+            f"{type(model).__name__} has nothing to convert. Looked for Conv2d with groups == in_channels > 1 and a "
+            f"kernel larger than 1x1; found {reasons}. plan_conversion(model) lists them all; fuse_masterkeys(model) "
+            "undoes a conversion."
+        )
     if not inplace:
         model = copy_model(model)
     model = apply(model, plan.settings, weights)
     add_conversion(model, config, plan.settings.keys())
     _logger.info("Converted %d depthwise convolutions to bank %s.", len(plan.converted), config.bank.name)
     return model
-
-
-def _nothing_to_convert(model: nn.Module, plan: ConversionPlan) -> str:
-    found = Counter(layer.reason for layer in plan.layers)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in found.most_common(4)) or "no convolution at all"
-    return (
-        f"{type(model).__name__} has nothing to convert. Looked for Conv2d with groups == in_channels > 1 and a kernel "
-        f"larger than 1x1; found {reasons}. plan_conversion(model) lists them all; fuse_masterkeys(model) undoes a "
-        "conversion."
-    )

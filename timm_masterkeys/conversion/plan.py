@@ -44,7 +44,7 @@ class ConversionPlan:
     """Every convolution of a model and what conversion would do with it; ``str()`` is a table.
 
     Attributes:
-        config: What is asked.
+        config: The description of the conversion.
         layers: The model's convolutions.
     """
 
@@ -105,15 +105,12 @@ def plan_conversion(
 
 
 def resolve(config: MasterKeysConfig, model: nn.Module, *, flat_names: bool = False) -> ConversionPlan:
-    """The description of a conversion, resolved against a model.
+    """The plan of a conversion; errors as for ``plan_conversion``.
 
     Args:
-        config: What is asked.
+        config: The description.
         model: Any module, not wrapped. Not changed.
         flat_names: Patterns may also be on names as in the model's ``features_only`` form (``stages_0.*``).
-
-    Raises:
-        ConversionError: As for ``plan_conversion``.
     """
     convs = [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvNd)]
     owners: dict[int, list[str]] = {}
@@ -142,15 +139,11 @@ def resolve(config: MasterKeysConfig, model: nn.Module, *, flat_names: bool = Fa
             reasons[name] = "not included"
         elif hit:
             reasons[name] = f"excluded by '{hit}'"
-    return ConversionPlan(
-        config,
-        tuple(
-            PlannedLayer(
-                name, type(conv).__name__, tuple(conv.kernel_size), conv.in_channels, conv.out_channels, reasons[name]
-            )
-            for name, conv in convs
-        ),
+    layers = (
+        PlannedLayer(n, type(c).__name__, tuple(c.kernel_size), c.in_channels, c.out_channels, reasons[n])
+        for n, c in convs
     )
+    return ConversionPlan(config, tuple(layers))
 
 
 def _obstacle(name: str, conv: nn.Module, bank: KeyBank, owners: dict[int, list[str]]) -> str:
@@ -178,7 +171,7 @@ def _obstacle(name: str, conv: nn.Module, bank: KeyBank, owners: dict[int, list[
 
 
 def _named(candidates: list[str]) -> str:
-    """Names and a pattern to take instead of one that does not match."""
+    """Names and a pattern to take instead of one that matches nothing."""
     if not candidates:
         return "None of them can be converted."
     more = ", ..." if len(candidates) > 3 else ""

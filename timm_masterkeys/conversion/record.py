@@ -1,17 +1,18 @@
-"""What is known of a converted model: what was asked, whose weights it has, what calibration measured. As data.
+"""What is known of a converted model: its conversions, whose weights it has, what calibration measured. As data.
 
 The record is an attribute of the model, ``model.masterkeys``. Each claim in it holds for certain weights: where the
 model has others, ``read_record`` leaves the claim out.
 """
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from ..files import tensors_sha256
+from ..keys.banks import KeyBank
 from .apply import converted_layers
 from .config import MasterKeysConfig
 from .tags import dense_tag
@@ -25,7 +26,7 @@ class Source:
     """The dense weights that a model was converted from.
 
     Attributes:
-        name: Hub id, or timm name; None for weights whose origin nobody told.
+        name: Hub id, or timm name; None for weights of unknown origin.
         revision: Commit or branch on the Hub, if one was asked for.
         sha256: Of the weights; None if they were not at hand.
         license: The weights' licence, lower case, as on the Hub; None if unknown.
@@ -110,8 +111,8 @@ class Record:
     """What is known of a converted model.
 
     Attributes:
-        conversions: What was asked, a description for each call that converted layers.
-        source: The dense weights it was converted from; None if the user brought them without a word.
+        conversions: A description for each call that converted layers.
+        source: The dense weights it was converted from; None if nothing is known of them.
         keys: The digest of the kernels' keys that belong to ``source``, see ``keys_digest``: keys never train, so
             other keys are other weights.
         calibration: What the last calibration measured; None if there was none.
@@ -135,13 +136,7 @@ class Record:
 
 
 def read_record(model: nn.Module) -> Record:
-    """The record of a model, without the claims that are of other weights than it has.
-
-    Example:
-        >>> model = timm.create_model("convnext_tiny.mk8", pretrained=True)
-        >>> read_record(model).source.license
-        'apache-2.0'
-    """
+    """The record of a model, without the claims that are of other weights than it has."""
     record = getattr(model, ATTRIBUTE, None)
     if not isinstance(record, Record):
         return Record()
@@ -159,13 +154,7 @@ def write_record(model: nn.Module, record: Record) -> None:
 
 
 def add_conversion(model: nn.Module, config: MasterKeysConfig, layers: Collection[str]) -> None:
-    """Notes that layers of a model were just converted; what was known of its source still holds. In place.
-
-    Args:
-        model: The model.
-        config: What was asked.
-        layers: The names of these layers.
-    """
+    """Notes that the named layers were just converted; what was known of the model's source still holds. In place."""
     record: Record = getattr(model, ATTRIBUTE, Record())
     known = record.source is not None and record.keys == keys_digest(model, besides=layers)
     write_record(model, Record((*record.conversions, config), record.source if known else None))
@@ -188,15 +177,24 @@ def keys_digest(model: nn.Module, besides: Collection[str] = ()) -> str:
 
 
 def entries_digest(model: nn.Module) -> str:
-    """SHA-256, in hex, of all entries of a model's state dict: names, types, shapes and values.
+    """SHA-256, in hex, of a model's state dict; of a quantised model, which has none, the reason instead."""
+    return quantised_entry(model) or tensors_sha256(model.state_dict())
 
-    A quantised model, whose entries are no ordinary tensors, has none: what is returned says so.
+
+def restore_record(model: nn.Module, data: Mapping[str, Any], banks: Iterable[KeyBank]) -> None:
+    """Gives a model that was just loaded the record it was saved with, claims tied as they were. In place.
+
+    Args:
+        model: The loaded model.
+        data: From ``Record.to_dict``.
+        banks: The banks of the model's layers.
+
+    Raises:
+        LookupError, TypeError, ValueError, CheckpointError: The data are damaged.
     """
-    if entry := quantised_entry(model):
-        return entry
-    return tensors_sha256(model.state_dict())
-
-
-def restore_record(model: nn.Module, record: Record) -> None:
-    """Gives a model that was just loaded the record it was saved with, claims tied as they were. In place."""
-    model.masterkeys = record  # type: ignore[assignment]
+    model.masterkeys = Record(  # type: ignore[assignment]
+        tuple(MasterKeysConfig.from_dict(config, banks) for config in data["conversions"]),
+        Source(**data["source"]) if data["source"] else None,
+        data["keys"],
+        CalibrationRecord(**data["calibration"]) if data["calibration"] else None,
+    )

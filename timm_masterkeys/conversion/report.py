@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import ConversionError
-from ..keys.operators import OPERATORS, fit_operators
+from ..keys.operators import OPERATORS, OperatorFit, fit_operators
 from ..layers import MasterKeyConv2d
 from .apply import converted_layers
 from .plan import plan_conversion, stage_of
@@ -25,7 +25,7 @@ _NONE = (math.nan,) * 3
 
 
 class KernelFits(NamedTuple):
-    """The fit of each kernel of a converted layer, on the CPU.
+    """The fit of each of C kernels of a converted layer, on the CPU.
 
     Attributes:
         r2: (C,) float32, meaningful where ``fitted``.
@@ -88,7 +88,7 @@ class LayerReport:
     coverage: tuple[float, ...]
 
     def cells(self) -> list[str]:
-        """What a table shows of it; the titles are ``ConversionReport.titles``."""
+        """Its row of a table, under ``ConversionReport.titles``."""
         return [
             self.name,
             "x".join(map(str, self.kernel_size)) if self.kernel_size[0] else "",
@@ -126,7 +126,7 @@ class OperatorReport:
     half_pixel: float
 
     def cells(self) -> list[str]:
-        """What a table shows of it; the titles are ``OPERATOR_TITLES``."""
+        """Its row of a table, under ``OPERATOR_TITLES``."""
         return [
             self.operator,
             f"{self.kernels:,}",
@@ -155,7 +155,7 @@ class ConversionReport:
         stored_before: Numbers stored for the ordinary model's parameters.
         stored_after: Numbers stored now: other parameters, key indices, scales, shifts and the keys themselves.
         dense: Depthwise layers that could be converted and were not.
-        record: What is known of the model: whose weights it has, and what a calibration of these very weights measured.
+        record: Whose weights the model has, and what a calibration of these very weights measured.
         operators: The operators that the dense kernels resemble; empty if the dense model was not given.
     """
 
@@ -179,19 +179,19 @@ class ConversionReport:
     def to_json(self) -> str:
         """The report as JSON text, null where a figure does not exist."""
         figures = asdict(replace(self, record=Record()))
-        figures.pop("record")
-        calibration = asdict(self.calibration) if self.calibration else None
-        return json.dumps(_finite({**figures, "calibration": calibration}), indent=2, allow_nan=False)
+        del figures["record"]
+        figures["calibration"] = asdict(self.calibration) if self.calibration else None
+        return json.dumps(_finite(figures), indent=2, allow_nan=False)
 
     @property
     def titles(self) -> tuple[str, ...]:
-        """Of the columns of a table of layers; ``k1``, ``k2``, ... count the kernels that have each key."""
+        """The titles of a table of layers; ``k1``, ``k2``, ... count the kernels that have each key."""
         keys = (f"k{index + 1}" for index in range(len(self.total.key_histogram)))
         return ("layer", "kernel", "channels", "keys", "mean R2", "median", "worst", "R2>.5", "R2>.9", *keys)
 
     @property
     def rows(self) -> tuple[LayerReport, ...]:
-        """Of a table: the layers, the stages (where they are fewer), and the total."""
+        """The rows of a table: the layers, the stages (where they are fewer), and the total."""
         stages = self.stages if len(self.stages) < len(self.layers) else ()
         return (*self.layers, *stages, self.total)
 
@@ -206,24 +206,23 @@ class ConversionReport:
         return [f"{count:,} {text}" for count, text in notes if count]
 
     def __str__(self) -> str:
-        marks = (f"{mark:g}" for mark in COVERAGE)
         lines = [
             R2_MEANS,
             f"k1 to k{len(self.total.key_histogram)} count the kernels that have each key (of several, the first).",
             "",
             table(self.titles, (row.cells() for row in self.rows)),
             "",
-            table(("R2 above", *marks), [("kernels", *map(share, self.total.coverage))]),
+            table(("R2 above", *map(str, COVERAGE)), [("kernels", *map(share, self.total.coverage))]),
             "",
         ]
         if self.operators:
             lines += ["Which operator the dense kernels resemble, and how many random kernels of the same sizes do:"]
             lines += [table(OPERATOR_TITLES, (row.cells() for row in self.operators)), ""]
-        lines += self.notes
-        lines.append(
+        lines += [
+            *self.notes,
             f"bank {self.bank}; parameters: trainable {self.trainable_before:,} -> {self.trainable_after:,}, "
-            f"stored {self.stored_before:,} -> {self.stored_after:,}"
-        )
+            f"stored {self.stored_before:,} -> {self.stored_after:,}",
+        ]
         if self.calibration:
             lines.append(f"calibrated {self.calibration.summary()}")
         return "\n".join(lines)
@@ -250,9 +249,7 @@ def conversion_report(model: nn.Module, dense: nn.Module | None = None) -> Conve
         >>> report.total.mean_r2
     """
     model = unwrapped(model)
-    layers = converted_layers(model)
-    if not layers:
-        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
+    layers = converted_layers(model, required=True)
     if any(layer.keys.is_meta for layer in layers.values()):
         raise ConversionError("The model is on the meta device, its kernels have no values. Load weights first.")
     for layer in layers.values():
@@ -328,14 +325,16 @@ def _operators(dense: nn.Module, names: list[str]) -> tuple[OperatorReport, ...]
     if missing:
         raise ConversionError(f"The dense model has no convolution '{missing[0]}'. Give the one this was made from.")
     weights = [modules[name].weight.detach().float() for name in names]
-    r2, operator, sigma, orientation, aside = _fit_operators(weights)
-    chance = torch.stack([len(weight) * _chance(*weight.shape[2:]) for weight in weights]).sum(0) / len(r2)
-    best = r2.amax(1)
+    fits = [fit_operators(weight) for weight in weights]
+    operator, best = torch.cat([_operator(fit) for fit in fits]), torch.cat([fit.r2.amax(1) for fit in fits])
+    sigma, orientation = torch.cat([fit.sigma for fit in fits]), torch.cat([fit.orientation for fit in fits])
+    half_pixel = torch.cat([fit.half_pixel for fit in fits]).double()
+    upright = (((orientation + 45) % 90 - 45).abs() <= 10).double()
+    chance = torch.stack([len(weight) * _chance(*weight.shape[2:]) for weight in weights]).sum(0) / len(operator)
     rows = []
     for index, title in enumerate((*OPERATORS, "none")):
         own = operator == index
         low, middle, high = sigma[own].quantile(sigma.new_tensor([0.1, 0.5, 0.9])).tolist() if own.any() else _NONE
-        off = (orientation[own] + 45) % 90 - 45
         rows.append(
             OperatorReport(
                 operator=title,
@@ -344,29 +343,23 @@ def _operators(dense: nn.Module, names: list[str]) -> tuple[OperatorReport, ...]
                 chance=float(chance[index]),
                 mean_r2=float(best[own].mean()),
                 sigma=(low, middle, high),
-                upright=float((off.abs() <= 10).double().mean()) if "derivative" in title else math.nan,
-                half_pixel=float(aside[own].double().mean()) if title == "1st derivative" else math.nan,
+                upright=float(upright[own].mean()) if "derivative" in title else math.nan,
+                half_pixel=float(half_pixel[own].mean()) if title == "1st derivative" else math.nan,
             )
         )
     return tuple(rows)
 
 
-def _fit_operators(weights: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """R2, operator (one past the last where no fit is above .5), sigma, orientation, half_pixel of all kernels."""
-    fits = [fit_operators(weight) for weight in weights]
-    r2, operator, *rest = (
-        torch.cat([getattr(fit, field) for fit in fits])
-        for field in ("r2", "operator", "sigma", "orientation", "half_pixel")
-    )
-    return r2, torch.where(r2.amax(1) > 0.5, operator, len(OPERATORS)).where(operator >= 0, operator), *rest
+def _operator(fit: OperatorFit) -> torch.Tensor:
+    """The operator of each kernel; one past the last where no fit has an R2 above 0.5, -1 for a constant kernel."""
+    return torch.where(fit.r2.amax(1) > 0.5, fit.operator, len(OPERATORS)).where(fit.operator >= 0, fit.operator)
 
 
 @lru_cache(maxsize=16)
 def _chance(height: int, width: int) -> torch.Tensor:
     """The share of random kernels that resemble each operator, and none, (5,)."""
-    _, operator, *_ = _fit_operators(
-        [torch.randn(1000, height, width, generator=torch.Generator().manual_seed(0), device="cpu")]
-    )
+    kernels = torch.randn(1000, height, width, generator=torch.Generator().manual_seed(0), device="cpu")
+    operator = _operator(fit_operators(kernels))
     return torch.bincount(operator, minlength=len(OPERATORS) + 1) / len(operator)
 
 

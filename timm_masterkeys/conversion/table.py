@@ -10,8 +10,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "")
     Args:
         header: The titles.
         rows: Cells, as many in each row as there are titles.
-        align: ``"<"`` (left) or ``">"`` (right) for the first columns; all that follow are right, the first is left
-            unless told otherwise.
+        align: ``"<"`` (left) or ``">"`` (right) for the first columns, if not just the first is left.
 
     Raises:
         ValueError: A row has more or fewer cells than the header.

@@ -1,4 +1,4 @@
-"""What stands around a model: wrappers, averages, shards, compilation."""
+"""Wrappers of models, averages, shards, quantisation, compilation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -72,21 +72,14 @@ model = timm.create_model("hf-hub:{repo_id}", pretrained=True)
 
 
 def inherited_license(source: Source | None, license: str | None) -> str | None:
-    """The licence of a converted model: that of the weights it comes from.
+    """The licence of a converted model in lower case: that of the weights it comes from; None if nobody knows it.
 
     Args:
         source: The dense weights, as far as they are known.
-        license: What the caller says: an identifier of the Hub's, or the name of another licence.
-
-    Returns:
-        The licence in lower case; None if nobody knows it.
+        license: The caller's: an identifier of the Hub's, or the name of another licence.
 
     Raises:
         ConversionError: The caller names another licence than the inherited one, or mistypes one.
-
-    Example:
-        >>> inherited_license(Source(license="cc-by-nc-4.0"), None)
-        'cc-by-nc-4.0'
     """
     inherited, given = ((name or "").lower() for name in (source and source.license, license))
     inherited = inherited.replace("unknown", "")  # which timm's registry says of some
@@ -105,23 +98,13 @@ def inherited_license(source: Source | None, license: str | None) -> str | None:
 
 
 def require_license(license: str | None, cfg: Mapping[str, Any]) -> str:
-    """The licence, which a published model must have.
-
-    Args:
-        license: From ``inherited_license``.
-        cfg: The model's ``pretrained_cfg``, which may name the licence of the stock weights.
-
-    Raises:
-        ConversionError: There is none; the message names the likely one.
-    """
+    """The licence from ``inherited_license``; ConversionError, with the one of the model's cfg as a hint, if none."""
     if license:
         return license
-    name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
-    likely = (
-        f"The stock weights of {name} are under '{cfg['license']}': if the model comes from them, that is it. "
-        if cfg.get("license", "unknown") not in (None, "unknown")
-        else ""
-    )
+    likely = ""
+    if cfg.get("license", "unknown") not in (None, "unknown"):
+        name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
+        likely = f"The stock weights of {name} are under '{cfg['license']}': if the model comes from them, that is it. "
     raise ConversionError(
         "The licence of the source weights is not known: the dense model was yours, not loaded by this package. "
         f"{likely}Pass license='...' (--license)."
@@ -132,37 +115,21 @@ def make_card(
     config: Mapping[str, Any],
     report: ConversionReport,
     repo_id: str,
-    *,
-    source: Source | None,
-    datasets: str | Sequence[str] = (),
-    tags: str | Sequence[str] = (),
-    metrics: Sequence[EvalResult] = (),
-    calibrated: bool = True,
-    existing: str = "",
+    source: Source,
+    datasets: str | Sequence[str],
+    tags: str | Sequence[str],
+    metrics: Sequence[EvalResult],
+    calibrated: bool,
+    existing: str,
 ) -> ModelCard:
-    """Writes the card of a converted model.
+    """Writes the card of a converted model; ``datasets``, ``tags`` and ``metrics`` are as for ``save_pretrained``.
 
-    Args:
-        config: The saved config.json.
-        report: The conversion's report.
-        repo_id: ``org/name`` (or a folder's name), as it appears in the examples.
-        source: The dense weights and their licence, as far as they are known.
-        datasets: As for ``save_pretrained``.
-        tags: As for ``save_pretrained``.
-        metrics: As for ``save_pretrained``; none are made up.
-        calibrated: Whether the model was calibrated, or needs no calibration; if not, and no results are listed either,
-            the card says so first.
-        existing: The README there is: its text outside this package's marks and its own metadata stay.
-
-    Raises:
-        ConversionError: A README of which those cannot be told.
-
-    Example:
-        >>> make_card(config, report, "me/convnext_tiny.mk8", source=Source(license="mit")).save("README.md")
+    ``config`` is the saved config.json; ``repo_id`` appears in the examples. Of the ``existing`` README the text
+    outside this package's marks and its own metadata stay; ConversionError if its metadata or marks cannot be read. If
+    the model is not ``calibrated`` (or in no need of it), and no results are listed either, the card says so first.
     """
     before, after, fields = _hand_written(existing)
-    source = source or Source()
-    license, base_model = source.license, _base_model(source)
+    license, base_model, name = source.license, _base_model(source), repo_id.rpartition("/")[2]
     named = license in HUB_LICENSES
     own: dict[str, Any] = {
         "license": license if named else "other" if license else None,
@@ -178,15 +145,14 @@ def make_card(
         ("tags", ("image-classification", "timm", "master-key-filters", *_listed(tags))),
         ("datasets", _listed(datasets)),
     ):
-        kept = [value for value in _listed(fields.get(key)) if value not in values]
-        merged[key] = [*values, *kept] or None
+        merged[key] = [*values, *(value for value in _listed(fields.get(key)) if value not in values)] or None
     if metrics:
-        merged["model_name"] = repo_id.rpartition("/")[2]
+        merged["model_name"] = name
         merged["eval_results"] = list(metrics)
         merged.pop("model-index", None)
     data = ModelCardData(**merged)
     body = _body(config, report, repo_id, source, warn=not calibrated and "model-index" not in data.to_dict())
-    title = "" if before or after else f"# {repo_id.rpartition('/')[2]}\n\n"
+    title = "" if before or after else f"# {name}\n\n"
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{before}{title}{_BEGIN}\n{body}\n{_END}\n{after}")
 
 
@@ -195,16 +161,15 @@ def read_readme(path: str | os.PathLike[str]) -> str:
 
     Raises:
         ConversionError: It is not UTF-8.
-        OSError: It cannot be read.
     """
     if not os.path.isfile(path):
         return ""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
+        if "\0" in text:
+            raise ValueError("it holds NUL")
+    except ValueError as error:  # UnicodeDecodeError is one
         raise ConversionError(f"'{path}' is not UTF-8 ({error}). Save it as UTF-8, or move it away.") from None
-    if "\0" in text:
-        raise ConversionError(f"'{path}' holds NUL: it is not UTF-8. Save it as UTF-8, or move it away.")
     return text
 
 
@@ -216,8 +181,8 @@ def _hand_written(existing: str) -> tuple[str, str, dict[str, Any]]:
     try:
         card = ModelCard(existing)
     except Exception as error:  # YAML's, or of a model-index that is none
-        told = " ".join(str(error).split())
-        raise ConversionError(f"The README has metadata that cannot be read: {told}. Mend it by hand.") from None
+        reason = " ".join(str(error).split())
+        raise ConversionError(f"The README has metadata that cannot be read: {reason}. Mend it by hand.") from None
     fields = card.data.to_dict()
     text = card.text
     before, begin, rest = text.partition(_BEGIN)
@@ -246,14 +211,8 @@ def _origin(report: ConversionReport, source: Source) -> str:
         return f"[{base_model}](https://huggingface.co/{base_model})"
     if source.name:
         return f"the weights `{source.name}`"
-    drawn = report.total.random == report.total.channels
-    return "its own random initialisation" if drawn else "weights whose source is not recorded"
-
-
-def _licence(source: Source) -> str:
-    if not source.license:
-        return "unknown"
-    return f"{source.license}, {'given by the author' if source.license_given else 'inherited from them'}"
+    random = report.total.random == report.total.channels
+    return "its own random initialisation" if random else "weights whose source is not recorded"
 
 
 def _measured(report: ConversionReport) -> str:
@@ -273,22 +232,18 @@ def _shared(layers: Mapping[str, Mapping[str, Any]], name: str) -> str:
     return ", ".join(f"{value} ({n} layer{'s' * (n > 1)})" for value, n in sorted(counts.items()))
 
 
-def _histogram(counts: Sequence[int]) -> str:
-    """A bar a key."""
-    most = max(*counts, 1)
-    return "\n".join(f"key {i + 1}  {n:>8,}  {'#' * round(40 * n / most)}".rstrip() for i, n in enumerate(counts))
-
-
-def _layer_rows(report: ConversionReport) -> str:
-    return "\n".join(
+def _conversion(about: Mapping[str, Any], report: ConversionReport) -> str:
+    """The tables of the conversion: settings, fit, how often each key is used, layers."""
+    total = report.total
+    most = max(*total.key_histogram, 1)
+    keys = "\n".join(
+        f"key {i + 1}  {n:>8,}  {'#' * round(40 * n / most)}".rstrip() for i, n in enumerate(total.key_histogram)
+    )
+    layers = "\n".join(
         f"| {layer.name} | {layer.kernel_size[0]}x{layer.kernel_size[1]} | {layer.channels:,} | {layer.mean_r2:.3f} "
         f"| {layer.worst_r2:.3f} | {' '.join(map(str, layer.key_histogram))} |"
         for layer in report.layers
     )
-
-
-def _conversion(about: Mapping[str, Any], report: ConversionReport) -> str:
-    total = report.total
     return f"""| | |
 |---|---|
 | bank | {", ".join(f"{bank['name']} (SHA-256 {digest[:16]}...)" for digest, bank in about["banks"].items())} |
@@ -302,14 +257,14 @@ def _conversion(about: Mapping[str, Any], report: ConversionReport) -> str:
 How many kernels have each key{", by its index in its bank" * (len(about["banks"]) > 1)}:
 
 ```
-{_histogram(total.key_histogram)}
+{keys}
 ```
 
 <details><summary>Layer by layer</summary>
 
 | layer | kernel | channels | mean R2 | worst | kernels of each key |
 |---|---|---|---|---|---|
-{_layer_rows(report)}
+{layers}
 
 </details>"""
 
@@ -318,15 +273,16 @@ def _body(config: Mapping[str, Any], report: ConversionReport, repo_id: str, sou
     cfg = config["pretrained_cfg"]
     size = "x".join(map(str, cfg["input_size"]))
     total = report.total
-    first = _UNMEASURED if warn else ""
     banks = [f"`{bank['name']}`" for bank in config["masterkeys"]["banks"].values()]
     keys = f"{len(total.key_histogram)} frozen *master keys* of the bank {banks[0]}"
     keys = keys if len(banks) == 1 else f"frozen *master keys* of the banks {', '.join(banks)}"
+    licence = f"{source.license}, {'given by the author' if source.license_given else 'inherited from them'}"
+    first = _UNMEASURED if warn else ""
     return f"""
 {first}A timm `{config["architecture"]}` whose {total.channels:,} depthwise kernels are affine images `a*x + b` of the
 {keys}, converted with
 `timm_masterkeys` from {_origin(report, source)}.
-Licence: {_licence(source)}.
+Licence: {licence if source.license else "unknown"}.
 
 Conversion costs accuracy unless the model was calibrated or trained afterwards. {_measured(report)}
 

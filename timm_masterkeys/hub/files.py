@@ -22,7 +22,7 @@ from ..conversion.apply import converted_layers, describe, make_layers, replace_
 from ..conversion.config import LayerSettings
 from ..conversion.plan import flat_name, is_feature_extractor
 from ..conversion.wrapped import check_unwrapped, unwrapped
-from ..errors import BankError, CheckpointError, ConversionError
+from ..errors import BankError, CheckpointError
 from ..files import atomic_path
 from ..keys.banks import KeyBank
 from ..layers import MasterKeyConv2d, Trainable
@@ -36,25 +36,10 @@ _METADATA = "timm_masterkeys"
 
 @dataclass(frozen=True)
 class Compact:
-    """What a compact file holds.
-
-    Attributes:
-        layers: Settings by the name of the layer.
-        entries: By the name of the layer, its entries.
-    """
+    """What a compact file holds: settings and entries, both by the name of the layer."""
 
     layers: Mapping[str, LayerSettings]
     entries: Mapping[str, Mapping[str, torch.Tensor]]
-
-    @property
-    def banks(self) -> set[KeyBank]:
-        """The banks of the layers."""
-        return {settings.bank for settings in self.layers.values()}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The coarsest type that the scales were saved in."""
-        return max((entries["scale"].dtype for entries in self.entries.values()), key=lambda t: torch.finfo(t).eps)
 
 
 def describe_layers(layers: Mapping[str, LayerSettings]) -> dict[str, Any]:
@@ -85,9 +70,7 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> save_compact(model, "masterkeys.safetensors")
     """
     model = unwrapped(model)
-    layers, settings = converted_layers(model), describe(model)
-    if not layers:
-        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
+    layers, settings = converted_layers(model, required=True), describe(model)
     tensors = {f"banks.{s.bank.digest}": torch.from_numpy(s.bank.keys.copy()) for s in settings.values()}
     for name, layer in layers.items():
         layer.check_keys()
@@ -117,8 +100,9 @@ def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trai
     compact = read_compact(path)
     try:
         new = _make_layers(model, compact, trainable)
+        coarsest = max((e["scale"].dtype for e in compact.entries.values()), key=lambda t: torch.finfo(t).eps)
         for here, layer in new.items():
-            if not _agree(layer, model.get_submodule(here).weight.detach(), compact.dtype):  # type: ignore[operator]
+            if not _agree(layer, model.get_submodule(here).weight.detach(), coarsest):  # type: ignore[operator]
                 raise CheckpointError(
                     f"It disagrees with the dense weights of {here}: the two are not of one conversion. Get both again."
                 )
@@ -135,7 +119,7 @@ def restore_layers(
     Args:
         model: As for ``load_compact``.
         compact: What the file holds.
-        trainable: As for ``load_compact``.
+        trainable: Overrides the saved mode.
         random: Take only the settings; keys are random, for training from scratch.
 
     Raises:
@@ -149,13 +133,11 @@ def _make_layers(
 ) -> dict[str, MasterKeyConv2d]:
     """The layers of a compact file, by the names they have in this model; arguments as for ``restore_layers``."""
     names = names_in(model, compact.layers)
-    layers = {
-        here: replace(compact.layers[name], trainable=trainable or compact.layers[name].trainable)
-        for name, here in names.items()
-    }
-    return make_layers(
-        model, layers, "random" if random else {here: compact.entries[name] for name, here in names.items()}
-    )
+    layers = {here: compact.layers[name] for name, here in names.items()}
+    if trainable:
+        layers = {here: replace(settings, trainable=trainable) for here, settings in layers.items()}
+    entries = {here: compact.entries[name] for name, here in names.items()}
+    return make_layers(model, layers, "random" if random else entries)
 
 
 def read_compact(path: str | os.PathLike[str]) -> Compact:

@@ -1,7 +1,7 @@
 """Loads saved models: finds their files, in a folder or on the Hub, and converts a dense model as they were."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,31 +10,25 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 
-from ..conversion.config import MasterKeysConfig
-from ..conversion.record import CalibrationRecord, Record, Source, restore_record
+from ..conversion.record import restore_record
 from ..errors import CheckpointError
 from ..files import file_sha256
 from ..layers import Trainable
-from .files import COMPACT_NAME, DENSE_NAME, Compact, check_version, read_compact, restore_layers
+from .files import COMPACT_NAME, DENSE_NAME, check_version, read_compact, restore_layers
 
 SECTION = "masterkeys"  # of config.json
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """The files of a saved model, on this machine.
-
-    Attributes:
-        folder: Where they are.
-        about: The section ``masterkeys`` of ``config.json``.
-    """
+    """A saved model on this machine: its folder, and the section ``masterkeys`` of its ``config.json``."""
 
     folder: Path
     about: Mapping[str, Any]
 
     @property
     def dense(self) -> Path:
-        """The dense weights."""
+        """The file of the dense weights."""
         return self.folder / DENSE_NAME
 
     def check(self, *names: str) -> None:
@@ -71,57 +65,17 @@ def find_saved(cfg: Mapping[str, Any], cache_dir: Any = None, weights: bool = Tr
     Raises:
         CheckpointError: A file that is missing, damaged, or of another conversion; or the Hub does not answer.
     """
-    folder = Path(cfg["file"]) if cfg["source"] == "local-dir" else _cached_folder(cfg["hf_hub_id"], cache_dir)
+    local = cfg["source"] == "local-dir"
+    folder = Path(cfg["file"]) if local else _cached_folder(cfg["hf_hub_id"], cache_dir)
     about = read_section(folder / "config.json")
     if about is None:
         return None
     names = (COMPACT_NAME, DENSE_NAME) if weights else (COMPACT_NAME,)
-    if cfg["source"] != "local-dir":
-        for name in names:
-            _download(cfg["hf_hub_id"], name, folder, cache_dir)
+    if not local:
+        _download(cfg["hf_hub_id"].partition("@")[0], names, folder, cache_dir)
     saved = SavedModel(folder, about)
     saved.check(*names)
     return saved
-
-
-def load_layers(
-    model: nn.Module, saved: SavedModel, trainable: Trainable | None = None, *, random: bool = False
-) -> nn.Module:
-    """Converts a dense model, which has the saved dense weights, as it was saved, bit for bit. In place.
-
-    Args:
-        model: The dense model; also its ``features_only`` form.
-        saved: From ``find_saved``.
-        trainable: Overrides the saved mode.
-        random: Take only the settings; keys are random, for training from scratch.
-
-    Raises:
-        CheckpointError: A compact file that does not fit. The model is then as it was.
-        ConversionError: A ``trainable`` that the saved layers do not have.
-    """
-    compact = read_compact(saved.folder / COMPACT_NAME)
-    restore_layers(model, compact, trainable, random)
-    if not random:
-        restore_record(model, read_saved_record(saved, compact))
-    return model
-
-
-def read_saved_record(saved: SavedModel, compact: Compact) -> Record:
-    """What was known of the saved model.
-
-    Raises:
-        CheckpointError: A section that is not as ``save_pretrained`` writes it.
-    """
-    try:
-        about = saved.about
-        return Record(
-            tuple(MasterKeysConfig.from_dict(config, compact.banks) for config in about["conversions"]),
-            Source(**about["source"]) if about["source"] else None,
-            about["keys"],
-            CalibrationRecord(**about["calibration"]) if about["calibration"] else None,
-        )
-    except (LookupError, TypeError, ValueError, CheckpointError) as error:
-        raise CheckpointError(f"'{saved.folder / 'config.json'}' is damaged ({error!r}).") from None
 
 
 def read_section(config: Path) -> Mapping[str, Any] | None:
@@ -150,14 +104,41 @@ def _cached_folder(hub_id: str, cache_dir: Any) -> Path:
     return Path(found).parent
 
 
-def _download(hub_id: str, name: str, folder: Path, cache_dir: Any) -> None:
-    """A file of the snapshot's commit, so that all are of one commit; if it is there, the Hub is asked nothing."""
-    repo_id = hub_id.partition("@")[0]
-    try:
-        hf_hub_download(repo_id, name, revision=folder.name, cache_dir=cache_dir)
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"Cannot get {name} of {repo_id}: the Hub does not answer and the cache does not have it. Try again online."
-        ) from error
-    except EntryNotFoundError:
-        pass  # ``SavedModel.check`` tells
+def _download(repo_id: str, names: Iterable[str], folder: Path, cache_dir: Any) -> None:
+    """Downloads files of the snapshot's commit, so that all are of one commit; those in the cache are not asked for."""
+    for name in names:
+        try:
+            hf_hub_download(repo_id, name, revision=folder.name, cache_dir=cache_dir)
+        except LocalEntryNotFoundError as error:
+            raise CheckpointError(
+                f"Cannot get {name} of {repo_id}: the Hub does not answer and the cache does not have it. Try again "
+                "online."
+            ) from error
+        except EntryNotFoundError:
+            pass  # ``SavedModel.check`` raises
+
+
+def load_layers(
+    model: nn.Module, saved: SavedModel, trainable: Trainable | None = None, *, random: bool = False
+) -> nn.Module:
+    """Converts a dense model, which has the saved dense weights, as it was saved, bit for bit. In place.
+
+    Args:
+        model: The dense model; also its ``features_only`` form.
+        saved: From ``find_saved``.
+        trainable: Overrides the saved mode.
+        random: Take only the settings; keys are random, for training from scratch.
+
+    Raises:
+        CheckpointError: A compact file that does not fit. The model is then as it was.
+        ConversionError: A ``trainable`` that the saved layers do not have.
+    """
+    compact = read_compact(saved.folder / COMPACT_NAME)
+    restore_layers(model, compact, trainable, random)
+    if not random:
+        banks = {settings.bank for settings in compact.layers.values()}
+        try:
+            restore_record(model, saved.about, banks)
+        except (LookupError, TypeError, ValueError, CheckpointError) as error:
+            raise CheckpointError(f"'{saved.folder / 'config.json'}' is damaged ({error!r}).") from None
+    return model

@@ -1,24 +1,32 @@
 """Publishes converted models to the Hugging Face Hub, in one checked commit."""
 
+import hashlib
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelInfo, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
 from torch import nn
 
 from ..conversion.record import read_record
 from ..conversion.table import table
 from ..conversion.wrapped import unwrapped
-from ..errors import HubError
+from ..errors import HubError, MasterKeysError
+from ..files import file_sha256
 from ..version import __version__
 from .card import inherited_license, read_readme, require_license
-from .remote import changed, compare_files, hub_errors, in_words, is_unclear, list_pull_requests, read_repository
-from .save import save_pretrained, timm_cfg
+from .save import FILES, in_short, save_pretrained, timm_cfg
 
 _logger = logging.getLogger(__name__)
 
@@ -52,14 +60,13 @@ class Publication:
     account: str = ""
 
     def __str__(self) -> str:
-        rows = [(name, state, _size(self.sizes[name])) for name, state in self.files.items()]
+        rows = [(name, state, _in_units(self.sizes[name])) for name, state in self.files.items()]
         at = f"hf-hub:{self.repo_id}@{self.sha}" if self.sha else f"hf-hub:{self.repo_id} (new)"
         done = "committed" if self.committed else "no commit made"
         seen = {True: "private", False: "public", None: "public, unless the owner's repositories are private"}
-        who = f"account {self.account}" if self.account else "no account: publishing needs `hf auth login`"
-        about = f"{seen[self.private]}, licence {self.license}"
-        files = table(("file", "state", "size"), rows, "<<>")
-        return "\n".join([files, f"{at}: {done}", about, who, *([self.url] if self.url else [])])
+        account = f"account {self.account}" if self.account else "no account: publishing needs `hf auth login`"
+        about = f"{at}: {done}\n{seen[self.private]}, licence {self.license}\n{account}"
+        return f"{table(('file', 'state', 'size'), rows, '<<>')}\n{about}\n{self.url}".rstrip()
 
 
 def push_to_hub(
@@ -124,26 +131,26 @@ def push_to_hub(
     api = HfApi(token=token, library_name="timm_masterkeys", library_version=__version__)
     with tempfile.TemporaryDirectory(prefix="timm_masterkeys-") as folder:
         directory = Path(folder)
-        with hub_errors(f"Nothing was published to {repo_id}"):
+        with _hub_errors(f"Nothing was published to {repo_id}"):
             account = api.whoami()["name"] if not dry_run or token or get_token() else ""
-            head = read_repository(api, repo_id, branch)
-            base = head or (read_repository(api, repo_id, "main") if revision else None)  # what a branch is made from
+            head = _read_repository(api, repo_id, branch)
+            base = head or (_read_repository(api, repo_id, "main") if revision else None)  # a new branch starts there
             _save(model, directory, api, repo_id, base, readme, about)
-            files = compare_files(directory, base)
+            files = _compare_files(directory, base)
             sizes = {name: (directory / name).stat().st_size for name in files}
             sha, seen = head.sha if head else None, base.private if base else private
             found = Publication(repo_id, branch, sha, files, sizes, known, seen, account=account)
-            if dry_run or (head and not changed(files)):
+            if dry_run or (head and not _changed(files)):
                 return found
             if base is None:
                 repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision and head is None:
                 api.create_branch(repo_id, branch=branch, exist_ok=True)
-            head = head or read_repository(api, repo_id, branch)
+            head = head or _read_repository(api, repo_id, branch)
             if head is None:
                 raise HubError(f"{repo_id} was made, but its branch {branch} cannot be read. Run again.")
             found = replace(found, repo_id=repo_id, sha=head.sha, private=head.private)
-        if changed(files):  # else a new branch of a repository that has these very files
+        if _changed(files):  # else a new branch of a repository that has these very files
             found = _commit(api, found, commit_message, directory, create_pr)
             _logger.info("Published hf-hub:%s@%s", repo_id, found.sha)
     return found
@@ -172,35 +179,87 @@ def _save(
 def _commit(api: HfApi, found: Publication, message: str, directory: Path, create_pr: bool) -> Publication:
     """Makes one commit of what differs, and confirms that it holds the very files.
 
-    The Hub refuses a second one on the same parent. So where no clear answer comes, one look tells whether this one
+    The Hub refuses a second one on the same parent. So where no clear answer comes, one look shows whether this one
     was made, and it is safe to run again.
     """
     repo_id, branch = found.repo_id, found.revision
-    with hub_errors(f"Nothing was committed to {repo_id}"):
-        pulls = list_pull_requests(api, repo_id) if create_pr else set()
-    operations = [CommitOperationAdd(name, str(directory / name)) for name in changed(found.files)]
+    with _hub_errors(f"Nothing was committed to {repo_id}"):
+        pulls = _list_pull_requests(api, repo_id) if create_pr else set()
+    operations = [CommitOperationAdd(name, str(directory / name)) for name in _changed(found.files)]
     where: dict[str, Any] = {"create_pr": True} if create_pr else {"revision": branch}
     try:
         commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=found.sha, **where)
         sha, ref = commit.oid, commit.pr_revision or branch
     except Exception as error:
-        reason = in_words(error)
-        if not is_unclear(error):
+        reason = _in_words(error)
+        status = getattr(getattr(error, "response", None), "status_code", 500)
+        if isinstance(error, HfHubHTTPError) and status < 500 and status != 429:  # the Hub refused it
             raise HubError(f"Nothing was committed to {repo_id}: {reason}") from None
-        with hub_errors(unclear := f"No clear answer to the commit to {repo_id} ({reason}). Run again"):
-            refs = list_pull_requests(api, repo_id) - pulls if create_pr else {branch}
-            made = [(ref, read_repository(api, repo_id, ref)) for ref in refs]
-            holds = [(info.sha, ref) for ref, info in made if info and not changed(compare_files(directory, info))]
+        with _hub_errors(unclear := f"No clear answer to the commit to {repo_id} ({reason}). Run again"):
+            refs = _list_pull_requests(api, repo_id) - pulls if create_pr else {branch}
+            made = [(ref, _read_repository(api, repo_id, ref)) for ref in refs]
+            holds = [(info.sha, ref) for ref, info in made if info and not _changed(_compare_files(directory, info))]
         if not holds:
             raise HubError(f"{unclear}: a commit that was made is found, and not made twice.") from None
         sha, ref = str(holds[0][0]), holds[0][1]
-    with hub_errors(f"Commit {sha} was made in {repo_id}, but could not be confirmed"):
-        differing = changed(compare_files(directory, read_repository(api, repo_id, sha)))
+    with _hub_errors(f"Commit {sha} was made in {repo_id}, but could not be confirmed"):
+        differing = _changed(_compare_files(directory, _read_repository(api, repo_id, sha)))
     if differing:
         raise HubError(f"{repo_id}@{sha} holds other bytes than were sent: {', '.join(differing)}. Run again.")
     page = f"discussions/{ref.rpartition('/')[2]}" if create_pr else f"commit/{sha}"
     return replace(found, revision=ref, sha=sha, committed=True, url=f"{api.endpoint}/{repo_id}/{page}")
 
 
-def _size(size: int) -> str:
+def _read_repository(api: HfApi, repo_id: str, revision: str) -> ModelInfo | None:
+    """What a revision holds; None if the repository or the revision does not exist."""
+    try:
+        return api.model_info(repo_id, revision=revision, files_metadata=True)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return None
+
+
+def _list_pull_requests(api: HfApi, repo_id: str) -> set[str]:
+    return {ref.ref for ref in api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or []}
+
+
+def _compare_files(directory: Path, info: ModelInfo | None) -> dict[str, str]:
+    """The local files against those of a revision: new, changed or unchanged, by SHA-256 (LFS) or git's blob id."""
+    remote = {sibling.rfilename: sibling for sibling in (info.siblings if info else None) or ()}
+    states = dict.fromkeys(FILES, "new")
+    for name in states.keys() & remote.keys():
+        sibling = remote[name]
+        if sibling.lfs is not None:
+            same = file_sha256(directory / name) == sibling.lfs.sha256
+        else:
+            data = (directory / name).read_bytes()
+            same = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == sibling.blob_id
+        states[name] = "unchanged" if same else "changed"
+    return states
+
+
+def _changed(states: Mapping[str, str]) -> list[str]:
+    return [name for name, state in states.items() if state != "unchanged"]
+
+
+@contextmanager
+def _hub_errors(outcome: str) -> Iterator[None]:
+    """Turns what the Hub's client raises into a HubError that says the outcome."""
+    try:
+        yield
+    except MasterKeysError:
+        raise
+    except Exception as error:
+        raise HubError(f"{outcome}: {_in_words(error)}") from None
+
+
+def _in_units(size: int) -> str:
     return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+
+
+def _in_words(error: Exception) -> str:
+    """The message of an error of the Hub's client, in the user's terms."""
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no token. Log in with `hf auth login`, or set HF_TOKEN."
+    if getattr(getattr(error, "response", None), "status_code", 0) == 412:
+        return "it was changed by somebody else meanwhile. Run again."
+    return in_short(error)

@@ -1,4 +1,4 @@
-"""Saves converted models for timm: what is written, and the check that it loads again as the same model."""
+"""Saves converted models for timm, after a check that what is written loads again as the same model."""
 
 import json
 import logging
@@ -13,28 +13,39 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import EvalResult
+from safetensors.torch import load_file
 from timm.layers import get_act_layer, get_norm_layer
 from timm.models import get_model_args, save_for_hf
 from torch import nn
 
 from ..conversion.apply import converted_layers, describe
 from ..conversion.convert import fuse_masterkeys
-from ..conversion.record import Record, Source, keys_digest
-from ..conversion.report import ConversionReport, conversion_report
+from ..conversion.record import Source, keys_digest
+from ..conversion.report import conversion_report
 from ..conversion.tags import masterkeys_tag
-from ..conversion.wrapped import unwrapped
+from ..conversion.wrapped import evaluating, is_sharded, quantised_entry, unwrapped
 from ..errors import ConversionError
 from ..files import atomic_path, file_sha256, os_errors, work_folder
 from ..version import __version__
 from .card import inherited_license, make_card, read_readme
-from .check import check_entries, check_finite, check_reload
-from .files import COMPACT_NAME, DENSE_NAME, describe_layers, save_compact
+from .files import COMPACT_NAME, DENSE_NAME, describe_layers, read_compact, restore_layers, save_compact
 
 _logger = logging.getLogger(__name__)
 
 FILES = (DENSE_NAME, COMPACT_NAME, "README.md", "config.json")  # config.json last: without it nothing loads
 
+# What the model itself gives config.json; other entries (label names, a user's own) can be added.
+OWN_ENTRIES = (
+    "architecture",
+    "num_classes",
+    "num_features",
+    "global_pool",
+    "model_args",
+    "pretrained_cfg",
+    "masterkeys",
+)
 _ORIGIN = ("license", "hf_hub_id", "url", "origin_url", "tag")  # of a cfg: of weights that the model may not have
+_STRUCTURE = "Is the model's structure as timm.create_model made it?"
 
 
 def save_pretrained(
@@ -51,18 +62,15 @@ def save_pretrained(
 ) -> Path:
     """Saves a converted timm model: dense and compact safetensors, config.json and a model card.
 
-    The dense weights load in stock timm under the stock architecture; with this package imported,
-    ``timm.create_model("local-dir:DIR", pretrained=True)`` gives the converted model back bit for bit: that a dense
-    model made anew becomes this one is checked before a file there is touched. Nothing is pickled. DataParallel,
-    DistributedDataParallel, torch.compile and EMA wrappers are taken off.
+    Stock timm loads the dense weights; with this package ``timm.create_model("local-dir:DIR", pretrained=True)`` gives
+    the converted model bit for bit, which is checked before a file in the directory is touched.
 
     Args:
-        model: A converted model made by ``timm.create_model``. Not changed.
-        directory: Made if missing. Files of other names in it stay, and so does what a README there says elsewhere.
+        model: A converted model made by ``timm.create_model``, wrapped or not. Not changed.
+        directory: Made if missing. Other files in it stay, and so does what else a README there says.
         repo_id: ``org/name`` for the card's examples; the directory's name if None.
-        license: The weights' licence, where this package does not know it: it is inherited where a ``.mk8`` name or a
-            saved model was loaded, also if the model was trained since; of a dense model of your own you say it.
-        base_model: Hub id of the source weights, where this package does not know it.
+        license: The weights' licence, needed where this package did not load them; else it is inherited.
+        base_model: Hub id of the source weights, where this package did not load them.
         datasets: Hub ids of training data, for the card.
         tags: More tags for the card.
         metrics: Measured results for the card's model-index.
@@ -73,8 +81,8 @@ def save_pretrained(
 
     Raises:
         ConversionError: Not converted, not a model that timm could load again (a head replaced by hand, quantised
-            weights, NaN), a licence or a source other than the known one, or a README there that cannot be read.
-            Nothing was written.
+            weights, NaN), a licence or a source other than the known one, or a README that cannot be read. Nothing was
+            written.
         CheckpointError: A layer that was made empty and has no values.
         OSError: The directory cannot be written, or the disk is full. Each file there is then whole, old or new.
 
@@ -84,36 +92,32 @@ def save_pretrained(
     """
     model = unwrapped(model)
     cfg = timm_cfg(model)
-    check_entries(config or {})
-    check_finite(model)
+    _check_config(config or {})
     report = conversion_report(model)
+    _check_finite(model)
     record = report.record
     license = inherited_license(record.source, license)
     source = _source(record.source, license, base_model)
     if not (record.source and record.source.name):
         cfg = {name: value for name, value in cfg.items() if name not in _ORIGIN}
-    cfg = {**cfg, "tag": masterkeys_tag(cfg.get("tag")), "license": license}
     dense: Any = fuse_masterkeys(model).to(memory_format=torch.contiguous_format)
-    dense.pretrained_cfg = cfg
-    keys = keys_digest(model) if source else ""  # also of a source that the caller told
-    section = _section(model, replace(record, source=source, keys=keys), report)
+    dense.pretrained_cfg = {**cfg, "tag": masterkeys_tag(cfg.get("tag")), "license": license}
+    r2 = report.total.mean_r2
+    section = {
+        **describe_layers(describe(model)),
+        **replace(record, source=source, keys=keys_digest(model) if source else "").to_dict(),
+        "kernels": report.total.channels,
+        "mean_r2": None if math.isnan(r2) else round(r2, 4),
+        "versions": {"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},
+    }
     calibrated = record.was_calibrated or report.total.random == report.total.channels
     directory = Path(directory)
     existing = read_readme(directory / "README.md")
     with _saving(directory) as tmp:
         saved = _write(model, dense, tmp, config or {}, section)
-        check_reload(model, tmp, saved)
-        card = make_card(
-            saved,
-            report,
-            repo_id or directory.resolve().name,
-            source=source,
-            datasets=datasets,
-            tags=tags,
-            metrics=metrics,
-            calibrated=calibrated,
-            existing=existing,
-        )
+        _check_reload(model, tmp, saved)
+        shown = repo_id or directory.resolve().name
+        card = make_card(saved, report, shown, source or Source(), datasets, tags, metrics, calibrated, existing)
         (tmp / "README.md").write_text(str(card), encoding="utf-8")
         for name in FILES:
             with atomic_path(directory / name) as target:
@@ -139,24 +143,30 @@ def timm_cfg(model: nn.Module) -> dict[str, Any]:
             f"{type(model).__name__} is not a whole timm model (no pretrained_cfg), so timm could not load it again. "
             "Save its state_dict instead."
         )
-    if not converted_layers(model):
-        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
+    converted_layers(model, required=True)
     return dict(cfg)
 
 
-@contextmanager
-def _saving(directory: Path) -> Iterator[Path]:
-    """A temporary folder in the directory, which is made if missing and taken away again if nothing comes of it."""
-    made = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
+def _check_config(config: Mapping[str, Any]) -> None:
+    own = [name for name in config if name in OWN_ENTRIES]
+    if own:
+        raise ConversionError(f"config holds {', '.join(own)}, which the model says by itself. Leave it out.")
     try:
-        with work_folder(directory, "saving") as tmp:
-            yield tmp
-    except BaseException:
-        if made:
-            with suppress(OSError):  # not empty: somebody else's by now
-                directory.rmdir()
-        raise
+        json.dumps(dict(config))
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"config cannot be written as JSON: {error}.") from None
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raises ConversionError if a model is quantised or holds NaN or Inf."""
+    if not is_sharded(model) and (entry := quantised_entry(model)):
+        raise ConversionError(
+            f"{entry}, expected ordinary tensors, of which timm makes a model again. Save the model before it is "
+            "quantised, and quantise what is loaded."
+        )
+    for name, value in model.state_dict().items():
+        if not value.is_meta and not value.isfinite().all():
+            raise ConversionError(f"{name} holds NaN or Inf. Mend the weights, then save.")
 
 
 def _source(source: Source | None, license: str | None, base_model: str | None) -> Source | None:
@@ -172,16 +182,19 @@ def _source(source: Source | None, license: str | None, base_model: str | None) 
     return replace(known, license=license, license_given=given, name=base_model or known.name)
 
 
-def _section(model: nn.Module, record: Record, report: ConversionReport) -> dict[str, Any]:
-    """The ``masterkeys`` section of config.json, but for the checksums of the files."""
-    r2 = report.total.mean_r2
-    return {
-        **describe_layers(describe(model)),
-        **record.to_dict(),
-        "kernels": report.total.channels,
-        "mean_r2": None if math.isnan(r2) else round(r2, 4),
-        "versions": {"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},
-    }
+@contextmanager
+def _saving(directory: Path) -> Iterator[Path]:
+    """A temporary folder in the directory, which is made if missing, and removed again if the save fails."""
+    made = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with work_folder(directory, "saving") as tmp:
+            yield tmp
+    except BaseException:
+        if made:
+            with suppress(OSError):  # not empty: somebody else's by now
+                directory.rmdir()
+        raise
 
 
 def _write(
@@ -189,29 +202,29 @@ def _write(
 ) -> dict[str, Any]:
     """Writes both weight files and config.json; returns the latter."""
     # The file name is pinned: without it timm takes a pickle if the Hub does not answer for the safetensors.
-    extra = {"pretrained_cfg": {"hf_hub_filename": DENSE_NAME}, "masterkeys": section}
+    config = {**config, "pretrained_cfg": {"hf_hub_filename": DENSE_NAME}}
     args = {name: _as_json(name, value) for name, value in get_model_args(dense).items()}
     with os_errors():
-        save_for_hf(dense, str(folder), model_config={**config, **extra}, model_args=args, safe_serialization=True)
+        save_for_hf(dense, str(folder), model_config=config, model_args=args, safe_serialization=True)
     save_compact(model, folder / COMPACT_NAME)
     saved: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    # Settings are in the section; what the top level says, transformers refuses to read twice.
+    # The section has the settings; what the top level has, transformers refuses to read twice.
     args = saved.get("model_args", {})
     saved["model_args"] = {n: v for n, v in args.items() if not n.startswith("mk_") and n != "num_classes"}
-    section["files"] = {name: file_sha256(folder / name) for name in (DENSE_NAME, COMPACT_NAME)}
-    saved["masterkeys"] = section
+    files = {name: file_sha256(folder / name) for name in (DENSE_NAME, COMPACT_NAME)}
+    saved["masterkeys"] = {**section, "files": files}
     (folder / "config.json").write_text(json.dumps(saved, indent=2))
     return saved
 
 
 def _as_json(name: str, value: Any) -> Any:
-    """An argument of ``create_model`` as JSON holds it: a layer's class by timm's name of it."""
+    """An argument of ``create_model`` as JSON data; a layer's class by timm's name of it, None for a setting."""
     if name.startswith("mk_"):
         return None
     if isinstance(value, type):
         short = value.__name__.lower()
         for find in (get_act_layer, get_norm_layer):
-            with suppress(Exception):  # whatever timm makes of a name it does not know
+            with suppress(Exception):  # whatever timm raises for a name it does not know
                 if find(short):  # that it does the same is checked when the model is made anew
                     return short
     try:
@@ -222,3 +235,58 @@ def _as_json(name: str, value: Any) -> Any:
             f"timm knows ({name}='relu', for one), then load its weights."
         ) from None
     return value
+
+
+def _check_reload(model: nn.Module, folder: Path, saved: Mapping[str, Any]) -> None:
+    """Raises ConversionError unless a dense model, made anew as config.json says, becomes the very same model."""
+    cfg = {**saved["pretrained_cfg"], "architecture": saved["architecture"], "num_classes": saved["num_classes"]}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            del cfg["tag"]  # dense, as stock timm makes it
+            again = timm.create_model(saved["architecture"], pretrained_cfg=cfg, **saved["model_args"])
+        again.load_state_dict(load_file(folder / DENSE_NAME))
+        restore_layers(again, read_compact(folder / COMPACT_NAME))
+    except OSError:
+        raise
+    except Exception as error:  # whatever timm raises for a model of another structure
+        raise ConversionError(f"What would be saved does not load again: {in_short(error)} {_STRUCTURE}") from error
+    given, loaded = model.state_dict(), {name: value.cpu() for name, value in again.state_dict().items()}
+    differing = sorted(loaded.keys() ^ given.keys()) or [
+        name for name, value in given.items() if not _same(loaded[name], value.cpu())
+    ]
+    if differing:
+        raise ConversionError(
+            f"What would be saved does not load as the same model: {', '.join(differing[:3])} differ. {_STRUCTURE}"
+        )
+    if not _same_outputs(model, again):
+        raise ConversionError(f"What would be saved loads with the same weights, but other outputs. {_STRUCTURE}")
+
+
+def _same(saved: torch.Tensor, given: torch.Tensor) -> bool:
+    """Equal, up to the rounding to the dtype of either."""
+    return saved.shape == given.shape and (
+        torch.equal(saved.to(given.dtype), given) or torch.equal(saved, given.to(saved.dtype))
+    )
+
+
+@torch.no_grad()
+def _same_outputs(model: nn.Module, again: nn.Module) -> bool:
+    """Whether both give the same for an image, as they do not with an activation replaced by hand."""
+    first = next(model.parameters())
+    if first.dtype != torch.float32 or first.is_meta:
+        return True
+    cfg: Any = model.pretrained_cfg
+    image = torch.rand(1, *cfg["input_size"], generator=torch.Generator().manual_seed(0), device="cpu").to(first.device)
+    with evaluating(model, again):
+        try:
+            out, back = model(image), again.to(first.device)(image)
+        except Exception:  # it takes other images than its cfg says
+            return True
+    return not isinstance(out, torch.Tensor) or torch.allclose(out, back, rtol=1e-3, atol=1e-4)
+
+
+def in_short(error: Exception) -> str:
+    """The message of an error, without addresses and causes."""
+    lines = [line.strip() for line in (getattr(error, "server_message", None) or str(error)).splitlines()]
+    lines = [line for line in lines if line and "http" not in line and "Request ID" not in line]
+    return " ".join(lines[:3])[:300] or type(error).__name__
