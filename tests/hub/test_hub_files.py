@@ -9,8 +9,7 @@ import timm
 import torch
 from forked import run
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from timm.optim import create_optimizer_v2
+from safetensors.torch import save_file
 from torch import nn
 
 from timm_masterkeys import (
@@ -21,14 +20,17 @@ from timm_masterkeys import (
     convert_to_masterkeys,
     fuse_masterkeys,
     get_bank,
-    initialize_masterkeys,
     load_compact,
     save_compact,
 )
 
 ARCH = "test_convnext3"  # depthwise kernels 7x7, 5x5, 5x5 and 3x3
 LAYER = "stages.1.blocks.0.conv_dw"
-MIXED = ("test_convnext3", "test_efficientnet", "test_mambaout", "tf_efficientnet_lite0", "ghostnet_050", "fastvit_t8")
+MIXED = [
+    "test_efficientnet",
+    "test_mambaout",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("ghostnet_050", "fastvit_t8")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +66,10 @@ def same(a, b):
         assert all(one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one)
     for name, layer in layers(a).items():
         other = b.get_submodule(name)
-        assert layer.bank.digest == other.bank.digest and layer.trainable == other.trainable
-        assert (layer.bank.name, layer.bank.source, layer.bank.licence) == (
-            other.bank.name,
-            other.bank.source,
-            other.bank.licence,
-        )
-        assert layer.keys_per_kernel == other.keys_per_kernel and layer.same_padding == other.same_padding
-
-
-# --- Round trip
+        assert (layer.trainable, layer.keys_per_kernel) == (other.trainable, other.keys_per_kernel)
+        assert layer.bank.digest == other.bank.digest and layer.same_padding == other.same_padding
+        for about in ("name", "source", "licence"):
+            assert getattr(layer.bank, about) == getattr(other.bank, about)
 
 
 def test_round_trip(converted, file):
@@ -86,19 +82,6 @@ def test_round_trip(converted, file):
     with torch.no_grad():
         assert torch.equal(model(x), converted(x))
     assert not model.training
-
-
-def test_the_keys_stay_frozen_and_the_rest_trains(converted, file):
-    model = fuse_masterkeys(converted).train()
-    load_compact(model, file)
-    kept = {name: value.clone() for name, value in model.named_buffers() if name.endswith(("keys", "key_index"))}
-    before = copy.deepcopy(dict(model.named_parameters()))
-    optimizer = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=0.1)
-    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
-    optimizer.step()
-    assert len(kept) == 8 and all(torch.equal(value, model.get_buffer(name)) for name, value in kept.items())
-    trained = {n for n, p in model.named_parameters() if n.endswith((".scale", ".shift"))}
-    assert len(trained) == 5 and all(not torch.equal(before[n], model.get_parameter(n)) for n in trained)
 
 
 def test_what_the_file_holds(converted, file, tmp_path):
@@ -114,11 +97,13 @@ def test_what_the_file_holds(converted, file, tmp_path):
     entries = {f"{n}.{e}" for n in layers(converted) for e in ("keys", "key_index", "scale", "shift", "r2")}
     assert names == entries | {f"banks.{digest}" for digest in digests}  # the dense rest is elsewhere
 
+    before = copy.deepcopy(converted)
     save_compact(converted, tmp_path / "again.safetensors")
+    same(converted, before)
     assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
+@pytest.mark.parametrize("trainable", ["none", "affine"])
 def test_trainable_can_be_chosen(converted, file, trainable):
     model = fuse_masterkeys(converted)
     load_compact(model, file, trainable)
@@ -127,21 +112,21 @@ def test_trainable_can_be_chosen(converted, file, trainable):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("keys_per_kernel", [1, 8])
-def test_saved_and_loaded_in_one_dtype(tmp_path, dtype, keys_per_kernel):
-    model = convert_to_masterkeys(timm.create_model("test_efficientnet").to(dtype), keys_per_kernel=keys_per_kernel)
+@pytest.mark.parametrize(("dtype", "r"), [(torch.bfloat16, 1), (torch.float16, 8), (torch.float64, 8)])
+def test_saved_and_loaded_in_one_dtype(tmp_path, dtype, r):
+    model = convert_to_masterkeys(timm.create_model("test_efficientnet").to(dtype), keys_per_kernel=r)
     save_compact(model, tmp_path / "c.safetensors")
     again = fuse_masterkeys(model)
     load_compact(again, tmp_path / "c.safetensors")
     same(again, model)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("keys_per_kernel", [1, 4, 8])
-def test_loaded_in_another_dtype(tmp_path, dtype, keys_per_kernel):
+@pytest.mark.parametrize(
+    ("dtype", "r"), [(torch.bfloat16, 4), (torch.bfloat16, 8), (torch.float16, 1), (torch.float64, 4)]
+)
+def test_loaded_in_another_dtype(tmp_path, dtype, r):
     """The dense weights were rounded on their way: they still go with the file."""
-    model = convert_to_masterkeys(timm.create_model("test_efficientnet"), keys_per_kernel=keys_per_kernel)
+    model = convert_to_masterkeys(timm.create_model("test_efficientnet"), keys_per_kernel=r)
     save_compact(model, tmp_path / "c.safetensors")
     other = fuse_masterkeys(model).to(dtype)
     load_compact(other, tmp_path / "c.safetensors")
@@ -151,16 +136,6 @@ def test_loaded_in_another_dtype(tmp_path, dtype, keys_per_kernel):
         assert torch.equal(layer.keys, source.bank.keys_for((3, 3)).to(dtype))
         assert torch.equal(layer.key_index, source.key_index)
         assert torch.equal(layer.scale, source.scale.to(dtype)) and torch.equal(layer.shift, source.shift.to(dtype))
-
-
-def test_bf16_model_runs(tmp_path):
-    model = initialize_masterkeys(timm.create_model(ARCH).bfloat16()).eval()
-    save_compact(model, tmp_path / "c.safetensors")
-    again = fuse_masterkeys(model)
-    load_compact(again, tmp_path / "c.safetensors")
-    x = torch.randn(1, 3, 64, 64).bfloat16()
-    with torch.no_grad():
-        assert torch.equal(again(x), model(x)) and model(x).dtype == torch.bfloat16
 
 
 @pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter:UserWarning")  # torch's, as for stock
@@ -174,8 +149,9 @@ def test_meta_device(converted, file):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx"])
-@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1,)])
+@pytest.mark.parametrize(
+    ("feature_cls", "out_indices"), [(cls, (1,)) for cls in ("list", "dict", "hook", "getter", "fx")]
+)
 def test_features_only(converted, file, feature_cls, out_indices):
     """The layers are found under the names each extractor gives them; stages that were cut off are passed over."""
     kwargs = {"features_only": True, "feature_cls": feature_cls, "out_indices": out_indices}
@@ -206,9 +182,6 @@ def test_features_only_of_other_families(tmp_path, arch):
         assert layers(features).keys() == layers(expected).keys() and layers(features)
 
 
-# --- Refused
-
-
 def spoil(file, path, change):
     with safe_open(file, framework="pt") as opened:
         about = json.loads(opened.metadata()["timm_masterkeys"])
@@ -223,7 +196,6 @@ def bank_of(about, name):
 
 DAMAGE = {
     "newer version": (lambda t, a: a.update(format_version=2), "has format version 2, this one reads up to 1. Upgrade"),
-    "no version": (lambda t, a: a.pop("format_version"), "has format version None"),
     "bank altered": (
         lambda t, a: t[f"banks.{bank_of(a, 'mine')}"][0, 0].add_(1),
         "bank 'mine' does not match its dige",
@@ -236,15 +208,10 @@ DAMAGE = {
         lambda t, a: t[f"{LAYER}.scale"][7].fill_(torch.nan),
         f"Layer {LAYER}: scale: holds NaN or Inf; repair",
     ),
-    "shift is Inf": (lambda t, a: t[f"{LAYER}.shift"][7].fill_(torch.inf), "shift: holds NaN or Inf; repair"),
     "scale is Boolean": (lambda t, a: t.update({f"{LAYER}.scale": torch.ones(64).bool()}), "is damaged"),
     "no layers": (lambda t, a: a["layers"].clear(), "lists no layer"),
-    "layers a list": (lambda t, a: a.update(layers=[1]), "is damaged"),
     "layers missing": (lambda t, a: a.pop("layers"), "is damaged"),
-    "banks a text": (lambda t, a: a.update(banks="none"), "is damaged"),
     "bank of nothing": (lambda t, a: a["banks"][bank_of(a, "mine")].clear(), "is damaged"),
-    "odd keys per kernel": (lambda t, a: a["layers"][LAYER].update(keys_per_kernel="1"), "are no settings"),
-    "odd trainable": (lambda t, a: a["layers"][LAYER].update(trainable="all"), "are no settings"),
     "odd bank": (lambda t, a: a["layers"][LAYER].update(bank="0"), "are no settings"),
     "about empty": (lambda t, a: a.clear(), "has format version None"),
     "another key": (lambda t, a: t[f"{LAYER}.key_index"].add_(1).remainder_(5), "disagrees with the dense weights of"),
@@ -274,7 +241,7 @@ def test_a_damaged_file_changes_nothing(converted, file, tmp_path, damage):
     same(model, converted)
 
 
-@pytest.mark.parametrize("metadata", ["", "{", "[]", "1", '"text"', "null", '{"format_version": 1}'])
+@pytest.mark.parametrize("metadata", ["{", "[]", "null", '{"format_version": 1}'])
 def test_odd_metadata(converted, file, tmp_path, metadata):
     save_file({"x": torch.ones(1)}, tmp_path / "odd.safetensors", {"timm_masterkeys": metadata})
     with pytest.raises(CheckpointError, match=r"odd\.safetensors'"):
@@ -342,14 +309,6 @@ def test_a_failed_save_keeps_the_old_file(converted, file, tmp_path, monkeypatch
     assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == file.read_bytes()
 
 
-def test_saving_changes_nothing(converted, tmp_path):
-    model = copy.deepcopy(converted)
-    save_compact(model, str(tmp_path / "c.safetensors"))
-    same(model, converted)
-    entries = load_file(tmp_path / "c.safetensors")
-    assert all(torch.equal(entries[f"{name}.scale"], layer.scale) for name, layer in layers(model).items())
-
-
 DISK = """
 import resource, sys
 import timm, torch, timm_masterkeys as mk
@@ -369,6 +328,7 @@ for write in (
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
 def test_a_full_disk_is_an_oserror(tmp_path):
     """A file that may not grow stands for it: safetensors says so in an exception of its own."""

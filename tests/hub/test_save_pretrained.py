@@ -86,9 +86,6 @@ def same(a, b, besides=()):
     assert all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
-# --- With the plugin
-
-
 def test_the_model_comes_back_bit_for_bit(model, folder, caplog):
     again = load(folder)
     same(again, model)
@@ -137,11 +134,6 @@ def test_what_is_saved(model, folder):
     assert all(torch.equal(dense[name], fused[name]) for name in dense)
 
 
-def test_no_pickle_is_read(model, folder, monkeypatch):
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("unpickled"))
-    same(load(folder), model)
-
-
 @pytest.mark.parametrize("kwargs", [{"num_classes": 5}, {"num_classes": 0}, {"in_chans": 1}])
 def test_other_heads_and_inputs(model, folder, kwargs):
     again = load(folder, **kwargs)
@@ -161,11 +153,11 @@ def test_features_only(model, folder, feature_cls):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("trainable", ["none", "shift"])
-def test_trainable_can_be_chosen(model, folder, trainable):
-    again = load(folder, mk_trainable=trainable)
+def test_trainable_can_be_chosen(model, folder, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("unpickled"))
+    again = load(folder, mk_trainable="none")
     same(again, model)
-    assert {layer.trainable for layer in layers(again).values()} == {trainable}
+    assert {layer.trainable for layer in layers(again).values()} == {"none"}
 
 
 def test_sigmas_of_a_saved_model_can_be_trained(tmp_path):
@@ -184,12 +176,9 @@ def test_what_the_saved_layers_cannot_train_is_refused(folder):
             load(folder, mk_trainable=trainable)
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"), [("bank", "babaiee2025"), ("keys_per_kernel", 2), ("include", "*"), ("exclude", "stages.0.*")]
-)
-def test_other_settings_are_refused(folder, setting, value):
-    with pytest.raises(ConversionError, match=f"^mk_{setting} cannot change a saved conversion"):
-        load(folder, **{f"mk_{setting}": value})
+def test_other_settings_are_refused(folder):
+    with pytest.raises(ConversionError, match=r"^mk_exclude, mk_keys_per_kernel cannot change a saved conversion"):
+        load(folder, mk_exclude="stages.0.*", mk_keys_per_kernel=2)
 
 
 def test_without_the_compact_file_the_dense_weights_are_projected(tmp_path, caplog):
@@ -228,7 +217,7 @@ def test_from_scratch_there_is_no_licence_to_inherit(tmp_path):
     assert "its own random initialisation" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("kwargs", [{"num_classes": 7}, {"num_classes": 0}, {"in_chans": 1}, {"global_pool": "max"}])
+@pytest.mark.parametrize("kwargs", [{"num_classes": 7, "in_chans": 1}, {"num_classes": 0}, {"global_pool": "max"}])
 def test_models_of_other_shapes(tmp_path, kwargs):
     model = converted(**kwargs)
     again = load(mk.save_pretrained(model, tmp_path))
@@ -239,20 +228,16 @@ def test_models_of_other_shapes(tmp_path, kwargs):
         assert torch.equal(again(x), model(x))
 
 
-@pytest.mark.parametrize("bank", ["tensor", "path", "object"])
-def test_a_bank_of_ones_own_travels_with_the_model(tmp_path, bank):
-    torch.manual_seed(0)
+def test_a_bank_of_ones_own_travels_with_the_model(tmp_path):
     own = mk.KeyBank("mine", torch.randn(3, 5, 5), source="my search", licence="mit")
     own.save(tmp_path / "bank.safetensors")
-    given = {"tensor": torch.from_numpy(own.keys.copy()), "path": tmp_path / "bank.safetensors", "object": own}[bank]
-    model = converted(mk_bank=given)
+    model = converted(mk_bank=tmp_path / "bank.safetensors")
     mk.save_pretrained(model, tmp_path / "out")
     (tmp_path / "bank.safetensors").unlink()
     again = load(tmp_path / "out")
     same(again, model)
     loaded = next(iter(layers(again).values())).bank
-    assert loaded.digest == own.digest
-    assert bank == "tensor" or (loaded.name, loaded.source, loaded.licence) == ("mine", "my search", "mit")
+    assert (loaded.digest, loaded.name, loaded.source, loaded.licence) == (own.digest, "mine", "my search", "mit")
 
 
 def test_a_model_converted_from_a_stock_name(tmp_path):
@@ -267,14 +252,9 @@ def test_a_model_converted_from_a_stock_name(tmp_path):
     assert model.pretrained_cfg["tag"] == "r160_in1k"  # not changed
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, ModelEmaV3, lambda model: ModelEmaV3(nn.DataParallel(model))])
-def test_wrappers_are_taken_off(model, tmp_path, wrap):
-    same(load(mk.save_pretrained(wrap(model), tmp_path)), model)
-
-
-def test_channels_last_and_training_mode(model, tmp_path):
+def test_wrapped_channels_last_and_in_training_mode(model, tmp_path):
     other = converted().train().to(memory_format=torch.channels_last)
-    same(load(mk.save_pretrained(other, tmp_path)), model)
+    same(load(mk.save_pretrained(ModelEmaV3(nn.DataParallel(other)), tmp_path)), model)
     assert other.training and other.stem[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -303,9 +283,6 @@ def test_real_weights(trained, trained_folder):
         assert torch.equal(again(x), trained(x))
 
 
-# --- Without the plugin
-
-
 WITHOUT = """
 import json, sys
 import timm, torch
@@ -329,6 +306,7 @@ assert "timm_masterkeys" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_stock_timm_loads_the_same_outputs(model, folder, trained, trained_folder, tmp_path):
     cases = []
     for name, own, saved in (("a", model, folder), ("b", trained, trained_folder)):
@@ -343,9 +321,6 @@ def test_stock_timm_loads_the_same_outputs(model, folder, trained, trained_folde
         cases.append([str(saved), str(tmp_path / f"{name}.safetensors")])
     done = run("-c", WITHOUT, json.dumps(cases))
     assert done.returncode == 0, done.stderr
-
-
-# --- Refused and failed
 
 
 @pytest.mark.parametrize(
@@ -379,8 +354,7 @@ def full(*args, **kwargs):
 
 @pytest.mark.parametrize("function", ["save_for_hf", "save_compact", "make_card", "atomic_path"])
 def test_a_failed_save_leaves_the_folder_as_it_was(model, folder, tmp_path, monkeypatch, function):
-    for name in FILES:
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    copied(folder, tmp_path)
     monkeypatch.setattr(f"timm_masterkeys.hub.save.{function}", full)
     with pytest.raises(OSError, match="No space left on device"):
         mk.save_pretrained(converted(seed=1), tmp_path)
@@ -390,11 +364,10 @@ def test_a_failed_save_leaves_the_folder_as_it_was(model, folder, tmp_path, monk
     same(load(tmp_path), model)
 
 
-@pytest.mark.parametrize("first", [1, 2, 3])
+@pytest.mark.parametrize("first", [1, 3])
 def test_a_save_that_fails_half_way_never_mixes_two_models(model, folder, tmp_path, monkeypatch, first):
     """Between two files no file is half written, and a model of both is refused."""
-    for name in FILES:
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    copied(folder, tmp_path)
     new, whole, calls = converted(seed=1), {}, []
     for path in mk.save_pretrained(new, tmp_path / "whole").iterdir():
         whole[path.name] = path.read_bytes()
@@ -420,14 +393,21 @@ def test_a_save_that_fails_half_way_never_mixes_two_models(model, folder, tmp_pa
 
 
 def copied(folder, path):
-    path.mkdir()
+    path.mkdir(exist_ok=True)
     for name in FILES:
         (path / name).write_bytes((folder / name).read_bytes())
     return path
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "masterkeys.safetensors"])
-@pytest.mark.parametrize("kwargs", [{}, {"num_classes": 5}, {"features_only": True}])
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("model.safetensors", {}),
+        ("masterkeys.safetensors", {}),
+        ("model.safetensors", {"num_classes": 5}),
+        ("masterkeys.safetensors", {"features_only": True}),
+    ],
+)
 def test_a_damaged_file_is_refused(folder, tmp_path, name, kwargs):
     data = (folder / name).read_bytes()
     middle = len(data) - 5000
@@ -452,12 +432,9 @@ def test_a_damaged_file_is_refused(folder, tmp_path, name, kwargs):
     "change",
     [
         lambda about: about.pop("files"),
-        lambda about: about.update(files="none"),
         lambda about: about["files"].clear(),
-        lambda about: about.pop("format_version"),
         lambda about: about.update(format_version=2),
         lambda about: about.pop("conversions"),
-        lambda about: about.update(conversions=[1]),
         lambda about: about["conversions"][0].update(trainable="all"),
         lambda about: about["conversions"][0]["bank"].update(digest="0", name="babaiee2025"),
         lambda about: about.update(source="somebody"),
@@ -476,15 +453,8 @@ def test_an_odd_config_is_refused(folder, tmp_path, change):
         load(path)
 
 
-# --- Checked before anything is written
-
-
 def replaced_head(model):
     model.head.fc = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 1000))
-
-
-def another_head(model):
-    model.head.fc = nn.Linear(128, 7)
 
 
 def added_module(model):
@@ -528,17 +498,12 @@ def packed(model):
     model.head.fc.__class__ = Packed
 
 
-def empty(model):
-    model.stages[0].blocks[0].conv_dw.to("meta").to_empty(device="cpu")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (quantised, r"^head\.fc\.weight is of type Int8Tensor, .* before it is quantised"),
         (packed, r"^head\.fc\._extra_state is of type dict, .* before it is quantised"),
         (replaced_head, "does not load again.*as timm.create_model made it"),
-        (another_head, "does not load again.*as timm.create_model made it"),
         (added_module, "does not load again.*as timm.create_model made it"),
         (another_activation, "the same weights, but other outputs"),
         (nan, "^head.fc.weight holds NaN or Inf"),
@@ -561,16 +526,16 @@ def test_what_could_not_be_loaded_is_not_saved(folder, tmp_path, change, message
 
 def test_an_empty_layer_is_not_saved(tmp_path):
     model = converted()
-    empty(model)
+    model.stages[0].blocks[0].conv_dw.to("meta").to_empty(device="cpu")
     with pytest.raises(CheckpointError, match="has no values"):
         mk.save_pretrained(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("entry", ["architecture", "pretrained_cfg", "num_classes", "masterkeys", "model_args"])
-def test_config_does_not_change_what_the_model_says(model, tmp_path, entry):
-    with pytest.raises(ConversionError, match=f"config holds {entry}"):
-        mk.save_pretrained(model, tmp_path / "out", config={entry: "test_efficientnet"})
+def test_config_does_not_change_what_the_model_says(model, tmp_path):
+    entries = "architecture", "pretrained_cfg", "num_classes", "masterkeys", "model_args"
+    with pytest.raises(ConversionError, match=f"config holds {', '.join(entries)}, "):
+        mk.save_pretrained(model, tmp_path / "out", config=dict.fromkeys(entries, "test_efficientnet"))
     with pytest.raises(ConversionError, match="cannot be written as JSON"):
         mk.save_pretrained(model, tmp_path / "out", config={"mine": object()})
     assert not (tmp_path / "out").exists()
@@ -581,9 +546,6 @@ def test_one_tag_is_one_tag(model, tmp_path):
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.tags == ["image-classification", "timm", "master-key-filters", "birds"]
     assert data.datasets == ["imagenet-1k"]
-
-
-# --- Whose weights they are
 
 
 def train(model):
@@ -603,14 +565,6 @@ def saved_cfg(model, path, **kwargs):
     assert ("inherited" in card) == (source["license"] is not None and not source["license_given"])
     assert ("given by the author" in card) == bool(source["license_given"])
     return config["pretrained_cfg"], source
-
-
-def resumed(path):
-    trained = train(timm.create_model(f"{ARCH}.mk8", pretrained=True))
-    torch.save({"state_dict": trained.state_dict()}, path)
-    model = timm.create_model(f"{ARCH}.mk8", pretrained=True)
-    timm.models.load_checkpoint(model, path)
-    return model
 
 
 def loaded_into_the_optimizers_model(path):
@@ -649,12 +603,8 @@ def a_failed_calibration(path):
 @pytest.mark.parametrize(
     "made",
     [
-        lambda path: timm.create_model(f"{ARCH}.mk8", pretrained=True),
         lambda path: timm.create_model(f"{ARCH}.mk8_r160_in1k", pretrained=True, num_classes=5),
-        lambda path: train(timm.create_model(f"{ARCH}.mk8", pretrained=True)),
-        lambda path: copy.deepcopy(converted()),
         lambda path: ModelEmaV3(converted()),
-        resumed,
         loaded_into_the_optimizers_model,
         a_head_of_ones_own,
         calibrated,
@@ -673,16 +623,10 @@ def test_the_licence_of_weights_that_this_package_loaded_is_inherited(tmp_path, 
         mk.save_pretrained(model, tmp_path / "other", base_model="me/mine")
 
 
-def foreign(path, name=ARCH):
+def foreign(path):
     torch.manual_seed(7)
-    torch.save(timm.create_model(name).state_dict(), path)
+    torch.save(timm.create_model(ARCH).state_dict(), path)
     return str(path)
-
-
-def loaded_later(path):
-    model = timm.create_model(f"{ARCH}.mk8", pretrained=True)
-    model.load_state_dict(torch.load(foreign(path), weights_only=True))
-    return model
 
 
 def loaded_before_conversion(path):
@@ -700,20 +644,13 @@ def compact_of_somebody(path):
 @pytest.mark.parametrize(
     "made",
     [
-        lambda path: timm.create_model(f"{ARCH}.mk8", checkpoint_path=foreign(path)),
         lambda path: timm.create_model(f"{ARCH}.mk8", pretrained=True, checkpoint_path=foreign(path)),
-        lambda path: timm.create_model(
-            f"{ARCH}.mk8", pretrained=True, pretrained_cfg_overlay={"file": foreign(path), "num_classes": -1}
-        ),
         lambda path: timm.create_model(
             f"{ARCH}.mk8",
             pretrained=True,
             pretrained_cfg_overlay={"state_dict": torch.load(foreign(path), weights_only=True)},
         ),
-        lambda path: mk.convert_to_masterkeys(timm.create_model(ARCH, checkpoint_path=foreign(path))),
         lambda path: mk.convert_to_masterkeys(timm.create_model(ARCH, pretrained=True)),
-        lambda path: mk.convert_to_masterkeys(timm.create_model(ARCH)),
-        loaded_later,
         loaded_before_conversion,
         compact_of_somebody,
     ],
@@ -731,20 +668,10 @@ def test_unknown_weights_are_under_the_licence_their_owner_says(tmp_path, made):
     assert saved_cfg(model, tmp_path / "out", license="mit", base_model="me/mine")[1]["name"] == "me/mine"
 
 
-def test_a_refused_checkpoint_changes_no_provenance(tmp_path):
-    model = converted(mk_bank="babaiee2025")
-    with pytest.raises(CheckpointError):
-        model.load_state_dict(converted().state_dict())
-    assert saved_cfg(model, tmp_path / "out")[0]["license"] == "apache-2.0"
-
-
 def test_a_stock_model_carries_nothing_of_ours(tmp_path):
     """Where this package is not installed, a pickled one loads."""
     torch.save(timm.create_model(ARCH, pretrained=True), tmp_path / "model.pth")
     assert b"timm_masterkeys" not in zipfile.ZipFile(tmp_path / "model.pth").read("model/data.pkl")
-
-
-# --- A README of somebody's own
 
 
 def test_a_bom_is_no_part_of_a_readme(model, tmp_path):
@@ -760,16 +687,12 @@ def test_a_bom_is_no_part_of_a_readme(model, tmp_path):
     ("readme", "message"),
     [
         ("# Größe".encode("latin-1"), "is not UTF-8"),
-        ("# Mine".encode("utf-16"), "is not UTF-8"),
         ("# Mine".encode("utf-16-le"), "is not UTF-8"),
         (b"---\na: [1\n---\n# Mine\n", "metadata that cannot be read"),
-        (b"---\n- a\n---\n# Mine\n", "metadata that cannot be read"),
         (b"---\nmodel-index: 3\n---\n# Mine\n", "metadata that cannot be read"),
         (b"# Mine\n%E\n%B\nmine too\n", "should hold"),
-        (b"# Mine\n%B\n", "should hold"),
         (b"# Mine\n%E\n", "should hold"),
         (b"%B\n%E\nmine\n%B\n%E\n", "should hold"),
-        (b"%B\n%B\nmine\n%E\n", "should hold"),
     ],
 )
 def test_a_readme_that_cannot_be_kept_is_refused(model, tmp_path, readme, message):
@@ -782,24 +705,14 @@ def test_a_readme_that_cannot_be_kept_is_refused(model, tmp_path, readme, messag
     assert (tmp_path / "README.md").read_bytes() == readme
 
 
-# --- What a killed save leaves
-
-
-def test_what_a_killed_save_left_is_removed(model, tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX locks")
+def test_a_killed_save_is_removed_a_living_one_left_alone(model, tmp_path):
     left = tmp_path / ".saving-abc"
     left.mkdir()
     (left / "model.safetensors").write_text("half")
     left.with_name(".saving-abc.lock").touch()
-    mk.save_pretrained(model, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == FILES
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX locks")
-def test_a_living_save_is_left_alone(model, tmp_path):
     with mk.hub.save._saving(tmp_path) as other:
         (other / "model.safetensors").write_text("being written")
         mk.save_pretrained(model, tmp_path)
-        assert (other / "model.safetensors").read_text() == "being written"
-        mk.save_pretrained(model, tmp_path)
-        assert other.is_dir()
+        assert (other / "model.safetensors").read_text() == "being written" and not left.exists()
     assert {path.name for path in tmp_path.iterdir()} == FILES
