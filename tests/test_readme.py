@@ -160,7 +160,11 @@ def test_the_curve_of_distillation_says_what_was_measured():
         top1 = written([float(row["top1"]) for row in group if row["epoch"] == epochs], 1)
         if split == "validation":
             cells = {arm, epochs, lr, top1} if epochs != "0" else {arm, top1}
-            found = f"dense {top1}" in section(MEASURED, "Fine-tuning") if arm == "dense" else any(cells <= r for r in table)
+            found = (
+                f"dense {top1}" in section(MEASURED, "Fine-tuning")
+                if arm == "dense"
+                else any(cells <= r for r in table)
+            )
             assert found, (arm, lr, top1)
 
 

@@ -36,7 +36,7 @@ HELD_OUT = 4  # every fourth photograph can be held out
 PART = 5  # every fifth batch is held out, unless images for that are given
 AREA = 0.05, 1.0  # smallest and largest share of a photograph in a crop
 RATIO = 3 / 4, 4 / 3  # a crop's width to height, times that of the model's input
-KEYS = "pixel_values", "image", "images", "input"  # of a batch that is a dictionary
+BATCH_NAMES = "pixel_values", "image", "images", "input"  # of a batch that is a dictionary
 
 
 class Pixels(NamedTuple):
@@ -323,7 +323,7 @@ def _collect(batches: Iterable[Any], max_images: int) -> torch.Tensor:
     parts: list[Any] = []
     for batch in batches:
         if isinstance(batch, Mapping):
-            batch = next((batch[key] for key in KEYS if key in batch), batch)
+            batch = next((batch[key] for key in BATCH_NAMES if key in batch), batch)
         parts.append(batch[0] if isinstance(batch, (tuple, list)) else batch)
         if isinstance(parts[0], torch.Tensor) and sum(map(len, parts)) >= max_images:
             break
@@ -331,7 +331,7 @@ def _collect(batches: Iterable[Any], max_images: int) -> torch.Tensor:
     if len(kinds) > 1 or not all(isinstance(part, torch.Tensor) for part in parts):
         raise CalibrationError(
             f"images come as {', '.join(map(str, kinds))}, expected batches (N, channels, H, W) of one size, alone, "
-            f"first in a tuple, or in a dictionary under one of {', '.join(KEYS)}."
+            f"first in a tuple, or in a dictionary under one of {', '.join(BATCH_NAMES)}."
         )
     return torch.cat(parts)[:max_images] if parts else torch.empty(0, 3, 1, 1)
 

@@ -19,8 +19,9 @@ _WORDS = """words:
   key        one of a few fixed patterns; a kernel becomes scale * key + shift
   bank       a set of keys
   dense      a network as it was before conversion, with ordinary kernels
-  calibrate  bring the converted network's outputs near the dense one's, with
-             images but without labels
+  fit, R2    how much of a kernel's variance scale * key + shift explains, 0 to 1
+  calibrate  adjust a converted network to its dense one, with images but
+             without labels
   agreement  the share of images for which the converted and the dense network
              give the same top class; measured on images not used to calibrate
 

@@ -10,7 +10,12 @@ EXAMPLE = "list 'mobilenet*' --pretrained"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("pattern", nargs="?", default="*", help="list only architectures that match, as 'convnext*' (default: all)")
+    add(
+        "pattern",
+        nargs="?",
+        default="*",
+        help="list only architectures that match, for example 'convnext*' (default: all)",
+    )
     add("--pretrained", action="store_true", help="list each name that has pretrained weights, with the weights' tag")
 
 

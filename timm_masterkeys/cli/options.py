@@ -45,7 +45,7 @@ _SHARED: dict[str, dict[str, Any]] = {
         "to give the same top class for this share of held-out images (0.95 for 95 %%); layers that would need too "
         "many keys stay dense. Takes about seven times as long",
     },
-    "--device": {"default": "cpu", "help": "where to compute, as cuda (default: cpu)"},
+    "--device": {"default": "cpu", "help": "where to compute, for example cuda (default: cpu)"},
     "--license": {
         "metavar": "NAME",
         "help": "the licence of the weights, as apache-2.0; needed to publish weights whose licence timm does not know",
@@ -71,7 +71,7 @@ def add_model(parser: argparse.ArgumentParser, kernel_files: bool = False) -> No
     also = "; or a .safetensors or .npz file of kernels" if kernel_files else ""
     parser.add_argument(
         "model",
-        help="a timm name, as convnext_tiny.fb_in1k (its .mk8 name means the same); a folder written by convert or by "
+        help="a timm name, for example convnext_tiny.fb_in1k, with or without .mk8; a folder written by convert or by "
         f"timm; a model on the Hub, as hf-hub:org/name{also}",
     )
     weights = parser.add_mutually_exclusive_group()

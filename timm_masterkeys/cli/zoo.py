@@ -16,7 +16,11 @@ EXAMPLE = "zoo 'convnext*' --org my-team --images photographs --evaluate imagene
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("pattern", nargs="+", help="timm names that have pretrained weights, as 'convnext*' or convnext_tiny.fb_in1k")
+    add(
+        "pattern",
+        nargs="+",
+        help="timm names that have pretrained weights, for example 'convnext*' or convnext_tiny.fb_in1k",
+    )
     add("--org", required=True, help="user or organisation on the Hub; a network is published as ORG/ARCH.mk8_TAG")
     add_conversion(parser, "--agreement")
     add(

@@ -320,7 +320,7 @@ def match_banks(bank: Bank, other: Bank, kernel_size: tuple[int, int] = (7, 7)) 
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise ImportError("Matching two banks needs scipy: pip install 'timm_masterkeys[study]'") from error
+        raise ImportError("Matching two banks needs scipy: pip install scipy") from error
     first, second = get_bank(bank), get_bank(other)
     keys, others = (b.keys_for(kernel_size).flatten(1).double() for b in (first, second))
     correlation = (keys @ others.T).abs().numpy()

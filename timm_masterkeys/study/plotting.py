@@ -1,4 +1,4 @@
-"""Pictures of banks, conversions and searches. Needs matplotlib: ``pip install timm_masterkeys[plot]``.
+"""Pictures of banks, conversions and searches. Needs matplotlib: ``pip install matplotlib``.
 
 Not imported with the package: ``from timm_masterkeys.study.plotting import plot_bank``. Every function returns a
 matplotlib ``Figure`` of its own, to show or to save: ``plot_bank("babaiee2025").savefig("bank.png")``.
@@ -25,7 +25,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 except ImportError as error:
-    raise ImportError("Pictures need matplotlib: pip install 'timm_masterkeys[plot]'") from error
+    raise ImportError("Pictures need matplotlib: pip install matplotlib") from error
 
 DIVERGING = "RdBu_r"  # zero is white; readable with any colour vision
 # Okabe and Ito's colours, readable with any colour vision; beyond eight they come again, hatched.
