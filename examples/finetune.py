@@ -341,5 +341,6 @@ def main() -> None:
         ended = [row for row in ended if f"--epochs {epochs} " in row["arguments"]]  # the file may hold other recipes
         print(table([row for row in study.rows() if any(own.items() <= row.items() for own in ended)]))
 
+
 if __name__ == "__main__":
     main()
