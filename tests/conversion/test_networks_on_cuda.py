@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from torch._dynamo.utils import counters
 
 import timm_masterkeys as mk
-from timm_masterkeys.layers import depthwise
+from timm_masterkeys.layers import gpu_operators
 from timm_masterkeys.study.discovery import collect_kernels, discover_bank
 
 pytestmark = pytest.mark.cuda
@@ -24,7 +24,7 @@ MODEL = "test_convnext"
 def kernel(request, monkeypatch, cuda):
     if request.param == "1" and cuda == "cpu":
         pytest.skip("Triton's interpreter takes minutes for a network")
-    monkeypatch.setattr(depthwise, "TRITON", request.param)
+    monkeypatch.setattr(gpu_operators, "TRITON", request.param)
 
 
 def build(device, trainable="affine", channels_last=True):

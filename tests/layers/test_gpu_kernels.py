@@ -13,7 +13,7 @@ from depthwise_cases import GEOMETRIES, LAYOUTS, as_function, make, plain
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
-from timm_masterkeys.layers import depthwise
+from timm_masterkeys.layers import depthwise, gpu_operators
 
 pytest.importorskip("triton")
 from timm_masterkeys.layers import gpu_kernels
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.cuda] if DEVICE == "cuda" else []
 
 @pytest.fixture
 def kernel_on(monkeypatch):
-    monkeypatch.setattr(depthwise, "TRITON", "1")
+    monkeypatch.setattr(gpu_operators, "TRITON", "1")
 
 
 def sums(shape, keys, r, stride=(1, 1), padding=(0, 0), dilation=(1, 1), layout="NCHW", dtype=torch.float64):
@@ -47,7 +47,7 @@ def assert_sums(arguments, tolerance=1e-12):
     """The kernel's sums are the plain ones of the same numbers in float64."""
     got = gpu_kernels.affine_sums(*arguments)
     grad, x, keys, *rest = arguments
-    wanted = depthwise.plain_sums(grad.double(), x.double(), keys.double(), *rest)
+    wanted = gpu_operators.plain_sums(grad.double(), x.double(), keys.double(), *rest)
     assert got.dtype == torch.promote_types(grad.dtype, torch.float32)
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
 
@@ -177,19 +177,21 @@ def test_compile_in_one_graph(dynamic, kernel_on):
 
 @layouts
 def test_the_operators_are_what_they_say(layout, kernel_on):
-    assert depthwise.gpu_kernels_run(DEVICE)
+    assert gpu_operators.gpu_kernels_run(DEVICE)
     grad, x, *rest = sums((2, 3, 4, 3), torch.randn(8, 1, 3, dtype=torch.float64), 1, padding=(0, 1), layout=layout)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(depthwise.affine_sums, (grad.requires_grad_(), x.requires_grad_(), *rest), test_utils=tests)
+    torch.library.opcheck(
+        gpu_operators.affine_sums, (grad.requires_grad_(), x.requires_grad_(), *rest), test_utils=tests
+    )
     weight, bias = random(6, 1, 3, 2).requires_grad_(), random(6).requires_grad_()
     arguments = x, weight, bias, (2, 1), (1, 1), (1, 2)
-    torch.library.opcheck(depthwise.depthwise_conv2d, arguments, test_utils=tests)
+    torch.library.opcheck(gpu_operators.depthwise_conv2d, arguments, test_utils=tests)
 
 
 def test_the_gradients_of_a_convolution_by_the_operator(kernel_on):
-    assert depthwise.gpu_kernels_run(DEVICE)
+    assert gpu_operators.gpu_kernels_run(DEVICE)
     x, weight, bias = (random(*shape).requires_grad_() for shape in ((1, 1, 3, 2), (2, 1, 2, 1), (2,)))
-    run = lambda *tensors: depthwise.depthwise_conv2d(*tensors, (2, 1), (1, 1), (1, 2))  # noqa: E731
+    run = lambda *tensors: gpu_operators.depthwise_conv2d(*tensors, (2, 1), (1, 1), (1, 2))  # noqa: E731
     assert torch.autograd.gradcheck(run, (x, weight, bias))
     assert torch.autograd.gradgradcheck(run, (x, weight, bias))
 
@@ -218,8 +220,8 @@ CONVOLUTION = ("conv", (7, 7), (1, 1), (1, 1), 1, False, torch.float32, 0)
     ],
 )
 def test_they_are_taken_where_asked_for_or_measured(wanted, measured, taken, monkeypatch):
-    monkeypatch.setattr(depthwise, "TRITON", wanted)
-    monkeypatch.setattr(depthwise, "MEASURED", frozenset(depthwise.Case(*case) for case in measured))
+    monkeypatch.setattr(gpu_operators, "TRITON", wanted)
+    monkeypatch.setattr(gpu_operators, "MEASURED", frozenset(gpu_operators.Case(*case) for case in measured))
     layer = make("7x7", 1, "shift", dtype=torch.float32).to(DEVICE)
     x = torch.randn(1, 2, 4, 4, device=DEVICE)
     assert operators(lambda: layer(x).sum().backward()) == taken
@@ -278,7 +280,7 @@ def test_forward_mode(grad, kernel_on):
 def test_what_no_output_reads_does_not_count():
     grad, x, *rest = sums((1, 2, 6, 6), torch.randn(8, 2, 2, dtype=torch.float64), 1, (3, 3))
     x[:, :, 5], x[:, :, :, 5] = torch.inf, torch.nan
-    got, wanted = gpu_kernels.affine_sums(grad, x, *rest), depthwise.plain_sums(grad, x, *rest)
+    got, wanted = gpu_kernels.affine_sums(grad, x, *rest), gpu_operators.plain_sums(grad, x, *rest)
     torch.testing.assert_close(got[:, 1:], wanted[:, 1:])
 
 

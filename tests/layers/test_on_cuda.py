@@ -8,7 +8,7 @@ import torch
 from depthwise_cases import GEOMETRIES, LAYOUTS, make, plain
 
 import timm_masterkeys as mk
-from timm_masterkeys.layers import depthwise
+from timm_masterkeys.layers import gpu_operators
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")]
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -16,7 +16,7 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 @pytest.fixture(params=["1", "0"], ids=["kernel", "plain"], autouse=True)
 def _kernel(request, monkeypatch):
-    monkeypatch.setattr(depthwise, "TRITON", request.param)
+    monkeypatch.setattr(gpu_operators, "TRITON", request.param)
 
 
 @layouts
@@ -31,7 +31,7 @@ def test_gradients(geometry, trainable, keys_per_kernel, precision, layout, cuda
     with torch.autocast(cuda, getattr(torch, name)) if autocast else contextlib.nullcontext():
         out, expected = layer(x), plain(layer, x)
     tolerance = {"float64": 1e-10, "float32": 1e-5}.get(precision, 0.03)
-    if depthwise.TRITON == "0":
+    if gpu_operators.TRITON == "0":
         assert torch.equal(out, expected)
     else:
         torch.testing.assert_close(out, expected, rtol=0, atol=tolerance * float(expected.detach().abs().max()))

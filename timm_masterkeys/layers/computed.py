@@ -11,7 +11,8 @@ from timm.layers import pad_same
 from torch import nn
 
 from ..errors import ConversionError
-from .depthwise import any_gpu_kernel, autocast, convolve
+from .depthwise import autocast
+from .gpu_operators import any_gpu_kernel, convolve
 
 # Named here, as torch.jit.script fails on a mypy comment in a forward.
 _is_scripting: Any = torch.jit.is_scripting  # type: ignore[attr-defined]

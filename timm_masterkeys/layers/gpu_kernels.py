@@ -1,6 +1,6 @@
 """GPU kernels: a depthwise convolution, and in a like pass the gradients of shift and scale.
 
-Imports Triton, so it is imported where one is about to run, never before (``depthwise.gpu_kernels_run``). Tested in
+Imports Triton, so it is imported where one is about to run, never before (``gpu_operators.gpu_kernels_run``). Tested in
 Triton's interpreter, and compiled for GPUs that were not at hand: no figure of them was measured, and nothing takes
 them unless ``TIMM_MASTERKEYS_TRITON`` says so.
 """
@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .depthwise import layout, output_shape
+from .depthwise import layout
+from .gpu_operators import output_shape
 
 Pair = tuple[int, int]
 
@@ -249,7 +250,7 @@ def _window_sums(
 def depthwise_conv2d(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Pair, padding: Pair, dilation: Pair
 ) -> torch.Tensor:
-    """What ``depthwise.depthwise_conv2d`` gives, summed in float32 or float64."""
+    """What ``gpu_operators.depthwise_conv2d`` gives, summed in float32 or float64."""
     shape = output_shape(input, weight, stride, padding, dilation)
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout(input))
     if output.numel():
@@ -266,7 +267,7 @@ def affine_sums(
     padding: Pair,
     dilation: Pair,
 ) -> torch.Tensor:
-    """What ``depthwise.affine_sums`` gives. Equal from call to call: nothing is added atomically."""
+    """What ``gpu_operators.affine_sums`` gives. Equal from call to call: nothing is added atomically."""
     (images, channels, *_), in_height = grad.shape, input.shape[2]
     dtype = torch.promote_types(grad.dtype, torch.float32)
     if not grad.numel():

@@ -16,6 +16,7 @@ from ..keys.banks import DEFAULT_BANK, KeyBank, get_bank
 from ..keys.projection import Projection, check_keys_per_kernel, project_kernels
 from .computed import ComputedConv2d, raise_no_weight
 from .depthwise import affine_depthwise_conv2d
+from .gpu_operators import affine_function
 from .state import entries_to_load, index_problem, state_problems
 
 Trainable = Literal["none", "shift", "affine", "scales"]
@@ -364,6 +365,7 @@ class MasterKeyConv2d(ComputedConv2d):
             padding,
             self.dilation,  # type: ignore[arg-type]
             self.groups,
+            affine_function(),
         )
 
     def check_keys(self) -> None:
