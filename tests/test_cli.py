@@ -249,19 +249,23 @@ def test_pictures_are_rendered(succeeds, weights, tmp_path):
 # --- convert
 
 
-def test_convert(succeeds, weights, model, tmp_path):
-    """Without calibration, and into a folder whose parents are missing."""
-    options = ["--keys-per-kernel", "2", "--trainable", "affine", "--exclude", "stages.0.*", "--license", "mit"]
-    out = succeeds("convert", ARCH, *weights, *options, "--output", tmp_path / "a" / "out")
+def test_convert(succeeds, model, tmp_path):
+    """From a checkpoint of train.py with averaged weights, not calibrated, into a folder whose parents are missing."""
+    other = timm.create_model(ARCH, num_classes=10)
+    torch.save({"state_dict": other.state_dict(), "state_dict_ema": model.state_dict()}, tmp_path / "last.pth.tar")
+    given = f"--checkpoint {tmp_path / 'last.pth.tar'} --num-classes 10 --output {tmp_path / 'a' / 'out'}"
+    options = "--keys-per-kernel 2 --trainable affine --exclude stages.0.* --license mit"
+    out = succeeds("convert", ARCH, *given.split(), *options.split())
     expected = mk.convert_to_masterkeys(model, keys_per_kernel=2, trainable="affine", exclude="stages.0.*")
     assert out.startswith(str(mk.conversion_report(expected)))
-    assert f"timm.create_model('local-dir:{tmp_path / 'a' / 'out'}', pretrained=True)" in out
+    folder = tmp_path / "a" / "out"
+    assert f"timm.create_model('local-dir:{folder}', pretrained=True)" in out
     assert out.rstrip().endswith("leave out --calibrate none, or fine-tune before use")
-    again = saved(tmp_path / "a" / "out")
+    again = saved(folder)
     assert same(again, expected)
     assert {m.trainable for m in again.modules() if isinstance(m, mk.MasterKeyConv2d)} == {"affine"}
-    assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.pt*"))
-    assert "license: mit" in (tmp_path / "a" / "out" / "README.md").read_text()
+    assert not list(folder.rglob("*.bin")) + list(folder.rglob("*.pt*"))
+    assert "license: mit" in (folder / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -295,24 +299,16 @@ def test_convert_and_calibrate(run, weights, model, pictures, tmp_path, options,
     assert same(again, expected) and read_record(again).calibration.images == arguments.get("max_images", 12)
 
 
-def test_convert_and_calibrate_with_photographs_that_ship(run, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("timm_masterkeys.calibration.images.COUNT", 12)
-    monkeypatch.delenv("TIMM_MASTERKEYS_CALIBRATE")
-    given = [*weights, "--size", "32", "--include", "stages.3.*", "--output", tmp_path / "out"]
-    assert run("convert", ARCH, *given)[0] == 0
-    record = read_record(saved(tmp_path / "out")).calibration
-    assert record.origin == "builtin" and record.images < 76
-
-
-def test_convert_with_as_few_keys_as_an_agreement_needs(run, weights, tmp_path, monkeypatch):
+def test_convert_with_photographs_that_ship_and_as_few_keys_as_an_agreement_needs(run, weights, tmp_path, monkeypatch):
     monkeypatch.setattr("timm_masterkeys.calibration.agreement.COUNT", 16)
-    options = ["--calibrate", "builtin", "--size", "32", "--agreement", ".1", "--include", "stages.3.*"]
+    monkeypatch.delenv("TIMM_MASTERKEYS_CALIBRATE")
+    options = ["--size", "32", "--agreement", ".1", "--include", "stages.3.*"]
     code, out, _ = run("convert", ARCH, *weights, *options, "--output", tmp_path / "out")
     assert code == 0 and out.startswith("layer")
     record = read_record(saved(tmp_path / "out"))
     [config] = record.conversions
     assert (config.agreement, config.include) == (0.1, ("stages.3.*",))
-    assert record.calibration.after["agreement"] >= 0.1
+    assert record.calibration.origin == "builtin" and record.calibration.after["agreement"] >= 0.1
 
 
 @pytest.mark.parametrize(
@@ -332,16 +328,6 @@ def test_options_of_convert_are_checked_before_the_work(fails, weights, tmp_path
     given = ["--calibrate", "builtin", *options.split(), "--output", tmp_path / "out"]
     fails("convert", ARCH, *weights, *given, says=says)
     assert not (tmp_path / "out").exists()
-
-
-def test_convert_from_a_training_checkpoint(succeeds, model, tmp_path):
-    """As train.py writes it, its averaged weights first."""
-    other = timm.create_model(ARCH, num_classes=10)
-    content = {"epoch": 1, "state_dict": other.state_dict(), "state_dict_ema": model.state_dict()}
-    torch.save(content, tmp_path / "last.pth.tar")
-    options = ["--checkpoint", tmp_path / "last.pth.tar", "--num-classes", "10", "--output", tmp_path / "out"]
-    succeeds("convert", ARCH, *options)
-    assert torch.equal(saved(tmp_path / "out").head.fc.weight, model.head.fc.weight)
 
 
 def test_a_dense_folder_of_timms(succeeds, model, tmp_path):

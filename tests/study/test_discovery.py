@@ -55,12 +55,6 @@ def test_errors(options, message):
         discover_bank(kernels, **options)
 
 
-def test_one_network_held_out_by_its_name():
-    kernels = collect_kernels({"ab": torch.randn(40, 7, 7), "a": torch.randn(30, 7, 7), "b": torch.randn(20, 7, 7)})
-    found = discover_bank(kernels, held_out="ab", method="lines", keys=2)
-    assert (found.searched, found.held_out) == (50, 40) and "held out: ab" in found.bank.source
-
-
 def test_lines_are_found_again():
     kernels, lines = planted(5)
     data = collect_kernels([kernels])
@@ -105,7 +99,7 @@ def test_a_planted_bank_is_discovered(method, tmp_path, monkeypatch):
     monkeypatch.setattr(discovery, "BATCH", 128)
     kernels, lines = planted(4, each=60)
     data = collect_kernels({"one": kernels, "two": planted(4, each=50)[0]})
-    found = discover_bank(data, method=method, held_out=["two"], seed=1)
+    found = discover_bank(data, method=method, held_out="two", seed=1)  # not the letters t, w, o
     assert found.elbow == 4
     assert found_again(found.bank.keys_for((7, 7)), lines).min() > 0.97
     assert found.r2["this bank"] > 0.9 > 0.5 > found.r2["published keys"] and found.r2["random keys"] < 0.4
