@@ -107,6 +107,7 @@ def commands():
     return prepare, train, f"python - <<'END'\n{publish}\nEND", name, validate
 
 
+@pytest.mark.slow
 def test_published_and_loaded_by_name(hub, folder, shell):
     """Whoever points a name at what was published has the same network: accuracy, outputs and names of classes."""
     prepare, _, publish, name, _ = commands()
@@ -128,8 +129,8 @@ def test_published_and_loaded_by_name(hub, folder, shell):
     assert expected.top1 == 100
     shell(publish)
     assert len(hub.repos["alice/test_convnext.mk8_flowers"].branches["main"]) == 2
-    told = shell(f"{name}\npython - test_convnext.mk8_flowers <<'END'\n{LOADED}\nEND").splitlines()
-    assert told == [str(expected.top1), f"{outputs} {CLASSES}"]
+    printed = shell(f"{name}\npython - test_convnext.mk8_flowers <<'END'\n{LOADED}\nEND").splitlines()
+    assert printed == [str(expected.top1), f"{outputs} {CLASSES}"]
 
 
 # --- With timm's scripts
@@ -172,7 +173,7 @@ def test_the_example_goes_on_where_it_was(scripts, folder, start, shell):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    told = shell(command)
+    printed = shell(command)
     log = next(folder.glob("finetune/*/validation/dense*/train.py.log")).read_text()
     assert "Loaded checkpoint" in log and log.count("Train: 0 [   0/6") == 1
     with (folder / "finetune.csv").open(newline="") as file:
@@ -191,8 +192,8 @@ def test_the_example_goes_on_where_it_was(scripts, folder, start, shell):
     assert [(row["arm"], row["epoch"]) for row in rows] == [(arm, str(i)) for arm in arms for i in (1, 2, 3)]
     for row in rows[2::3]:
         assert float(row["validate.py"]) == pytest.approx(float(row["top1"]), abs=0.001)
-        (line,) = re.findall(rf"^\| {row['arm']} \|.*", told, re.MULTILINE)
+        (line,) = re.findall(rf"^\| {row['arm']} \|.*", printed, re.MULTILINE)
         assert f"| {float(row['top1']):.1f} |" in line
     logs = {path: path.stat().st_size for path in folder.glob("finetune/**/*.log")}
-    assert shell(command).splitlines()[-3:] == told.splitlines()[-3:]
+    assert shell(command).splitlines()[-3:] == printed.splitlines()[-3:]
     assert {path: path.stat().st_size for path in folder.glob("finetune/**/*.log")} == logs

@@ -154,6 +154,20 @@ def test_fine_tuning_says_what_was_measured():
             assert any(cells <= row for row in table), cells
 
 
+def test_the_curve_of_distillation_says_what_was_measured():
+    table = rows(section(MEASURED, "Fine-tuning"))
+    for (split, arm, lr, epochs), group in groups("finetune_curve.csv", "measured on", "arm", "lr", "epochs").items():
+        top1 = written([float(row["top1"]) for row in group if row["epoch"] == epochs], 1)
+        if split == "validation":
+            cells = {arm, epochs, lr, top1} if epochs != "0" else {arm, top1}
+            found = (
+                f"dense {top1}" in section(MEASURED, "Fine-tuning")
+                if arm == "dense"
+                else any(cells <= r for r in table)
+            )
+            assert found, (arm, lr, top1)
+
+
 def test_small_data_says_what_was_measured():
     table = rows(section(MEASURED, "Small data"))
     found = {}

@@ -1,7 +1,8 @@
-"""The photographs that ship, their licences, and the images made from them."""
+"""The photographs that ship, their licences, and the images made from them, from a folder and from a loader."""
 
 import ast
 import csv
+import functools
 import itertools
 import random
 import re
@@ -17,12 +18,19 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 
 import timm_masterkeys as mk
-from timm_masterkeys.calibration.images import BUILTIN, draw_crops, load_images, photographs
+from timm_masterkeys.calibration.images import BUILTIN, Pixels, draw_crops, load_images, photographs, split_for_choice
 
 FOLDER = Path(str(resources.files("timm_masterkeys"))) / "calibration" / "data" / "photographs"
 CFG = {"input_size": (3, 64, 96), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "interpolation": "bilinear"}
 FREE = {"public domain", "CC0-1.0"}
 CREDITED = {"CC-BY-2.0", "CC-BY-4.0"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _photographs_are_read_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("timm_masterkeys.calibration.images.photographs", functools.cache(photographs))
+        yield
 
 
 def rows():
@@ -138,17 +146,17 @@ def test_held_out_crops_are_of_other_photographs(monkeypatch):
     assert shown[None] == set(range(21))
 
 
-def test_deterministic_and_nothing_else_is_drawn():
+def test_deterministic_and_no_random_state_is_read_or_changed():
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
-    first = mk.builtin_images(CFG, 7)
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+    first = mk.builtin_images(CFG, 5)
+    torch_state, state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
     torch.manual_seed(2), random.seed(2), np.random.seed(2)
-    assert torch.equal(first, mk.builtin_images(CFG, 7, seed=0))
+    assert torch.equal(first, mk.builtin_images(CFG, 5, seed=0))
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
-    assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
-    assert np.array_equal(states[2], np.random.get_state()[1])
+    assert torch.equal(torch_state, torch.get_rng_state()) and state == random.getstate()
+    assert np.array_equal(numpy_state, np.random.get_state()[1])
     assert torch.equal(first[:3], mk.builtin_images(CFG, 3))
-    others = [mk.builtin_images(CFG, 7, seed=seed) for seed in (1, -1)]
+    others = [mk.builtin_images(CFG, 5, seed=seed) for seed in (1, -1)]
     assert all((a - b).abs().mean() > 0.3 for a, b in itertools.combinations([first, *others], 2))
 
 
@@ -165,8 +173,8 @@ def test_models_and_cfgs_of_every_kind():
         mk.builtin_images(CFG, 0)
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", "test_convnext"])
-def test_other_channels(name):
+def test_other_channels():
+    name = "test_convnext"
     grey = mk.builtin_images(timm.create_model(name, in_chans=1), 4)
     colour = mk.builtin_images(timm.create_model(name), 4)
     assert grey.shape == (4, 1, *colour.shape[2:])
@@ -191,111 +199,170 @@ class Wrapper(nn.Module):
         self.models, self.extra = nn.ModuleList(models), nn.Linear(2, 2)
 
 
+PLAIN = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())
+GIVEN = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "size": (24, 32)}
+SAID = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "input_size": (3, 24, 32)}  # the same in a cfg
+
+
+def picture(path, seed=0, size=(70, 90, 3)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, size).astype(np.uint8)).save(path)
+
+
 def folder_of(path, count=10):
-    path.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        pixels = np.random.default_rng(i).integers(0, 256, (70, 90, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(path / f"{i}.png")
+        picture(path / f"{i:02}.png", i)
     return path
+
+
+def transformed(folder, cfg, mode="RGB"):
+    """What timm's own transform gives for the images of a folder."""
+    transform = create_transform(**resolve_data_config(pretrained_cfg=cfg))
+    return torch.stack([transform(Image.open(path).convert(mode)) for path in sorted(folder.iterdir())])
 
 
 def test_the_one_timm_model_inside_says_how(tmp_path):
     folder_of(tmp_path)
     one, other = timm.create_model("test_efficientnet"), timm.create_model("test_convnext")
     assert one.pretrained_cfg["mean"] != other.pretrained_cfg["mean"]
-    features = timm.create_model("test_efficientnet", features_only=True)
     nested = Wrapper(one)
     nested.pretrained_cfg = other.pretrained_cfg  # the outermost counts
+    features = timm.create_model("test_efficientnet", features_only=True)
+    grey = timm.create_model("test_efficientnet", in_chans=1)
     for model, expected in (
-        (Wrapper(one), one),
         (Wrapper(Wrapper(other)), other),
         (Wrapper(features), one),
         (nested, other),
+        (Wrapper(grey), grey),
+        (nn.DataParallel(Wrapper(one)), one),
     ):
-        assert torch.equal(mk.builtin_images(model, 2), mk.builtin_images(expected, 2))
-        assert torch.equal(load_images(tmp_path, model, 10), load_images(tmp_path, expected, 10))
-    grey = timm.create_model("test_efficientnet", in_chans=1)
-    assert torch.equal(mk.builtin_images(Wrapper(grey), 2), mk.builtin_images(grey, 2))
-    assert torch.equal(mk.builtin_images(nn.DataParallel(Wrapper(one)), 2), mk.builtin_images(one, 2))
+        assert torch.equal(mk.builtin_images(model, 2, size=32), mk.builtin_images(expected, 2, size=32))
+    small = Pixels(size=32)
+    assert torch.equal(load_images(tmp_path, nested, 10, small), load_images(tmp_path, other, 10, small))
 
 
 def test_nobody_says_how(tmp_path):
     folder_of(tmp_path)
-    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())
     two = Wrapper(timm.create_model("test_efficientnet"), timm.create_model("test_convnext"))
-    for model in (plain, two):
-        for images in (tmp_path, BUILTIN):
-            with pytest.raises(mk.CalibrationError, match=r"no pretrained_cfg.* give mean=, std=, size=\."):
-                load_images(images, model, 10)
-            with pytest.raises(mk.CalibrationError, match=r"give std=\."):
-                load_images(images, model, 10, mean=[0.5] * 3, size=32)
+    for model, images in ((PLAIN, tmp_path), (two, BUILTIN)):
+        with pytest.raises(mk.CalibrationError, match=r"no pretrained_cfg.* give mean=, std=, size=\."):
+            load_images(images, model, 10)
+        with pytest.raises(mk.CalibrationError, match=r"give std=\."):
+            load_images(images, model, 10, Pixels([0.5] * 3, size=32))
 
 
 def test_mean_std_and_size_that_are_given(tmp_path):
     """Against timm's own transform, and against the cfg that says the same."""
     folder_of(tmp_path)
-    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())
-    given = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "size": (40, 48)}
-    cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "input_size": (3, 40, 48)}
-    assert torch.equal(mk.builtin_images(plain, 4, **given), mk.builtin_images(cfg, 4))
-    assert torch.equal(load_images(BUILTIN, plain, 10, **given), mk.builtin_images(cfg, 10))
-    transform = create_transform(**resolve_data_config(pretrained_cfg=cfg))
-    expected = torch.stack([transform(Image.open(tmp_path / f"{i}.png")) for i in range(10)])
-    assert torch.equal(load_images(tmp_path, plain, 10, **given), expected)
-    timms = timm.create_model("test_efficientnet")  # what is given goes before its cfg
-    assert torch.equal(mk.builtin_images(timms, 2, size=33), mk.builtin_images(timms, 2, size=(33, 33)))
-    whole = {**timms.pretrained_cfg, "mean": (0.3,) * 3}
-    assert torch.equal(mk.builtin_images(timms, 2, mean=(0.3,) * 3), mk.builtin_images(whole, 2))
-    assert load_images(tmp_path, timms, 10, size=33).shape == (10, 3, 33, 33)
-    grey = nn.Conv2d(1, 8, 3)
-    assert load_images(tmp_path, grey, 10, mean=[0.5], std=[0.5], size=20).shape == (10, 1, 20, 20)
+    assert torch.equal(load_images(BUILTIN, PLAIN, 10, Pixels(**GIVEN)), mk.builtin_images(SAID, 10))
+    assert torch.equal(load_images(tmp_path, PLAIN, 10, Pixels(**GIVEN)), transformed(tmp_path, SAID))
+    model = timm.create_model("test_efficientnet")  # what is given goes before its cfg
+    assert torch.equal(mk.builtin_images(model, 2, size=33), mk.builtin_images(model, 2, size=(33, 33)))
+    whole = {**model.pretrained_cfg, "mean": (0.3,) * 3, "input_size": (3, 33, 33)}
+    assert torch.equal(mk.builtin_images(model, 2, mean=(0.3,) * 3, size=33), mk.builtin_images(whole, 2))
+    assert load_images(tmp_path, model, 10, Pixels(size=33)).shape == (10, 3, 33, 33)
     for size in (0, (3, 20, 20), "20", (20.5, 20)):
         with pytest.raises(mk.CalibrationError, match="expected a height and a width"):
-            mk.builtin_images(timms, 2, size=size)
+            mk.builtin_images(model, 2, size=size)
     with pytest.raises(mk.CalibrationError, match="taken as they are"):
-        load_images(torch.randn(10, 3, 8, 8), plain, 10, mean=[0.5] * 3)
+        load_images(torch.randn(10, 3, 8, 8), PLAIN, 10, Pixels(mean=[0.5] * 3))
 
 
-def test_given_to_a_calibration_they_count(tmp_path):
-    folder_of(tmp_path, 40)
-    torch.manual_seed(0)
-    dense = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1)).eval()
-    given = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "size": 24}
-    models = [mk.convert_to_masterkeys(dense) for _ in range(2)]
-    named = mk.calibrate_masterkeys(models[0], dense, tmp_path, **given)
-    mk.calibrate_masterkeys(models[1], dense, load_images(tmp_path, dense, 400, **given))
-    assert named.record.origin == tmp_path.name
-    state = models[0].state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in models[1].state_dict().items())
-    _, budget = mk.convert_to_agreement(dense, 0.2, tmp_path, **given)
-    assert (budget.images, budget.held_out) == (30, 10)
-    with pytest.raises(mk.CalibrationError, match="no pretrained_cfg"):
-        mk.convert_to_agreement(dense, 0.2, tmp_path)
+# --- folders and loaders
 
 
-def test_class_folders_that_are_symbolic_links(tmp_path):
-    real = folder_of(tmp_path / "elsewhere" / "cats", 10)
-    folder_of(tmp_path / "elsewhere" / "hidden", 10)
+def test_a_folder_in_grey_and_for_four_channels(tmp_path):
+    folder_of(tmp_path)
+    given = Pixels([0.5], [0.25], 20)
+    cfg = {"mean": (0.5,), "std": (0.25,), "input_size": (1, 20, 20)}
+    assert torch.equal(load_images(tmp_path, nn.Conv2d(1, 8, 3), 10, given), transformed(tmp_path, cfg, "L"))
+    grey = timm.create_model("test_efficientnet", in_chans=1)
+    cfg = {**grey.pretrained_cfg, "input_size": (1, 32, 32)}  # with mean and std of three colours
+    cfg |= {key: (sum(cfg[key]) / 3,) for key in ("mean", "std")}
+    assert torch.equal(load_images(tmp_path, grey, 10, Pixels(size=32)), transformed(tmp_path, cfg, "L"))
+    with pytest.raises(mk.CalibrationError, match=r"takes images of 4 channels, a folder gives 3 or 1: give a tensor"):
+        load_images(tmp_path, nn.Conv2d(4, 8, 3), 10, Pixels(**GIVEN))
+
+
+def test_folders_are_searched_at_all_depths_and_through_links(tmp_path):
+    cats = folder_of(tmp_path / "elsewhere" / "cats", 6)
+    hidden = folder_of(tmp_path / "elsewhere" / "hidden")
     root = tmp_path / "images"
-    root.mkdir()
-    (root / "cats").symlink_to(real, target_is_directory=True)
-    (root / ".hidden").symlink_to(tmp_path / "elsewhere" / "hidden", target_is_directory=True)
+    for i in range(6):
+        picture(root / "deep" / "dogs" / f"{i}.jpg", i)
+    (root / "cats").symlink_to(cats, target_is_directory=True)
+    (root / ".hidden").symlink_to(hidden, target_is_directory=True)
     (root / "back").symlink_to(root, target_is_directory=True)
-    model = timm.create_model("test_efficientnet")
-    assert torch.equal(load_images(root, model, 400), load_images(real, model, 400))
+    (root / "folder.png").mkdir()
+    (root / ".hidden.png").write_bytes(b"no image")
+    images = load_images(root, PLAIN, 400, Pixels(**GIVEN))
+    assert len(images) == 12 and torch.equal(images[:6], transformed(cats, SAID))
+    for folder, match in ((tmp_path / "none", "no folder"), (root / "folder.png", "no images")):
+        with pytest.raises(mk.CalibrationError, match=match):
+            load_images(folder, PLAIN, 400, Pixels(**GIVEN))
+
+
+def test_files_that_are_no_images_are_named_and_others_take_their_places(tmp_path, caplog, monkeypatch):
+    folder, given = folder_of(tmp_path / "good", 11), Pixels(**GIVEN)
+    expected = transformed(folder, SAID)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "corrupt.jpg").write_bytes(b"\xff\xd8 no image")
+    (folder / "truncated.png").write_bytes((folder / "00.png").read_bytes()[:500])
+    picture(folder / "large.png", 0, (200, 200, 3))  # PIL warns of it
+    picture(folder / "bomb.png", 0, (300, 300, 3))  # and refuses this
+    images = load_images(folder, PLAIN, 400, given)
+    warned = [record.getMessage() for record in caplog.records if "is left out" in record.getMessage()]
+    bad = ("empty.png", "corrupt.jpg", "truncated.png", "large.png", "bomb.png")
+    assert torch.equal(images, expected) and len(warned) == 5
+    assert all(any(str(folder / name) in message for message in warned) for name in bad)
+    assert len(load_images(folder, PLAIN, 11, given)) == 11
+    for i in (1, 7):
+        (folder / f"{i:02}.png").write_bytes(b"no image")
+    with pytest.raises(mk.CalibrationError, match=r"9 of 16 images in '.*' can be read, expected at least 10"):
+        load_images(folder, PLAIN, 400, given)
+
+
+def test_batches_with_labels_and_the_most_images():
+    x = torch.randn(20, 3, 8, 8)
+    labelled = [(part, torch.zeros(len(part))) for part in x.split(7)]
+    assert torch.equal(load_images(labelled, PLAIN, 400), x) and torch.equal(load_images(labelled, PLAIN, 12), x[:12])
+    assert torch.equal(load_images(x, PLAIN, 10), x[::2])
 
 
 # --- wherever images are taken
 
 
-def test_calibrate_takes_them():
-    torch.manual_seed(0)
+def test_given_to_a_calibration_they_count(tmp_path):
+    folder_of(tmp_path, 40)
+    dense = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1)).eval()
+    models = [mk.convert_to_masterkeys(dense) for _ in range(2)]
+    named = mk.calibrate_masterkeys(models[0], dense, tmp_path, **GIVEN)
+    mk.calibrate_masterkeys(models[1], dense, load_images(tmp_path, dense, 400, Pixels(**GIVEN)))
+    assert named.record.origin == tmp_path.name and same(*models)
+    _, budget = mk.convert_to_agreement(dense, 0.2, tmp_path, **GIVEN)
+    assert (budget.images, budget.held_out) == (30, 10)
+    with pytest.raises(mk.CalibrationError, match="no pretrained_cfg"):
+        mk.convert_to_agreement(dense, 0.2, tmp_path)
+
+
+def test_calibrate_takes_the_photographs_and_holds_out_some():
     dense = timm.create_model("test_efficientnet", in_chans=1, num_classes=10)
-    given, named = mk.convert_to_masterkeys(dense), mk.convert_to_masterkeys(dense)
-    fitted, held_out = (mk.builtin_images(dense, 10, held_out=part) for part in (False, True))
-    report = mk.calibrate_masterkeys(given, dense, fitted, held_out=held_out, stages=["statistics"])
-    named_report = mk.calibrate_masterkeys(named, dense, BUILTIN, stages=["statistics"], max_images=10)
-    assert report.record.images == named_report.record.images == 20
-    assert report.record.held_out == 10 and report.after == named_report.after
-    state = named.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in given.state_dict().items())
+    models = [mk.convert_to_masterkeys(dense) for _ in range(2)]
+    fitted, held_out = (mk.builtin_images(dense, 10, held_out=part, size=32) for part in (False, True))
+    report = mk.calibrate_masterkeys(models[0], dense, fitted, held_out=held_out, stages=["statistics"])
+    named = mk.calibrate_masterkeys(models[1], dense, BUILTIN, stages=["statistics"], max_images=10, size=32)
+    assert report.record.images == named.record.images == 20 and named.record.origin == BUILTIN
+    assert report.record.held_out == 10 and report.after == named.after and same(*models)
+
+
+def test_a_choice_holds_out_crops_by_photograph():
+    dense = timm.create_model("test_efficientnet")
+    fitted, held_out = split_for_choice("builtin", dense, 20, Pixels(size=32))
+    assert torch.equal(fitted, mk.builtin_images(dense, 20, held_out=False, size=32))
+    assert torch.equal(held_out, mk.builtin_images(dense, 152, held_out=True, size=32))
+
+
+def same(model, other):
+    state = other.state_dict()
+    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

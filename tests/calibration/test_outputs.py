@@ -39,6 +39,17 @@ def keep(maps, x):
     return maps
 
 
+def calibrated(pack, x, **arguments):
+    dense = Holds(pack).eval()
+    model = mk.convert_to_masterkeys(dense)
+    return model, mk.calibrate_masterkeys(model, dense, x, **arguments)
+
+
+def same(model, other):
+    state = other.state_dict()
+    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
 PACKS = {
     "dict": lambda maps, x: OrderedDict(out=maps, aux=x),
     "first": lambda maps, x: {"labels": None, "maps": maps, "other": x},
@@ -48,24 +59,17 @@ PACKS = {
 }
 
 
-def calibrated(pack, x, **arguments):
-    dense = Holds(pack).eval()
-    model = mk.convert_to_masterkeys(dense)
-    report = mk.calibrate_masterkeys(model, dense, x, **arguments)
-    return model, report
-
-
 @pytest.mark.parametrize("kind", PACKS)
 def test_a_model_is_calibrated_whatever_its_output_comes_in(kind):
     x = torch.randn(20, 3, 12, 12)
     expected, figures = calibrated(keep, x)
     model, report = calibrated(PACKS[kind], x)
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+    assert same(model, expected)
     assert report.after == figures.after and report.record.metric == "dense prediction"
     assert report.after["divergence"] < report.before["divergence"]
 
 
-def test_the_output_that_was_asked_for_is_looked_at():
+def test_the_output_that_is_named_counts():
     x = torch.randn(20, 3, 12, 12)
     _, other = calibrated(lambda maps, x: x, x)
     for pack, output in (
@@ -83,10 +87,10 @@ def test_as_few_keys_as_agree_for_a_dictionary():
     model, budget = mk.convert_to_agreement(dense, 0.9, x)
     expected, plain = mk.convert_to_agreement(Holds(keep).eval(), 0.9, x)
     assert budget.chosen == plain.chosen and budget.record.metric == "dense prediction"
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+    assert same(model, expected)
 
 
-def test_what_is_taken():
+def test_which_tensor_counts_by_default():
     model, one, two = nn.Identity(), torch.zeros(2, 3), torch.ones(2, 3)
     for raw in ({"aux": one, "logits": two}, {"logits": two, "out": one}, {"x": 3, "y": two}, [two, one], ("a", two)):
         assert pick_output(model, raw) is two
@@ -118,32 +122,20 @@ def test_which_models_have_no_head():
     assert not gives_features(plain, torch.ones(1, 3)) and not gives_features(plain, logits)
     assert not gives_features(plain, {**state, "logits": torch.ones(1)})
     assert gives_features(plain, {"image_embeds": torch.ones(1, 3)})
-
-
-def test_vectors_of_length_one_are_embeddings():
-    logits = torch.randn(4, 3)
-    unit = nn.functional.normalize(logits)
-    plain = nn.Identity()
-    assert gives_features(plain, unit, unit) and not gives_features(plain, logits, logits)
-    one = torch.tensor([[1.0], [-1.0]])  # one output is a number
-    assert not gives_features(plain, one, one)
+    vectors, one = torch.randn(4, 3), torch.tensor([[1.0], [-1.0]])  # one output is a number
+    unit = nn.functional.normalize(vectors)  # vectors of length 1 are embeddings
+    assert gives_features(plain, unit, unit)
+    assert not gives_features(plain, vectors, vectors) and not gives_features(plain, one, one)
 
 
 def test_a_feature_extractor_is_judged_by_the_last_of_its_maps():
-    dense = timm.create_model("test_efficientnet", features_only=True).eval()
-    x = torch.randn(20, 3, 64, 64)
+    dense, x = timm.create_model("test_efficientnet", features_only=True).eval(), torch.randn(15, 3, 32, 32)
     model = mk.convert_to_masterkeys(dense)
     last, named = copy.deepcopy(model), copy.deepcopy(model)
     report = mk.calibrate_masterkeys(model, dense, x)
-    assert report.record.metric == "embedding"
+    assert report.record.metric == "embedding" and set(report.after) == {"relative error", "correlation"}
     assert report.after == mk.calibrate_masterkeys(last, dense, x, output=-1).after
     assert report.after != mk.calibrate_masterkeys(named, dense, x, output=1).after
-
-
-def test_embeddings_are_no_classes():
-    dense = timm.create_model("test_efficientnet", num_classes=0).eval()
-    report = mk.calibrate_masterkeys(mk.convert_to_masterkeys(dense), dense, torch.randn(20, 3, 64, 64))
-    assert report.record.metric == "embedding" and set(report.after) == {"relative error", "correlation"}
 
 
 @pytest.mark.parametrize("key", ["pixel_values", "image", "images", "input"])
@@ -153,7 +145,7 @@ def test_batches_that_are_dictionaries(key):
     batches = [{"labels": torch.zeros(len(part)), key: part} for part in x.split(6)]
     model, report = calibrated(keep, batches, stages="statistics")
     assert report.record.images == 20
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+    assert same(model, expected)
 
 
 def test_a_dictionary_without_images_is_refused():

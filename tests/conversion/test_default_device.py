@@ -13,7 +13,7 @@ import timm_masterkeys as mk
 from timm_masterkeys.calibration.calibrate import STAGES
 from timm_masterkeys.conversion.report import _chance
 from timm_masterkeys.keys.operators import _tables
-from timm_masterkeys.study.discovery import collect_kernels
+from timm_masterkeys.study.discovery import collect_kernels, discover_bank
 
 
 @pytest.fixture(params=["meta", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -101,7 +101,7 @@ def test_images_of_a_folder(dense, tmp_path, both):
 def test_kernels_for_a_search(dense, both):
     data = np.random.default_rng(0).standard_normal((9, 3, 3))
     one, other = both(lambda: collect_kernels({"a": dense, "b": data}, 3))
-    rest, apart = both(lambda: one.split("b")[0])
+    found, again = both(lambda: discover_bank(one, held_out="b", method="lines", keys=2))
     assert torch.equal(one.values, other.values) and torch.equal(one.network, other.network)
-    assert torch.equal(rest.values, apart.values)
+    assert found.bank == again.bank and found.r2 == again.r2 and found.held_out == 9
     assert all(map(torch.equal, *both(lambda: (*one.fit("babaiee2025"), one.weights(), one.weights(False)))))

@@ -46,47 +46,66 @@ def dense():
     return timm.create_model("test_convnext3")
 
 
-def page_of(model, dense, title):
-    return html_page(model, dense, mk.conversion_report(model, dense), title)
+@pytest.fixture(scope="module")
+def model(dense):
+    return mk.convert_to_masterkeys(dense, keys_per_kernel=2)
+
+
+def page_of(model, dense, title="network"):
+    """A page with a few bytes in place of each picture: most of the time goes into rendering."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **options: file.write(b"picture"))
+        return html_page(model, dense, mk.conversion_report(model, dense), title)
 
 
 @pytest.fixture(scope="module")
-def page(dense):
-    return page_of(mk.convert_to_masterkeys(dense), dense, "a <b> network")
+def page(model, dense):
+    return page_of(model, dense, "a <b> network")
 
 
-def test_it_holds_everything_itself(page, dense):
+@pytest.fixture(scope="module")
+def rendered_page(model, dense):
+    return html_page(model, dense, mk.conversion_report(model, dense), "network")
+
+
+def pictures(page):
+    """The bytes of each picture of a page that links to nothing else."""
     reader = Reader()
     reader.feed(page)
-    assert len(reader.links) == 6 and "http" not in page
-    for link in reader.links:
-        kind, data = link.split(",", 1)
-        assert kind == "data:image/png;base64" and base64.b64decode(data).startswith(b"\x89PNG")
-    report = mk.conversion_report(mk.convert_to_masterkeys(dense), dense)
+    kinds, data = zip(*(link.split(",", 1) for link in reader.links), strict=True)
+    assert set(kinds) == {"data:image/png;base64"} and "http" not in page
+    return [base64.b64decode(text) for text in data]
+
+
+@pytest.mark.slow
+def test_pictures_are_rendered(rendered_page):
+    assert [picture[:4] for picture in pictures(rendered_page)] == [b"\x89PNG"] * 6
+
+
+def test_it_holds_everything_itself(page, model, dense):
+    assert pictures(page) == [b"picture"] * 6
+    reader = Reader()
+    reader.feed(page)
+    report = mk.conversion_report(model, dense)
     rows = {row[0]: row for row in reader.rows}
     for layer in (*report.layers, report.total):
         assert rows[layer.name][4] == f"{layer.mean_r2:.3f}"
         assert [int(cell) for cell in rows[layer.name][9:]] == list(layer.key_histogram)
     for operator in report.operators:
         assert rows[operator.operator][1] == str(operator.kernels)
+    control = mk.conversion_report(mk.convert_to_masterkeys(dense, "random8:0", keys_per_kernel=2)).total
+    assert f"<li>R² of random keys<b>{control.mean_r2:.3f}</b>" in page  # as many per kernel
     assert "a &lt;b&gt; network" in page and "<b> network" not in page
     assert "converted in one shot" in page and f"{report.total.mean_r2:.3f}" in page
-
-
-def test_the_control_has_as_many_keys_per_kernel(dense):
-    control = mk.conversion_report(mk.convert_to_masterkeys(dense, "random8:0", keys_per_kernel=2)).total
-    page = page_of(mk.convert_to_masterkeys(dense, keys_per_kernel=2), dense, "two")
-    assert f"<li>R² of random keys<b>{control.mean_r2:.3f}</b>" in page
 
 
 def headings(page):
     return re.findall(r"<h2>(.*?)</h2>", page)
 
 
-def test_without_the_dense_model(page, dense):
+def test_without_the_dense_model(page, model):
     """What needs its kernels is left out, with a line that says so."""
-    model = mk.convert_to_masterkeys(dense)
-    short = html_page(model, None, mk.conversion_report(model), "a <b> network")
+    short = page_of(model, None)
     assert set(headings(page)) - set(headings(short)) == {"Best, median and worst fits", "Operators"}
     assert "The dense model was not given" in short and "The dense model was not given" not in page
     assert "(control)" not in short and "random keys<b>" not in short
@@ -95,30 +114,14 @@ def test_without_the_dense_model(page, dense):
 
 
 def test_random_initialisation_has_no_fit_to_show(dense):
-    page = page_of(mk.initialize_masterkeys(copy.deepcopy(dense)), dense, "random")
+    page = page_of(mk.initialize_masterkeys(copy.deepcopy(dense)), dense)
     assert "kernels have keys of random initialisation" in page
     assert headings(page)[:3] == ["The bank", "The keys as the layers use them", "Keys by depth"]
 
 
-def test_inspect_writes_it(tmp_path, dense, capsys):
-    from safetensors.torch import save_file
-
-    from timm_masterkeys.cli import main
-
-    save_file(dense.state_dict(), tmp_path / "w.safetensors")
-    args = ["inspect", "test_convnext3", "--checkpoint", str(tmp_path / "w.safetensors")]
-    assert main([*args, "--html", str(tmp_path / "report.html")]) == 0
-    assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
-    assert main([*args[:2], "--html", str(tmp_path / "no.html")]) == 1 and not (tmp_path / "no.html").exists()
-    assert "Random weights have no fit" in capsys.readouterr().err
-    assert main(["plot", *args[1:], "--output", str(tmp_path / "pictures")]) == 0
-    names = {path.name for path in (tmp_path / "pictures").iterdir()}
-    assert names == {"bank.png", "coverage.png", "r2.png", "keys.png", "kernels.png", "used_keys.png"}
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [400, 1280])
-def test_it_is_readable_in_a_browser(page, tmp_path, width):
+def test_it_is_readable_in_a_browser(rendered_page, tmp_path, width):
     """Every picture is decoded; nothing is wider than the window but what scrolls in a box: tables, wide pictures.
 
     At 1,280 px the tables fit; in a narrow window the names of layers stay in sight and leave room for figures.
@@ -135,7 +138,7 @@ def test_it_is_readable_in_a_browser(page, tmp_path, width):
       document.title = [page.documentElement.scrollWidth, frame.clientWidth, wide, seen, cut, names].join(" ");
     };
     </script>"""
-    document = page.replace("&", "&amp;").replace('"', "&quot;")
+    document = rendered_page.replace("&", "&amp;").replace('"', "&quot;")
     frame = f'<iframe style="width:{width}px;height:800px;border:0" srcdoc="{document}"></iframe>'
     (tmp_path / "test.html").write_text(f"<title>none</title>{frame}{measure}", encoding="utf-8")
     chromium = shutil.which("chromium")

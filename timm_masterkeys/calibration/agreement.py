@@ -1,9 +1,10 @@
-"""The fewest keys with which a network still answers as the dense one does, chosen by what the network puts out."""
+"""Converts a network with as few keys as a wanted agreement with the dense network needs."""
 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..keys.banks import DEFAULT_BANK, Bank, KeyBank
 from ..layers import MasterKeyConv2d, Trainable
 from .blocks import hooked
 from .calibrate import calibrate_masterkeys, check_models, make_record, probe
-from .images import BUILTIN, COUNT, FEWEST, HELD_OUT, Images, Size, builtin_images, load_images, origin_of
+from .images import BUILTIN, Images, Pixels, Size, origin_of, split_for_choice
 from .memory import check_memory
 from .metrics import Figures, Metric, MetricLike
 from .outputs import Output, pick_output
@@ -38,7 +39,7 @@ class Spending:
 
     Attributes:
         keys: Keys of all its kernels; of a dense kernel, its taps.
-        score: What is compared with the agreement asked for, on the held-out images: 1 for the dense network.
+        score: What is compared with the wanted agreement, on the held-out images: 1 for the dense network.
         figures: All of the metric's figures, by name, on the same images.
         keys_per_kernel: By the name of a layer; 0 where it stays dense.
     """
@@ -54,16 +55,14 @@ class KeyBudget:
     """How few keys were enough; ``str()`` is a table.
 
     Attributes:
-        asked: The score asked for.
+        asked: The wanted score.
         score_name: What the score is: "agreement", "R2", or a callable's name.
-        record: What the chosen network's record says of its calibration: its metric, its figures on the held-out images
-            before and after.
+        record: Of the chosen network's calibration: the metric, its figures on the held-out images before and after.
         chosen: The network that was returned.
         tried: All networks that were calibrated and measured, by their keys.
         kernels: Of each layer.
-        images: Those that the networks were calibrated with.
-        held_out: Images that gave the figures: nothing was fitted to them; which of the networks tried is returned was
-            chosen by them.
+        images: The number of images that the networks were calibrated with.
+        held_out: The number of held-out images: they gave the figures, by which the returned network was chosen.
         seconds: Time spent in all.
     """
 
@@ -121,21 +120,21 @@ def convert_to_agreement(
     max_images: int = 300,
     time_budget: float | None = None,
 ) -> tuple[nn.Module, KeyBudget]:
-    """Converts a model with as few keys as agree with it so well, and calibrates it. ``dense`` stays as it is.
+    """Converts a model with as few keys as a wanted agreement needs, and calibrates it. ``dense`` stays as it is.
 
     Layers get one, two, four or all keys per kernel, or stay dense, which counts as a key a tap. First it is measured
-    how far the network's output moves when one layer alone has so many keys. Where another key brings the output
-    nearest, per key of a kernel, keys are spent first. How far along that order is found by bisection: each network
-    tried is converted, calibrated with ``calibrate_masterkeys`` and judged by images that neither chose its keys nor
-    calibrated it. About six are tried, so it takes about seven times as long as one calibration. The record of the
-    model that is returned (``read_record(model).calibration``) holds the figures of the images that judged it.
+    how far the network's output moves when one layer alone has so many keys. Keys are spent first where another key per
+    kernel brings the output nearest. How far along that order is found by bisection: about six networks are converted,
+    calibrated with ``calibrate_masterkeys`` and judged by images that neither chose the order nor calibrated them,
+    which takes about seven times as long as one calibration. The record of the returned model
+    (``read_record(model).calibration``) holds the figures of the images that judged it.
 
     Args:
         dense: A timm model or any other that ``calibrate_masterkeys`` takes, not converted in any layer.
-        agreement: In (0, 1], what is reached at least on the held-out images: of classes (classification, dense
-            prediction) the share of images or positions with the same top class; of anything else R2, the share of the
-            variance of the dense network's outputs that the network explains, 1 - relative error, not below 0; of a
-            callable ``metric`` its first figure.
+        agreement: In (0, 1], the least on the held-out images: of classes (classification, dense prediction) the share
+            of images or positions with the same top class; of anything else R2, the share of the variance of the dense
+            network's outputs that the network explains, 1 - relative error, not below 0; of a callable ``metric`` its
+            first figure.
         images: As for ``calibrate_masterkeys``. Every fourth is held out (give no two of the same thing), of
             ``"builtin"`` all crops of every fourth photograph. At least 40. A network is less sure of the built-in
             crops than of photographs of its task, so the same keys agree on fewer of them: give photographs of the
@@ -144,7 +143,7 @@ def convert_to_agreement(
         include: As for ``convert_to_masterkeys``.
         exclude: As for ``convert_to_masterkeys``.
         trainable: "none", "shift" or "affine", as for ``convert_to_masterkeys``.
-        metric: As for ``calibrate_masterkeys``; of a callable larger figures have to be better.
+        metric: As for ``calibrate_masterkeys``; larger figures of a callable have to be better.
         output: As for ``calibrate_masterkeys``.
         mean: As for ``calibrate_masterkeys``.
         std: As for ``calibrate_masterkeys``.
@@ -158,7 +157,7 @@ def convert_to_agreement(
 
     Raises:
         BankError, ProjectionError, ConversionError: As ``convert_to_masterkeys``.
-        CalibrationError: As ``calibrate_masterkeys``; or an agreement that is not reached, with what was.
+        CalibrationError: As ``calibrate_masterkeys``; or an agreement that is not reached, with the best.
 
     Example:
         >>> model, budget = convert_to_agreement(timm.create_model("convnext_tiny", pretrained=True), 0.95)
@@ -171,27 +170,17 @@ def convert_to_agreement(
     first = convert(dense, config, "project")
     check_models(first, dense)
     kernels = {name: layer.out_channels for name, layer in converted_layers(first).items()}
-    fitted, held_out = split_for_choice(images, dense, max_images, mean=mean, std=std, size=size)
+    fitted, held_out = split_for_choice(images, dense, max_images, Pixels(mean, std, size))
     layers = {name: _choices(dense.get_submodule(name), config.bank) for name in kernels}
+    options = {"metric": metric, "output": output, "batch_size": batch_size, "time_budget": time_budget}
     with evaluating(dense):
         chosen_metric = probe(dense, fitted[:2], metric, output)
         check_memory(dense, fitted)
+        expected = _outputs(dense, held_out, batch_size, output)
         search = _Search(
-            dense=dense,
-            config=config,
-            kernels=kernels,
-            layers=layers,
-            fitted=fitted,
-            held_out=held_out,
-            origin=origin_of(images),
-            metric=chosen_metric,
-            asked_metric=metric,
-            output=output,
-            batch_size=batch_size,
-            time_budget=time_budget,
-            expected=_outputs(dense, held_out, batch_size, output),
+            dense, config, kernels, layers, fitted, held_out, origin_of(images), chosen_metric, options, expected
         )
-        steps = order_steps(kernels, search.distances())
+        steps = order_steps(kernels, search.distances(fitted[:: max(1, len(fitted) // JUDGES)]))
     nothing_left = all(None in choices.values() for choices in layers.values())  # after the last step
     best, tried = _fewest_steps(lambda taken: search.attempt(steps[:taken]), len(steps) - nothing_left, agreement)
     if best is None:
@@ -216,47 +205,36 @@ def convert_to_agreement(
 
 
 Attempt = tuple[nn.Module, Spending, CalibrationRecord]
-Choices = Mapping[str, Mapping[int, MasterKeyConv2d | None]]
+Choices = Mapping[str, Mapping[int, MasterKeyConv2d | None]]  # by layer and keys per kernel; None for a dense layer
 
 
 @dataclass(frozen=True)
 class _Search:
-    """What all networks tried have in common.
-
-    Attributes:
-        dense: The dense network.
-        config: What was asked.
-        kernels: Of each layer.
-        layers: By name and keys per kernel, each layer as it would be; None where it stays dense.
-        fitted: Images to calibrate with.
-        held_out: Images to judge by.
-        origin: Of the images.
-        metric: What the networks are judged by.
-        asked_metric: What the user gave for it.
-        output: What of the networks' outputs counts.
-        batch_size: Images at a time.
-        time_budget: Of each calibration.
-        expected: What the dense network puts out for the held-out images.
-    """
+    """What all networks tried have in common."""
 
     dense: nn.Module
     config: MasterKeysConfig
-    kernels: Mapping[str, int]
+    kernels: Mapping[str, int]  # how many each layer has
     layers: Choices
-    fitted: torch.Tensor
-    held_out: torch.Tensor
+    fitted: torch.Tensor  # images to calibrate with
+    held_out: torch.Tensor  # images to judge by
     origin: str
     metric: Metric
-    asked_metric: MetricLike
-    output: Output
-    batch_size: int
-    time_budget: float | None
-    expected: torch.Tensor
+    options: Mapping[str, Any]  # of calibrate_masterkeys
+    expected: torch.Tensor  # the dense network's outputs for the held-out images
 
-    def distances(self) -> dict[str, dict[int, float]]:
+    def distances(self, images: torch.Tensor) -> dict[str, dict[int, float]]:
         """How far the output moves when one layer has so many keys, by layer and number."""
-        judges = self.fitted[:: max(1, len(self.fitted) // JUDGES)]
-        return _distances(self.dense, self.layers, judges, self.batch_size, self.metric, self.output)
+        expected = self._outputs(self.dense, images)
+        found: dict[str, dict[int, float]] = {name: {} for name in self.layers}
+        for name, choices in tqdm(self.layers.items(), desc="compare layers", unit="layer", leave=False, disable=None):
+            for count, layer in choices.items():
+                if layer is None:
+                    found[name][count] = 0.0
+                else:
+                    with hooked([(self.dense.get_submodule(name), partial(_matched_output, layer))]):
+                        found[name][count] = self.metric.distance(self._outputs(self.dense, images), expected)
+        return found
 
     def attempt(self, steps: Sequence[tuple[str, int]]) -> Attempt:
         """The network after these steps, calibrated and judged."""
@@ -267,15 +245,7 @@ class _Search:
         record = read_record(self.dense)
         write_record(model, replace(record, conversions=(*record.conversions, self.config)))
         before = self._judge(model)
-        report = calibrate_masterkeys(
-            model,
-            self.dense,
-            self.fitted,
-            metric=self.asked_metric,
-            output=self.output,
-            batch_size=self.batch_size,
-            time_budget=self.time_budget,
-        )
+        report = calibrate_masterkeys(model, self.dense, self.fitted, **self.options)
         after = self._judge(model)
         counted = len(self.fitted) + len(self.held_out), len(self.held_out)
         judged = make_record(model, self.metric.name, (before, after), counted, self.origin, report.record.left_out)
@@ -286,13 +256,16 @@ class _Search:
 
     def _judge(self, model: nn.Module) -> Figures:
         with evaluating(model):
-            return self.metric.measure(_outputs(model, self.held_out, self.batch_size, self.output), self.expected)
+            return self.metric.measure(self._outputs(model, self.held_out), self.expected)
+
+    def _outputs(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        return _outputs(model, images, self.options["batch_size"], self.options["output"])
 
 
 def _fewest_steps(
     attempt: Callable[[int], Attempt], most: int, agreement: float
 ) -> tuple[Attempt | None, list[Spending]]:
-    """By bisection what the fewest steps give that agrees, None if nothing does; and the figures of all attempts."""
+    """The network of the fewest steps that agrees, by bisection, None if none does; and the figures of all attempts."""
     best: Attempt | None = None
     tried: list[Spending] = []
     least = 0
@@ -311,10 +284,10 @@ def _fewest_steps(
 
 
 def order_steps(kernels: Mapping[str, int], distances: Mapping[str, Mapping[int, float]]) -> list[tuple[str, int]]:
-    """In what order layers get more keys: where the distance falls most for each key spent comes first.
+    """The order in which layers get more keys: where the distance falls most for each key spent comes first.
 
     Args:
-        kernels: Of each layer.
+        kernels: The number of each layer's.
         distances: By layer and keys per kernel; each begins with the fewest.
 
     Returns:
@@ -344,57 +317,14 @@ def _choices(conv: Any, bank: KeyBank) -> dict[int, MasterKeyConv2d | None]:
     return {**choices, taps: None} if taps > max(choices) + 1 else choices  # else all keys and the shift are as good
 
 
-def split_for_choice(
-    images: Images,
-    dense: nn.Module,
-    max_images: int = 300,
-    *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    size: Size = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images to calibrate with, and images to judge by; of the built-in ones, crops of different photographs."""
-    if isinstance(images, str) and images == BUILTIN:
-        held = COUNT // HELD_OUT  # photographs, which give many crops each, as they judge only
-        fitted, judging = (
-            builtin_images(dense, count, held_out=part, mean=mean, std=std, size=size)
-            for count, part in ((min(COUNT, max_images), False), (8 * held, True))
-        )
-        return load_images(fitted, dense, max_images), load_images(judging, dense, len(judging))
-    least = HELD_OUT * FEWEST
-    most = max_images * HELD_OUT // (HELD_OUT - 1)
-    tensor = load_images(images, dense, most, mean=mean, std=std, size=size)
-    if len(tensor) < least:
-        raise CalibrationError(
-            f"{len(tensor)} images, expected at least {least}, as every fourth is held out; some hundred are better."
-        )
-    held_out = torch.arange(len(tensor), device=tensor.device) % HELD_OUT == HELD_OUT - 1
-    return tensor[~held_out], tensor[held_out]
-
-
-def _outputs(model: nn.Module, images: torch.Tensor, batch_size: int, output: Output = None) -> torch.Tensor:
+def _outputs(model: nn.Module, images: torch.Tensor, batch_size: int, output: Output) -> torch.Tensor:
     return torch.cat([pick_output(model, model(batch), output) for batch in images.split(batch_size)])
 
 
-def _distances(
-    dense: nn.Module, layers: Choices, images: torch.Tensor, batch_size: int, metric: Metric, output: Output
-) -> dict[str, dict[int, float]]:
-    """How far the output moves when one layer has so many keys, by layer and number."""
-    expected = _outputs(dense, images, batch_size, output)
-    found: dict[str, dict[int, float]] = {name: {} for name in layers}
-    for name, choices in tqdm(layers.items(), desc="compare layers", unit="layer", leave=False, disable=None):
-        for count, layer in choices.items():
-            if layer is None:
-                found[name][count] = 0.0
-                continue
-
-            def replace_output(module: nn.Module, args: Any, output: Any, layer: MasterKeyConv2d = layer) -> Any:
-                new = layer.forward(args[0])  # without the hooks, which it has in common with the dense one
-                (var, mean), (new_var, new_mean) = (
-                    torch.var_mean(out, (0, 2, 3), correction=0, keepdim=True) for out in (output, new)
-                )
-                return (new - new_mean) * (var / new_var.clamp_min(1e-10)).sqrt() + mean  # as calibration sees to
-
-            with hooked([(dense.get_submodule(name), replace_output)]):
-                found[name][count] = metric.distance(_outputs(dense, images, batch_size, output), expected)
-    return found
+def _matched_output(layer: MasterKeyConv2d, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    """A hook's output: the layer's, with the channels' mean and variance of ``output``, as after a calibration."""
+    new = layer.forward(args[0])  # without the hooks, which it has in common with the dense one
+    (var, mean), (new_var, new_mean) = (
+        torch.var_mean(out, (0, 2, 3), correction=0, keepdim=True) for out in (output, new)
+    )
+    return (new - new_mean) * (var / new_var.clamp_min(1e-10)).sqrt() + mean

@@ -1,8 +1,9 @@
 """Finds the blocks of any model around its converted layers, by running it, and runs them one at a time."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,22 +18,14 @@ Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 @dataclass
 class Block:
-    """A block with converted layers, or a pointwise layer outside of all blocks.
-
-    Attributes:
-        name: Module name.
-        converted: Names of the converted layers in it, in their order.
-        pointwise: Name of the last pointwise layer in it; empty if it has none.
-        positions: Of each of these layers, how many of its outputs an image has at different places.
-        done: Modules, the outermost only, that are through before the block begins, and the shape of what one image
-            gives there.
-    """
+    """A block with converted layers, or a pointwise layer outside of all blocks."""
 
     name: str
-    converted: list[str] = field(default_factory=list)
-    pointwise: str = ""
-    positions: dict[str, int] = field(default_factory=dict)
+    converted: list[str] = field(default_factory=list)  # layers in it, in their order
+    pointwise: str = ""  # the last pointwise layer in it; empty if it has none
+    positions: dict[str, int] = field(default_factory=dict)  # of each of these layers, in the output for one image
     done: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """The outermost modules that have run before the block begins, with the shape of one image's output."""
 
 
 class Reached(Exception):
@@ -41,21 +34,13 @@ class Reached(Exception):
 
 @dataclass
 class _Pass:
-    """What was seen of the modules in one forward pass, by their names.
+    """What was seen of the modules in one forward pass, by their names."""
 
-    Attributes:
-        ran: Pointwise and converted layers, in their order, as often as they ran.
-        positions: As in ``Block``.
-        clock: A name when a module begins, and again when it ends.
-        shapes: Of what a module gives for one image.
-        norms: By a layer's name that of the norm after it.
-    """
-
-    ran: list[str] = field(default_factory=list)
-    positions: dict[str, int] = field(default_factory=dict)
-    clock: list[str] = field(default_factory=list)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    norms: dict[str, str] = field(default_factory=dict)
+    ran: list[str] = field(default_factory=list)  # pointwise and converted layers, in their order, each time they ran
+    positions: dict[str, int] = field(default_factory=dict)  # as in Block
+    clock: list[str] = field(default_factory=list)  # a name when a module begins, and again when it ends
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of one image's output
+    norms: dict[str, str] = field(default_factory=dict)  # by a layer's name that of the norm after it
 
 
 def find_blocks(model: nn.Module, images: torch.Tensor) -> tuple[list[Block], dict[str, str]]:
@@ -70,7 +55,7 @@ def find_blocks(model: nn.Module, images: torch.Tensor) -> tuple[list[Block], di
     owners = _owning_blocks(modules, once, seen.positions)
     blocks: dict[str, Block] = {}
     for name in once:
-        owner = next((b for b in owners if name == b or name.startswith(f"{b}.")), name)
+        owner = next((b for b in owners if name == b or _is_in(name, b)), name)
         block = blocks.setdefault(owner, Block(owner))
         block.positions[name] = seen.positions[name]
         if isinstance(modules[name], MasterKeyConv2d):
@@ -80,8 +65,7 @@ def find_blocks(model: nn.Module, images: torch.Tensor) -> tuple[list[Block], di
     for block in blocks.values():
         before = seen.clock[: seen.clock.index(block.name)]
         done = [name for name in dict.fromkeys(before) if seen.clock.count(name) == before.count(name) == 2 and name]
-        outermost = [name for name in done if not any(name.startswith(f"{other}.") for other in done)]
-        block.done = {name: seen.shapes[name] for name in outermost if name in seen.shapes}
+        block.done = {name: seen.shapes[name] for name in _outermost(done) if name in seen.shapes}
     return list(blocks.values()), seen.norms
 
 
@@ -91,86 +75,68 @@ def _watch(model: nn.Module, modules: dict[str, nn.Module], images: torch.Tensor
     seen = _Pass()
     made: dict[int, tuple[str, torch.Tensor, int]] = {}  # by storage, as a norm may take a view
 
-    def layer_hook(name: str) -> Hook:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            channels = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
-            seen.ran.append(name)
-            seen.positions[name] = output.numel() // channels // len(output)
-            made[output.untyped_storage().data_ptr()] = name, output, output._version  # kept, so that no other gets it
-
-        return hook
-
-    def norm_hook(name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(module: nn.Module, args: Any) -> None:
+    def before(name: str, module: nn.Module, args: Any) -> None:
+        seen.clock.append(name)
+        if isinstance(getattr(module, "running_mean", None), torch.Tensor):
             layer, output, version = made.get(args[0].untyped_storage().data_ptr(), ("", args[0], -1))
             if args[0]._version == version and args[0].numel() == output.numel():  # nothing has written to it meanwhile
                 seen.norms[layer] = name
 
-        return hook
-
-    def end_hook(name: str) -> Hook:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            seen.clock.append(name)
-            if isinstance(output, torch.Tensor):
-                seen.shapes[name] = tuple(output.shape[1:])
-
-        return hook
-
-    hooks: list[tuple[nn.Module, Hook]] = []
-    for name, module in modules.items():
+    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        seen.clock.append(name)
+        if isinstance(output, torch.Tensor):
+            seen.shapes[name] = tuple(output.shape[1:])
         if is_pointwise(module) or isinstance(module, MasterKeyConv2d):
-            hooks.append((module, layer_hook(name)))
-        hooks.append((module, end_hook(name)))
+            channels = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
+            seen.ran.append(name)
+            seen.positions[name] = output.numel() // channels // len(output)
+            made[output.untyped_storage().data_ptr()] = name, output, output._version  # kept: no other gets its storage
+
     with ExitStack() as undo:
         for name, module in modules.items():
-            begin = module.register_forward_pre_hook(lambda *_, n=name: seen.clock.append(n))
-            undo.callback(begin.remove)
-            if isinstance(getattr(module, "running_mean", None), torch.Tensor):
-                undo.callback(module.register_forward_pre_hook(norm_hook(name)).remove)
-        undo.enter_context(hooked(hooks))
+            undo.callback(module.register_forward_pre_hook(partial(before, name)).remove)
+            undo.callback(module.register_forward_hook(partial(after, name)).remove)
         model(images)
     return seen
 
 
 def _owning_blocks(modules: dict[str, nn.Module], once: list[str], positions: dict[str, int]) -> set[str]:
     """The outermost blocks around the converted ones of these layers."""
-
-    def block(layer: str) -> str:
-        later = [n for n in once[once.index(layer) :] if is_pointwise(modules[n]) and positions[n] > 1]
-        name = layer
-        while "." in name:
-            name = name.rpartition(".")[0]
-            if not isinstance(modules[name], (nn.Sequential, nn.ModuleList)) and any(
-                n.startswith(f"{name}.") for n in later
-            ):
-                return name
-        return layer
-
-    found = {layer: block(layer) for layer in once if isinstance(modules[layer], MasterKeyConv2d)}
+    found: dict[str, str] = {}
+    for i, layer in enumerate(once):
+        if isinstance(modules[layer], MasterKeyConv2d):
+            later = [name for name in once[i:] if is_pointwise(modules[name]) and positions[name] > 1]
+            parts = layer.split(".")
+            above = [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
+            fitting = (
+                name
+                for name in above
+                if not isinstance(modules[name], (nn.Sequential, nn.ModuleList)) and any(_is_in(n, name) for n in later)
+            )
+            found[layer] = next(fitting, layer)
     for layer, own in found.items():  # a lone layer between blocks does not make their stage a block
-        inside = {
-            other for other in found.values() if other.startswith(f"{own}.") and not layer.startswith(f"{other}.")
-        }
-        if sum(not any(one.startswith(f"{other}.") for other in inside) for one in inside) > 1:
+        inside = {other for other in found.values() if _is_in(other, own) and not _is_in(layer, other)}
+        if len(_outermost(inside)) > 1:
             found[layer] = layer
-    blocks = set(found.values())
-    return {b for b in blocks if not any(b.startswith(f"{other}.") for other in blocks)}
+    return set(_outermost(set(found.values())))
+
+
+def _is_in(name: str, module: str) -> bool:
+    """Whether a module is inside of another, by their names."""
+    return name.startswith(f"{module}.")
+
+
+def _outermost(names: Collection[str]) -> list[str]:
+    """The modules that are in none of the others."""
+    return [name for name in names if not any(_is_in(name, other) for other in names)]
 
 
 class BlockwiseNetwork:
-    """Runs a model block by block over batches of images, each block fed by what the block before it put out.
+    """Runs a model block by block over batches of images, each block fed by the outputs of the block before it.
 
-    The model runs up to a block with everything done before skipped. Where that does not lead to the same arguments (a
-    connection past several blocks), everything runs.
-
-    Args:
-        model: Any model.
-        blocks: Of ``find_blocks``.
-        batches: Of images.
-        output: Which of what the model puts out counts, see ``pick_output``.
-
-    Attributes:
-        outputs: What the last block that was advanced put out, a batch each.
+    The model runs up to a block with everything before it skipped. Where that does not lead to the same arguments (a
+    connection past several blocks), everything runs. The caller sets ``outputs`` to those of the last block that ran,
+    a batch each.
     """
 
     def __init__(
@@ -185,17 +151,18 @@ class BlockwiseNetwork:
         return list(self._resume(index))
 
     def finish(self) -> Iterator[torch.Tensor]:
-        """What the whole model puts out after the last block, a batch each; one at a time, as maps are large."""
+        """The whole model's outputs after the last block, a batch each; one at a time, as maps are large."""
         return self._resume(len(self.blocks))
 
     @torch.no_grad()
     def run(self, index: int, calls: Calls, hooks: Iterable[tuple[str, Hook]] = ()) -> list[Any]:
-        """What a block puts out with hooks on the named layers; None where a hook raised ``Reached``."""
+        """A block's outputs, with hooks on the named layers; None where a hook raised ``Reached``."""
         module, outputs = self.modules[self.blocks[index].name], []
         with hooked((self.modules[name], hook) for name, hook in hooks):
             for args, kwargs in calls:
                 try:
-                    outputs.append(module(*copied(args), **kwargs))  # some blocks work in place
+                    copies = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+                    outputs.append(module(*copies, **kwargs))  # copies, as some blocks work in place
                 except Reached:
                     outputs.append(None)
         return outputs
@@ -213,7 +180,7 @@ class BlockwiseNetwork:
 
     @torch.no_grad()
     def _forward(self, index: int, batch: torch.Tensor, output: torch.Tensor | None) -> Any:
-        """The arguments that reach block ``index``, or, past the last one, what the model puts out."""
+        """The arguments that reach block ``index``, or, past the last one, the model's output."""
         reached: list[Any] = []
 
         def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -239,7 +206,7 @@ class BlockwiseNetwork:
 
 @contextmanager
 def _putting_out(module: nn.Module, out: torch.Tensor) -> Iterator[None]:
-    """The module does no work and gives a copy of ``out``, as some layers work in place."""
+    """Lets a module return a copy of ``out`` without any work; a copy, as later layers may work in place."""
     own = module.__dict__.get("forward")
     try:
         module.forward = lambda *args, **kwargs: out.clone()
@@ -266,13 +233,8 @@ def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
         yield
 
 
-def copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments that a block may change in place."""
-    return tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
-
-
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two calls have the same arguments, or two outputs are the same."""
+    """Whether two calls' arguments, or two outputs, are nearly the same."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
     if isinstance(a, (tuple, list)):

@@ -14,9 +14,8 @@ from tqdm.auto import tqdm
 
 from ..conversion.table import number
 from ..layers import MasterKeyConv2d, ScaledKeyConv2d
-from .block_pair import BlockPair
-from .blocks import BlockwiseNetwork, find_blocks
-from .observers import MomentsObserver, RowsObserver
+from .block_pair import BlockPair, MomentsObserver, RowsObserver
+from .blocks import BlockwiseNetwork, Hook, find_blocks
 from .outputs import Output
 from .stages import absorb, match, project
 
@@ -57,7 +56,7 @@ class StageReport:
 
 @dataclass
 class _Ledger:
-    """What is written down of a stage on the way."""
+    """What a stage did so far."""
 
     errors: list[tuple[float, float]] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
@@ -70,96 +69,87 @@ class _Ledger:
         return StageReport(stage, before, after, tuple(self.changed), self.left, self.seconds)
 
 
-Steps = dict[str, dict[str, Callable[[], str]]]  # by stage and layer
+Ledgers = dict[Stage, _Ledger]
+Outputs = Iterator[torch.Tensor]
 
 
-class BlockwiseCalibration:
-    """One way through both networks, block by block.
+def calibrate_blocks(
+    model: nn.Module,
+    dense: nn.Module,
+    batches: list[torch.Tensor],
+    held_out: Sequence[int],
+    stages: Sequence[Stage],
+    time_budget: float | None,
+    output: Output,
+) -> tuple[tuple[StageReport, ...], Outputs, Outputs]:
+    """Calibrates the converted network, block by block. In place.
 
-    Args:
-        model: The converted network, which is changed.
-        dense: The dense network.
-        batches: Of images.
-        held_out: Indices of the batches that the report's figures come from alone.
-        stages: What to do in each block.
-        time_budget: Seconds after which the blocks still to come get their statistics only; None for no limit.
-        output: Which of what the networks put out counts, see ``pick_output``.
+    The batches with the indices ``held_out`` are not fitted to, but give the reports' errors. After ``time_budget``
+    seconds the blocks still to come get their statistics only.
+
+    Returns:
+        What each stage did; and the outputs of the converted and of the dense network, a batch each.
     """
+    start = time.perf_counter()
+    blocks, norms = find_blocks(model, batches[0][:2])
+    converted, reference = (BlockwiseNetwork(network, blocks, batches, output) for network in (model, dense))
+    ledgers: Ledgers = {stage: _Ledger() for stage in STAGES if stage in stages}
+    found = {name for block in blocks for name in block.converted}
+    unplaced = [n for n, m in model.named_modules() if isinstance(m, MasterKeyConv2d) and n not in found]
+    for ledger in ledgers.values():
+        ledger.left.update(dict.fromkeys(unplaced, "runs not at all or more than once"))
+    for index, block in enumerate(tqdm(blocks, desc="calibrate", unit="block", leave=False, disable=None)):
+        current = ledgers
+        if time_budget is not None and time.perf_counter() - start > time_budget:
+            for stage in ledgers.keys() - {"statistics"}:
+                names = [block.pointwise] if stage == "absorption" and block.pointwise else block.converted
+                ledgers[stage].left.update(dict.fromkeys(names, OVER))
+            current = {stage: ledger for stage, ledger in ledgers.items() if stage == "statistics"}
+        pair = BlockPair(index, converted, reference, norms, held_out)
+        converted.outputs = _calibrate_block(pair, current, held_out)
+        reference.outputs = pair.expected
+    reports = tuple(ledger.report(stage) for stage, ledger in ledgers.items())
+    return reports, converted.finish(), reference.finish()
 
-    def __init__(
-        self,
-        model: nn.Module,
-        dense: nn.Module,
-        batches: list[torch.Tensor],
-        held_out: Sequence[int],
-        stages: Sequence[Stage],
-        time_budget: float | None = None,
-        output: Output = None,
-    ) -> None:
-        self.blocks, self.norms = find_blocks(model, batches[0][:2])
-        self.converted, self.dense = (BlockwiseNetwork(m, self.blocks, batches, output) for m in (model, dense))
-        self.time_budget = time_budget
-        self.held_out = held_out
-        self._ledgers = {stage: _Ledger() for stage in STAGES if stage in stages}
-        found = {name for block in self.blocks for name in block.converted}
-        for name, layer in model.named_modules():
-            if isinstance(layer, MasterKeyConv2d) and name not in found:
-                for ledger in self._ledgers.values():
-                    ledger.left[name] = "runs not at all or more than once"
 
-    def run(self) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
-        """Calibrates all blocks; then what both networks put out, a batch each, the dense one's second."""
-        start = time.perf_counter()
-        for index, block in enumerate(tqdm(self.blocks, desc="calibrate", unit="block", leave=False, disable=None)):
-            ledgers: dict[Stage, _Ledger] = self._ledgers
-            if self.time_budget is not None and time.perf_counter() - start > self.time_budget:
-                for stage in ledgers.keys() - {"statistics"}:
-                    names = [block.pointwise] if stage == "absorption" and block.pointwise else block.converted
-                    ledgers[stage].left.update(dict.fromkeys(names, OVER))
-                ledgers = {stage: ledger for stage, ledger in ledgers.items() if stage == "statistics"}
-            pair = BlockPair(index, self.converted, self.dense, self.norms, self.held_out)
-            self.converted.outputs = self._calibrate(pair, ledgers)
-            self.dense.outputs = pair.expected
-        return self.converted.finish(), self.dense.finish()
+def _calibrate_block(pair: BlockPair, ledgers: Ledgers, held_out: Sequence[int]) -> list[Any]:
+    """All stages of a block; returns what the converted one then puts out, a batch each."""
+    steps = _steps(pair, ledgers)
+    ran, errors = [stage for stage in ledgers if steps[stage]], []
+    for stage in ran:
+        start, ledger = time.perf_counter(), ledgers[stage]
+        errors.append(pair.error(held_out))
+        for name, step in steps[stage].items():
+            if why := step():
+                ledger.left[name] = why
+            else:
+                ledger.changed.append(name)
+        ledger.seconds += time.perf_counter() - start
+    out = pair.run(range(len(pair.calls)))
+    errors.append(pair.error(held_out, out))
+    for stage, change in zip(ran, itertools.pairwise(errors), strict=True):
+        ledgers[stage].errors.append(change)
+    return out
 
-    def reports(self) -> tuple[StageReport, ...]:
-        """What each stage did, in their order."""
-        return tuple(ledger.report(stage) for stage, ledger in self._ledgers.items())
 
-    def _calibrate(self, pair: BlockPair, ledgers: dict[Stage, _Ledger]) -> list[Any]:
-        """All stages of a block; what the converted one puts out afterwards, a batch each."""
-        steps = self._steps(pair, ledgers)
-        ran, errors = [stage for stage in ledgers if steps[stage]], []
-        for stage in ran:
-            start, ledger = time.perf_counter(), ledgers[stage]
-            errors.append(pair.error(self.held_out))
-            for name, step in steps[stage].items():
-                if why := step():
-                    ledger.left[name] = why
-                else:
-                    ledger.changed.append(name)
-            ledger.seconds += time.perf_counter() - start
-        out = pair.run(range(len(pair.calls)))
-        errors.append(pair.error(self.held_out, out))
-        for stage, change in zip(ran, itertools.pairwise(errors), strict=True):
-            ledgers[stage].errors.append(change)
-        return out
-
-    def _steps(self, pair: BlockPair, ledgers: dict[Stage, _Ledger]) -> Steps:
-        """What there is to do in a block, after the dense one ran under all the observers that it takes."""
-        block = pair.block
-        matched = block.converted if "statistics" in ledgers else []
-        moments = {name: pair.observe(name, lambda _: MomentsObserver(), ROWS) for name in matched}
-        kernels = {
-            name: pair.observe(name, partial(RowsObserver, None), KERNEL_ROWS)
-            for name in block.converted
-            if "projection" in ledgers and not isinstance(pair.layer(name), ScaledKeyConv2d)
-        }
-        ends = [block.pointwise] if block.pointwise and "absorption" in ledgers else []
-        rows = {name: pair.observe(name, partial(RowsObserver, pair.layer(name)), ROWS) for name in ends}
-        pair.run_dense([*moments.values(), *kernels.values(), *rows.values()])
-        return {
-            "projection": {name: partial(project, pair, one) for name, one in kernels.items()},
-            "statistics": {name: partial(match, pair, one) for name, one in moments.items()},
-            "absorption": {name: partial(absorb, pair, one) for name, one in rows.items()},
-        }
+def _steps(pair: BlockPair, ledgers: Ledgers) -> dict[Stage, dict[str, Callable[[], str]]]:
+    """What is to be done in a block, by stage and layer, after the dense block ran under the observers for it."""
+    steps: dict[Stage, dict[str, Callable[[], str]]] = {stage: {} for stage in STAGES}
+    observed: list[tuple[str, list[int], Hook]] = []
+    for name in pair.block.converted:
+        if "statistics" in ledgers:
+            batches, moments = pair.batches_for(name, ROWS), MomentsObserver()
+            observed.append((name, batches, moments))
+            steps["statistics"][name] = partial(match, pair, name, batches, moments)
+        if "projection" in ledgers and not isinstance(pair.layer(name), ScaledKeyConv2d):
+            batches = pair.batches_for(name, KERNEL_ROWS)
+            rows = RowsObserver(None, KERNEL_ROWS // len(batches))
+            observed.append((name, batches, rows))
+            steps["projection"][name] = partial(project, pair, name, batches, rows)
+    if (name := pair.block.pointwise) and "absorption" in ledgers:
+        batches = pair.batches_for(name, ROWS)
+        rows = RowsObserver(pair.layer(name), ROWS // len(batches))
+        observed.append((name, batches, rows))
+        steps["absorption"][name] = partial(absorb, pair, name, batches, rows)
+    pair.run_dense(observed)
+    return steps

@@ -18,8 +18,8 @@ from ..errors import CalibrationError
 from ..layers import MasterKeyConv2d
 from ..version import __version__
 from .blocks import is_pointwise
-from .blockwise import OVER, STAGES, BlockwiseCalibration, Stage, StageReport
-from .images import Images, Size, origin_of, split_batches, split_images
+from .blockwise import OVER, STAGES, Stage, StageReport, calibrate_blocks
+from .images import Images, Pixels, Size, origin_of, split_batches, split_images
 from .memory import check_memory, freed_memory_kept
 from .metrics import Figures, Metric, MetricLike, choose_metric, share_intervals
 from .outputs import Output, gives_features, pick_output
@@ -87,64 +87,63 @@ def calibrate_masterkeys(
     max_images: int = 400,
     time_budget: float | None = None,
 ) -> CalibrationReport:
-    """Brings a converted network's outputs back towards the dense network's, from unlabelled images. In place.
+    """Brings a converted network's outputs near the dense network's, from unlabelled images. In place.
 
-    Walks both networks block by block, in the order of execution; each block is fed with what the calibrated blocks
-    before it put out. In each block, in this order:
+    Walks both networks block by block, in the order of execution; each block is fed with the outputs of the calibrated
+    blocks before it. In each block, in this order:
 
     - ``"projection"``: keys, scales and shifts are chosen anew, by least squares on the *outputs* of the layer instead
-      of its kernels: the nearest key under the second moments of what the layer really sees.
-    - ``"statistics"``: the BatchNorm that follows a converted layer gets the mean and variance that give its output
-      the mean and variance it has in the dense network; without a BatchNorm, the layer's bias gets the mean.
+      of its kernels: the nearest key under the second moments of the layer's inputs.
+    - ``"statistics"``: the BatchNorm after a converted layer gets the mean and variance that give its output the mean
+      and variance it has in the dense network; without a BatchNorm, the layer's bias gets the mean.
     - ``"absorption"``: the block's last pointwise layer (and every pointwise layer outside of blocks, such as the
-      classifier) is refitted by ridge least squares, so that the block's output, with all the drift that came in by
-      its skip path, is that of the dense network. A layer for which no ridge helps on images it was not fitted to is
-      left as it is.
+      classifier) is refitted by ridge least squares, so that the block's output, with all the drift of its skip path,
+      is that of the dense network. A layer for which no ridge helps on images it was not fitted to stays.
 
-    Keys never change; leave out ``"absorption"`` to keep every layer but the converted ones and their norms. How a
-    block's output depends on its last pointwise layer is measured, not known by family: where it is not one factor a
-    channel, the layer is fitted to its own output in the dense network. Each ridge is chosen by four folds of the
-    images; those that are held out of all that give the report's figures. The same call on the same machine
-    with as many threads gives the same model bit for bit, unless a time budget ends. While it works, freed memory
-    stays with the process (``memory.freed_memory_kept``).
+    Keys never change; without ``"absorption"`` only the converted layers and their norms do. How a block's output
+    depends on its last pointwise layer is measured, not known by family: where it is not one factor a channel, the
+    layer is fitted to its own output in the dense network. Each ridge is chosen by four folds of the images; the
+    held-out images give the report's figures only. The same call on the same machine with as many threads gives the
+    same model bit for bit, unless a time budget ends. Meanwhile freed memory stays with the process
+    (``memory.freed_memory_kept``).
 
     Args:
-        model: A converted model in float32 or float64. What is compiled or wrapped, this or the dense one, runs as the
-            plain model in it.
+        model: A converted model in float32 or float64. Of a compiled or wrapped model, this or the dense one, the plain
+            model in it is used.
         dense: The dense model it was converted from, on the same device and of the same type; unchanged.
         images: (N, channels, H, W), normalised as for the model; or an iterable of such batches (a DataLoader), alone,
             first in a tuple, or in a dictionary under ``pixel_values``, ``image``, ``images`` or ``input``; or a folder
-            of images, searched at all depths and through symbolic links (but for what is hidden), in grey for a model
-            of one channel; files that cannot be read, or of more than PIL's 90 megapixels, are named in a warning and
-            left out; or ``"builtin"``: crops of photographs that ship, every fourth photograph held out. At least 10;
-            some hundred are better.
+            of images, searched at all depths and through symbolic links, without hidden files, in grey for a model of
+            one channel; files that cannot be read, or of more than PIL's 90 megapixels, are named in a warning and left
+            out; or ``"builtin"``: crops of photographs that ship, every fourth photograph held out. At least 10; some
+            hundred are better.
         held_out: Images that give the figures, in any of these forms. If None, every fifth batch of ``images``, which
             is then not used for fitting.
         stages: What to do in each block; the order is always the one above.
-        metric: What the figures are: None for those that suit the dense model's output, a name of ``choose_metric``'s,
-            or a callable on outputs and expected outputs that gives a number, or numbers by name.
-        output: Which of what the model puts out is looked at, where that is not a tensor: a key, an index, an
-            attribute, or a callable on it. None takes ``logits``, ``out``, ``image_embeds``, ``image_features`` or
+        metric: None for the figures that suit the dense model's output, a name of ``choose_metric``'s, or a callable on
+            outputs and expected outputs that returns a number, or numbers by name.
+        output: Which part of the model's output counts, where that is not a tensor: a key, an index, an attribute, or a
+            callable on it. None takes ``logits``, ``out``, ``image_embeds``, ``image_features`` or
             ``last_hidden_state``, or else the first tensor; of a ``features_only`` model the last.
-        mean: For a folder and ``"builtin"``, of each channel, of pixels from 0 to 1. Together with ``std`` and ``size``
-            it says how images are prepared where neither the model nor the one timm model in it has a
-            ``pretrained_cfg``; where one has, it takes the place of what that says.
+        mean: For a folder and ``"builtin"``, of each channel, of pixels from 0 to 1, in place of that in the
+            ``pretrained_cfg`` of the model, or of the one timm model in it. Without a ``pretrained_cfg`` all of
+            ``mean``, ``std`` and ``size`` are needed.
         std: Standard deviation, the same way.
         size: Height and width, or one number for both, the same way.
         batch_size: Images at a time.
         max_images: At most so many are used: evenly spread over a folder or a tensor, the first of an iterable. All
             are kept in memory, with one block's inputs and outputs in both networks (EfficientNet-Lite0 with 250
             images: 3 GB in all); of each layer at most 100,000 positions.
-        time_budget: Seconds after which the blocks still to come get their statistics only; how many steps that left
-            out is in the record. None for no limit.
+        time_budget: Seconds after which the blocks still to come get their statistics only; the record has the number
+            of steps left out. None for no limit.
 
     Returns:
         What each stage did, and how near the networks are before and after.
 
     Raises:
         CalibrationError: Nothing converted, a dense model of another architecture, too few or non-finite images, a
-            folder for a model of which nobody says how images are prepared, outputs that are not finite or hold no
-            tensor, or too little memory. The model is then as it was; so it is after any other error or interruption.
+            folder for a model without a ``pretrained_cfg``, outputs that are not finite or hold no tensor, or too
+            little memory. The model is then as it was; so it is after any other error or interruption.
 
     Example:
         >>> dense = timm.create_model("convnext_tiny", pretrained=True)
@@ -158,21 +157,19 @@ def calibrate_masterkeys(
         raise CalibrationError(f"stages is {stages!r}, expected some of {', '.join(STAGES)}.")
     model, dense = unwrapped(model), unwrapped(dense)
     check_models(model, dense)
-    fitted, judging = split_images(images, held_out, model, max_images, mean=mean, std=std, size=size)
+    fitted, judging = split_images(images, held_out, model, max_images, Pixels(mean, std, size))
     batches, others = split_batches(fitted, judging, batch_size)
     state, record = copy.deepcopy(model.state_dict()), read_record(model)
-    plainly = torch.autocast(fitted.device.type, enabled=False)
-    with evaluating(model, dense), plainly, freed_memory_kept():
+    full_precision = torch.autocast(fitted.device.type, enabled=False)
+    with evaluating(model, dense), full_precision, freed_memory_kept():
         chosen = probe(dense, batches[0][:2], metric, output)
         probe(model, batches[0][:2], metric, output)
         check_memory(dense, torch.cat(batches))
         try:
-            calibration = BlockwiseCalibration(model, dense, batches, others, stages, time_budget, output)
             before = torch.cat([_finite(model, pick_output(model, model(batches[i]), output)) for i in others])
-            found = zip((model, dense), calibration.run(), strict=True)
-            after, expected = (_held_out(network, outputs, others) for network, outputs in found)
+            reports, *outputs = calibrate_blocks(model, dense, batches, others, stages, time_budget, output)
+            after, expected = map(_held_out, (model, dense), outputs, (others, others))
             figures = chosen.measure(before, expected), chosen.measure(after, expected)
-            reports = calibration.reports()
             left_out = sum(why == OVER for stage in reports for why in stage.left.values())
             counts = sum(map(len, batches)), len(expected)
             measured = make_record(model, chosen.name, figures, counts, origin_of(images), left_out)
@@ -193,15 +190,9 @@ def make_record(
     origin: str,
     left_out: int,
 ) -> CalibrationRecord:
-    """What is known of a calibration of a model as it is now.
+    """The record of a calibration of a model as it is now.
 
-    Args:
-        model: The calibrated model.
-        metric: The metric's name.
-        figures: Before and after.
-        images: How many there were, and how many of them were held out.
-        origin: Of ``origin_of``.
-        left_out: Steps that a time budget left out.
+    ``figures`` are those before and after it, ``images`` the numbers of all images and of those held out.
     """
     return CalibrationRecord(
         metric,
@@ -228,21 +219,14 @@ def check_models(model: nn.Module, dense: nn.Module) -> None:
     others = dict(dense.named_modules())
     for name, layer in layers.items():
         other = others.get(name)
-        if isinstance(other, MasterKeyConv2d) or not isinstance(other, nn.Conv2d):
-            raise CalibrationError(
-                f"The dense model has {type(other).__name__} at {name}, expected the Conv2d that was converted."
-            )
-        if other.weight.shape != layer.weight.shape:
-            raise CalibrationError(
-                f"The dense model has kernels of {tuple(other.weight.shape)} at {name}, the converted one of "
-                f"{tuple(layer.weight.shape)}."
-            )
+        fits = isinstance(other, nn.Conv2d) and other.weight.shape == layer.weight.shape
+        if isinstance(other, MasterKeyConv2d) or not fits:
+            raise CalibrationError(f"The dense model has {other} at {name}, expected the Conv2d that was converted.")
     missing = [name for name, _ in model.named_modules() if name not in others]
     if missing:
         raise CalibrationError(f"The dense model has no {missing[0]}: give the one this model was converted from.")
     _check_parameters(model, dense)
-    changed = _unexplained(model, dense)
-    if changed:
+    if changed := _unexplained(model, dense):
         _logger.warning(
             "%d parameters beside the kernels differ from the dense model's, as %s. The dense model should be the one "
             "that this model was converted from.",
@@ -252,7 +236,7 @@ def check_models(model: nn.Module, dense: nn.Module) -> None:
 
 
 def _check_parameters(model: nn.Module, dense: nn.Module) -> None:
-    """Their types, shapes and devices."""
+    """Raises CalibrationError unless types, shapes and devices of the parameters fit."""
     own, given = (dict(m.named_parameters()) for m in (model, dense))
     for name in own.keys() & given.keys():
         a, b = own[name], given[name]
@@ -272,10 +256,9 @@ def _check_parameters(model: nn.Module, dense: nn.Module) -> None:
 
 
 def _unexplained(model: nn.Module, dense: nn.Module) -> list[str]:
-    """Parameters that differ between a converted and its dense model for no reason that is known.
+    """Parameters that differ between a converted and its dense model for no known reason.
 
-    A calibration changes pointwise layers and the biases of converted ones. What a training after it changed nobody
-    knows, so then every difference has its reason.
+    A calibration changes pointwise layers and the biases of converted ones. A training may change all.
     """
     own, given = (dict(m.named_parameters()) for m in (model, dense))
     names = own.keys() & given.keys()
@@ -303,7 +286,7 @@ def _finite(model: nn.Module, out: torch.Tensor) -> torch.Tensor:
 
 
 def probe(model: nn.Module, images: torch.Tensor, metric: MetricLike = None, output: Output = None) -> Metric:
-    """The metric that suits a model's outputs; fails if it cannot work with such images."""
+    """The metric for a model's outputs; raises CalibrationError if the model cannot work with such images."""
     try:
         raw = model(images)
     except Exception as error:

@@ -7,11 +7,9 @@ import os
 import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,71 +30,64 @@ Images = torch.Tensor | Iterable[Any] | str | os.PathLike[str]
 Size = int | Sequence[int] | None
 
 FEWEST = 10  # images
-BUILTIN = "builtin"  # is their name wherever a folder of images is taken
+BUILTIN = "builtin"  # in place of a folder: the photographs that ship
 COUNT = 76  # crops, as many as there are photographs
-HELD_OUT = 4  # every fourth photograph can be kept for judging
-PART = 5  # every fifth batch is held out, where there are no images for that
-AREA = 0.05, 1.0  # of a photograph that a crop takes,
-RATIO = 3 / 4, 4 / 3  # its width to height, times that of the model's input
-KEYS = "pixel_values", "image", "images", "input"  # of a batch that is a dictionary
+HELD_OUT = 4  # every fourth photograph can be held out
+PART = 5  # every fifth batch is held out, unless images for that are given
+AREA = 0.05, 1.0  # smallest and largest share of a photograph in a crop
+RATIO = 3 / 4, 4 / 3  # a crop's width to height, times that of the model's input
+BATCH_NAMES = "pixel_values", "image", "images", "input"  # of a batch that is a dictionary
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """How pictures become images for a model.
+class Pixels(NamedTuple):
+    """How images are prepared: what is None, a model's ``pretrained_cfg`` says.
 
     Attributes:
-        channels: 1 for grey.
-        config: What timm's ``create_transform`` takes: input size, mean, std, interpolation, crop.
+        mean: Of each channel, of pixels from 0 to 1.
+        std: Standard deviation, the same way.
+        size: Height and width, or one number for both.
     """
 
-    channels: int
-    config: Mapping[str, Any]
-
-    @property
-    def normalisation(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation, each (channels, 1, 1)."""
-        mean, std = (_per_channel(self.config[name], self.channels) for name in ("mean", "std"))
-        return torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    size: Size = None
 
 
-def prepare_for(
-    model: nn.Module | PretrainedCfg | Mapping[str, Any],
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    size: Size = None,
-) -> Preparation:
-    """How images are prepared for a model: by its ``pretrained_cfg``, or by that of the one timm model inside it.
+FROM_CFG = Pixels()
 
-    Args:
-        model: Any module, or a ``pretrained_cfg``. Of modules in one another that have a ``pretrained_cfg``, the
-            outermost counts.
-        mean: Of each channel, of pixels from 0 to 1; in place of the cfg's.
-        std: Standard deviation, the same way.
-        size: Height and width, or one number for both; in place of the cfg's.
+
+def prepare_for(model: nn.Module | PretrainedCfg | Mapping[str, Any], given: Pixels) -> dict[str, Any]:
+    """The arguments of timm's ``create_transform`` for a model, with its channels, and mean and std of each.
+
+    They are those of its ``pretrained_cfg``, or of that of the one timm model inside it: of modules in one another that
+    have one, the outermost counts. What is given takes their place.
 
     Raises:
         CalibrationError: No ``pretrained_cfg``, or those of several models, and not all of mean, std and size.
     """
     cfg, inner = _find_cfg(model) if isinstance(model, nn.Module) else (model, None)
     cfg = cfg.to_dict() if isinstance(cfg, PretrainedCfg) else dict(cfg or {})
-    given = {"mean": mean, "std": std, "size": size}
-    missing = [f"{name}=" for name, value in given.items() if value is None]
+    missing = [f"{name}=" for name, value in given._asdict().items() if value is None]
     if missing and not cfg:
         raise CalibrationError(
             f"{type(model).__name__} has no pretrained_cfg, nor has one model in it, so how its images are prepared is "
             f"not known: give {', '.join(missing)}."
         )
     config = dict(resolve_data_config(pretrained_cfg=cfg or {"input_size": (3, 1, 1)}))
-    config |= {name: tuple(value) for name, value in (("mean", mean), ("std", std)) if value is not None}
-    channels = config["input_size"][0]
+    channels, *size = config["input_size"]
     if isinstance(model, nn.Module):
         channels = _in_chans(inner or model, cfg.get("first_conv"), channels)
-    if size is not None:
-        config["input_size"] = (channels, *((size, size) if isinstance(size, int) else size))
-    if len(config["input_size"]) != 3 or not all(isinstance(n, int) and n > 0 for n in config["input_size"]):
-        raise CalibrationError(f"size is {size!r}, expected a height and a width, or one number for both.")
-    return Preparation(channels, config)
+    if given.size is not None:
+        size = [given.size] * 2 if isinstance(given.size, int) else list(given.size)
+    if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise CalibrationError(f"size is {given.size!r}, expected a height and a width, or one number for both.")
+    config["input_size"] = (channels, *size)
+    for name, values in (("mean", given.mean), ("std", given.std)):
+        values = list(config[name] if values is None else values)
+        if channels == 1:  # the cfg may be of the weights in colour
+            values = [sum(values) / len(values)]
+        config[name] = tuple(values[i % len(values)] for i in range(channels))
+    return config
 
 
 def _find_cfg(model: nn.Module) -> tuple[Any, nn.Module | None]:
@@ -123,7 +114,7 @@ def builtin_images(
 
     They serve to calibrate with, not to measure by: they show few things, each several times. The photographs, with
     authors and licences, are listed in ``data/photographs/sources.csv``. The same arguments give the same images, on
-    every machine with the same Pillow; no other random numbers are drawn from or changed.
+    every machine with the same Pillow; no random state is read or changed.
 
     Args:
         model: A timm model, one with a single timm model in it, or a ``pretrained_cfg``: its input size, mean, standard
@@ -149,15 +140,14 @@ def builtin_images(
     """
     if count < 1:
         raise CalibrationError(f"count is {count}, expected at least 1.")
-    preparation = prepare_for(model, mean, std, size)
-    height, width = preparation.config["input_size"][1:]
+    config = prepare_for(model, Pixels(mean, std, size))
+    channels, height, width = config["input_size"]
     pictures = photographs()
     if held_out is not None:
         pictures = [picture for i, picture in enumerate(pictures) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
-    filters = preparation.config["interpolation"]
-    crops = draw_crops(pictures, (width, height), count, seed, interpolation=filters)
-    pixels = torch.stack([_channels(crop, preparation.channels) for crop in crops])
-    centre, spread = preparation.normalisation
+    crops = draw_crops(pictures, (width, height), count, seed, interpolation=config["interpolation"])
+    pixels = torch.stack([_channels(crop, channels) for crop in crops])
+    centre, spread = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     return (pixels.float() / 255 - centre) / spread
 
 
@@ -178,10 +168,7 @@ def named_photographs() -> dict[str, Image.Image]:
 @lru_cache
 def photographs_sha256() -> str:
     """The SHA-256 of all photographs, in hex."""
-    digest = hashlib.sha256()
-    for path in _files():
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in _files())).hexdigest()
 
 
 def _files() -> list[Any]:
@@ -210,7 +197,7 @@ def draw_crops(
         area: Smallest and largest share of a picture.
         ratio: Smallest and largest width to height, times that of ``size``; less where the picture ends.
         flips: Mirror every other one, by chance.
-        interpolation: timm's name of it.
+        interpolation: timm's name of it, "random" for bilinear.
     """
     draw = random.Random(str(seed))  # the same numbers in every version of Python; as a number, -1 would be 1
     filters = str_to_pil_interp("bilinear" if interpolation == "random" else interpolation)
@@ -244,30 +231,15 @@ def _channels(image: Image.Image, channels: int) -> torch.Tensor:
     return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)[torch.arange(channels) % 3]
 
 
-def _per_channel(values: Any, channels: int) -> list[float]:
-    values = list(values)
-    if channels == 1:
-        return [sum(values) / len(values)]
-    return [values[i % len(values)] for i in range(channels)]
-
-
-def load_images(
-    images: Images,
-    model: nn.Module,
-    max_images: int,
-    *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    size: Size = None,
-) -> torch.Tensor:
+def load_images(images: Images, model: nn.Module, max_images: int, given: Pixels = FROM_CFG) -> torch.Tensor:
     """All images, of whatever ``calibrate_masterkeys`` takes, as one tensor like the model's parameters."""
     if max_images < FEWEST:
         raise CalibrationError(f"max_images is {max_images}, expected at least {FEWEST}.")
-    if isinstance(images, str) and images == BUILTIN:
-        images = builtin_images(model, min(COUNT, max_images), mean=mean, std=std, size=size)
+    if _is_builtin(images):
+        images = builtin_images(model, min(COUNT, max_images), **given._asdict())
     elif isinstance(images, (str, os.PathLike)):
-        images = _load_folder(os.fspath(images), model, max_images, prepare_for(model, mean, std, size))
-    elif any(value is not None for value in (mean, std, size)):
+        images = _load_folder(os.fspath(images), model, max_images, prepare_for(model, given))
+    elif any(value is not None for value in given):
         raise CalibrationError("mean, std and size prepare a folder or 'builtin'; other images are taken as they are.")
     elif not isinstance(images, torch.Tensor):
         images = _collect(images, max_images)
@@ -283,28 +255,47 @@ def load_images(
     return images.to(next(model.parameters()))
 
 
+def _is_builtin(images: Any) -> bool:
+    """Whether images are the photographs that ship."""
+    return isinstance(images, str) and images == BUILTIN
+
+
 def split_images(
-    images: Images,
-    held_out: Images | None,
-    model: nn.Module,
-    max_images: int,
-    *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    size: Size = None,
+    images: Images, held_out: Images | None, model: nn.Module, max_images: int, given: Pixels
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Images to fit to, and images to measure with; of the built-in ones, crops of other photographs.
 
     Returns:
         None for the second where a part of the first is to be held out.
     """
-    how: dict[str, Any] = {"mean": mean, "std": std, "size": size}
-    if held_out is None and isinstance(images, str) and images == BUILTIN:
-        count = min(COUNT, max_images)
+    if held_out is None and _is_builtin(images):
+        count, how = min(COUNT, max_images), given._asdict()
         images, held_out = (builtin_images(model, count, held_out=part, **how) for part in (False, True))
-        how = {}
-    fitted = load_images(images, model, max_images, **how)
-    return fitted, None if held_out is None else load_images(held_out, model, max_images, **how)
+        given = FROM_CFG
+    fitted = load_images(images, model, max_images, given)
+    return fitted, None if held_out is None else load_images(held_out, model, max_images, given)
+
+
+def split_for_choice(
+    images: Images, dense: nn.Module, max_images: int = 300, given: Pixels = FROM_CFG
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images to calibrate with, and images to judge by; of the built-in ones, crops of different photographs."""
+    if _is_builtin(images):
+        judges = 8 * (COUNT // HELD_OUT)  # many crops of each photograph, as they judge only
+        fitted, judging = (
+            builtin_images(dense, count, held_out=part, **given._asdict())
+            for count, part in ((min(COUNT, max_images), False), (judges, True))
+        )
+        return load_images(fitted, dense, max_images), load_images(judging, dense, judges)
+    least = HELD_OUT * FEWEST
+    most = max_images * HELD_OUT // (HELD_OUT - 1)
+    tensor = load_images(images, dense, most, given)
+    if len(tensor) < least:
+        raise CalibrationError(
+            f"{len(tensor)} images, expected at least {least}, as every fourth is held out; some hundred are better."
+        )
+    held_out = torch.arange(len(tensor), device=tensor.device) % HELD_OUT == HELD_OUT - 1
+    return tensor[~held_out], tensor[held_out]
 
 
 def split_batches(
@@ -332,37 +323,43 @@ def _collect(batches: Iterable[Any], max_images: int) -> torch.Tensor:
     parts: list[Any] = []
     for batch in batches:
         if isinstance(batch, Mapping):
-            batch = next((batch[key] for key in KEYS if key in batch), batch)
+            batch = next((batch[key] for key in BATCH_NAMES if key in batch), batch)
         parts.append(batch[0] if isinstance(batch, (tuple, list)) else batch)
         if isinstance(parts[0], torch.Tensor) and sum(map(len, parts)) >= max_images:
             break
-    kinds = {
-        tuple(part.shape[1:])
-        if isinstance(part, torch.Tensor)
-        else f"a {type(part).__name__}" + (f" of {', '.join(map(str, part))}" if isinstance(part, Mapping) else "")
-        for part in parts
-    }
+    kinds = {tuple(part.shape[1:]) if isinstance(part, torch.Tensor) else _kind(part) for part in parts}
     if len(kinds) > 1 or not all(isinstance(part, torch.Tensor) for part in parts):
         raise CalibrationError(
             f"images come as {', '.join(map(str, kinds))}, expected batches (N, channels, H, W) of one size, alone, "
-            f"first in a tuple, or in a dictionary under one of {', '.join(KEYS)}."
+            f"first in a tuple, or in a dictionary under one of {', '.join(BATCH_NAMES)}."
         )
     return torch.cat(parts)[:max_images] if parts else torch.empty(0, 3, 1, 1)
 
 
-def _load_folder(folder: str, model: nn.Module, max_images: int, preparation: Preparation) -> torch.Tensor:
+def _kind(batch: Any) -> str:
+    keys = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+    return f"a {type(batch).__name__}{keys}"
+
+
+def _load_folder(folder: str, model: nn.Module, max_images: int, config: dict[str, Any]) -> torch.Tensor:
     if not os.path.isdir(folder):
         raise CalibrationError(f"There is no folder '{folder}'.")
-    files = _image_files(folder)
+    files = [path for path in walk_files(folder) if is_img_extension(path.suffix.lower())]
     if not files:
         raise CalibrationError(f"There are no images in '{folder}'.")
+    channels = config["input_size"][0]
+    if channels not in (1, 3):
+        raise CalibrationError(
+            f"{type(model).__name__} takes images of {channels} channels, a folder gives 3 or 1: give a tensor of "
+            "images or a DataLoader."
+        )
     first = _spread(len(files), max_images).tolist()
     others = sorted(set(range(len(files))).difference(first))  # in place of those that cannot be read
     tensors: list[torch.Tensor] = []
     bar = tqdm(total=len(first), desc="load images", unit="image", leave=False, disable=None)
     with bar, warnings.catch_warnings(), torch.device("cpu"):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        mode, transform = _transform(model, preparation)
+        mode, transform = "L" if channels == 1 else "RGB", create_transform(**config)
         for i in [*first, *others]:
             if len(tensors) == len(first):
                 break
@@ -378,27 +375,6 @@ def _load_folder(folder: str, model: nn.Module, max_images: int, preparation: Pr
             f"{len(tensors)} of {len(files)} images in '{folder}' can be read, expected at least {FEWEST}."
         )
     return torch.stack(tensors)
-
-
-def _image_files(folder: str) -> list[Path]:
-    """The images in a folder, at all depths, through symbolic links; but for what is hidden."""
-    files = [path for path in walk_files(folder) if is_img_extension(path.suffix.lower())]
-    return [path for path in files if not any(name.startswith(".") for name in path.relative_to(folder).parts)]
-
-
-def _transform(model: nn.Module, preparation: Preparation) -> tuple[str, Any]:
-    """The mode of images (PIL's), and what makes tensors of them."""
-    channels = preparation.channels
-    if channels not in (1, 3):
-        raise CalibrationError(
-            f"{type(model).__name__} takes images of {channels} channels, a folder gives 3 or 1: give a tensor of "
-            "images or a DataLoader."
-        )
-    config = dict(preparation.config)
-    config["input_size"] = (channels, *config["input_size"][1:])
-    if channels == 1:  # the cfg may be of the weights in colour
-        config |= {name: tuple(_per_channel(config[name], 1)) for name in ("mean", "std")}
-    return "L" if channels == 1 else "RGB", create_transform(**config)
 
 
 def _spread(count: int, most: int) -> torch.Tensor:

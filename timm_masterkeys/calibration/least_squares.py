@@ -11,7 +11,7 @@ RIDGES = tuple(10 ** (power / 2) for power in range(-10, 3))  # times the mean e
 
 
 def choose_keys(covariance: torch.Tensor, keys_per_kernel: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The keys whose responses, with that of a constant kernel, come nearest to a layer's expected output.
+    """The keys whose responses, with that of a constant kernel, come nearest to the dense layer's output.
 
     Least squares over all sets of so many keys; where those are too many, by orthogonal matching pursuit: the key that
     leaves the smallest error joins, and all are refitted.
@@ -42,7 +42,7 @@ def choose_keys(covariance: torch.Tensor, keys_per_kernel: int) -> tuple[torch.T
 
 
 def _best(matrix: torch.Tensor, right: torch.Tensor, sets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of sets (C, sets, features) that with a channel's smallest error; with its solution, both (C, features)."""
+    """The set of features with the smallest error, of sets (C, sets, features), and its solution; (C, features)."""
     channels = torch.arange(len(sets), device=sets.device)
     among = matrix[channels[:, None, None, None], sets.unsqueeze(3), sets.unsqueeze(2)]
     towards = right[channels[:, None, None], sets]
@@ -53,15 +53,10 @@ def _best(matrix: torch.Tensor, right: torch.Tensor, sets: torch.Tensor) -> tupl
 
 @dataclass(frozen=True)
 class Gram:
-    """Sums over rows of features and residuals, in float64.
+    """Sums over rows of features and residuals, in float64."""
 
-    Attributes:
-        products: (1 + inputs, 1 + inputs + outputs), of (1, features) with (1, features, residual).
-        power: (outputs,), of the squared residuals.
-    """
-
-    products: torch.Tensor
-    power: torch.Tensor
+    products: torch.Tensor  # (1 + inputs, 1 + inputs + outputs), of (1, features) with (1, features, residual)
+    power: torch.Tensor  # (outputs,), of the squared residuals
 
     @classmethod
     def of(cls, features: torch.Tensor, residual: torch.Tensor) -> "Gram":
@@ -82,7 +77,7 @@ class Gram:
         return self.products[0, 1:] / self.products[0, 0]
 
     def around(self, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sums of products (inputs, inputs), (inputs, outputs) and squares (outputs,) of what is left of a mean."""
+        """Sums of products (inputs, inputs), (inputs, outputs) and of squares (outputs,), after subtracting a mean."""
         size = len(self.products) - 1
         n, total = self.products[0, 0], self.products[0, 1:]
         left = self.products[1:, 1:] - torch.outer(mean[:size], total - n * mean)
@@ -120,10 +115,7 @@ def fit_ridge(folds: list[Gram], weight: torch.Tensor, intercept: bool) -> tuple
 
 
 def _centred(fitted: Gram, test: Gram, intercept: bool) -> list[torch.Tensor]:
-    """Sums of what is fitted to and of what is tested on, around the mean of the former.
-
-    In float32, as they only choose among the ridges.
-    """
+    """Sums of both around the mean of ``fitted``; in float32, as they only choose among the ridges."""
     mean = fitted.mean if intercept else torch.zeros_like(fitted.mean)
     matrix, right, _ = fitted.around(mean)
     return [sums.float() for sums in (matrix, right, *test.around(mean))]
@@ -138,7 +130,7 @@ def _ridge_error(
     test_right: torch.Tensor,
     power: torch.Tensor,
 ) -> float:
-    """The squared error, on other rows than those fitted to; infinite where the ridge is lost in rounding."""
+    """The squared error on the rows of the test; infinite where the ridge is lost in rounding."""
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     factor, failed = torch.linalg.cholesky_ex(matrix + ridge * _energy(matrix) * identity)
     if failed:
@@ -148,5 +140,5 @@ def _ridge_error(
 
 
 def _energy(matrix: torch.Tensor) -> torch.Tensor:
-    """What ridges are multiples of; zero of no matrix."""
+    """The mean energy of a feature, never 0."""
     return matrix.diagonal().mean().clamp_min(1e-30)

@@ -21,18 +21,17 @@ LARGEST = 32 << 20  # bytes: where glibc's own, moving mmap threshold ends
 def freed_memory_kept() -> Iterator[None]:
     """Freed memory stays with the process until the context ends, and all of it then goes back at once.
 
-    By default glibc gives each large tensor back to the kernel as soon as it is freed, and every page of the next one
-    is a fault: three quarters of the time of a calibration on a CPU. Without glibc, or where the environment sets its
-    thresholds, this does nothing. Afterwards the two thresholds are those that glibc comes to by itself once a tensor
-    of 32 MB was freed (tensors larger than that go back to the kernel at once), but no longer move.
+    By default glibc gives each large tensor back to the operating system as soon as it is freed, and every page of the
+    next one is a fault: three quarters of the time of a calibration on a CPU. Without glibc, or where the environment
+    sets its thresholds, this does nothing. Afterwards the two thresholds are those that glibc comes to by itself once a
+    tensor of 32 MB was freed (larger tensors go back at once), but no longer move.
     """
-    chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     try:
         libc = ctypes.CDLL(None)
         mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
     except (AttributeError, OSError, TypeError):  # not glibc
-        chosen = True
-    if chosen:
+        mallopt = None
+    if mallopt is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         yield
         return
     try:
@@ -58,10 +57,10 @@ def check_memory(model: nn.Module, images: torch.Tensor) -> None:
 
 @torch.no_grad()
 def needed_memory(model: nn.Module, images: torch.Tensor) -> int:
-    """About how many bytes a calibration needs; from the sizes of what two images give, so always the same.
+    """About how many bytes a calibration needs; the same at each call.
 
-    Of each image itself, and a block's inputs and outputs in both networks: four times the largest that any module
-    puts out. And four times the weights.
+    For each image its own bytes, and a block's inputs and outputs in both networks: four times the largest output of
+    any module. And four times the weights.
     """
     sample, largest = images[:2], 0
 
@@ -77,14 +76,10 @@ def needed_memory(model: nn.Module, images: torch.Tensor) -> int:
 
 
 def free_memory(device: torch.device, root: str | os.PathLike[str] = "/") -> float:
-    """Bytes that can be had on a device; infinite where nobody tells.
+    """Free bytes on a device; infinite where they are not known. ``root`` is the folder of ``proc`` and ``sys``.
 
     On the CPU what Linux says is available, or what the limits of the process's control groups leave if that is less.
-    What a group keeps of files it gives back, so that counts as free.
-
-    Args:
-        device: CPU or CUDA.
-        root: Where ``proc`` and ``sys`` are.
+    A group's cached files count as free, as it gives them back.
     """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -25,10 +25,10 @@ class Metric:
 
     Attributes:
         name: "classification", "dense prediction", "regression", "embedding", "features", or a callable's name.
-        measure: Gives the figures, by name, of outputs and expected outputs.
-        distance: Gives one number, 0 for equal outputs, by which layers are compared.
-        score_name: What ``score`` is called.
-        score: Gives of the figures the one that ``convert_to_agreement`` is asked for, 1 for equal outputs.
+        measure: Returns the figures, by name, of outputs and expected outputs.
+        distance: Returns one number, 0 for equal outputs, by which layers are compared.
+        score_name: The name of ``score``.
+        score: Returns the number that ``convert_to_agreement`` compares, of the figures; 1 for equal outputs.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Metric:
 
 
 def choose_metric(metric: MetricLike, expected: torch.Tensor, features: bool = False) -> Metric:
-    """The metric asked for, or else the one that suits the dense network's outputs.
+    """The given metric, or else the one that suits the dense network's outputs.
 
     - "classification", of (N, C) with more than one class: the figures of ``classification_figures``;
     - "dense prediction", of (N, C, H, W) with more than one class: the same at each position;
@@ -47,31 +47,27 @@ def choose_metric(metric: MetricLike, expected: torch.Tensor, features: bool = F
       (``gives_features``); and "features", of anything else: the figures of ``regression_figures``.
 
     Args:
-        metric: A name from above; a callable on outputs and expected outputs that gives a number or numbers by name,
-            of which the first is compared with the agreement asked for; or None.
+        metric: A name from above; a callable on outputs and expected outputs that returns a number, or numbers by name,
+            of which the first is the score; or None.
         expected: The dense network's outputs.
         features: Whether the network has no head.
 
     Raises:
         CalibrationError: No such metric, or one that does not suit the outputs.
     """
-    classes = expected.ndim in (2, 4) and expected.shape[1] > 1
-    if features:
-        fitting = "embedding"
-    elif classes:
-        fitting = "classification" if expected.ndim == 2 else "dense prediction"
-    elif expected.ndim == 1 or (expected.ndim in (2, 4) and expected.shape[1] == 1):
-        fitting = "regression"
+    kinds = {2: "classification", 4: "dense prediction"}
+    if expected.ndim == 1 or (expected.ndim in kinds and expected.shape[1] == 1):
+        by_shape = "regression"
     else:
-        fitting = "features"
+        by_shape = kinds.get(expected.ndim, "features")
+    fitting = "embedding" if features else by_shape
     if callable(metric):
         return _metric_of(metric, _METRICS[fitting].distance)
     name = fitting if metric is None else metric
     if name not in _METRICS:
         raise CalibrationError(f"metric is {metric!r}, expected a callable, or one of {', '.join(_METRICS)}.")
-    sizes = {"classification": 2, "dense prediction": 4}
-    if name in sizes and not (classes and expected.ndim == sizes[name]):
-        shape = "(N, classes)" if sizes[name] == 2 else "(N, classes, H, W)"
+    if name in kinds.values() and name != by_shape:
+        shape = "(N, classes)" if name == kinds[2] else "(N, classes, H, W)"
         raise CalibrationError(f"metric is {name!r}, which is of {shape}; the model gives {tuple(expected.shape)}.")
     return _METRICS[name]
 
@@ -124,7 +120,7 @@ def regression_figures(out: torch.Tensor, expected: torch.Tensor) -> Figures:
 
 
 def share_intervals(metric: str, figures: Mapping[str, float], images: int) -> dict[str, list[float]]:
-    """The 95 % intervals of the agreements that are of few images; of positions none, as they are not independent."""
+    """The 95 % intervals of agreements on few images; none for positions, which are not independent."""
     counts = {"agreement": images, "sure agreement": int(figures.get("sure images", 0))}
     return {
         name: list(wilson_interval(round(figures[name] * count), count))
@@ -141,16 +137,12 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
     return low if successes else 0.0, high if successes < count else 1.0
 
 
+def _first(figures: Mapping[str, float]) -> float:
+    return next(iter(figures.values()))
+
+
 def _explained(figures: Mapping[str, float]) -> float:
     return max(0.0, 1 - figures["relative error"])
-
-
-def _relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    return regression_figures(out, expected)["relative error"]
-
-
-def _divergence(out: torch.Tensor, expected: torch.Tensor) -> float:
-    return classification_figures(out, expected)["divergence"]
 
 
 def _metric_of(function: Any, distance: Callable[[torch.Tensor, torch.Tensor], float]) -> Metric:
@@ -167,23 +159,21 @@ def _metric_of(function: Any, distance: Callable[[torch.Tensor, torch.Tensor], f
                 f"The metric {name} gives {found!r}, expected a number or numbers by name."
             ) from None
 
-    def score(figures: Mapping[str, float]) -> float:
-        return next(iter(figures.values()))
-
-    return Metric(name, measure, distance, name, score)
+    return Metric(name, measure, distance, name, _first)
 
 
-def _agreement(figures: Mapping[str, float]) -> float:
-    return figures["agreement"]
+def _divergence(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return classification_figures(out, expected)["divergence"]
+
+
+def _relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return regression_figures(out, expected)["relative error"]
 
 
 _METRICS = {
-    **{
-        name: Metric(name, classification_figures, _divergence, "agreement", _agreement)
-        for name in ("classification", "dense prediction")
-    },
-    **{
-        name: Metric(name, regression_figures, _relative_error, "R2", _explained)
-        for name in ("regression", "embedding", "features")
-    },
+    name: Metric(name, classification_figures, _divergence, "agreement", _first)
+    for name in ("classification", "dense prediction")
+} | {
+    name: Metric(name, regression_figures, _relative_error, "R2", _explained)
+    for name in ("regression", "embedding", "features")
 }

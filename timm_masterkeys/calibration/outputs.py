@@ -1,4 +1,4 @@
-"""Which of what a model puts out counts, whatever it comes in: a tensor, a tuple, a dictionary, an object."""
+"""Which tensor of a model's output counts, be it in a tuple, a dictionary or an object."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,14 +16,11 @@ EMBEDDERS = ("open_clip",)  # libraries whose models put out embeddings, as plai
 
 
 def pick_output(model: nn.Module, raw: Any, output: Output = None) -> torch.Tensor:
-    """The tensor, of all that a model puts out, that calibration looks at.
+    """The tensor in a model's output ``raw`` that calibration looks at.
 
-    Args:
-        model: The model, for the error, and whether its list is one of feature maps.
-        raw: What it puts out.
-        output: A key, an index or an attribute of it, or a callable on it. None takes a tensor as it is; of anything
-            else what ``HEADS`` or ``FEATURES`` name, by key or attribute, or else the first tensor; of the list of a
-            ``features_only`` model the last, which has seen every layer.
+    ``output`` is a key, an index or an attribute of it, or a callable on it. None takes a tensor as it is; of anything
+    else what ``HEADS`` or ``FEATURES`` name, by key or attribute, or else the first tensor; of the list of a
+    ``features_only`` model the last, which has seen every layer.
 
     Raises:
         CalibrationError: There is no such output, or it is no tensor.
@@ -35,10 +32,10 @@ def pick_output(model: nn.Module, raw: Any, output: Output = None) -> torch.Tens
             f"{type(model).__name__} puts out {_kind(raw)}, without {output!r} ({error})."
         ) from error
     if not isinstance(found, torch.Tensor):
-        asked = "a tensor in it" if output is None else f"a tensor at {output!r}, got {_kind(found)}"
+        wanted = "a tensor in it" if output is None else f"a tensor at {output!r}, got {_kind(found)}"
         raise CalibrationError(
-            f"{type(model).__name__} puts out {_kind(raw)}, expected {asked}. output= tells where it is: a key, an "
-            "index, an attribute, or a callable on what the model puts out."
+            f"{type(model).__name__} puts out {_kind(raw)}, expected {wanted}. output= says where it is: a key, an "
+            "index, an attribute, or a callable on the model's output."
         )
     return found
 
@@ -46,19 +43,19 @@ def pick_output(model: nn.Module, raw: Any, output: Output = None) -> torch.Tens
 def gives_features(model: nn.Module, raw: Any, out: torch.Tensor | None = None) -> bool:
     """Whether a model has no head, so that its outputs' channels are features, not classes.
 
-    Args:
-        model: The model.
-        raw: What it puts out.
-        out: The tensor in it that counts: vectors of length 1 are embeddings.
+    ``out`` is the tensor in the output ``raw`` that counts: vectors of length 1 are embeddings.
     """
     if hasattr(model, "feature_info") and isinstance(raw, (Mapping, list, tuple)):
         return True
     if type(model).__module__.partition(".")[0] in EMBEDDERS or _is_normalised(out):
         return True
-    head = any(_at(raw, name) is not None for name in HEADS)
-    return getattr(model, "num_classes", None) == 0 or (
-        not head and any(_at(raw, name) is not None for name in FEATURES)
-    )
+    if getattr(model, "num_classes", None) == 0:
+        return True
+    return not _has_any(raw, HEADS) and _has_any(raw, FEATURES)
+
+
+def _has_any(raw: Any, names: tuple[str, ...]) -> bool:
+    return any(_at(raw, name) is not None for name in names)
 
 
 def _is_normalised(out: torch.Tensor | None) -> bool:

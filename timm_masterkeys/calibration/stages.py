@@ -1,4 +1,8 @@
-"""The stages of a calibration, each on one block of two networks; they return why they changed nothing, or ""."""
+"""The stages of a calibration, each on one layer of a block of two networks.
+
+Each takes the batches that the layer was observed in and the observer that saw the dense layer there, and returns why
+it changed nothing, or "".
+"""
 
 import math
 from typing import Any
@@ -6,22 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from .block_pair import FOLDS, BlockPair
+from .block_pair import FOLDS, BlockPair, MomentsObserver, RowsObserver
 from .blocks import Reached
 from .least_squares import Gram, choose_keys, fit_ridge
-from .observers import MomentsObserver, Observation, RowsObserver
 
 DEAD = 1e-10  # a channel that varies less than this is left alone
 
 
-def project(pair: BlockPair, dense: Observation[RowsObserver]) -> str:
-    """Chooses keys, scale and shift of a converted layer by what it puts out, where that comes nearer."""
-    name, layer = dense.name, pair.layer(dense.name)
-    norm, _ = pair.norm(name)
+def project(pair: BlockPair, name: str, batches: list[int], dense: RowsObserver) -> str:
+    """Chooses keys, scale and shift of a converted layer by its output, of each channel that comes nearer."""
+    layer, (norm, _) = pair.layer(name), pair.norm(name)
     entries = layer.key_index, layer.scale.view(layer.out_channels, -1), layer.shift, layer.r2, layer.bias
     changed = [t for t in (*entries, *((norm.running_mean, norm.running_var) if norm else ())) if t is not None]
-    state, before = [tensor.clone() for tensor in changed], _error_variance(pair, dense)
-    gram = _response_gram(pair, dense)
+    state, before = [tensor.clone() for tensor in changed], _error_variance(pair, name, batches, dense)
+    gram = _response_gram(pair, name, batches, dense)
     mean = gram[:, :-1, -1] / gram[:, -1:, -1]
     covariance = gram[:, :-1, :-1] / gram[:, -1:, -1:] - mean.unsqueeze(2) * mean.unsqueeze(1)
     keys, scale, shift = choose_keys(covariance, layer.keys_per_kernel)
@@ -32,14 +34,14 @@ def project(pair: BlockPair, dense: Observation[RowsObserver]) -> str:
     scales = scale.new_zeros(len(alive), len(layer.keys)).scatter_(1, keys, scale)
     _shift_mean(pair, name, mean[:, -1], (torch.cat([shift.unsqueeze(1), scales], 1) * mean[:, :-1]).sum(1), alive)
     _refit_r2(layer, pair.dense_layer(name), alive)
-    farther = _error_variance(pair, dense) > before  # many keys cancel each other, which sums of products do not tell
+    farther = _error_variance(pair, name, batches, dense) > before  # many keys cancel each other: rounding errors
     for tensor, value in zip(changed, state, strict=True):
         tensor[farther] = value[farther]
     return "no channel comes nearer" if (farther | ~alive).all() else ""
 
 
 def _refit_r2(layer: Any, conv: Any, channels: torch.Tensor) -> None:
-    """Measures anew how much of the dense kernels' variance the layer's explain."""
+    """Measures R2 of the layer's kernels anew."""
     kernels = conv.weight.flatten(1).double()
     missed = (kernels - layer.compose_weight().flatten(1)).square().sum(1)
     fit = 1 - missed / (kernels - kernels.mean(1, keepdim=True)).square().sum(1)
@@ -47,33 +49,33 @@ def _refit_r2(layer: Any, conv: Any, channels: torch.Tensor) -> None:
     layer.r2[channels] = fit[channels].clamp(0, 1).to(layer.r2.dtype)
 
 
-def _error_variance(pair: BlockPair, dense: Observation[RowsObserver]) -> torch.Tensor:
-    """(C,), of the difference between the layer's output and that of the dense layer, its mean left out."""
-    targets, errors = iter(dense.observer.outputs), MomentsObserver()
+def _error_variance(pair: BlockPair, name: str, batches: list[int], dense: RowsObserver) -> torch.Tensor:
+    """(C,), of the difference between the outputs of the layer and of the dense layer."""
+    targets, errors = iter(dense.outputs), MomentsObserver()
 
     def compare(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        error = dense.observer.pick(output) - next(targets)
+        error = dense.pick(output) - next(targets)
         errors(module, args, error.movedim(2, 1).unsqueeze(3))
         raise Reached
 
-    pair.run(dense.batches, (dense.name, compare))
+    pair.run(batches, (name, compare))
     return errors.result()[1]
 
 
-def _response_gram(pair: BlockPair, dense: Observation[RowsObserver]) -> torch.Tensor:
+def _response_gram(pair: BlockPair, name: str, batches: list[int], dense: RowsObserver) -> torch.Tensor:
     """(C, K + 3, K + 3), for each channel the sums of products over positions.
 
     Of the responses to a kernel of ones and to the K keys, of the dense layer's output, and of 1.
     """
-    layer = pair.layer(dense.name)
+    layer = pair.layer(name)
     kernels = torch.cat([torch.ones_like(layer.keys[:1]), layer.keys]).flatten(1)
     count, per_input = len(kernels), layer.out_channels // layer.in_channels
-    targets = iter(dense.observer.outputs)
+    targets = iter(dense.outputs)
     grams: list[torch.Tensor] = []
 
     def gather(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         target = next(targets).flatten(0, 1).T
-        positions = dense.observer.positions(output[0, 0].numel(), len(output))
+        positions = dense.positions(output[0, 0].numel(), len(output))
         windows = layer.windows(args[0], positions.to(output.device)).flatten(0, 1)
         responses = (kernels @ windows).permute(2, 0, 1)  # (in_channels, positions, kernels)
         rows = responses.new_empty(layer.in_channels, per_input, len(target[0]), count + 2)
@@ -84,12 +86,12 @@ def _response_gram(pair: BlockPair, dense: Observation[RowsObserver]) -> torch.T
         grams.append((rows.mT @ rows).double())
         raise Reached
 
-    pair.run(dense.batches, (dense.name, gather))
+    pair.run(batches, (name, gather))
     return torch.stack(grams).sum(0)
 
 
 def _shift_mean(pair: BlockPair, name: str, expected: torch.Tensor, got: torch.Tensor, alive: torch.Tensor) -> None:
-    """Corrects the mean of a layer's output, bias not counted in ``got``, by its norm or else its bias."""
+    """Corrects the mean of a layer's output, which is ``got`` without its bias, by its norm or else its bias."""
     layer, (norm, dense_norm) = pair.layer(name), pair.norm(name)
     if norm is not None:
         bias = 0 if layer.bias is None else layer.bias
@@ -99,16 +101,16 @@ def _shift_mean(pair: BlockPair, name: str, expected: torch.Tensor, got: torch.T
         layer.bias[alive] = (expected - got)[alive].to(layer.bias.dtype)
 
 
-def match(pair: BlockPair, dense: Observation[MomentsObserver]) -> str:
+def match(pair: BlockPair, name: str, batches: list[int], dense: MomentsObserver) -> str:
     """Gives what follows a converted layer the mean (and variance) it has in the dense network."""
 
     def stop(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         raise Reached
 
     found = MomentsObserver()
-    pair.run(dense.batches, (dense.name, found), (dense.name, stop))
-    (mean, variance), (new_mean, new_variance) = dense.observer.result(), found.result()
-    layer, (norm, dense_norm) = pair.layer(dense.name), pair.norm(dense.name)
+    pair.run(batches, (name, found), (name, stop))
+    (mean, variance), (new_mean, new_variance) = dense.result(), found.result()
+    layer, (norm, dense_norm) = pair.layer(name), pair.norm(name)
     if norm is not None:
         alive = (variance > DEAD) & (new_variance > DEAD)
         ratio = torch.where(alive, new_variance / variance.clamp_min(DEAD), 1.0).sqrt()
@@ -121,19 +123,18 @@ def match(pair: BlockPair, dense: Observation[MomentsObserver]) -> str:
     return ""
 
 
-def absorb(pair: BlockPair, dense: Observation[RowsObserver]) -> str:
-    """Refits a block's last pointwise layer, to what the block puts out or else to what the layer itself does."""
-    name = dense.name
+def absorb(pair: BlockPair, name: str, batches: list[int], dense: RowsObserver) -> str:
+    """Refits a block's last pointwise layer to the dense block's output, or else to the dense layer's."""
     layer, (norm, _) = pair.layer(name), pair.norm(name)
     found = _factor(pair, name) if pair.block.name != name else None
     factor = found[0] if found else layer.weight.new_ones(len(layer.weight))
-    folds = _residual_folds(pair, dense, found)
+    folds = _residual_folds(pair, name, batches, dense, found)
     solution = fit_ridge(folds, factor.square().double(), layer.bias is not None or norm is not None)
     if solution is None:
         return "no ridge helps on images it was not fitted to"
     weight, bias = solution
     to_itself = found is None and pair.block.name != name  # does the block's output come nearer?
-    before = pair.error(dense.batches) if to_itself else math.nan
+    before = pair.error(batches) if to_itself else math.nan
     changed = [t for t in (layer.weight, layer.bias, norm and norm.running_mean) if t is not None]
     state = [tensor.clone() for tensor in changed]
     layer.weight.add_(weight.T.reshape(layer.weight.shape).to(layer.weight.dtype))
@@ -141,7 +142,7 @@ def absorb(pair: BlockPair, dense: Observation[RowsObserver]) -> str:
         norm.running_mean.sub_(bias.to(norm.running_mean.dtype))
     elif layer.bias is not None:
         layer.bias.add_(bias.to(layer.bias.dtype))
-    if to_itself and pair.error(dense.batches) > before:
+    if to_itself and pair.error(batches) > before:
         for tensor, value in zip(changed, state, strict=True):
             tensor.copy_(value)
         return "the block comes no nearer"
@@ -149,15 +150,14 @@ def absorb(pair: BlockPair, dense: Observation[RowsObserver]) -> str:
 
 
 def _residual_folds(
-    pair: BlockPair, dense: Observation[RowsObserver], found: tuple[torch.Tensor, bool] | None
+    pair: BlockPair, name: str, batches: list[int], dense: RowsObserver, found: tuple[torch.Tensor, bool] | None
 ) -> list[Gram]:
-    """What the layer takes in, with what is missing of the block's output, or, without a factor, of the layer's own."""
-    name = dense.name
+    """The layer's inputs, with what the block's output lacks, or, without a factor, what the layer's own does."""
     layer, (norm, dense_norm) = pair.layer(name), pair.norm(name)
     offset = 0 if norm is None else norm.running_mean - dense_norm.running_mean  # of the norms' means
     folds: dict[int, Gram] = {}
-    for k, (i, expected) in enumerate(zip(dense.batches, dense.observer.outputs, strict=True)):
-        rows = RowsObserver(layer, dense.observer.rows, inputs=True)
+    for k, (i, expected) in enumerate(zip(batches, dense.outputs, strict=True)):
+        rows = RowsObserver(layer, dense.rows, inputs=True)
         (out,) = pair.run([i], (name, rows))
         if found is None:
             residual = expected - rows.outputs[0] + offset
@@ -170,10 +170,7 @@ def _residual_folds(
 
 
 def _factor(pair: BlockPair, name: str) -> tuple[torch.Tensor, bool] | None:
-    """By how much the block's output moves with each channel of the layer's, if by one factor a channel.
-
-    With it, whether the block puts channels last.
-    """
+    """One factor a channel by which the block's output moves with the layer's, and whether it has channels last."""
     nudges: list[torch.Tensor] = []
 
     def nudge(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,9 @@ _WORDS = """words:
   key        one of a few fixed patterns; a kernel becomes scale * key + shift
   bank       a set of keys
   dense      a network as it was before conversion, with ordinary kernels
-  calibrate  bring the converted network's outputs near the dense one's, with
-             images but without labels
+  fit, R2    how much of a kernel's variance scale * key + shift explains, 0 to 1
+  calibrate  adjust a converted network to its dense one, with images but
+             without labels
   agreement  the share of images for which the converted and the dense network
              give the same top class; measured on images not used to calibrate
 
@@ -87,19 +88,14 @@ def _read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         )
         subparser.set_defaults(run=command.run, parser=subparser)
     args = parser.parse_args(argv)
-    _refuse_empty(args)
+    for name, value in vars(args).items():
+        if value == "" or (isinstance(value, list) and "" in value):  # as a shell passes an unset variable
+            args.parser.error(f"argument {name.replace('_', '-')} is empty. Is it a variable that is not set?")
     return args
 
 
-def _refuse_empty(args: argparse.Namespace) -> None:
-    """Exits if an argument is an empty string, as a shell passes an unset variable."""
-    for name, value in vars(args).items():
-        if value == "" or (isinstance(value, list) and "" in value):
-            args.parser.error(f"argument {name.replace('_', '-')} is empty. Is it a variable that is not set?")
-
-
 def _configure_logging(verbose: bool) -> None:
-    """Warnings of this package are shown, with ``verbose`` what everybody logs."""
+    """Shows warnings of this package; with ``verbose``, information of all packages."""
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
     logging.getLogger("timm_masterkeys").setLevel(logging.INFO if verbose else logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own

@@ -2,10 +2,10 @@
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import MasterKeysError
-from .options import TRAINABLE, add_agreement, add_conversion, add_model, given_options, read_config
+from .options import TRAINABLE, add_conversion, add_model, add_options, check_device, read_config
 from .outputs import check_folder
 
 if TYPE_CHECKING:
@@ -18,19 +18,18 @@ EXAMPLE = "convert convnext_tiny --pretrained --keys-per-kernel 4 --output out"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
+    add = parser.add_argument
     add_model(parser)
-    add_conversion(parser)
-    add_agreement(parser)
-    parser.add_argument(
+    add_conversion(parser, "--agreement")
+    add(
         "--trainable",
         default="shift",
         choices=TRAINABLE,
         help="what later training may change of each kernel: nothing, its shift, its scale and shift (affine), or, for "
         "scale-space banks, its shift and its Gaussians' widths (scales) (default: shift)",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--license", metavar="NAME", help="the weights' licence, where timm does not know it")
+    add("--output", required=True, metavar="DIR", help="the folder to write")
+    add_options(parser, "--license", "--device")
     images = parser.add_argument_group("calibration")
     images.add_argument(
         "--calibrate",
@@ -60,22 +59,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the height and width that images are brought to, or one number for both (default: the model's own)",
     )
-    images.add_argument("--device", default="cpu", help="where to calibrate, as cuda (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Converts, calibrates and saves."""
     from ..conversion.convert import convert
     from ..conversion.report import conversion_report
     from ..hub.card import inherited_license
     from ..hub.save import save_pretrained
     from ..timm_plugin.call import calibration_images
-    from .devices import check_device
-    from .load_model import check_name, has_weights, is_converted, load_model
+    from .load_model import is_converted, load_model, require_weights
 
-    if not has_weights(args):
-        check_name(args.model)
-        raise MasterKeysError("There are no weights to convert. Add --pretrained or --checkpoint FILE.")
+    require_weights(args, "There are no weights to convert.")
     config, images = read_config(args), calibration_images(args.calibrate, "--calibrate")
     if config.agreement is not None and not images:
         raise MasterKeysError("--agreement is measured with images: leave out --calibrate none.")
@@ -88,10 +82,7 @@ def run(args: argparse.Namespace) -> None:
             f"'{args.model}' is converted already. Inspect or publish it as it is, or convert the dense weights it was "
             "made from."
         )
-    if images:
-        model = _calibrated(dense, config, images, args)
-    else:
-        model = convert(dense, config, "project")
+    model = _calibrated(dense, config, images, args) if images else convert(dense, config, "project")
     _note_source(model, args)
     directory = save_pretrained(model.cpu(), args.output, license=args.license)
     print(conversion_report(model))
@@ -105,9 +96,10 @@ def _calibrated(dense: "nn.Module", config: "MasterKeysConfig", images: str, arg
     from ..calibration.calibrate import calibrate_masterkeys
     from ..conversion.convert import convert
 
-    options: dict[str, Any] = given_options(args, "max_images", "mean", "std", "size")
-    if len(options.get("size", ())) == 1:
-        [options["size"]] = options["size"]
+    given = {"max_images": args.max_images, "mean": args.mean, "std": args.std, "size": args.size}
+    if args.size and len(args.size) == 1:
+        given["size"] = args.size[0]
+    options = {name: value for name, value in given.items() if value is not None}
     if config.agreement is None:
         model = convert(dense, config, "project")
         calibrate_masterkeys(model, dense, images, **options)

@@ -5,76 +5,66 @@ import os
 from pathlib import Path
 
 from ..errors import MasterKeysError
-from .compare import print_matches
-from .options import DEFAULT_BANK, add_json
-from .outputs import check_file, figure_kind, print_json, save_figure
+from .compare import describe_matches
+from .options import DEFAULT_BANK, add_options, check_device
+from .outputs import check_file, print_result, save_figure
 
 SUMMARY = "search the depthwise kernels of some networks for the few keys that fit them best, and save these as a bank"
 EXAMPLE = "discover convnext_tiny mine.safetensors --hold-out mine.safetensors --output bank.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        help="where to take kernels from: timm names (their pretrained weights), checkpoints, or .npz files of arrays "
-        "(channels, height, width)",
-    )
-    parser.add_argument(
-        "--kernel-size", type=int, default=7, metavar="K", help="take only the K x K kernels (default: 7)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add_options(parser, "sources")
+    add("--kernel-size", type=int, default=7, metavar="K", help="take only the K x K kernels (default: 7)")
+    add(
         "--keys",
         type=int,
         metavar="N",
         help="how many keys to find, at most 25 (default: the number after which more keys improve the fit little)",
     )
-    parser.add_argument(
+    add(
         "--hold-out",
         action="append",
         default=[],
         metavar="SOURCE",
-        help="one of the sources, not to search but to measure the fit of the keys on; may be repeated",
+        help="one of the networks, not to search but to measure the fit of the keys on; may be repeated",
     )
-    parser.add_argument(
+    add(
         "--by-kernels",
         action="store_true",
         help="let every kernel count the same, so that large networks count more (default: every network counts the "
         "same)",
     )
-    parser.add_argument(
+    add(
         "--method",
         default="autoencoder",
         choices=["autoencoder", "lines"],
-        help="'autoencoder', the search of the master keys paper: a network that squeezes each kernel through one "
-        "number proposes keys, of which the least useful is dropped again and again; or 'lines', which is faster: the "
-        "kernels are points, and the keys the lines through the origin that lie nearest to them (default: autoencoder)",
+        help="'autoencoder' is the search of the master keys paper: an autoencoder, which is a network that squeezes "
+        "each kernel through one number, proposes keys, and the least useful key is dropped again and again. 'lines' "
+        "is faster: kernels are points, and the keys are the lines through the origin that lie nearest to these points "
+        "(default: autoencoder)",
     )
-    parser.add_argument(
+    add(
         "--seed",
         type=int,
         default=0,
         help="start of the random numbers; the same seed finds the same keys (default: 0)",
     )
-    parser.add_argument("--device", default="cpu", help="where to compute, as cuda (default: %(default)s)")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the .safetensors file to write the bank to")
-    parser.add_argument(
-        "--plot",
-        metavar="FILE",
-        help="draw the fit by the number of keys, as .png, .svg or .pdf (needs matplotlib)",
-    )
-    add_json(parser)
+    add("--output", required=True, metavar="FILE", help="the .safetensors file to write the bank to")
+    add("--plot", metavar="FILE", help="draw the fit by the number of keys, as .png, .svg or .pdf (needs matplotlib)")
+    add_options(parser, "--device", "--json")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Searches, saves the bank and prints how well it fits."""
-    _check_outputs(args)
+    check_file(args.output, ".safetensors")
+    if os.path.realpath(args.output) in map(os.path.realpath, args.sources):
+        raise MasterKeysError(f"--output '{args.output}' is one of the sources: name another file.")
     if args.plot:
+        check_file(args.plot, ".png", ".svg", ".pdf")
         from ..study import plotting  # needs matplotlib: before the search, not after it
     from ..study.discovery import collect_kernels, discover_bank, match_banks
     from ..study.kernels import name_sources
-    from .devices import check_device
 
     check_device(args.device)
     match_banks(DEFAULT_BANK, DEFAULT_BANK)  # needs scipy: before the search, not after it
@@ -93,21 +83,9 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         save_figure(plotting.plot_elimination(found), args.plot)
     matches = match_banks(found.bank, DEFAULT_BANK, (args.kernel_size, args.kernel_size))
-    if args.json:
-        bank = {"name": found.bank.name, "keys": len(found.bank), "source": found.bank.source, "file": args.output}
-        print_json({**vars(found), "bank": bank, "matches": matches})
-        return
-    print(found)
-    print_matches(found.bank.name, DEFAULT_BANK, matches)
-    print(f"\nsaved to {args.output}: convert_to_masterkeys(model, bank='{args.output}') takes it")
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    if not args.output.endswith(".safetensors"):
-        raise MasterKeysError(f"--output is '{args.output}', expected a name that ends in .safetensors.")
-    if os.path.realpath(args.output) in map(os.path.realpath, args.sources):
-        raise MasterKeysError(f"--output '{args.output}' is one of the sources: name another file.")
-    check_file(args.output)
-    if args.plot:
-        figure_kind(args.plot)
-        check_file(args.plot)
+    bank = {"name": found.bank.name, "keys": len(found.bank), "source": found.bank.source, "file": args.output}
+    text = (
+        f"{found}\n{describe_matches(found.bank.name, DEFAULT_BANK, matches)}\n\n"
+        f"saved to {args.output}: convert_to_masterkeys(model, bank='{args.output}') takes it"
+    )
+    print_result(args, {**vars(found), "bank": bank, "matches": matches}, text)

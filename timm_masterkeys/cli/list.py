@@ -9,17 +9,17 @@ EXAMPLE = "list 'mobilenet*' --pretrained"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
-    parser.add_argument(
-        "pattern", nargs="?", default="*", help="list only architectures that match, as 'convnext*' (default: all)"
+    add = parser.add_argument
+    add(
+        "pattern",
+        nargs="?",
+        default="*",
+        help="list only architectures that match, for example 'convnext*' (default: all)",
     )
-    parser.add_argument(
-        "--pretrained", action="store_true", help="list each name that has pretrained weights, with the weights' tag"
-    )
+    add("--pretrained", action="store_true", help="list each name that has pretrained weights, with the weights' tag")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the names, one a line."""
     import timm
 
     from ..timm_plugin.published import list_architectures

@@ -6,15 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
-from timm.models import load_checkpoint, load_state_dict
+from timm.models import load_checkpoint
 from torch import nn
 
 from ..conversion.apply import converted_layers
 from ..conversion.tags import is_masterkeys_tag
 from ..errors import CheckpointError, MasterKeysError
-from ..study.kernels import read_kernels
+from ..study.kernels import read_file
 from ..timm_plugin.names import dense_name
 from ..timm_plugin.published import list_architectures, published_source
 from .options import DEFAULT_BANK
@@ -44,12 +43,15 @@ def has_weights(args: argparse.Namespace) -> bool:
     return bool(args.pretrained or args.checkpoint or _is_folder(args.model) or _is_kernel_file(args))
 
 
-def is_converted(model: nn.Module, args: argparse.Namespace) -> bool:
-    """Whether a model came converted.
+def require_weights(args: argparse.Namespace, problem: str) -> None:
+    """Raises MasterKeysError if the name is unknown, or else, with the problem, if it stands for random weights."""
+    if not has_weights(args):
+        check_name(args.model)
+        raise MasterKeysError(f"{problem} Add --pretrained or --checkpoint FILE.")
 
-    Raises:
-        MasterKeysError: It did, and there are options for a conversion.
-    """
+
+def is_converted(model: nn.Module, args: argparse.Namespace) -> bool:
+    """Whether a model was loaded converted; raises MasterKeysError if options for a conversion are given for one."""
     if not converted_layers(model):
         return False
     if (args.bank, args.keys_per_kernel, args.include, args.exclude) != (DEFAULT_BANK, 1, None, None):
@@ -61,30 +63,17 @@ def is_converted(model: nn.Module, args: argparse.Namespace) -> bool:
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:
-    """``timm.create_model``, with errors of one kind.
-
-    Raises:
-        MasterKeysError: The model cannot be loaded.
-    """
+    """``timm.create_model``; what it raises for a damaged config.json becomes a CheckpointError."""
     try:
         return timm.create_model(name, **kwargs)
     except (MasterKeysError, OSError, RuntimeError):
         raise
-    except Exception as error:  # timm's, of an odd config.json
+    except Exception as error:
         raise CheckpointError(f"'{name}' cannot be loaded: {error!r}") from error
 
 
 def check_name(name: str) -> None:
-    """Checks that timm has a model of this name, or that it says where one lies, as ``hf-hub:org/name``.
-
-    Raises:
-        MasterKeysError: It has none; the message names the nearest ones.
-
-    Example:
-        >>> check_name("convnext_tny")
-        Traceback (most recent call last):
-        MasterKeysError: There is no timm model 'convnext_tny'. Did you mean convnext_tiny or ...?
-    """
+    """Raises MasterKeysError unless timm has a model of this name, or the name says where one lies (``hf-hub:...``)."""
     if ":" in name or published_source(name):
         return
     if os.path.isfile(name):
@@ -132,27 +121,19 @@ def _load_checkpoint(model: nn.Module, path: str) -> None:
 
 def _model_of_kernels(path: str) -> nn.Module:
     """Depthwise convolutions with the kernels of a file, under the names they have there."""
-    kernels = read_kernels(path)
-    if path.endswith(".npz"):
-        with np.load(path) as arrays:
-            shapes = {name: array.shape for name, array in arrays.items()}
-    else:
-        state = load_state_dict(path, use_ema=True, weights_only=True)
-        shapes = {name.removesuffix(".weight"): tuple(value.shape) for name, value in state.items()}
-        shapes = {name: shape for name, shape in shapes.items() if len(shape) == 4}
-    names = [name for name, shape in shapes.items() if len(shape) == 3 or (len(shape) == 4 and shape[1] == 1)]
+    kernels = read_file(path)
+    if not kernels:
+        raise MasterKeysError(f"'{Path(path).name}' holds no depthwise kernels.")
     model = nn.Module()
-    for name, weight in zip(names, kernels, strict=True):
+    for name, weight in kernels.items():
         channels, height, width = weight.shape
         layer = nn.Conv2d(channels, channels, (height, width), groups=channels, bias=False)
         layer.weight = nn.Parameter(weight.unsqueeze(1).float())
-        *folders, last = name.split(".")
+        *folders, last = (name if path.endswith(".npz") else name.removesuffix(".weight")).split(".")
         parent = model
         for folder in folders:
             if folder not in dict(parent.named_children()):
                 parent.add_module(folder, nn.Module())
             parent = parent.get_submodule(folder)
         parent.add_module(last, layer)
-    if not names:
-        raise MasterKeysError(f"'{Path(path).name}' holds no depthwise kernels.")
     return model

@@ -1,7 +1,9 @@
-"""Options that several commands share, and what they mean."""
+"""Options that several commands share, and what they mean. Torch is imported only where a command runs."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
+
+from ..errors import MasterKeysError
 
 if TYPE_CHECKING:
     from ..conversion.config import MasterKeysConfig
@@ -9,23 +11,67 @@ if TYPE_CHECKING:
 DEFAULT_BANK = "babaiee2025"  # as keys.banks has it, which imports torch
 TRAINABLE = ("none", "shift", "affine", "scales")  # as layers has it
 
+_SHARED: dict[str, dict[str, Any]] = {
+    "sources": {
+        "nargs": "+",
+        "help": "networks to take kernels from: timm names (their pretrained weights), checkpoints, or .npz files of "
+        "arrays (channels, height, width)",
+    },
+    "--bank": {
+        "default": DEFAULT_BANK,
+        "help": "the bank, which is the set of keys to convert to: its name, or a .safetensors file that `discover` "
+        f"wrote (default: {DEFAULT_BANK}, the eight published keys)",
+    },
+    "--keys-per-kernel": {
+        "type": int,
+        "default": 1,
+        "metavar": "R",
+        "help": "how many keys are added up in each kernel, each with its own scale (default: 1)",
+    },
+    "--include": {
+        "action": "append",
+        "metavar": "PATTERN",
+        "help": "convert only the layers whose name matches, as 'stages.0.*'; may be repeated",
+    },
+    "--exclude": {
+        "action": "append",
+        "metavar": "PATTERN",
+        "help": "do not convert the layers whose name matches; may be repeated",
+    },
+    "--agreement": {
+        "type": float,
+        "metavar": "SHARE",
+        "help": "choose the number of keys of each layer, as few as are needed for the converted and the dense network "
+        "to give the same top class for this share of held-out images (0.95 for 95 %%); layers that would need too "
+        "many keys stay dense. Takes about seven times as long",
+    },
+    "--device": {"default": "cpu", "help": "where to compute, for example cuda (default: cpu)"},
+    "--license": {
+        "metavar": "NAME",
+        "help": "the licence of the weights, as apache-2.0; needed to publish weights whose licence timm does not know",
+    },
+    "--private": {"action": "store_true", "default": None, "help": "make a new repository private"},
+    "--json": {"action": "store_true", "help": "print the result as JSON, and nothing else"},
+}
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--json``."""
-    parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
+
+def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Adds shared arguments, by their names."""
+    for name in names:
+        parser.add_argument(name, **_SHARED[name])
+
+
+def add_conversion(parser: argparse.ArgumentParser, *more: str) -> None:
+    """Adds what ``read_config`` reads: the bank and the layers, and ``--agreement`` if it is named."""
+    add_options(parser, "--bank", "--keys-per-kernel", "--include", "--exclude", *more)
 
 
 def add_model(parser: argparse.ArgumentParser, kernel_files: bool = False) -> None:
-    """Adds what ``load_model`` reads.
-
-    Args:
-        parser: Of the command.
-        kernel_files: Whether the model may also be a file of kernels.
-    """
+    """Adds what ``load_model`` reads; the model may also be a file of kernels with ``kernel_files``."""
     also = "; or a .safetensors or .npz file of kernels" if kernel_files else ""
     parser.add_argument(
         "model",
-        help="a timm name, as convnext_tiny.fb_in1k (its .mk8 name means the same); a folder written by convert or by "
+        help="a timm name, for example convnext_tiny.fb_in1k, with or without .mk8; a folder written by convert or by "
         f"timm; a model on the Hub, as hf-hub:org/name{also}",
     )
     weights = parser.add_mutually_exclusive_group()
@@ -40,49 +86,8 @@ def add_model(parser: argparse.ArgumentParser, kernel_files: bool = False) -> No
     parser.set_defaults(kernel_files=kernel_files)
 
 
-def add_conversion(parser: argparse.ArgumentParser) -> None:
-    """Adds what ``read_config`` reads."""
-    parser.add_argument(
-        "--bank",
-        default=DEFAULT_BANK,
-        help="the set of keys to convert to: its name, or a .safetensors file as `discover` writes it "
-        "(default: %(default)s, the eight published keys)",
-    )
-    parser.add_argument(
-        "--keys-per-kernel",
-        type=int,
-        default=1,
-        metavar="R",
-        help="how many keys, each with its own scale, are added up in a kernel (default: 1)",
-    )
-    parser.add_argument(
-        "--include",
-        action="append",
-        metavar="PATTERN",
-        help="convert only the layers whose name matches, as 'stages.0.*'; may be repeated",
-    )
-    parser.add_argument(
-        "--exclude",
-        action="append",
-        metavar="PATTERN",
-        help="leave the layers whose name matches as they are; may be repeated",
-    )
-
-
-def add_agreement(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--agreement``, which ``read_config`` reads too."""
-    parser.add_argument(
-        "--agreement",
-        type=float,
-        metavar="SHARE",
-        help="choose the number of keys of each layer, as few as are needed for the converted and the dense network to "
-        "give the same top class for this share of held-out images (0.95 for 95 %%); layers that would need too many "
-        "stay dense. Takes about seven times as long",
-    )
-
-
 def read_config(args: argparse.Namespace) -> "MasterKeysConfig":
-    """The description of the conversion that the options ask for.
+    """The description of the conversion that the options give.
 
     Raises:
         MasterKeysError: Options that are out of range or contradict each other, or no such bank.
@@ -93,6 +98,11 @@ def read_config(args: argparse.Namespace) -> "MasterKeysConfig":
     return MasterKeysConfig(**given)
 
 
-def given_options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Those of some options that were given, to pass them on; the others keep the default of what is called."""
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
+def check_device(device: str) -> None:
+    """Raises MasterKeysError unless torch can compute on the device."""
+    import torch
+
+    try:
+        torch.ones(1, device=device).sum().item()
+    except Exception as error:  # each backend raises its own
+        raise MasterKeysError(f"torch cannot use the device '{device}': {str(error).splitlines()[0]}") from None

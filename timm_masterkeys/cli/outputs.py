@@ -1,5 +1,6 @@
 """Where commands write to: checked before the work, not after it."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -14,9 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def check_file(path: str) -> None:
-    """Raises MasterKeysError unless the folder of a file exists."""
+def check_file(path: str, *suffixes: str) -> None:
+    """Raises MasterKeysError unless the folder of a file exists, and its name ends in one of some suffixes."""
     folder = Path(path).absolute().parent
+    if suffixes and Path(path).suffix not in suffixes:
+        raise MasterKeysError(f"Cannot write '{path}': expected a name that ends in {', '.join(suffixes)}.")
     if not folder.is_dir():
         raise MasterKeysError(f"Cannot write '{path}': there is no folder '{folder}'.")
 
@@ -33,29 +36,17 @@ def check_folder(path: str) -> None:
         raise MasterKeysError(f"Cannot write into '{path}': {error.strerror}: '{folder}'.") from error
 
 
-def figure_kind(path: str | Path) -> str:
-    """The kind of picture that a file's name asks for.
-
-    Raises:
-        MasterKeysError: Another name than of a .png, .svg or .pdf file.
-    """
-    kind = Path(path).suffix[1:]
-    if kind not in ("png", "svg", "pdf"):
-        raise MasterKeysError(f"Cannot draw into '{path}': expected a name that ends in .png, .svg or .pdf.")
-    return kind
-
-
 def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Writes a picture; whole or not at all."""
+    """Writes a picture in the format that its name ends in; whole or not at all."""
     from ..files import atomic_path
 
     with atomic_path(path) as tmp:
-        figure.savefig(tmp, format=figure_kind(path), dpi=130)
+        figure.savefig(tmp, format=Path(path).suffix[1:], dpi=130)
 
 
-def print_json(value: Any) -> None:
-    """Prints dataclasses, mappings and lists as JSON, with null for what is no finite number."""
-    print(json.dumps(_as_json(value), indent=2))
+def print_result(args: argparse.Namespace, value: Any, text: Any) -> None:
+    """Prints a text, or with ``--json`` dataclasses, mappings and lists as JSON, null for what is no finite number."""
+    print(json.dumps(_as_json(value), indent=2) if args.json else text)
 
 
 def _as_json(value: Any) -> Any:

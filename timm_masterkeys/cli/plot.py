@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from ..errors import MasterKeysError
 from .options import add_conversion, add_model, read_config
 from .outputs import check_folder, save_figure
 
@@ -12,23 +11,19 @@ EXAMPLE = "plot convnext_tiny --pretrained --output pictures"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
     add_model(parser, kernel_files=True)
     add_conversion(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write PNG files into")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draws, and prints the names of the files."""
     from ..conversion.apply import converted_layers
     from ..conversion.convert import convert
     from ..conversion.report import conversion_report
     from ..study import plotting
-    from .load_model import check_name, has_weights, is_converted, load_model
+    from .load_model import is_converted, load_model, require_weights
 
-    if not has_weights(args):
-        check_name(args.model)
-        raise MasterKeysError("Random weights have no fit to draw. Add --pretrained or --checkpoint FILE.")
+    require_weights(args, "Random weights have no fit to draw.")
     config = read_config(args)
     check_folder(args.output)
     model = load_model(args)

@@ -4,36 +4,31 @@ import argparse
 import json
 from pathlib import Path
 
-from .options import add_json
-from .outputs import print_json
+from .options import add_options
+from .outputs import print_result
 
 SUMMARY = "publish a converted model to the Hugging Face Hub, in one commit that is checked before and after"
 EXAMPLE = "publish out me/convnext_tiny.mk8 --private"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "model",
         help="a folder written by convert or by save_pretrained, or a .mk8 name, whose pretrained weights are then "
         "calibrated first",
     )
-    parser.add_argument("repo_id", metavar="ORG/NAME", help="the repository on the Hub; made if there is none")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--revision", metavar="BRANCH", help="the branch to commit to, made if missing (default: main)")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--license", metavar="NAME", help="the weights' licence, where it is not known; else leave out")
-    parser.add_argument(
+    add("repo_id", metavar="ORG/NAME", help="the repository on the Hub; made if there is none")
+    add("--revision", metavar="BRANCH", help="the branch to commit to, made if missing (default: main)")
+    add("--create-pr", action="store_true", help="open a pull request instead of committing")
+    add(
         "--message", default="Publish a master key filters model", help="the title of the commit (default: %(default)s)"
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything and show what would be published, but change nothing"
-    )
-    add_json(parser)
+    add("--dry-run", action="store_true", help="check everything and show what would be published, but change nothing")
+    add_options(parser, "--license", "--private", "--json")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Publishes, and prints what was published."""
     from ..hub.card import read_readme
     from ..hub.publish import push_to_hub
     from ..hub.save import OWN_ENTRIES
@@ -42,8 +37,9 @@ def run(args: argparse.Namespace) -> None:
     folder, config, readme = Path(args.model), {}, ""
     if not folder.is_dir():
         check_name(args.model)
-    model = create(f"local-dir:{folder}" if folder.is_dir() else args.model, pretrained=True)
-    if folder.is_dir():
+        model = create(args.model, pretrained=True)
+    else:
+        model = create(f"local-dir:{folder}", pretrained=True)
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = {key: value for key, value in saved.items() if key not in OWN_ENTRIES}
         readme = read_readme(folder / "README.md")
@@ -59,7 +55,4 @@ def run(args: argparse.Namespace) -> None:
         config=config,
         readme=readme,
     )
-    if args.json:
-        print_json(done)
-    else:
-        print(done)
+    print_result(args, done, done)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from ..errors import ZooError
-from .options import add_agreement, add_conversion, read_config
+from .options import add_conversion, add_options, check_device, read_config
 
 SUMMARY = (
     "convert, calibrate, measure and publish every timm network that matches; the same command again continues where "
@@ -15,72 +15,54 @@ EXAMPLE = "zoo 'convnext*' --org my-team --images photographs --evaluate imagene
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
-    parser.add_argument(
-        "pattern", nargs="+", help="timm names that have pretrained weights, as 'convnext*' or convnext_tiny.fb_in1k"
+    add = parser.add_argument
+    add(
+        "pattern",
+        nargs="+",
+        help="timm names that have pretrained weights, for example 'convnext*' or convnext_tiny.fb_in1k",
     )
-    parser.add_argument(
-        "--org", required=True, help="user or organisation on the Hub; a network is published as ORG/ARCH.mk8_TAG"
-    )
-    add_conversion(parser)
-    add_agreement(parser)
-    parser.add_argument(
+    add("--org", required=True, help="user or organisation on the Hub; a network is published as ORG/ARCH.mk8_TAG")
+    add_conversion(parser, "--agreement")
+    add(
         "--images",
         default="builtin",
         metavar="DIR",
         help="a folder of images to calibrate with, without labels (default: photographs that ship with "
         "timm_masterkeys)",
     )
-    parser.add_argument(
+    add(
         "--evaluate",
         required=True,
         metavar="DIR",
         help="labelled images to measure the accuracy on: a folder for each class, named after it",
     )
-    parser.add_argument(
+    add(
         "--class-map",
         metavar="FILE",
         help="a file with the names of the classes' folders, one a line, in the order of the network's outputs "
         "(default: ImageNet-1k's synsets, or class indices)",
     )
-    parser.add_argument(
-        "--dataset", metavar="NAME", help="the labelled images' name on model cards (default: their folder's name)"
-    )
-    parser.add_argument(
+    add("--dataset", metavar="NAME", help="the labelled images' name on model cards (default: their folder's name)")
+    add(
         "--output",
         default="zoo",
         metavar="DIR",
         help="the folder for results.csv (accuracies), names.txt (for use_weights) and work in progress (default: zoo)",
     )
-    parser.add_argument(
-        "--license",
-        metavar="NAME",
-        help="the licence of the weights of which timm knows none; without it, such networks fail",
-    )
-    parser.add_argument("--private", action="store_true", default=None, help="make new repositories private")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="do everything but publish; the same command without it then publishes"
-    )
-    parser.add_argument("--keep-weights", action="store_true", help="keep downloads and published networks on disk")
-    parser.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="how many images to measure at a time (default: 64)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=4, metavar="N", help="how many processes read labelled images (default: 4)"
-    )
-    parser.add_argument(
-        "--device", help="where to compute (default: the GPU if there is one; under torchrun one for each process)"
-    )
+    add_options(parser, "--license", "--private")
+    add("--dry-run", action="store_true", help="do everything but publish; the same command without it then publishes")
+    add("--keep-weights", action="store_true", help="keep downloads and published networks on disk")
+    add("--batch-size", type=int, default=64, metavar="N", help="how many images to measure at a time (default: 64)")
+    add("--workers", type=int, default=4, metavar="N", help="how many processes read labelled images (default: 4)")
+    add("--device", help="where to compute (default: the GPU if there is one; under torchrun one for each process)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Makes the zoo, and prints what becomes of each network."""
     import torch
 
     from ..zoo.evaluate import find_labels
     from ..zoo.results import TABLE
     from ..zoo.zoo import Zoo, make_zoo, plan_zoo
-    from .devices import check_device
 
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = args.device or (gpu if torch.cuda.is_available() else "cpu")

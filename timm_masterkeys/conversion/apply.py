@@ -86,7 +86,7 @@ def make_layer(
     arguments = settings.bank, settings.keys_per_kernel, settings.trainable
     if isinstance(weights, str):
         return kind.from_conv(conv, *arguments, fit=weights == "project")
-    layer = kind.unfitted(conv, *arguments)
+    layer = kind.empty_from_conv(conv, *arguments)
     entries = {name: weights[name] for name in layer.compact_entries if name in weights}
     missing = [name for name in layer.compact_entries if name not in entries]
     if missing:

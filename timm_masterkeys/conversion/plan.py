@@ -171,7 +171,7 @@ def _obstacle(name: str, conv: nn.Module, bank: KeyBank, owners: dict[int, list[
 
 
 def _named(candidates: list[str]) -> str:
-    """Names and a pattern to take instead of one that matches nothing."""
+    """Suggested names and a pattern of one that matches nothing."""
     if not candidates:
         return "None of them can be converted."
     more = ", ..." if len(candidates) > 3 else ""

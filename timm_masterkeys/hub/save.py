@@ -162,7 +162,7 @@ def _check_finite(model: nn.Module) -> None:
         )
     for name, value in model.state_dict().items():
         if not value.is_meta and not value.isfinite().all():
-            raise ConversionError(f"{name} holds NaN or Inf. Mend the weights, then save.")
+            raise ConversionError(f"{name} holds NaN or Inf. Fix the weights, then save.")
 
 
 def _source(source: Source | None, license: str | None, base_model: str | None) -> Source | None:

@@ -140,7 +140,7 @@ def _coordinates(weight: torch.Tensor, bank: KeyBank) -> _Coordinates:
     kernels, unit = _in_units(weight)
     if not unit.isfinite().all():
         channel = int((~unit.isfinite()).nonzero()[0, 0])
-        raise ProjectionError(f"Channel {channel} of the weight holds NaN or Inf; repair the checkpoint first.")
+        raise ProjectionError(f"Channel {channel} of the weight holds NaN or Inf; fix the checkpoint first.")
     keys = bank.keys_for(_size(weight)).to(weight.device, kernels.dtype).flatten(1)
     span = torch.linalg.qr(keys.T.cpu()).Q.to(keys.device)
     shift = kernels.mean(1)

@@ -87,7 +87,7 @@ def fit_scales(weight: torch.Tensor, operators: tuple[int, ...]) -> tuple[Projec
         return unfilled_projection(weight, 1), weight.new_empty(len(weight), 2)
     if not weight.isfinite().all():
         channel = int((~weight.flatten(1).isfinite().all(1)).nonzero()[0])
-        raise ProjectionError(f"channel {channel} holds NaN or Inf; repair the checkpoint first.")
+        raise ProjectionError(f"channel {channel} holds NaN or Inf; fix the checkpoint first.")
     height, width = weight.shape[2:]
     flat = weight.detach().double().flatten(1)
     shift = flat.mean(1)

@@ -69,7 +69,7 @@ def _state(weight: torch.Tensor) -> tuple[int, int]:
         return weight._version, 0
 
 
-def no_weight() -> NoReturn:
+def raise_no_weight() -> NoReturn:
     """What is found where ``torch.nn.utils`` looks for the parameter "weight" that an ordinary convolution has."""
     raise ConversionError(_COMPUTED)
 
@@ -92,7 +92,7 @@ class ComputedConv2d(nn.Conv2d):
             setattr(cls, name, getattr(ComputedConv2d, name))
 
     same_padding: bool
-    _read: _Read | None  # the weight last read, see _notice_writes
+    _read: _Read | None  # the weight last read, see _warn_if_written
 
     def compose_weight(self) -> torch.Tensor:
         """The kernels (out_channels, 1, kh, kw), differentiable in what they are computed from."""
@@ -109,7 +109,7 @@ class ComputedConv2d(nn.Conv2d):
     def check_values(self, input: torch.Tensor | None = None) -> None:
         """Raises CheckpointError if what the kernels are computed from has no values, but the input, if given, has."""
 
-    def _trained_forward(self, input: torch.Tensor) -> torch.Tensor:
+    def _grad_forward(self, input: torch.Tensor) -> torch.Tensor:
         """The convolution where gradients may be wanted; padding as timm's SAME is done."""
         return self._conv_forward(input, self.compose_weight(), self.bias)
 
@@ -126,7 +126,7 @@ class ComputedConv2d(nn.Conv2d):
             raise
         if sys._getframe(1).f_globals["__name__"] == "torch.nn.utils.weight_norm":  # it deletes next, blindly
             raise ConversionError(_COMPUTED)
-        self._notice_writes()
+        self._warn_if_written()
         if not weight.is_inference():  # which have no version, and cannot be written to elsewhere
             weight = weight.as_subclass(_Weight)
             self._read = weight, _state(weight)
@@ -136,7 +136,7 @@ class ComputedConv2d(nn.Conv2d):
     def weight(self, weight: torch.Tensor) -> None:
         self.project_weight(weight)
 
-    def _notice_writes(self) -> None:
+    def _warn_if_written(self) -> None:
         """Warns if the tensor that ``weight`` gave last was written to, which changes nothing."""
         read, self._read = self._read, None
         if read is not None and _state(read[0]) != read[1]:
@@ -180,16 +180,16 @@ class ComputedConv2d(nn.Conv2d):
         proxy = isinstance(given, torch.fx.Proxy)  # an FX tracer that does not know to keep the layer whole
         if not torch.compiler.is_compiling():
             if self._read is not None:  # in this order: no guard on what was read
-                self._notice_writes()
+                self._warn_if_written()
             if not proxy:
                 self.check_values(input)
         if proxy and type(given.tracer).__module__.startswith("torch.ao.quantization"):
             raise ConversionError(_COMPUTED)
         if proxy or input.ndim != 4:  # 3: an image without a batch
             return self._conv_forward(input, self.compose_weight(), self.bias)
-        return self._trained_forward(input) if torch.is_grad_enabled() else self._inferred_forward(input)
+        return self._grad_forward(input) if torch.is_grad_enabled() else self._no_grad_forward(input)
 
-    def _inferred_forward(self, input: torch.Tensor) -> torch.Tensor:
+    def _no_grad_forward(self, input: torch.Tensor) -> torch.Tensor:
         """The convolution without gradients, by the GPU kernel where that is taken."""
         weight = self.compose_weight()
         if not any_gpu_kernel("conv"):

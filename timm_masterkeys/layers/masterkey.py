@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import CheckpointError, ConversionError, ProjectionError
 from ..keys.banks import DEFAULT_BANK, KeyBank, get_bank
 from ..keys.projection import Projection, check_keys_per_kernel, project_kernels
-from .computed import ComputedConv2d, no_weight
+from .computed import ComputedConv2d, raise_no_weight
 from .depthwise import affine_depthwise_conv2d
 from .state import entries_to_load, index_problem, state_problems
 
@@ -124,7 +124,7 @@ class MasterKeyConv2d(ComputedConv2d):
         padding = 0 if padding == "same_dynamic" else padding
         geometry = in_channels, out_channels, kernel_size, stride, padding, dilation, in_channels
         conv = make(*geometry, bias=bias, device=device, dtype=dtype)
-        self._replace(conv, get_bank(bank), keys_per_kernel, trainable)
+        self._copy_from(conv, get_bank(bank), keys_per_kernel, trainable)
         self.reset_parameters()
 
     @classmethod
@@ -158,15 +158,15 @@ class MasterKeyConv2d(ComputedConv2d):
         Example:
             >>> layer = MasterKeyConv2d.from_conv(nn.Conv2d(96, 96, 7, padding=3, groups=96))
         """
-        layer = cls.unfitted(conv, bank, keys_per_kernel, trainable)
+        layer = cls.empty_from_conv(conv, bank, keys_per_kernel, trainable)
         if not fit:
             layer.reset_parameters(conv.weight)
         else:
-            layer._take(conv.weight)
+            layer._set_kernels(conv.weight)
         return layer
 
     @classmethod
-    def unfitted(
+    def empty_from_conv(
         cls: type[Layer],
         conv: nn.Conv2d,
         bank: str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray = DEFAULT_BANK,
@@ -179,11 +179,11 @@ class MasterKeyConv2d(ComputedConv2d):
             BankError, ProjectionError, ConversionError: As for ``from_conv``, whose other arguments it takes.
         """
         layer = cls.__new__(cls)
-        layer._replace(conv, get_bank(bank), keys_per_kernel, trainable)
+        layer._copy_from(conv, get_bank(bank), keys_per_kernel, trainable)
         layer.r2.fill_(RANDOM)
         return layer
 
-    def _replace(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
+    def _copy_from(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
         """Takes over all of ``conv`` but its weight."""
         if not isinstance(conv, nn.Conv2d) or not conv.in_channels == conv.groups or conv.weight.shape[1] != 1:
             raise ConversionError(f"Got {conv}, expected a depthwise Conv2d (groups == in_channels).")
@@ -196,7 +196,7 @@ class MasterKeyConv2d(ComputedConv2d):
         rows = min(keys_per_kernel, len(keys))
         self.__dict__.update(conv.__dict__)  # hooks stay the same objects, so handles to them keep working
         # torch.compile does not look into a class of our own here.
-        self._parameters = defaultdict(no_weight, {n: p for n, p in conv._parameters.items() if n != "weight"})
+        self._parameters = defaultdict(raise_no_weight, {n: p for n, p in conv._parameters.items() if n != "weight"})
         self._buffers = dict(conv._buffers)
         self._non_persistent_buffers_set = set(conv._non_persistent_buffers_set)
         self.bank = bank
@@ -231,10 +231,10 @@ class MasterKeyConv2d(ComputedConv2d):
             )
         self.trainable: Trainable = trainable
         self.frozen = not requires_grad
-        self._trains("scale", trainable == "affine", requires_grad)
-        self._trains("shift", trainable != "none", requires_grad)
+        self._register_entry("scale", trainable == "affine", requires_grad)
+        self._register_entry("shift", trainable != "none", requires_grad)
 
-    def _trains(self, name: str, trains: bool, requires_grad: bool) -> None:
+    def _register_entry(self, name: str, trains: bool, requires_grad: bool) -> None:
         value = getattr(self, name).detach()
         self._parameters.pop(name, None)
         self._buffers.pop(name, None)
@@ -257,7 +257,7 @@ class MasterKeyConv2d(ComputedConv2d):
             ProjectionError: The given kernels hold NaN or Inf.
         """
         if weight is not None and not weight.is_meta and not weight.isfinite().all():
-            raise ProjectionError("The kernels to take the norm from hold NaN or Inf; repair the checkpoint first.")
+            raise ProjectionError("The kernels to take the norm from hold NaN or Inf; fix the checkpoint first.")
         if weight is None:
             weight = torch.empty(self.out_channels, 1, *self.kernel_size, device=self.keys.device)
             nn.init.kaiming_uniform_(weight, a=5**0.5)
@@ -291,10 +291,10 @@ class MasterKeyConv2d(ComputedConv2d):
         problems = self.check_state_dict({"weight": weight})
         if problems:
             raise ConversionError(problems[0])
-        self._take(weight.to(self.keys.device))
+        self._set_kernels(weight.to(self.keys.device))
 
     @torch.no_grad()
-    def _take(self, weight: torch.Tensor) -> None:
+    def _set_kernels(self, weight: torch.Tensor) -> None:
         for name, value in self.fitted(weight).items():
             getattr(self, name).copy_(value)
 
@@ -349,7 +349,7 @@ class MasterKeyConv2d(ComputedConv2d):
             setattr(self, name, kept)
         return True
 
-    def _trained_forward(self, input: torch.Tensor) -> torch.Tensor:
+    def _grad_forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = self.key_rows()
         input, padding = self._padded(input)
         return affine_depthwise_conv2d(
@@ -367,7 +367,7 @@ class MasterKeyConv2d(ComputedConv2d):
         )
 
     def check_keys(self) -> None:
-        """Gives the keys back their digits after an average, and checks the key indices.
+        """Restores the exact keys after an average, and checks the key indices.
 
         Raises:
             ConversionError: Networks with different keys were averaged.

@@ -57,9 +57,9 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         if keys_per_kernel != 1:
             raise ConversionError(f"keys_per_kernel is {keys_per_kernel}, expected 1 where scales are learned.")
 
-    def _replace(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
+    def _copy_from(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
         self.check_settings(bank, keys_per_kernel)
-        super()._replace(conv, bank, keys_per_kernel, "none")
+        super()._copy_from(conv, bank, keys_per_kernel, "none")
         self.operators = list(bank.kept(self.kernel_size))  # type: ignore[arg-type]
         self.register_buffer("log_sigma", self.scale.new_zeros(2 * self.out_channels))
         self.set_trainable(trainable, requires_grad=conv.weight.requires_grad)
@@ -68,7 +68,7 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         """As for a MasterKeyConv2d; "scales" trains sigmas and shift, the others leave the sigmas as they are."""
         super().set_trainable(trainable, requires_grad)
         if "log_sigma" in self._parameters or "log_sigma" in self._buffers:  # not yet while it is made
-            self._trains("log_sigma", trainable == "scales", requires_grad)
+            self._register_entry("log_sigma", trainable == "scales", requires_grad)
 
     @torch.no_grad()
     def reset_parameters(self, weight: torch.Tensor | None = None) -> None:
@@ -85,7 +85,7 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         if log_sigma is None and all(prefix + name in state_dict for name in COMPACT_ENTRIES):
             return [f"{prefix}log_sigma: missing, not made with trainable='scales'; load the dense weights."]
         if log_sigma is not None and not log_sigma.is_meta and not log_sigma.isfinite().all():
-            return [f"{prefix}log_sigma: holds NaN or Inf; repair the checkpoint first."]
+            return [f"{prefix}log_sigma: holds NaN or Inf; fix the checkpoint first."]
         return super().check_state_dict(state_dict, prefix)
 
     def fitted(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -97,6 +97,6 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         keys = scaled_kernels(operator, self.log_sigma.view(-1, 2), self.kernel_size[0], self.kernel_size[1])
         return (keys * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)).unsqueeze(1)
 
-    def _trained_forward(self, input: torch.Tensor) -> torch.Tensor:
+    def _grad_forward(self, input: torch.Tensor) -> torch.Tensor:
         # The sigmas' gradient needs the whole weight gradient, so autograd it is.
         return self._conv_forward(input, self.compose_weight(), self.bias)

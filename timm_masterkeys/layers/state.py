@@ -54,7 +54,7 @@ def _dense_problem(weight: torch.Tensor, shape: tuple[int, ...]) -> str:
         return f"got shape {tuple(weight.shape)}, expected {shape}."
     if not weight.is_meta and not weight.isfinite().all():
         channel = int((~weight.flatten(1).isfinite().all(1)).nonzero()[0])
-        return f"channel {channel} holds NaN or Inf; repair the checkpoint first."
+        return f"channel {channel} holds NaN or Inf; fix the checkpoint first."
     return ""
 
 
@@ -68,7 +68,7 @@ def _compact_problems(layer: "MasterKeyConv2d", given: dict[str, torch.Tensor]) 
         return problems
     for name in ("scale", "shift"):
         if not given[name].isfinite().all():
-            problems.append(f"{name}: holds NaN or Inf; repair the checkpoint first.")
+            problems.append(f"{name}: holds NaN or Inf; fix the checkpoint first.")
     keys, own_keys = given["keys"].cpu().double(), layer.own_keys().double()
     if not torch.allclose(keys, own_keys, rtol=0, atol=max(2 * torch.finfo(given["keys"].dtype).eps, _DRIFT)):
         problems.append(

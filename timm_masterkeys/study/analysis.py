@@ -13,7 +13,9 @@ from ..conversion.report import R2_MEANS
 from ..conversion.table import number, share, table
 from ..errors import BankError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
-from .kernels import Kernels, Source, collect_kernels, name_sources, read_kernels
+from .kernels import CONTROL_BANK, Kernels, Source, collect_kernels, name_sources, read_kernels
+
+DEFAULT_BANKS = DEFAULT_BANK, CONTROL_BANK
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _cells(row: ComparedKernels) -> list[str]:
 
 
 def compare_networks(
-    sources: Mapping[str, Source] | Sequence[Source], banks: Sequence[Bank] = (DEFAULT_BANK, "random8:0")
+    sources: Mapping[str, Source] | Sequence[Source], banks: Sequence[Bank] = DEFAULT_BANKS
 ) -> Comparison:
     """Fits every depthwise kernel of some networks with the nearest key of some banks, size by size.
 

@@ -4,7 +4,7 @@ Not imported with the package: ``from timm_masterkeys.study.discovery import col
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,7 +20,7 @@ from ..conversion.plan import plan_conversion
 from ..conversion.table import number, table
 from ..errors import BankError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
-from .kernels import Kernels, collect_kernels
+from .kernels import CONTROL_BANK, Kernels, collect_kernels
 
 __all__ = [
     "Discovery",
@@ -35,11 +35,13 @@ __all__ = [
 ]
 
 Score = Callable[[torch.Tensor], float]
+Found = tuple[dict[int, torch.Tensor], dict[int, float]]  # keys (count, taps) and their score, by count
 
 CODES = 50  # candidates along the autoencoder's code
 LOCAL = 10  # candidates whose neighbourhoods the second round samples
 STEPS = 3000  # of training
 BATCH = 512
+STARTS = 4  # of the fit of lines
 FEWEST = 32  # kernels
 MOST = 25  # keys on the curve
 
@@ -57,8 +59,8 @@ class Discovery:
             ceiling, as many lines fitted to the very kernels measured.
         searched: Kernels searched.
         held_out: Kernels held out.
-        constant: Kernels left out as they are constant.
-        non_finite: Kernels left out as they hold NaN or Inf.
+        constant: Kernels left out, as they are constant.
+        non_finite: Kernels left out, as they hold NaN or Inf.
     """
 
     bank: KeyBank
@@ -94,62 +96,53 @@ def discover_bank(
     name: str = "discovered",
     device: str | torch.device = "cpu",
 ) -> Discovery:
-    """Searches a bank of keys that fit kernels as ``a*x + b``.
+    """Searches a bank of keys that fit kernels as ``a*x + b``; a kernel and its negative count as one.
 
-    ``"autoencoder"`` is the paper's search (Babaiee et al., NeurIPS 2025, section 3): an autoencoder whose code is one
-    number, trained with a cosine loss; 50 candidates along the code; again and again the candidate goes without which
-    the score is best; then the same among candidates sampled finely around the best ten. A kernel and its negative
-    count as one.
-    ``"lines"`` fits lines through the origin directly (``fit_lines``): about the best that a bank of so many keys can
-    do on the kernels searched.
-
-    The number of keys is the elbow of the curve of scores over 1 to 25 keys: the point farthest above the straight
-    line between its ends. At smaller sizes the bank is cropped: keys so found fit real kernels better than folded.
+    ``"autoencoder"`` is the paper's search (Babaiee et al., NeurIPS 2025, section 3). An autoencoder whose code is one
+    number is trained with a cosine loss. Of 50 candidates along the code, the one without which the score is best is
+    removed, again and again; then the same among candidates sampled finely around the last ten.
+    ``"lines"`` fits lines through the origin directly (``fit_lines``): about the best that so many keys can do.
 
     Args:
         kernels: From ``collect_kernels``.
-        keys: How many, 1 to 25; the elbow decides if None.
+        keys: How many, 1 to 25; None takes the elbow of the scores of 1 to 25 keys (``find_elbow``).
         held_out: Network(s) to measure on instead of searching them.
         equal_networks: Every network counts the same, else every kernel.
         method: See above.
         score: Of a set of keys (K, kh, kw), the larger the better; weighted mean R2 on the kernels searched if None.
             ``agreement_score`` makes one of a network. ``"autoencoder"`` calls it some 3,000 times, ``"lines"`` 25.
         seed: Of the training and the starts; the same seed gives the same bank on the same device.
-        name: Of the bank.
+        name: Of the bank. At smaller kernel sizes the bank is cropped: such keys fit real kernels better than folded.
         device: Where the search computes; kernels, the keys given to ``score`` and the bank stay on the CPU.
 
     Raises:
-        BankError: Unknown networks to hold out, too little left to search, a number of keys out of range, an unknown
-            method, or a device without float64.
+        BankError: An unknown network or method, too few kernels, keys out of range, or a device without float64.
 
     Example:
         >>> found = discover_bank(kernels, held_out=["b"])
         >>> found.bank.save("mine.safetensors")
         >>> convert_to_masterkeys(model, bank="mine.safetensors")
     """
+    names = (held_out,) if isinstance(held_out, str) else tuple(held_out)
     _check_search(keys, method, device)
-    held_out = (held_out,) if isinstance(held_out, str) else held_out
-    searched, apart = _split(kernels, held_out)
-    searched, apart = searched.to(device), apart.to(device)
+    searched, apart = (part.to(device) for part in _split(kernels, names))
     weights = searched.weights(equal_networks)
-    rate = None if score is None else (lambda found: score(found.cpu().unflatten(1, kernels.kernel_size)))
+    flat_score = None if score is None else (lambda flat: score(flat.cpu().unflatten(1, kernels.kernel_size)))
     search = _search_lines if method == "lines" else _search_autoencoder
-    best, curve, elbow = search(searched, weights, keys, seed, rate)
+    sets, curve = search(searched, weights, seed, flat_score)
+    elbow = find_elbow({count: value for count, value in curve.items() if count <= MOST})
+    best = sets[keys or elbow]
     use = _by_group(weights, searched.fit_keys(best)[1], len(best)).sum(0)
     best = best[use.argsort(descending=True, stable=True)]
     lines = best if method == "lines" else fit_lines(searched.values, weights, len(best), seed)
-    weighted = f"all {'networks' if equal_networks else 'kernels'} count the same"
-    how = f"{method}, seed {seed}, {weighted}{'' if score is None else ', by a score of its own'}"
-    return Discovery(
-        bank=_as_bank(name, best, kernels, held_out, f"discovered ({how}) in {len(searched):,} kernels of "),
-        curve=curve,
-        elbow=elbow,
-        r2=_measure(best, lines, searched, apart, equal_networks, seed),
-        searched=len(searched),
-        held_out=len(apart),
-        constant=kernels.constant,
-        non_finite=kernels.non_finite,
-    )
+    how = f"{method}, seed {seed}, all {'networks' if equal_networks else 'kernels'} count the same"
+    how += "" if score is None else ", by a score of its own"
+    networks = ", ".join(network for network in kernels.names if network not in names)
+    source = f"discovered ({how}) in {len(searched):,} kernels of {networks}"
+    source += f"; held out: {', '.join(names)}" if names else ""
+    bank = KeyBank(name, best.cpu().unflatten(1, kernels.kernel_size).numpy(), source, resize="crop")
+    r2 = _measure(best, lines, searched, apart, equal_networks, seed)
+    return Discovery(bank, curve, elbow, r2, len(searched), len(apart), kernels.constant, kernels.non_finite)
 
 
 def _check_search(keys: int | None, method: str, device: str | torch.device) -> None:
@@ -161,16 +154,15 @@ def _check_search(keys: int | None, method: str, device: str | torch.device) -> 
         raise BankError(f"device is '{device}'; the search takes float64, on CPU or CUDA.")
 
 
-def _as_bank(name: str, keys: torch.Tensor, kernels: Kernels, held_out: Sequence[str], how: str) -> KeyBank:
-    """Keys (K, taps) as a bank that says which networks they were found in."""
-    source = how + ", ".join(network for network in kernels.names if network not in held_out)
-    source += f"; held out: {', '.join(held_out)}" if held_out else ""
-    return KeyBank(name, keys.cpu().unflatten(1, kernels.kernel_size).numpy(), source, resize="crop")
-
-
-def _split(kernels: Kernels, held_out: Sequence[str]) -> tuple[Kernels, Kernels]:
+def _split(kernels: Kernels, held_out: tuple[str, ...]) -> tuple[Kernels, Kernels]:
     """The kernels to search and those held out; refused where there are too few of either."""
-    searched, apart = kernels.split(held_out)
+    for name in held_out:
+        if name not in kernels.names:
+            raise BankError(f"There is no network '{name}' to hold out; there are {', '.join(kernels.names)}.")
+    out = torch.tensor([name in held_out for name in kernels.names], device="cpu")[kernels.network]
+    searched, apart = (
+        replace(kernels, values=kernels.values[own], network=kernels.network[own]) for own in (~out, out)
+    )
     if held_out and not len(apart):
         raise BankError(f"All kernels of {', '.join(held_out)} are constant: nothing is held out.")
     if len(searched) < FEWEST:
@@ -184,42 +176,32 @@ def _measure(
     """Mean R2 by bank, see ``Discovery.r2``."""
     measured = apart if len(apart) else searched
     weights = measured.weights(equal_networks)
-    banks = {
-        "this bank": best,
-        "lines fitted directly": lines,
-        "published keys": get_bank(DEFAULT_BANK).keys_for(measured.kernel_size).flatten(1).double(),
-        "random keys": get_bank("random8:0").keys_for(measured.kernel_size).flatten(1).double(),
-    }
+    published, random = (
+        get_bank(bank).keys_for(measured.kernel_size).flatten(1) for bank in (DEFAULT_BANK, CONTROL_BANK)
+    )
+    banks = {"this bank": best, "lines fitted directly": lines, "published keys": published, "random keys": random}
     if len(apart):
         banks["ceiling"] = fit_lines(measured.values, weights, len(best), seed)
-    return {title: float(weights @ measured.fit_keys(found.to(best.device))[0]) for title, found in banks.items()}
+    return {title: float(weights @ measured.fit_keys(keys.to(best))[0]) for title, keys in banks.items()}
 
 
-def _search_lines(
-    kernels: Kernels, weights: torch.Tensor, keys: int | None, seed: int, score: Score | None
-) -> tuple[torch.Tensor, dict[int, float], int]:
-    """Lines fitted anew for every number of keys -> the keys, the curve of scores and its elbow."""
-    sets = {
-        count: fit_lines(kernels.values, weights, count, seed)
-        for count in tqdm(range(1, MOST + 1), desc="lines", leave=False, disable=None, delay=2)
-    }
-    curve = {n: score(found) if score else float(weights @ kernels.fit_keys(found)[0]) for n, found in sets.items()}
-    elbow = find_elbow(curve)
-    return sets[keys or elbow], curve, elbow
+def _search_lines(kernels: Kernels, weights: torch.Tensor, seed: int, score: Score | None) -> Found:
+    """Lines fitted anew for every number of keys."""
+    score = score or (lambda lines: float(weights @ kernels.fit_keys(lines)[0]))
+    counts = tqdm(range(1, MOST + 1), desc="lines", leave=False, disable=None, delay=2)
+    sets = {count: fit_lines(kernels.values, weights, count, seed) for count in counts}
+    return sets, {count: score(lines) for count, lines in sets.items()}
 
 
-def _search_autoencoder(
-    kernels: Kernels, weights: torch.Tensor, keys: int | None, seed: int, score: Score | None
-) -> tuple[torch.Tensor, dict[int, float], int]:
-    """Elimination along the code, then around what was left last -> the keys, the curve of scores and its elbow."""
+def _search_autoencoder(kernels: Kernels, weights: torch.Tensor, seed: int, score: Score | None) -> Found:
+    """Elimination along the code, then around the last ones removed."""
     decode = _train_autoencoder(kernels.values, weights, seed)
     codes = torch.linspace(0, 1, CODES, dtype=torch.float64, device=weights.device)
     order, _ = eliminate(kernels.values, weights, decode(codes), score)
     near = torch.linspace(-0.5, 0.5, CODES // LOCAL + 1, dtype=torch.float64, device=weights.device) / (CODES - 1)
     candidates = decode((codes[order[-LOCAL:], None] + near).flatten().clamp(0, 1).unique())
     order, curve = eliminate(kernels.values, weights, candidates, score)
-    elbow = find_elbow({count: value for count, value in curve.items() if count <= MOST})
-    return candidates[order[-(keys or elbow) :]], curve, elbow
+    return {count: candidates[order[-count:]] for count in curve}, curve
 
 
 @torch.no_grad()
@@ -240,26 +222,14 @@ def eliminate(
     left, removed = list(range(len(candidates))), []
     fits = (kernels @ candidates.T).square()
     curve = {len(left): float(weights @ fits.amax(1)) if score is None else score(candidates)}
-    trials = len(left) * (len(left) + 1) // 2 - 1
-    with tqdm(total=trials, desc="eliminate", leave=False, disable=None, delay=2) as bar:
-        while len(left) > 1:
-            if score is None:
-                scores = _scores_without(fits[:, left], weights, curve[len(left)])
-                bar.update(len(left))
-            else:
-                scores = _try_without(candidates[left], score, bar)
-            curve[len(left) - 1] = max(scores)
-            removed.append(left.pop(scores.index(max(scores))))
+    for count in tqdm(range(len(left) - 1, 0, -1), desc="eliminate", leave=False, disable=None, delay=2):
+        if score is None:
+            scores = _scores_without(fits[:, left], weights, curve[count + 1])
+        else:
+            scores = [score(candidates[left[:place] + left[place + 1 :]]) for place in range(len(left))]
+        curve[count] = max(scores)
+        removed.append(left.pop(scores.index(curve[count])))
     return [*removed, *left], curve
-
-
-def _try_without(candidates: torch.Tensor, score: Score, bar: tqdm) -> list[float]:
-    """The score without each of the candidates."""
-    scores = []
-    for index in range(len(candidates)):
-        scores.append(score(torch.cat([candidates[:index], candidates[index + 1 :]])))
-        bar.update()
-    return scores
 
 
 def _scores_without(fits: torch.Tensor, weights: torch.Tensor, score: float) -> list[float]:
@@ -278,30 +248,26 @@ def find_elbow(curve: Mapping[int, float]) -> int:
 
 
 @torch.no_grad()
-def fit_lines(
-    kernels: torch.Tensor, weights: torch.Tensor, count: int, seed: int = 0, restarts: int = 4
-) -> torch.Tensor:
+def fit_lines(kernels: torch.Tensor, weights: torch.Tensor, count: int, seed: int = 0) -> torch.Tensor:
     """Lines through the origin nearest to kernels: (count, taps) of mean 0 and norm 1.
 
-    By turns every kernel goes to the line it correlates with most, sign apart, and every line takes a step of the power
-    iteration towards the principal direction of its kernels; neither lowers the mean R2. The best of some random
-    starts, each line of which begins at a kernel that the lines before it do not fit.
+    Every kernel is assigned to the line it correlates with most, sign apart; every line takes a step of the power
+    iteration towards the principal direction of its kernels; and so on. Neither lowers the mean R2. The best of four
+    random starts is returned; in a start each line begins at a kernel that the lines before it do not fit.
 
     Args:
         kernels: (N, taps), mean 0 and norm 1.
         weights: (N,) of sum 1.
-        count: Lines, at most N.
+        count: Lines; at most N are returned.
         seed: Of the starts.
-        restarts: How many starts.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    starts = (_start(kernels, weights, count, generator) for _ in range(restarts))
-    fits = [_improve(lines, kernels, weights) for lines in starts]
-    return max(fits, key=lambda fit: fit[1])[0]
+    starts = (_start(kernels, weights, count, generator) for _ in range(STARTS))
+    return max((_improve(lines, kernels, weights) for lines in starts), key=lambda fit: fit[1])[0]
 
 
 def _start(kernels: torch.Tensor, weights: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Some of the kernels, by chance: those that the ones chosen before do not fit more likely."""
+    """Some of the kernels, at random: the worse those chosen before fit a kernel, the likelier it is chosen."""
     lines = kernels[_sample(weights, 1, generator=generator)]
     while len(lines) < min(count, len(kernels)):
         error = weights * (1 - (kernels @ lines.T).square().amax(1)).clamp_min(1e-12)
@@ -329,7 +295,7 @@ def _improve(lines: torch.Tensor, kernels: torch.Tensor, weights: torch.Tensor) 
 def _sample(
     weights: torch.Tensor, count: int, replacement: bool = False, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """So many random indices with these weights, from the CPU's generator, so that every device has the same."""
+    """Random indices with these weights, from the CPU's generator, so that every device has the same."""
     return torch.multinomial(weights.cpu(), count, replacement, generator=generator).to(weights.device)
 
 
@@ -354,7 +320,7 @@ def match_banks(bank: Bank, other: Bank, kernel_size: tuple[int, int] = (7, 7)) 
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise ImportError("Matching two banks needs scipy: pip install 'timm_masterkeys[study]'") from error
+        raise ImportError("Matching two banks needs scipy: pip install scipy") from error
     first, second = get_bank(bank), get_bank(other)
     keys, others = (b.keys_for(kernel_size).flatten(1).double() for b in (first, second))
     correlation = (keys @ others.T).abs().numpy()

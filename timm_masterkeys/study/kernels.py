@@ -3,9 +3,11 @@
 import json
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -23,7 +25,7 @@ from ..keys.projection import constant_kernels
 
 Array = torch.Tensor | np.ndarray
 Source = str | os.PathLike[str] | nn.Module | Array | Sequence[Array]
-_FILES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+CONTROL_BANK = "random8:0"  # as many random keys as the published bank has
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,20 +60,6 @@ class Kernels:
         counts = torch.bincount(self.network, minlength=len(self.names)).double()
         each = 1 / counts[self.network] if equal_networks else torch.ones_like(counts[self.network])
         return each / each.sum()
-
-    def split(self, held_out: str | Sequence[str]) -> tuple["Kernels", "Kernels"]:
-        """All but some networks, and these alone.
-
-        Raises:
-            BankError: There is no such network.
-        """
-        held_out = (held_out,) if isinstance(held_out, str) else held_out
-        unknown = [name for name in held_out if name not in self.names]
-        if unknown:
-            raise BankError(f"There is no network '{unknown[0]}' to hold out; there are {', '.join(self.names)}.")
-        out = torch.tensor([name in held_out for name in self.names], device="cpu")[self.network]
-        rest, apart = (replace(self, values=self.values[own], network=self.network[own]) for own in (~out, out))
-        return rest, apart
 
     def fit(self, bank: Bank) -> tuple[torch.Tensor, torch.Tensor]:
         """R2 (N,) of the least-squares fit ``a*x + b`` by the nearest key, and that key's index in the bank (N,)."""
@@ -132,49 +120,46 @@ def collect_kernels(
 
 
 def name_sources(sources: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]:
-    """Sources by name: that of the file (its path, where two have one name), or the kind and the place in the list.
+    """Sources by name: that of the file (its path, where two have one name), or the type and the place in the list.
 
     Raises:
         BankError: Two of one name, or none at all.
     """
     if isinstance(sources, (str, os.PathLike)):
         raise BankError(f"The sources are one string, '{sources}'. Give a list: ['{sources}'].")
-    if isinstance(sources, Mapping):
-        named = dict(sources)
-    else:
-        paths = [
-            os.fspath(s) if isinstance(s, (str, os.PathLike)) else f"{type(s).__name__} {i}"
-            for i, s in enumerate(sources)
-        ]
-        names = [os.path.basename(path) for path in paths]
-        if len(set(names)) < len(names):  # a/net.npz and b/net.npz
-            names = paths
-        twins = [name for i, name in enumerate(names) if name in names[:i]]
-        if twins:
-            raise BankError(f"Two sources are called '{twins[0]}'. Give them names: collect_kernels({{'a': ...}}).")
-        named = dict(zip(names, sources, strict=True))
-    if not named:
+    if not len(sources):
         raise BankError("There is no network to take kernels from.")
-    return named
+    if isinstance(sources, Mapping):
+        return dict(sources)
+    paths = [
+        os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"{type(source).__name__} {place}"
+        for place, source in enumerate(sources)
+    ]
+    names = [os.path.basename(path) for path in paths]
+    if len(set(names)) < len(names):  # a/net.npz and b/net.npz
+        names = paths
+    twins = [name for name, count in Counter(names).items() if count > 1]
+    if twins:
+        raise BankError(f"Two sources are called '{twins[0]}'. Give them names: collect_kernels({{'a': ...}}).")
+    return dict(zip(names, sources, strict=True))
 
 
 def read_kernels(source: Source) -> list[torch.Tensor]:
     """The depthwise kernels of a network, layer by layer, as (C, kh, kw) float64; see ``collect_kernels``."""
     if isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
-        return _read_file(path) if os.path.isfile(path) else _read_name(path)
+        return list(read_file(path).values()) if os.path.isfile(path) else _read_name(path)
     if isinstance(source, nn.Module):
         if converted_layers(source):
             raise _converted(f"The {type(source).__name__}")
         layers = [m for m in source.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1]
-        return _stacks([layer.weight for layer in layers])
-    return _stacks([source] if isinstance(source, (torch.Tensor, np.ndarray)) else source)
+        source = [layer.weight for layer in layers]
+    arrays: Any = source if isinstance(source, (list, tuple)) else [source]
+    return list(_stacks(dict(enumerate(arrays))).values())
 
 
 def _read_name(name: str) -> list[torch.Tensor]:
     """The kernels of a timm name's pretrained weights; what is no such name is refused with what to give instead."""
-    if name.endswith(_FILES) or (os.path.isabs(name) and not os.path.isdir(name)):
-        raise BankError(f"Cannot read kernels from '{name}': there is no such file.")
     if os.path.isdir(name):
         if _is_converted_folder(Path(name)):
             raise _converted(f"'{name}'")
@@ -182,27 +167,33 @@ def _read_name(name: str) -> list[torch.Tensor]:
     if ":" not in name and is_masterkeys_tag(name.partition(".")[2]):
         raise _converted(f"'{name}'")
     try:
-        return read_kernels(timm.create_model(name, pretrained=True))
-    except RuntimeError as error:
+        model = timm.create_model(name, pretrained=True)
+    except (RuntimeError, ValueError) as error:
         raise BankError(f"'{name}' is no file, and timm cannot make it: {error}") from error
+    return read_kernels(model)
 
 
-def _read_file(path: str) -> list[torch.Tensor]:
-    """The kernels in a file of arrays or a checkpoint."""
+def read_file(path: str) -> dict[str, torch.Tensor]:
+    """The kernels (C, kh, kw) in an ``.npz`` file or a checkpoint, by the names that they have there.
+
+    Raises:
+        BankError: It cannot be read, or belongs to a converted model.
+    """
+    arrays = path.endswith(".npz")
     try:
-        if path.endswith(".npz"):
+        if arrays:
             with zipfile.ZipFile(path), np.load(path) as file:  # np.load alone takes other files as well
                 state = dict(file.items())
         else:
             state = load_state_dict(path, use_ema=True, weights_only=True)
-        names = [str(name) for name in state]
+        state = {str(name): value for name, value in state.items()}
     except Exception as error:  # a damaged file: unpickling may raise anything
         raise BankError(f"Cannot read kernels from '{path}': {error!r}.") from error
-    if any(name.endswith("key_index") for name in names) or _is_converted_folder(Path(path).absolute().parent, path):
+    if any(name.endswith("key_index") for name in state) or _is_converted_folder(Path(path).absolute().parent, path):
         raise _converted(f"'{path}'")
-    if path.endswith(".npz"):
-        return _stacks(list(state.values()))
-    return _stacks([value for value in state.values() if isinstance(value, torch.Tensor) and value.ndim == 4])
+    if not arrays:
+        state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor) and value.ndim == 4}
+    return _stacks(state)
 
 
 def _is_converted_folder(folder: Path, file: str = DENSE_NAME) -> bool:
@@ -222,10 +213,14 @@ def _converted(what: str) -> BankError:
     )
 
 
-def _stacks(arrays: Sequence[Array]) -> list[torch.Tensor]:
+def _stacks(arrays: Mapping[Any, Array]) -> dict[Any, torch.Tensor]:
     """Those of shape (C, kh, kw) or (C, 1, kh, kw), as (C, kh, kw)."""
     try:
-        tensors = [torch.as_tensor(array, device="cpu").detach().double() for array in arrays]
+        tensors = {name: torch.as_tensor(array, device="cpu").detach().double() for name, array in arrays.items()}
     except (TypeError, ValueError, RuntimeError) as error:
         raise BankError(f"Expected arrays of kernels (C, kh, kw): {error}.") from error
-    return [t.flatten(0, -3) for t in tensors if t.ndim == 3 or (t.ndim == 4 and t.shape[1] == 1)]
+    return {
+        name: kernels.flatten(0, -3)
+        for name, kernels in tensors.items()
+        if kernels.ndim == 3 or (kernels.ndim == 4 and kernels.shape[1] == 1)
+    }

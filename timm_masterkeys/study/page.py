@@ -19,12 +19,11 @@ from ..conversion.report import OPERATOR_TITLES, R2_MEANS, ConversionReport, con
 from ..conversion.table import number
 from ..conversion.wrapped import unwrapped
 from ..keys.banks import get_bank
+from .kernels import CONTROL_BANK
 from .plotting import plot_bank, plot_coverage, plot_kernels, plot_keys, plot_r2, plot_used_keys
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-CONTROL = "random8:0"
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -54,6 +53,10 @@ _NO_DENSE = (
     "<p>The dense model was not given. What needs its kernels is left out: the fit by random keys (the control), "
     "single kernels beside their fits, and the operators that they resemble.</p>"
 )
+_OPERATORS = (
+    "<h2>Operators</h2><p>What the dense kernels resemble: Gaussian derivatives fitted by least squares, none where no "
+    "fit has an R² above .5; beside it, the share of random kernels of the same sizes that do as well.</p>"
+)
 
 
 def html_page(model: nn.Module, dense: nn.Module | None, report: ConversionReport, title: str) -> str:
@@ -61,13 +64,10 @@ def html_page(model: nn.Module, dense: nn.Module | None, report: ConversionRepor
 
     Args:
         model: A converted model. Not changed.
-        dense: The dense model it was made from. Not changed. None if it is not at hand: what needs its kernels is then
-            left out, and the page says so.
+        dense: The dense model it was made from. Not changed. Without it, what needs its kernels is left out, and the
+            page says so.
         report: ``conversion_report(model, dense)``.
         title: Of the page.
-
-    Returns:
-        The page.
 
     Raises:
         ConversionError: The dense model is not the one that this one was made from.
@@ -86,7 +86,7 @@ def html_page(model: nn.Module, dense: nn.Module | None, report: ConversionRepor
         f"<p>{escape(R2_MEANS)}</p>",
         "" if dense else _NO_DENSE,
         *(_figure(*figure) for figure in _figures(model, dense, report, control)),
-        *(_operators(report) if report.operators else ()),
+        *((_OPERATORS, _table(OPERATOR_TITLES, [row.cells() for row in report.operators])) if report.operators else ()),
         "<h2>Layers</h2><p>k1, k2, ... count the kernels that have each key (of several keys, the first).</p>",
         _table(report.titles, [row.cells() for row in report.rows], total=True),
         *(f"<p>{escape(note)}.</p>" for note in report.notes),
@@ -115,19 +115,20 @@ def _figures(
 ) -> Iterator[tuple[str, "Figure", str]]:
     """The pictures, each with its title and what it shows."""
     bank = next(iter(converted_layers(model).values())).bank
+    has_fit = not math.isnan(report.total.mean_r2)
     yield "The bank", plot_bank(bank), "The keys: red is positive, blue negative, white zero."
     yield (
         "The keys as the layers use them",
         plot_used_keys(model),
         "The keys at each kernel size of this network. Where a key vanishes or repeats another, it is left out.",
     )
-    if not math.isnan(report.total.mean_r2):
-        reports = {report.bank: report} | ({f"{CONTROL} (control)": control} if control else {})
+    if has_fit:
+        reports = {report.bank: report} | ({f"{CONTROL_BANK} (control)": control} if control else {})
         beside = "; as many of eight random keys are the control" if control else ""
         yield "Coverage", plot_coverage(reports), f"The share of kernels whose fit is above each R²{beside}."
         yield "Fit by depth", plot_r2(report), "Mean, median and worst R² of every layer."
     yield "Keys by depth", plot_keys(report), "The key nearest to each kernel (of several keys, the first)."
-    if dense is not None and not math.isnan(report.total.mean_r2):
+    if dense is not None and has_fit:
         yield (
             "Best, median and worst fits",
             plot_kernels(model, dense),
@@ -136,22 +137,13 @@ def _figures(
         )
 
 
-def _operators(report: ConversionReport) -> list[str]:
-    """What the dense kernels resemble: heading, explanation and table."""
-    text = (
-        "What the dense kernels resemble: Gaussian derivatives fitted by least squares, none where no fit has an R² "
-        "above .5; beside it, the share of random kernels of the same sizes that do as well."
-    )
-    return [f"<h2>Operators</h2><p>{text}</p>", _table(OPERATOR_TITLES, [row.cells() for row in report.operators])]
-
-
 def _control(dense: nn.Module, report: ConversionReport) -> nn.Module:
     """The dense model converted with random keys, as many per kernel as the report's layers have."""
     model = copy_model(dense)
+    most = len(get_bank(CONTROL_BANK))
     for count in sorted({layer.keys_per_kernel for layer in report.layers}):
         names = [layer.name for layer in report.layers if layer.keys_per_kernel == count]
-        most = len(get_bank(CONTROL))
-        convert_to_masterkeys(model, CONTROL, include=names, keys_per_kernel=min(count, most), inplace=True)
+        convert_to_masterkeys(model, CONTROL_BANK, include=names, keys_per_kernel=min(count, most), inplace=True)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Pictures of banks, conversions and searches. Needs matplotlib: ``pip install timm_masterkeys[plot]``.
+"""Pictures of banks, conversions and searches. Needs matplotlib: ``pip install matplotlib``.
 
 Not imported with the package: ``from timm_masterkeys.study.plotting import plot_bank``. Every function returns a
 matplotlib ``Figure`` of its own, to show or to save: ``plot_bank("babaiee2025").savefig("bank.png")``.
@@ -16,7 +16,7 @@ from ..conversion.apply import converted_layers
 from ..conversion.report import COVERAGE, ConversionReport, kernel_fits
 from ..conversion.wrapped import unwrapped
 from ..errors import ConversionError
-from ..keys.banks import DEFAULT_BANK, Bank, get_bank
+from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
 from ..layers import MasterKeyConv2d
 from .discovery import Discovery
 
@@ -25,10 +25,10 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 except ImportError as error:
-    raise ImportError("Pictures need matplotlib: pip install 'timm_masterkeys[plot]'") from error
+    raise ImportError("Pictures need matplotlib: pip install matplotlib") from error
 
-DIVERGING = "RdBu_r"  # zero is white; told apart with any colour vision
-# Okabe and Ito's colours, told apart with any colour vision; beyond eight they come again, hatched.
+DIVERGING = "RdBu_r"  # zero is white; readable with any colour vision
+# Okabe and Ito's colours, readable with any colour vision; beyond eight they come again, hatched.
 BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"
 COLOURS = (ORANGE, "#E69F00", "#CC79A7", "#F0E442", "#009E73", BLACK, "#56B4E9", BLUE)
 
@@ -45,17 +45,14 @@ def plot_bank(bank: Bank = DEFAULT_BANK, kernel_size: tuple[int, int] | None = N
     """
     bank = get_bank(bank)
     size = kernel_size or (min(7, bank.keys.shape[1]), min(7, bank.keys.shape[2]))
-    keys, kept = bank.keys_for(size), bank.kept(size)
-    columns = min(4, len(keys))
-    rows = -(-len(keys) // columns)
+    kept = bank.kept(size)
+    columns = min(4, len(kept))
+    rows = -(-len(kept) // columns)
     figure = Figure(figsize=(1.15 * columns + 0.5, 1.45 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    most = float(keys.abs().max())
     for axis in axes:
         axis.axis("off")
-    for axis, key, index in zip(axes, keys, kept, strict=False):
-        image = draw_kernel(axis, key, most)
-        axis.set_title(f"key {index + 1}", fontsize=9)
+    image = _draw_keys(dict(zip(kept, axes, strict=False)), bank, size, fontsize=9)
     draw_colour_bar(figure, image, axes)
     figure.suptitle(f"{bank.name}, {size[0]}x{size[1]}", fontsize=10)
     return figure
@@ -73,28 +70,22 @@ def plot_used_keys(model: nn.Module) -> Figure:
     Raises:
         ConversionError: It has no converted layer.
     """
-    uses = Counter((layer.bank, layer.kernel_size) for layer in _converted(unwrapped(model)).values())
-    columns = max(len(bank) for bank, _ in uses)
+    uses: Counter[Any] = Counter((layer.bank, layer.kernel_size) for layer in _converted(unwrapped(model)).values())
+    banks = {bank for bank, _ in uses}
+    columns = max(map(len, banks))
     figure = Figure(figsize=(1.05 * columns + 1.4, 1.45 * len(uses) + 0.1), layout="constrained")
     axes = figure.subplots(len(uses), columns, squeeze=False)
-    several = len({bank for bank, _ in uses}) > 1
-    ordered = sorted(uses.items(), key=lambda use: (use[0][0].name, use[0][1]))
-    for row, ((bank, size), layers) in enumerate(ordered):
-        keys = bank.keys_for(size)  # type: ignore[arg-type]  # nn.Conv2d's is tuple[int, ...]
-        place = dict(zip(bank.kept(size), keys, strict=True))  # type: ignore[arg-type]
-        most = float(keys.abs().max())
-        for index, axis in enumerate(axes[row]):
-            if index in place:
-                image = draw_kernel(axis, place[index], most)
-                axis.set_title(f"key {index + 1}", fontsize=8)
-            else:
-                axis.set(frame_on=False, xticks=[], yticks=[])
-                text = f"key {index + 1}\nleft out" if index < len(bank) else ""
-                axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=8)
-        name = f"{bank.name}\n" if several else ""
-        plural = "layer" if layers == 1 else "layers"
-        axes[row, 0].set_ylabel(f"{name}{size[0]}x{size[1]}\n{layers} {plural}", fontsize=8)
-        draw_colour_bar(figure, image, axes[row])
+    for row, (bank, size) in zip(axes, sorted(uses, key=lambda use: (use[0].name, use[1])), strict=True):
+        kept = bank.kept(size)
+        image = _draw_keys({index: row[index] for index in kept}, bank, size, fontsize=8)
+        for index in set(range(columns)) - set(kept):
+            row[index].set(frame_on=False, xticks=[], yticks=[])
+            text = f"key {index + 1}\nleft out" if index < len(bank) else ""
+            row[index].text(0.5, 0.5, text, ha="center", va="center", fontsize=8)
+        name = f"{bank.name}\n" if len(banks) > 1 else ""
+        layers = uses[bank, size]
+        row[0].set_ylabel(f"{name}{size[0]}x{size[1]}\n{layers} {'layer' if layers == 1 else 'layers'}", fontsize=8)
+        draw_colour_bar(figure, image, row)
     return figure
 
 
@@ -148,15 +139,13 @@ def plot_keys(report: ConversionReport) -> Figure:
     """Which keys the layers use, by depth: shares of each layer's kernels."""
     counts = np.array([layer.key_histogram for layer in report.layers], float).T
     shares = counts / counts.sum(0).clip(1)
-    figure = Figure(figsize=_size(report), layout="constrained")
-    axis = figure.subplots()
-    places, below = np.arange(len(report.layers)), np.zeros(len(report.layers))
+    figure, axis = _by_depth(report)
+    below = np.zeros(len(report.layers))
     for index, share in enumerate(shares):
         colour, hatch = COLOURS[index % 8], (None, "//", "..", "xx")[index // 8 % 4]
-        axis.bar(places, share, 0.85, below, color=colour, hatch=hatch, label=f"key {index + 1}")
+        axis.bar(range(len(share)), share, 0.85, below, color=colour, hatch=hatch, label=f"key {index + 1}")
         below += share
-    axis.set(ylabel="share of kernels", ylim=(0, 1), xlim=(-0.6, len(places) - 0.4), title="Keys by depth")
-    _layers(axis, report)
+    axis.set(ylabel="share of kernels", ylim=(0, 1), title="Keys by depth")
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right upper", fontsize=8, frameon=False)
     return figure
@@ -164,23 +153,16 @@ def plot_keys(report: ConversionReport) -> Figure:
 
 def plot_r2(report: ConversionReport) -> Figure:
     """How well each layer's kernels fit, by depth: mean, median and worst R2."""
-    figure = Figure(figsize=_size(report), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = _by_depth(report)
     places = np.arange(len(report.layers))
-    worst, median, mean = (
-        np.array([getattr(layer, field) for layer in report.layers]) for field in ("worst_r2", "median_r2", "mean_r2")
-    )
+    worst, median, mean = np.array([(layer.worst_r2, layer.median_r2, layer.mean_r2) for layer in report.layers]).T
     axis.vlines(places, worst, np.maximum(median, mean), color="0.8", linewidth=2, zorder=1)
-    for values, marker, colour, label in (
-        (mean, "o", BLUE, "mean"),
-        (median, "_", BLACK, "median"),
-        (worst, "v", ORANGE, "worst"),
-    ):
-        axis.scatter(places, values, marker=marker, color=colour, label=label, zorder=2)
+    axis.scatter(places, mean, marker="o", color=BLUE, label="mean", zorder=2)
+    axis.scatter(places, median, marker="_", color=BLACK, label="median", zorder=2)
+    axis.scatter(places, worst, marker="v", color=ORANGE, label="worst", zorder=2)
     title = f"Fit by depth; mean over all kernels {report.total.mean_r2:.2f}"
-    axis.set(ylabel="R²", ylim=(0, 1.02), xlim=(-0.6, len(places) - 0.4), title=title)
+    axis.set(ylabel="R²", ylim=(0, 1.02), title=title)
     axis.grid(axis="y", alpha=0.3)
-    _layers(axis, report)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
@@ -192,14 +174,11 @@ def plot_coverage(reports: ConversionReport | Mapping[str, ConversionReport]) ->
         >>> plot_coverage({"keys": report, "eight random filters": control}).savefig("coverage.png")
     """
     named = {reports.bank: reports} if isinstance(reports, ConversionReport) else reports
-    figure = Figure(figsize=(4.8, 3.4), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = _curves(xlabel="R²", ylabel="share of kernels above", xlim=(0, 1), ylim=(0, 1.02), title="Coverage")
     styles = ("-", "--", ":", "-.")
     for index, (name, report) in enumerate(named.items()):
         x, y = [0, *COVERAGE, 1], [1, *report.total.coverage, 0]
         axis.plot(x, y, styles[index % 4], marker=".", color=COLOURS[index % 8 - 1], label=name)
-    axis.set(xlabel="R²", ylabel="share of kernels above", xlim=(0, 1), ylim=(0, 1.02), title="Coverage")
-    axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
 
@@ -207,14 +186,11 @@ def plot_coverage(reports: ConversionReport | Mapping[str, ConversionReport]) ->
 def plot_elimination(found: Discovery) -> Figure:
     """The score by number of keys in a search, and where it bends."""
     counts = sorted(count for count in found.curve if count <= 25)
-    figure = Figure(figsize=(4.8, 3.4), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = _curves(xlabel="keys", ylabel="score", title=f"Search of {found.searched:,} kernels")
     axis.plot(counts, [found.curve[count] for count in counts], ".-", color=BLUE)
     ends = [counts[0], counts[-1]]
     axis.plot(ends, [found.curve[end] for end in ends], ":", color="0.5", label="chord")
     axis.axvline(found.elbow, color=ORANGE, linestyle="--", label=f"elbow: {found.elbow} keys, farthest above it")
-    axis.set(xlabel="keys", ylabel="score", title=f"Search of {found.searched:,} kernels")
-    axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
 
@@ -234,6 +210,15 @@ def draw_colour_bar(figure: Figure, image: AxesImage, axes: np.ndarray, label: s
     bar.set_label(label, fontsize=8)
 
 
+def _draw_keys(axes: Mapping[int, Axes], bank: KeyBank, size: tuple[int, int], fontsize: int) -> AxesImage:
+    """Draws the keys that a bank has at a size, each into the axes of its index in the bank, all on one scale."""
+    keys = bank.keys_for(size)
+    for key, index in zip(keys, bank.kept(size), strict=True):
+        image = draw_kernel(axes[index], key, float(keys.abs().max()))
+        axes[index].set_title(f"key {index + 1}", fontsize=fontsize)
+    return image
+
+
 def _converted(model: nn.Module) -> dict[str, MasterKeyConv2d]:
     layers = converted_layers(model)
     if not layers:
@@ -241,16 +226,22 @@ def _converted(model: nn.Module) -> dict[str, MasterKeyConv2d]:
     return layers
 
 
-def _size(report: ConversionReport) -> tuple[float, float]:
-    """Inches of a picture of the layers by depth, with room for their names."""
-    return min(14, max(4.8, 0.28 * len(report.layers) + 2)), 2.7 + 0.055 * max(map(len, _names(report)))
+def _by_depth(report: ConversionReport) -> tuple[Figure, Axes]:
+    """A figure and its axes, with a place for each layer and their names below; of many every second, third ... one."""
+    names = [layer.name.removesuffix(".conv_dw") or "all" for layer in report.layers]
+    size = min(14, max(4.8, 0.28 * len(names) + 2)), 2.7 + 0.055 * max(map(len, names))
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
+    step = -(-len(names) // 40)
+    axis.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=7)
+    axis.set_xlim(-0.6, len(names) - 0.4)
+    return figure, axis
 
 
-def _names(report: ConversionReport) -> list[str]:
-    return [layer.name.removesuffix(".conv_dw") or "all" for layer in report.layers]
-
-
-def _layers(axis: Axes, report: ConversionReport) -> None:
-    """Names under the bars; of many layers every second, third ... one."""
-    step = -(-len(report.layers) // 40)
-    axis.set_xticks(range(0, len(report.layers), step), _names(report)[::step], rotation=90, fontsize=7)
+def _curves(**settings: Any) -> tuple[Figure, Axes]:
+    """A figure and its axes, with a grid."""
+    figure = Figure(figsize=(4.8, 3.4), layout="constrained")
+    axis = figure.subplots()
+    axis.set(**settings)
+    axis.grid(alpha=0.3)
+    return figure, axis

@@ -77,9 +77,10 @@ def calibrated(call: Call, state: Mapping[str, Any] | None, images: str) -> Iter
     def calibrate() -> nn.Module:
         dense = built.pop() if built else _build(call, shape)
         _logger.warning(
-            "%s: calibrating with %s, once; it is kept in the cache afterwards (mk_calibrate=False turns it off).",
+            "%s: calibrating with %s%s (mk_calibrate=False turns it off).",
             call.name,
             "photographs that ship with timm_masterkeys" if images == BUILTIN else images,
+            ", once; it is kept in the cache afterwards" if folder else "",
         )
         model, report = convert_and_calibrate(dense, config, images, call.flat_names)
         _logger.warning("%s: calibrated %s.", call.name, report.summary())

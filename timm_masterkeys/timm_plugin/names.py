@@ -82,7 +82,7 @@ def _register_tags(arch: str) -> None:
 
 
 def _with_masterkeys(arch: str, stock: compat.Entrypoint) -> compat.Entrypoint:
-    """The function that builds ``arch``: timm's own, but for tags of ours."""
+    """The function that builds ``arch``: Builds the architecture; ``.mk8`` tags are converted."""
 
     @functools.wraps(stock)
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -28,8 +28,8 @@ def use_weights(name: str | os.PathLike[str], source: str = "") -> None:
     """Points a ``.mk8`` name, or all names of a list, at published weights: a team's own, calibrated or fine-tuned.
 
     ``pretrained=True`` then loads them, with the classes, preprocessing and arguments they were published with. The
-    environment variable ``TIMM_MASTERKEYS_WEIGHTS`` does the same: ``name=source`` pairs and paths of lists, parted by
-    blanks. It is read with the first weights of a ``.mk8`` name; what is wrong with it is an error then.
+    environment variable ``TIMM_MASTERKEYS_WEIGHTS`` does the same: ``name=source`` pairs and paths of lists, separated
+    by spaces. It is read with the first weights of a ``.mk8`` name; what is wrong with it is an error then.
 
     Args:
         name: ``<arch>.mk8``, or ``<arch>.mk8_<anything>`` for a new name. Or, without a source, the path of a list such
