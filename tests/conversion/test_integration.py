@@ -258,7 +258,7 @@ def train(model):
 
 model = make()
 before = {name: value.clone() for name, value in model.state_dict().items()}
-assert all(everywhere_equal(value) for value in before.values())  # drawn alike on every rank
+assert all(everywhere_equal(value) for value in before.values())  # the same random keys on every rank
 train(torch.nn.parallel.DistributedDataParallel(model))
 after = model.state_dict()
 assert all(everywhere_equal(value) for value in after.values())

@@ -55,7 +55,7 @@ named = timm.create_model("test_convnext.mk8", num_classes=4)
 assert not of_keys(differing(named))
 with torch.device("meta"):
     mk.initialize_masterkeys(timm.create_model("test_convnext"))
-lone = mk.MasterKeyConv2d(8, 8, 7) if rank == 0 else None  # asks nobody
+lone = mk.MasterKeyConv2d(8, 8, 7) if rank == 0 else None  # waits for nobody
 dist.barrier()
 print("all equal")
 dist.destroy_process_group()
@@ -81,6 +81,6 @@ def test_ranks_agree():
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_a_single_process_asks_nobody(settings, monkeypatch):
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda *_: pytest.fail("asked"))
+def test_a_single_process_sends_nothing(settings, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda *_: pytest.fail("sent"))
     mk.initialize_masterkeys(torch.nn.Sequential(torch.nn.Conv2d(8, 8, 7, groups=8)), **settings)

@@ -141,8 +141,7 @@ def test_a_kernel_no_key_fits_is_not_a_constant_one():
     assert row.mean_r2 == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
-@pytest.mark.parametrize("keys_per_kernel", [1, 3])
+@pytest.mark.parametrize(("trainable", "keys_per_kernel"), [("none", 3), ("shift", 1), ("affine", 3)])
 def test_parameters_are_counted(trainable, keys_per_kernel):
     model = net()
     model[0].requires_grad_(False)
@@ -161,22 +160,6 @@ def test_parameters_are_counted(trainable, keys_per_kernel):
     assert report.stored_after == stock - dense + compact
     left = 120 * {"none": 0, "shift": 1, "affine": 1 + keys_per_kernel}[trainable]
     assert report.trainable_before - report.trainable_after == dense - left
-
-
-def test_parameters_of_a_timm_model():
-    model = timm.create_model("convnext_atto")
-    converted = convert_to_masterkeys(model)
-    report = conversion_report(converted)
-    assert report.trainable_before == report.stored_before == sum(p.numel() for p in model.parameters())
-    assert report.trainable_after == sum(p.numel() for p in converted.parameters())
-    layers = {name.rpartition(".")[0] for name in converted.state_dict() if name.endswith("key_index")}
-    stored = dict(converted.named_parameters()) | {
-        name: value
-        for name, value in converted.state_dict().items()
-        if name.rpartition(".")[0] in layers and not name.endswith("r2")
-    }
-    assert report.stored_after == sum(value.numel() for value in stored.values())
-    assert report.stored_after < report.stored_before
 
 
 def test_a_layer_used_twice_counts_once():

@@ -35,10 +35,7 @@ def first_line(card):
     return card.text.partition("begin (rewritten at every publication) -->")[2].split("\n")[2]
 
 
-# --- Licences
-
-
-@pytest.mark.parametrize("license", ["gpl-3.0", "bsd-2-clause", "cc-by-nc-sa-4.0", "Apache-2.0", "other"])
+@pytest.mark.parametrize("license", ["gpl-3.0", "Apache-2.0", "other"])
 def test_licences_that_the_hub_knows_are_kept(model, tmp_path, license):
     saved = card(model, tmp_path, license=license)
     assert saved.data.license == license.lower() and "license_name" not in saved.data.to_dict()
@@ -53,7 +50,7 @@ def test_another_licence_is_published_with_its_name(model, tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "likely"),
-    [("apache2", "apache-2.0"), ("appache-2.0", "apache-2.0"), ("cc-by-nc-4", "cc-by-nc-4.0"), ("gpl-3", "gpl-3.0")],
+    [("apache2", "apache-2.0"), ("cc-by-nc-4", "cc-by-nc-4.0")],
 )
 def test_a_typo_is_refused(model, tmp_path, given, likely):
     with pytest.raises(ConversionError, match=f"Did you mean '{likely}'"):
@@ -75,9 +72,6 @@ def test_no_licence_of_timms_is_taken_for_a_typo():
     for name in names:
         assert inherited_license(None, name) == name
         assert inherited_license(Source(license=name), None) == (name if name != "unknown" else None)
-
-
-# --- What was measured
 
 
 def test_a_network_that_nothing_was_measured_of_says_so_first(model, tmp_path, caplog):
@@ -124,8 +118,10 @@ def test_others_do_not(model, dense, tmp_path, caplog, made):
     assert UNMEASURED not in saved.text
     assert ("Calibrated (" in saved.text) == (made is calibrated)
     if made is calibrated:
-        told = mk.conversion_report(other).calibration.summary()
-        assert told.startswith("on 10 images: agreement ") and f"Calibrated (classification) {told}." in saved.text
+        summary = mk.conversion_report(other).calibration.summary()
+        assert (
+            summary.startswith("on 10 images: agreement ") and f"Calibrated (classification) {summary}." in saved.text
+        )
 
 
 def test_settings_are_told_for_each_value(dense, tmp_path):

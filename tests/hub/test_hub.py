@@ -130,7 +130,7 @@ def worker(hub, home):
 
 @pytest.fixture(scope="module")
 def others(hub, home):
-    """Workers of others than alice: without a token, with one that is none, with bob's."""
+    """Workers of others than alice: without a token, with an invalid one, with bob's."""
     tokens = {"nobody": None, "mistyped": "hf_wrong", "bob": hub.token("bob")}
     workers = {name: Worker(hub.env(home / name, token)) for name, token in tokens.items()}
     yield workers
@@ -189,8 +189,7 @@ def test_load_with_the_plugin(worker, published, tmp_path):
         again = timm.create_model("hf-hub:alice/base", pretrained=True, cache_dir={str(tmp_path)!r}).eval()
         same(model, again)
         layers = [m for m in again.modules() if isinstance(m, mk.MasterKeyConv2d)]
-        assert len(layers) == 7 or layers, len(layers)
-        assert all(n.endswith("shift") for l in layers for n, _ in l.named_parameters() if n != "bias")
+        assert layers and all(n.endswith("shift") for l in layers for n, _ in l.named_parameters() if n != "bias")
         assert torch.equal(model(x), again(x))
         pin = "hf-hub:alice/base@{published.head().sha}"
         pinned = timm.create_model(pin, pretrained=True, cache_dir={str(tmp_path)!r})
@@ -200,29 +199,24 @@ def test_load_with_the_plugin(worker, published, tmp_path):
 
 def test_other_heads_inputs_and_features(worker, published, tmp_path):
     worker.run(f"""
-        kw = dict(pretrained=True, cache_dir={str(tmp_path)!r})
-        ten = timm.create_model("hf-hub:alice/base", num_classes=10, **kw).eval()
+        load = functools.partial(
+            timm.create_model, "hf-hub:alice/base", pretrained=True, cache_dir={str(tmp_path)!r}
+        )
+        ten = load(num_classes=10).eval()
         assert ten(x).shape == (1, 10)
-        bare = timm.create_model("hf-hub:alice/base", num_classes=0, **kw).eval()
-        assert torch.equal(bare(x), model.forward_head(model.forward_features(x), pre_logits=True))
         assert torch.equal(ten.forward_features(x), model.forward_features(x))
-        grey = timm.create_model("hf-hub:alice/base", in_chans=1, **kw).eval()
-        assert grey(x[:, :1]).shape == (1, 1000)
-        for cls in ("list", "getter", "hook", "fx"):
-            features = timm.create_model("hf-hub:alice/base", features_only=True, feature_cls=cls, **kw).eval()
-            assert any(isinstance(m, mk.MasterKeyConv2d) for m in features.modules()), cls
-            assert torch.equal(features(x)[-1], model.forward_intermediates(x)[1][-1]), cls
-        affine = timm.create_model("hf-hub:alice/base", mk_trainable="affine", **kw)
+        assert load(in_chans=1).eval()(x[:, :1]).shape == (1, 1000)
+        features = load(features_only=True, feature_cls="getter").eval()
+        assert torch.equal(features(x)[-1], model.forward_intermediates(x)[1][-1])
+        affine = load(mk_trainable="affine")
         same(model, affine)
         assert any(n.endswith("scale") for n, _ in affine.named_parameters())
     """)
-    message = worker.run(
-        f"timm.create_model('hf-hub:alice/base', pretrained=True, mk_bank='random8:0', cache_dir={str(tmp_path)!r})",
-        raises="ConversionError",
-    )
-    assert "mk_bank" in message
+    call = f"timm.create_model('hf-hub:alice/base', pretrained=True, mk_bank='random8:0', cache_dir={str(tmp_path)!r})"
+    assert "mk_bank" in worker.run(call, raises="ConversionError")
 
 
+@pytest.mark.slow
 def test_load_without_the_plugin(hub, worker, published, home):
     stock = Worker(hub.env(home / "stock"), plugin=False)
     sums = "torch.manual_seed(3); print(model(torch.rand(1, 3, 160, 160)).double().sum().item())"
@@ -238,23 +232,15 @@ def test_load_without_the_plugin(hub, worker, published, home):
 
 
 def test_structure_without_the_weights(worker, published, tmp_path):
-    """pretrained=False: the published bank, keys per kernel and layers, kernels drawn."""
+    """pretrained=False: the published bank, keys per kernel and layers, random keys."""
     worker.run(f"""
         bare = timm.create_model("hf-hub:alice/base", cache_dir={str(tmp_path)!r})
-        assert bare.state_dict().keys() == model.state_dict().keys()
         bare.load_state_dict(model.state_dict())
         same(bare, model)
     """)
 
 
-def test_from_scratch_claims_no_source(hub, worker):
-    worker.run("scratch = timm.create_model('test_convnext.mk8')")
-    assert "licence" in worker.run("mk.push_to_hub(scratch, 'alice/scratch')", raises="ConversionError")
-    worker.run("mk.push_to_hub(scratch, 'alice/scratch', license='mit')")
-    card = hub.repos["alice/scratch"].head().files["README.md"].decode()
-    assert "license: mit" in card and "base_model" not in card and "timm/test_convnext" not in card
-
-
+@pytest.mark.slow
 def test_offline_with_a_warm_cache(hub, worker, published, home):
     worker.run("timm.create_model('hf-hub:alice/base', pretrained=True)")
     hub.requests.clear()
@@ -291,6 +277,7 @@ def test_unknown_weights_have_no_licence(hub, worker):
     assert "license: mit" in hub.repos["alice/copy"].head().files["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_dry_run_checks_the_account(hub, worker, published, others):
     out = worker.run("print(mk.push_to_hub(model, 'alice/base', dry_run=True))")
     assert "account alice" in out and hub.count("GET", "/api/whoami") == 1
@@ -360,6 +347,7 @@ def test_a_new_branch_of_these_very_files_and_one_of_a_new_repository(hub, worke
     assert out == f"{hub.url}/alice/new-pr/discussions/1" and len(hub.repos["alice/new-pr"].branches["main"]) == 1
 
 
+@pytest.mark.slow
 def test_private_and_rights(hub, worker, others, home, tmp_path):
     worker.run("mk.push_to_hub(converted(), 'alice/secret', private=True)")
     assert hub.repos["alice/secret"].private
@@ -416,18 +404,18 @@ def test_checks_come_before_any_request(hub, worker):
     assert "license: cc-by-nc-4.0" in hub.repos["alice/nc"].head().files["README.md"].decode()
 
 
-@pytest.mark.parametrize("status", [500, 503])
 @pytest.mark.parametrize(
-    "method, path",
+    ("method", "path", "status"),
     [
-        ("GET", "/api/whoami"),
-        ("GET", "/api/models/alice/f"),
-        ("POST", "/api/repos/create"),
-        ("POST", "/api/validate-yaml"),
-        ("POST", "/preupload/"),
-        ("POST", "/objects/batch"),
-        ("PUT", "/storage/"),
-        ("POST", "/commit/"),
+        ("GET", "/api/whoami", 500),
+        ("GET", "/api/models/alice/f", 503),
+        ("POST", "/api/repos/create", 500),
+        ("POST", "/api/validate-yaml", 503),
+        ("POST", "/preupload/", 500),
+        ("POST", "/objects/batch", 503),
+        ("PUT", "/storage/", 500),
+        ("POST", "/commit/", 500),
+        ("POST", "/commit/", 503),
     ],
 )
 def test_server_errors(hub, worker, method, path, status):
@@ -449,8 +437,7 @@ def test_server_errors(hub, worker, method, path, status):
     assert len(hub.repos[name].branches["main"]) == 2
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("create_pr", [False, True])
+@pytest.mark.parametrize(("when", "create_pr"), [("before", False), ("after", False), ("after", True)])
 def test_lost_commit_answer_makes_one_commit(hub, worker, when, create_pr):
     name = f"alice/lost-{when}-{create_pr}"
     hub.add_repo(name, {".gitattributes": b""})
@@ -521,52 +508,23 @@ def edited(hub, name, **files):
     hub.add_repo(name, content)
 
 
-def tensors(data, change):
-    """A safetensors file with its tensors or metadata changed."""
-    from safetensors import safe_open
-    from safetensors.torch import load, save
-
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    values, metadata = load(data), header.get("__metadata__", {})
-    change(values, metadata)
-    assert safe_open
-    return save(values, metadata or None)
-
-
 def test_files_that_do_not_fit_are_refused(hub, worker, published, tmp_path):
+    """Also with a head of its own; what each file may be damaged in is tried with folders."""
     files = published.branches["main"][1].files
-    dense, compact, config = files["model.safetensors"], files["masterkeys.safetensors"], files["config.json"]
-    about = json.loads(config)
+    compact, about = files["masterkeys.safetensors"], json.loads(files["config.json"])
     newer = {**about, "masterkeys": {**about["masterkeys"], "format_version": 99}}
-
-    def scale(values, metadata):
-        name = next(n for n in values if n.endswith(".scale"))
-        values[name] = values[name] * 1.01
-
+    altered = files["model.safetensors"][:-1] + bytes([files["model.safetensors"][-1] ^ 1])
     cases = {
         "newer": ({"config.json": json.dumps(newer).encode()}, "99"),
-        "altered": ({"model.safetensors": tensors(dense, lambda v, m: v["head.fc.bias"].add_(1))}, "SHA-256"),
-        "lacks": ({"model.safetensors": tensors(dense, lambda v, m: v.pop("stem.0.weight"))}, "SHA-256"),
-        "disagree": ({"masterkeys.safetensors": tensors(compact, scale)}, "SHA-256"),
+        "altered": ({"model.safetensors": altered}, "SHA-256"),
         "cut": ({"masterkeys.safetensors": compact[:-100]}, "masterkeys.safetensors"),
+        "lost": ({"masterkeys.safetensors": None}, "masterkeys.safetensors"),
     }
-    for name, (changed, text) in cases.items():
+    for i, (name, (changed, text)) in enumerate(cases.items()):
         edited(hub, f"alice/{name}", **changed)
-        for classes in (1000, 7):
-            message = worker.run(
-                f"""
-                try:
-                    kw = dict(pretrained=True, num_classes={classes}, cache_dir={str(tmp_path)!r})
-                    timm.create_model("hf-hub:alice/{name}", **kw)
-                except (mk.MasterKeysError, RuntimeError) as error:
-                    raise ValueError(str(error)) from None
-                """,
-                raises="ValueError",
-            )
-            assert text in message, (name, message)
-    edited(hub, "alice/lost", **{"masterkeys.safetensors": None})
-    call = f"timm.create_model('hf-hub:alice/lost', pretrained=True, cache_dir={str(tmp_path)!r})"
-    assert "masterkeys.safetensors" in worker.run(call, raises="CheckpointError")
+        settings = f"pretrained=True, num_classes={(1000, 7)[i % 2]}, cache_dir={str(tmp_path)!r}"
+        message = worker.run(f"timm.create_model('hf-hub:alice/{name}', {settings})", raises="CheckpointError")
+        assert text in message, (name, message)
     dense_only = {key: value for key, value in about.items() if key != "masterkeys"}
     changed = {"masterkeys.safetensors": None, "config.json": json.dumps(dense_only).encode()}
     edited(hub, "alice/dense-only", **changed)
@@ -615,17 +573,15 @@ def test_download_faults(hub, worker, published, tmp_path, kind):
 
 
 def test_altered_download_is_refused(hub, worker, published, tmp_path):
-    hub.alter(("GET", r"filename=masterkeys\.safetensors"), change=lambda data: data[:-6] + bytes(6))
-    worker.run(f"""
-        try:
-            got = timm.create_model("hf-hub:alice/base", pretrained=True, cache_dir={str(tmp_path)!r})
-        except (mk.CheckpointError, RuntimeError):
-            pass
-        else:
-            same(converted(), got)  # the bytes were padding of no meaning
-    """)
+    middle = len(published.branches["main"][1].files["masterkeys.safetensors"]) - 5000
+    hub.alter(
+        ("GET", r"filename=masterkeys\.safetensors"), lambda d: d[:middle] + bytes([d[middle] ^ 1]) + d[middle + 1 :]
+    )
+    call = f"timm.create_model('hf-hub:alice/base', pretrained=True, cache_dir={str(tmp_path)!r})"
+    assert "SHA-256" in worker.run(call, raises="CheckpointError")
 
 
+@pytest.mark.slow
 def test_team_weights(hub, worker, published, home, tmp_path):
     worker.run(f"""
         mk.use_weights("test_convnext.mk8_ours", "alice/base")

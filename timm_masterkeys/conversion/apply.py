@@ -142,16 +142,14 @@ def stop_checking(model: nn.Module) -> None:
 
 
 def _check_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Refuses a checkpoint that does not fit before any layer, converted or not, has been touched."""
+    """Raises CheckpointError before any layer, converted or not, has been touched, if a checkpoint does not fit."""
     modules = module.named_modules(remove_duplicate=False)
     layers = {f"{prefix}{name}.": layer for name, layer in modules if isinstance(layer, MasterKeyConv2d)}
     problems = [problem for name, layer in layers.items() for problem in layer.check_state_dict(state_dict, name)]
     if problems:
-        more = f"\n... and {len(problems) - 5} more" if len(problems) > 5 else ""
+        shown = problems[:5] + [f"... and {len(problems) - 5} more"] * (len(problems) > 5)
         raise CheckpointError(
-            "The checkpoint does not fit the converted layers; into this model nothing was loaded.\n"
-            + "\n".join(problems[:5])
-            + more
+            "\n".join(["The checkpoint does not fit the converted layers; into this model nothing was loaded.", *shown])
         )
     dense = [name for name in layers if f"{name}weight" in state_dict]
     if dense:

@@ -13,18 +13,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def copy_model(model: Model) -> Model:
-    """A deep copy of a model.
+    """A deep copy of a model; ConversionError names what cannot be copied.
 
-    Tensors that the model computed from its parameters and keeps, as tiny_vit its attention biases in eval mode, have
-    the same values in the copy, and no gradient leads from there to the parameters.
-
-    Raises:
-        ConversionError: Something in the model cannot be copied; the message names where it is.
+    Tensors that the model computed from its parameters and keeps, as tiny_vit its attention biases in eval mode, are
+    copied without their gradient's way to the parameters.
     """
     memo = {id(tensor): tensor.detach().clone() for tensor in _computed_tensors(model)}
     try:
         return copy.deepcopy(model, dict(memo))
-    except Exception as error:  # whatever a class of the model's makes of it
+    except Exception as error:  # whatever a class of the model raises
         raise ConversionError(
             f"{type(model).__name__} cannot be copied: {_uncopyable(model, memo)} {error}. Take that away until the "
             "call is done, or change the model itself (inplace=True)."

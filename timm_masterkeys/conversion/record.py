@@ -88,18 +88,14 @@ class CalibrationRecord:
 
     def _figure(self, name: str) -> str:
         """One figure before and after, with what it is of and its interval."""
-        before, after = (
-            f"{figures[name]:.1%}" if name.endswith("agreement") else f"{figures[name]:.3g}"
-            for figures in (self.before, self.after)
-        )
+        form = ".1%" if name.endswith("agreement") else ".3g"
+        before, after = (f"{figures[name]:{form}}" for figures in (self.before, self.after))
         notes, title = [], name
         if name == "sure agreement":
             title = "agreement where the dense network is sure"
             notes += [f"{self.after[of]:,.0f} {of[5:]}" for of in ("sure images", "sure positions") if of in self.after]
-        elif name == "agreement" and "sure agreement" in self.after:
-            title = "agreement on all"
         elif name == "agreement":
-            title = "agreement with the dense network"
+            title += " on all" if "sure agreement" in self.after else " with the dense network"
         if name in self.intervals:
             low, high = self.intervals[name]
             notes += [f"95 % interval {low:.1%} to {high:.1%}"]

@@ -108,8 +108,7 @@ class OperatorReport:
         operator: One of ``OPERATORS``, or "none" for kernels that no operator fits with an R2 above 0.5.
         kernels: How many.
         share: Of the kernels that are not constant.
-        chance: The share of Gaussian random kernels of the same sizes (a thousand of each) that come out so: at 3x3
-            most resemble some operator.
+        chance: The share of a thousand Gaussian random kernels of each size: at 3x3 most resemble some operator.
         mean_r2: Mean R2 of the operator (of the best one, for "none"); NaN without kernels.
         sigma: The 10 %, 50 % and 90 % quantile of the Gaussian's standard deviation, in taps.
         upright: Share of first and second derivatives within 10 degrees of an axis of the image; else NaN.
@@ -232,8 +231,8 @@ class ConversionReport:
 def conversion_report(model: nn.Module, dense: nn.Module | None = None) -> ConversionReport:
     """How well the kernels of each converted layer fit those of the dense model.
 
-    R2 is that of the fit when the model was converted or calibrated; it does not follow later training. Kernels of
-    random initialisation have none.
+    R2 is that of the fit when the model was converted or calibrated, whatever was trained later. Kernels of random
+    initialisation have none.
 
     Args:
         model: A converted model, wrapped or not. Not changed.

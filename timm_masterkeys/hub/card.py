@@ -72,14 +72,10 @@ model = timm.create_model("hf-hub:{repo_id}", pretrained=True)
 
 
 def inherited_license(source: Source | None, license: str | None) -> str | None:
-    """The licence of a converted model in lower case: that of the weights it comes from; None if nobody knows it.
-
-    Args:
-        source: The dense weights, as far as they are known.
-        license: The caller's: an identifier of the Hub's, or the name of another licence.
+    """The licence of a converted model in lower case: its source's, else the caller's; None if nobody knows it.
 
     Raises:
-        ConversionError: The caller names another licence than the inherited one, or mistypes one.
+        ConversionError: The caller's differs from the source's, or is a mistyped identifier of the Hub's.
     """
     inherited, given = ((name or "").lower() for name in (source and source.license, license))
     inherited = inherited.replace("unknown", "")  # which timm's registry says of some
@@ -157,11 +153,7 @@ def make_card(
 
 
 def read_readme(path: str | os.PathLike[str]) -> str:
-    """The text of a README whose hand-written part is to be kept; empty if there is none.
-
-    Raises:
-        ConversionError: It is not UTF-8.
-    """
+    """The text of a README whose hand-written part is to be kept, "" if there is none; ConversionError if not UTF-8."""
     if not os.path.isfile(path):
         return ""
     try:

@@ -114,16 +114,9 @@ def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trai
 def restore_layers(
     model: nn.Module, compact: Compact, trainable: Trainable | None = None, random: bool = False
 ) -> None:
-    """Converts a dense model as a compact file says, without a look at its dense kernels. In place.
+    """Converts a dense model as a compact file says, without a look at its dense kernels; else as ``load_compact``.
 
-    Args:
-        model: As for ``load_compact``.
-        compact: What the file holds.
-        trainable: Overrides the saved mode.
-        random: Take only the settings; keys are random, for training from scratch.
-
-    Raises:
-        CheckpointError, ConversionError: As for ``load_compact``; the model is then as it was.
+    With ``random`` only the settings are taken; keys are random, for training from scratch.
     """
     replace_layers(model, _make_layers(model, compact, trainable, random))
 
@@ -131,7 +124,7 @@ def restore_layers(
 def _make_layers(
     model: nn.Module, compact: Compact, trainable: Trainable | None, random: bool = False
 ) -> dict[str, MasterKeyConv2d]:
-    """The layers of a compact file, by the names they have in this model; arguments as for ``restore_layers``."""
+    """The layers of a compact file, by the names they have in this model."""
     names = names_in(model, compact.layers)
     layers = {here: compact.layers[name] for name, here in names.items()}
     if trainable:
@@ -141,11 +134,7 @@ def _make_layers(
 
 
 def read_compact(path: str | os.PathLike[str]) -> Compact:
-    """Reads a compact file.
-
-    Raises:
-        CheckpointError: Not such a file, a newer format, or a damaged one.
-    """
+    """Reads a compact file; CheckpointError if it is none, of a newer format, or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -187,10 +176,8 @@ def check_version(path: str | os.PathLike[str], about: Mapping[str, Any]) -> Non
 def names_in(model: nn.Module, layers: Mapping[str, LayerSettings]) -> dict[str, str]:
     """The names that layers of a saved model have in this one, by their saved name.
 
-    A ``features_only`` model has other names, and lacks the stages that were not asked for.
-
-    Raises:
-        CheckpointError: A layer that the model does not have, or that is converted already.
+    A ``features_only`` model has other names, and lacks stages. CheckpointError if another model lacks a layer, or a
+    layer is converted already.
     """
     convs = {flat_name(name): name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     names = {name: convs[flat_name(name)] for name in layers if flat_name(name) in convs}

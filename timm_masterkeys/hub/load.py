@@ -52,15 +52,12 @@ class SavedModel:
 
 
 def find_saved(cfg: Mapping[str, Any], cache_dir: Any = None, weights: bool = True) -> SavedModel | None:
-    """The saved model that a ``pretrained_cfg`` leads to, its files checked; on the Hub, they are downloaded.
+    """The saved model that a ``pretrained_cfg`` leads to, its files downloaded and checked; None if it is none.
 
     Args:
         cfg: With ``source`` "local-dir" and ``file``, or "hf-hub" and ``hf_hub_id``; timm has just read it.
         cache_dir: The Hub's cache.
         weights: The dense weights are needed too.
-
-    Returns:
-        None if there is no ``masterkeys`` section: it is no converted model, or not saved by this package.
 
     Raises:
         CheckpointError: A file that is missing, damaged, or of another conversion; or the Hub does not answer.
@@ -79,11 +76,7 @@ def find_saved(cfg: Mapping[str, Any], cache_dir: Any = None, weights: bool = Tr
 
 
 def read_section(config: Path) -> Mapping[str, Any] | None:
-    """The ``masterkeys`` section of a config.json; None if there is none.
-
-    Raises:
-        CheckpointError: A section that this version cannot read.
-    """
+    """The ``masterkeys`` section of a config.json, None if there is none; CheckpointError if it cannot be read."""
     if not config.is_file():
         return None
     try:
@@ -121,18 +114,7 @@ def _download(repo_id: str, names: Iterable[str], folder: Path, cache_dir: Any) 
 def load_layers(
     model: nn.Module, saved: SavedModel, trainable: Trainable | None = None, *, random: bool = False
 ) -> nn.Module:
-    """Converts a dense model, which has the saved dense weights, as it was saved, bit for bit. In place.
-
-    Args:
-        model: The dense model; also its ``features_only`` form.
-        saved: From ``find_saved``.
-        trainable: Overrides the saved mode.
-        random: Take only the settings; keys are random, for training from scratch.
-
-    Raises:
-        CheckpointError: A compact file that does not fit. The model is then as it was.
-        ConversionError: A ``trainable`` that the saved layers do not have.
-    """
+    """Converts a dense model, which has the saved dense weights, as it was saved; see ``restore_layers``. In place."""
     compact = read_compact(saved.folder / COMPACT_NAME)
     restore_layers(model, compact, trainable, random)
     if not random:

@@ -132,11 +132,7 @@ def save_pretrained(
 
 
 def timm_cfg(model: nn.Module) -> dict[str, Any]:
-    """A copy of a converted model's ``pretrained_cfg``.
-
-    Raises:
-        ConversionError: Not a whole timm model, or not converted.
-    """
+    """A copy of a model's ``pretrained_cfg``; ConversionError if it is not a whole timm model, or not converted."""
     cfg: Any = getattr(model, "pretrained_cfg", None)
     if not cfg or not cfg.get("architecture") or not hasattr(model, "num_classes"):
         raise ConversionError(
