@@ -300,7 +300,7 @@ def test_convert_and_calibrate(run, weights, model, pictures, tmp_path, options,
 
 
 def test_convert_with_photographs_that_ship_and_as_few_keys_as_an_agreement_needs(run, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("timm_masterkeys.calibration.agreement.COUNT", 16)
+    monkeypatch.setattr("timm_masterkeys.calibration.images.COUNT", 16)
     monkeypatch.delenv("TIMM_MASTERKEYS_CALIBRATE")
     options = ["--size", "32", "--agreement", ".1", "--include", "stages.3.*"]
     code, out, _ = run("convert", ARCH, *weights, *options, "--output", tmp_path / "out")

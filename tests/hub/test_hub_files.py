@@ -206,7 +206,7 @@ DAMAGE = {
     "shift altered": (lambda t, a: t[f"{LAYER}.shift"][7].add_(1e-3), f"disagrees with the dense weights of {LAYER}"),
     "scale is NaN": (
         lambda t, a: t[f"{LAYER}.scale"][7].fill_(torch.nan),
-        f"Layer {LAYER}: scale: holds NaN or Inf; repair",
+        f"Layer {LAYER}: scale: holds NaN or Inf; fix",
     ),
     "scale is Boolean": (lambda t, a: t.update({f"{LAYER}.scale": torch.ones(64).bool()}), "is damaged"),
     "no layers": (lambda t, a: a["layers"].clear(), "lists no layer"),

@@ -174,7 +174,7 @@ def test_match_banks_against_every_assignment(swap):
 
 def test_match_banks_without_scipy(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    with pytest.raises(ImportError, match=r"needs scipy: pip install 'timm_masterkeys\[study\]'"):
+    with pytest.raises(ImportError, match=r"needs scipy: pip install scipy"):
         match_banks("babaiee2025", "random8:3")
 
 
