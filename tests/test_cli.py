@@ -209,7 +209,7 @@ def test_cache(run, tmp_path, monkeypatch):
 
 
 def test_convert_with_as_few_keys_as_an_agreement_needs(run, weights, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("timm_masterkeys.calibration.agreement.COUNT", 16)
+    monkeypatch.setattr("timm_masterkeys.calibration.images.COUNT", 16)
     options = ["--calibrate", "builtin", "--agreement", ".1", "--include", "stages.3.*"]
     code, out, _ = run("convert", ARCH, *weights, *options, "--output", tmp_path / "out")
     assert code == 0 and out.startswith("layer")

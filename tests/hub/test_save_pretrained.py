@@ -636,11 +636,11 @@ def a_failed_calibration(path):
     model = timm.create_model(f"{ARCH}.mk8", pretrained=True)
     with pytest.MonkeyPatch.context() as patch:
 
-        def interrupted(self):
+        def interrupted(*args):
             next(iter(layers(model).values())).key_index.add_(1).remainder_(8)
             raise KeyboardInterrupt
 
-        patch.setattr("timm_masterkeys.calibration.blockwise.BlockwiseCalibration.run", interrupted)
+        patch.setattr("timm_masterkeys.calibration.calibrate.calibrate_blocks", interrupted)
         with pytest.raises(KeyboardInterrupt):
             mk.calibrate_masterkeys(model, timm.create_model(ARCH, pretrained=True), torch.rand(100, 3, 32, 32))
     return model

@@ -149,7 +149,7 @@ def test_settings_make_networks_of_their_own(file, calibrations):
 
 
 def test_as_few_keys_as_an_agreement_needs(file, monkeypatch, caplog):
-    monkeypatch.setattr("timm_masterkeys.calibration.agreement.COUNT", 16)
+    monkeypatch.setattr("timm_masterkeys.calibration.images.COUNT", 16)
     found, convert = [], calibrated.convert_to_agreement
     monkeypatch.setattr(calibrated, "convert_to_agreement", lambda *a, **k: found.append(convert(*a, **k)) or found[-1])
     arguments = {"mk_agreement": 0.05, "mk_include": "blocks.3.*"}
