@@ -19,8 +19,7 @@ from benchmark_fidelity import Benchmark
 from torch import nn
 
 import timm_masterkeys as mk
-from timm_masterkeys.calibration.agreement import split_for_choice
-from timm_masterkeys.calibration.images import Images
+from timm_masterkeys.calibration.images import Images, split_for_choice
 from timm_masterkeys.calibration.metrics import classification_figures
 
 COLUMNS = [

@@ -102,12 +102,12 @@ def test_which_tensor_counts_by_default():
 @pytest.mark.parametrize(
     "raw, output, message",
     [
-        ({"a": 1}, None, "puts out a dict of 'a', expected a tensor in it"),
-        (None, None, "puts out a NoneType, expected a tensor"),
-        ({"a": 1}, "b", "puts out a dict of 'a', without 'b'"),
-        ((1, 2), 5, "puts out a tuple of int, int, without 5"),
+        ({"a": 1}, None, "returns a dict of 'a', expected a tensor in it"),
+        (None, None, "returns a NoneType, expected a tensor"),
+        ({"a": 1}, "b", "returns a dict of 'a', without 'b'"),
+        ((1, 2), 5, "returns a tuple of int, int, without 5"),
         ({"a": 1}, "a", "expected a tensor at 'a', got a int"),
-        (ModelOutput(), "nothing", "puts out a ModelOutput, without 'nothing'"),
+        (ModelOutput(), "nothing", "returns a ModelOutput, without 'nothing'"),
     ],
 )
 def test_what_is_not_there_is_named(raw, output, message):

@@ -13,12 +13,12 @@ FOLDS = 4  # in so many batches at least
 
 
 class BlockPair:
-    """A block of both networks: what reaches it in the converted one, and what it puts out in the dense one.
+    """A block of both networks: its arguments in the converted one, and its expected outputs, of the dense one.
 
     Attributes:
         block: The block.
         calls: Its arguments in the converted network, a batch each.
-        expected: What it puts out in the dense network, a batch each; empty before ``run_dense``.
+        expected: Its outputs in the dense network, a batch each; empty before ``run_dense``.
         fitted: Indices of the batches to fit to; the others are held out.
     """
 
@@ -56,7 +56,7 @@ class BlockPair:
         return self.fitted[:: max(1, min(int(every), len(self.fitted) // FOLDS))]
 
     def run(self, batches: Iterable[int], *hooks: tuple[str, Hook]) -> list[Any]:
-        """What the converted block puts out for some of the batches; None where a hook raised ``Reached``."""
+        """The converted block's outputs for some of the batches; None where a hook raised ``Reached``."""
         return self._converted.run(self._index, [self.calls[i] for i in batches], hooks)
 
     def run_dense(self, observed: Sequence[tuple[str, list[int], Hook]]) -> None:

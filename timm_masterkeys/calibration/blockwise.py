@@ -1,4 +1,4 @@
-"""The order of a calibration: block by block, each fed with what the calibrated blocks before it put out."""
+"""The order of a calibration: block by block, each fed with the outputs of the calibrated blocks before it."""
 
 import itertools
 import math
@@ -113,7 +113,7 @@ def calibrate_blocks(
 
 
 def _calibrate_block(pair: BlockPair, ledgers: Ledgers, held_out: Sequence[int]) -> list[Any]:
-    """All stages of a block; returns what the converted one then puts out, a batch each."""
+    """All stages of a block; returns the outputs of the converted one afterwards, a batch each."""
     steps = _steps(pair, ledgers)
     ran, errors = [stage for stage in ledgers if steps[stage]], []
     for stage in ran:

@@ -219,9 +219,12 @@ def check_models(model: nn.Module, dense: nn.Module) -> None:
     others = dict(dense.named_modules())
     for name, layer in layers.items():
         other = others.get(name)
-        fits = isinstance(other, nn.Conv2d) and other.weight.shape == layer.weight.shape
-        if isinstance(other, MasterKeyConv2d) or not fits:
-            raise CalibrationError(f"The dense model has {other} at {name}, expected the Conv2d that was converted.")
+        kind, shape = type(other).__name__, getattr(getattr(other, "weight", None), "shape", None)
+        if not isinstance(other, nn.Conv2d) or isinstance(other, MasterKeyConv2d) or shape != layer.weight.shape:
+            raise CalibrationError(
+                f"The dense model has {kind} ({shape}) at {name}, expected the Conv2d that was converted "
+                f"({layer.weight.shape})."
+            )
     missing = [name for name, _ in model.named_modules() if name not in others]
     if missing:
         raise CalibrationError(f"The dense model has no {missing[0]}: give the one this model was converted from.")
@@ -281,7 +284,7 @@ def _held_out(model: nn.Module, outputs: Iterable[torch.Tensor], batches: Sequen
 
 def _finite(model: nn.Module, out: torch.Tensor) -> torch.Tensor:
     if not out.isfinite().all():
-        raise CalibrationError(f"{type(model).__name__} puts out NaN or Inf on these images.")
+        raise CalibrationError(f"{type(model).__name__} returns NaN or Inf on these images.")
     return out
 
 

@@ -14,7 +14,7 @@ Figures = dict[str, float]
 MetricLike = str | Callable[[torch.Tensor, torch.Tensor], Mapping[str, float] | float] | None
 
 SURE = 0.5  # a network is sure of a class to which it gives a larger probability than this
-FEW = 50  # images, under which a share is told with its interval
+FEW = 50  # images, under which a share has an interval
 MOST = 2**22  # numbers that are turned into float64 at a time
 Z = 1.959963984540054  # of the standard normal distribution, 97.5 % lie below
 

@@ -12,7 +12,7 @@ Output = str | int | Callable[[Any], torch.Tensor] | None
 
 HEADS = ("logits", "out")  # of a head,
 FEATURES = ("image_embeds", "image_features", "last_hidden_state")  # of a model without one
-EMBEDDERS = ("open_clip",)  # libraries whose models put out embeddings, as plain tensors
+EMBEDDERS = ("open_clip",)  # libraries whose models return embeddings, as plain tensors
 
 
 def pick_output(model: nn.Module, raw: Any, output: Output = None) -> torch.Tensor:
@@ -28,13 +28,11 @@ def pick_output(model: nn.Module, raw: Any, output: Output = None) -> torch.Tens
     try:
         found = _found(model, raw, output)
     except (LookupError, AttributeError, TypeError) as error:
-        raise CalibrationError(
-            f"{type(model).__name__} puts out {_kind(raw)}, without {output!r} ({error})."
-        ) from error
+        raise CalibrationError(f"{type(model).__name__} returns {_kind(raw)}, without {output!r} ({error}).") from error
     if not isinstance(found, torch.Tensor):
         wanted = "a tensor in it" if output is None else f"a tensor at {output!r}, got {_kind(found)}"
         raise CalibrationError(
-            f"{type(model).__name__} puts out {_kind(raw)}, expected {wanted}. output= says where it is: a key, an "
+            f"{type(model).__name__} returns {_kind(raw)}, expected {wanted}. output= says where it is: a key, an "
             "index, an attribute, or a callable on the model's output."
         )
     return found
