@@ -58,6 +58,24 @@ def _times(at, values, there, position, size, stride, TOTAL: tl.constexpr):
 
 
 @triton.jit
+def _store_rows(at, y0, y1, y2, y3, there, row, height, stride):
+    _store(at, y0, there, row, height, stride)
+    _store(at, y1, there, row + 1, height, stride)
+    _store(at, y2, there, row + 2, height, stride)
+    _store(at, y3, there, row + 3, height, stride)
+
+
+@triton.jit
+def _sum_rows(at, y0, y1, y2, y3, there, row, height, stride, TOTAL: tl.constexpr):
+    """The sums (channels,) of four rows times what ``_store_rows`` would overwrite."""
+    y0 = _times(at, y0, there, row, height, stride, TOTAL)
+    y1 = _times(at, y1, there, row + 1, height, stride, TOTAL)
+    y2 = _times(at, y2, there, row + 2, height, stride, TOTAL)
+    y3 = _times(at, y3, there, row + 3, height, stride, TOTAL)
+    return tl.sum((y0 + y1) + (y2 + y3), 0)
+
+
+@triton.jit
 def _convolve(
     input,
     taps,  # (kh * kw, channels)
@@ -150,16 +168,10 @@ def _convolve(
     output_at = output + (image * yn)[:, None] + (channel // OUT * yc)[None, :] + (column * yw)[:, None]
     inside = there & (column < width)[:, None]
     if SUMS:
-        y0 = _times(output_at, y0, inside, row, height, yh, TOTAL)
-        y1 = _times(output_at, y1, inside, row + 1, height, yh, TOTAL)
-        y2 = _times(output_at, y2, inside, row + 2, height, yh, TOTAL)
-        y3 = _times(output_at, y3, inside, row + 3, height, yh, TOTAL)
-        tl.store(sums + chunk * channels + channel, tl.sum((y0 + y1) + (y2 + y3), 0), mask=exists)
+        total = _sum_rows(output_at, y0, y1, y2, y3, inside, row, height, yh, TOTAL)
+        tl.store(sums + chunk * channels + channel, total, mask=exists)
     else:
-        _store(output_at, y0, inside, row, height, yh)
-        _store(output_at, y1, inside, row + 1, height, yh)
-        _store(output_at, y2, inside, row + 2, height, yh)
-        _store(output_at, y3, inside, row + 3, height, yh)
+        _store_rows(output_at, y0, y1, y2, y3, inside, row, height, yh)
 
 
 @triton.jit
