@@ -55,7 +55,7 @@ class AffineDepthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, _, bias, scale, shift, *_ = ctx.needs_input_grad
-        grad_input, *others = affine_gradients(ctx, grad, input, bias, scale, shift)
+        grad_input, *others = affine_gradients(ctx, ctx.saved_tensors, grad, input, bias, scale, shift)
         return grad_input, None, *others, *[None] * 6
 
 
@@ -137,10 +137,19 @@ def layout(tensor: torch.Tensor) -> torch.memory_format:
 
 
 def affine_gradients(
-    ctx: Any, grad: torch.Tensor, needs_input: bool, needs_bias: bool, needs_scale: bool, needs_shift: bool
+    ctx: Any,
+    saved: tuple[torch.Tensor, ...],
+    grad: torch.Tensor,
+    needs_input: bool,
+    needs_bias: bool,
+    needs_scale: bool,
+    needs_shift: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of input, bias, scale and shift, those that are needed."""
-    input, weight, keys, key_index = ctx.saved_tensors
+    """The gradients of input, bias, scale and shift, those that are needed.
+
+    ``saved`` is ``ctx.saved_tensors``, which gradient checkpointing lets a backward pass read only once.
+    """
+    input, weight, keys, key_index = saved
     size, keys_per_kernel = (keys.shape[1], keys.shape[2]), key_index.shape[1]
     grad_input = grad_bias = grad_scale = grad_shift = None
     # Where the whole weight gradient costs less than filtering the input, scale and shift come from it.
@@ -154,7 +163,7 @@ def affine_gradients(
             grad_shift = taps.sum(1)
     else:
         if needs_input:
-            grad_input = _input_gradient(ctx, grad)
+            grad_input = _input_gradient(ctx, input, weight, grad)
         if needs_bias:
             grad_bias = grad.sum((0, 2, 3))
         if needs_scale:
@@ -177,8 +186,7 @@ def convolution_backward(
     return gradients
 
 
-def _input_gradient(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-    input, weight, *_ = ctx.saved_tensors
+def _input_gradient(ctx: Any, input: torch.Tensor | None, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     full, contiguous = full_padding(weight, ctx.geometry), ctx.memory_format is torch.contiguous_format
     if full is not None and contiguous and grad.device.type == "cpu":  # faster as a convolution
         return F.conv2d(grad, weight.flip(2, 3), None, 1, full, *ctx.geometry[2:])

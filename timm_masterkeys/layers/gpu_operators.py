@@ -70,7 +70,7 @@ class _GpuAffineDepthwise(AffineDepthwise):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input, weight, keys, key_index = ctx.saved_tensors
+        saved = input, weight, keys, key_index = ctx.saved_tensors
         needs_input, _, needs_bias, needs_scale, needs_shift, *_ = ctx.needs_input_grad
         case, scales = (ctx.memory_format, weight, ctx.geometry), key_index.shape[1] if needs_scale else 0
         sums_taken = (needs_scale or needs_shift) and takes_gpu_kernel("sums", grad, *case, scales)
@@ -85,7 +85,7 @@ class _GpuAffineDepthwise(AffineDepthwise):
             own_scale = sums[:, 1:].flatten().to(ctx.types[0]) if needs_scale else None
             own_shift = sums[:, 0].to(ctx.types[1]) if needs_shift else None
         needs = needs_input and full is None, needs_bias, needs_scale and not sums_taken, needs_shift and not sums_taken
-        grad_input, grad_bias, grad_scale, grad_shift = affine_gradients(ctx, grad, *needs)
+        grad_input, grad_bias, grad_scale, grad_shift = affine_gradients(ctx, saved, grad, *needs)
         grad_input = grad_input if full is None else own_input
         grad_scale, grad_shift = (own_scale, own_shift) if sums_taken else (grad_scale, grad_shift)
         return grad_input, None, grad_bias, grad_scale, grad_shift, *[None] * 6
