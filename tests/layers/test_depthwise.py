@@ -235,6 +235,7 @@ def test_forward_mode(geometry, trainable):
     torch.testing.assert_close(got, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainable", "channels", "memory_format", "dynamic"),
     [  # the sums of windows are pooled with many channels in channels_last, if there are any to be taken

@@ -90,6 +90,7 @@ def test_half_precision_is_summed_in_float32(dtype, digits, layout):
     assert_convolution(arguments[1], weight, bias, padding=(1, 2), tolerance=digits)  # the output alone is rounded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "layout"),
     [
@@ -158,6 +159,7 @@ def test_vmap_goes_the_plain_way(kernel_on):
     torch.testing.assert_close(got, torch.stack(wanted))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compile_in_one_graph(dynamic, kernel_on):
     layer = make("strip", 1, "affine", dtype=torch.float32).to(DEVICE)
@@ -188,6 +190,7 @@ def test_the_operators_are_what_they_say(layout, kernel_on):
     torch.library.opcheck(gpu_operators.depthwise_conv2d, arguments, test_utils=tests)
 
 
+@pytest.mark.slow
 def test_the_gradients_of_a_convolution_by_the_operator(kernel_on):
     assert gpu_operators.gpu_kernels_run(DEVICE)
     x, weight, bias = (random(*shape).requires_grad_() for shape in ((1, 1, 3, 2), (2, 1, 2, 1), (2,)))
@@ -284,6 +287,7 @@ def test_what_no_output_reads_does_not_count():
     torch.testing.assert_close(got[:, 1:], wanted[:, 1:])
 
 
+@pytest.mark.slow
 def test_they_compile_for_gpus_that_are_not_here(tmp_path):
     pytest.importorskip("triton.backends.nvidia", reason="a Triton of another vendor")
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
