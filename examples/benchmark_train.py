@@ -29,7 +29,7 @@ from torch import nn
 
 from timm_masterkeys import MasterKeyConv2d, calibrate_masterkeys, convert_to_masterkeys, fuse_masterkeys
 from timm_masterkeys.conversion.apply import replace_layers
-from timm_masterkeys.layers import depthwise
+from timm_masterkeys.layers import gpu_operators
 
 Shape = tuple[int, int, int, int | tuple[int, int], int]
 GRID = [  # batch, channels, side, kernel, stride: stages of ConvNeXt, StarNet, EfficientNet and MobileNetV3
@@ -59,7 +59,12 @@ if DEVICE.type == "cuda":
     torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True  # as timm's train.py has it
 
 
-KERNELS = {"": "0", "kernels": "1", "conv": "conv", "sums": "sums"}  # what a variant says after "+": depthwise.TRITON
+KERNELS = {
+    "": "0",
+    "kernels": "1",
+    "conv": "conv",
+    "sums": "sums",
+}  # after a variant's "+": gpu_operators.TRITON
 BLOCKS = {  # to try, by operation and whether in channels_last: places, columns, channels
     ("conv", False): [(128, 32, 1), (128, 64, 1), (256, 32, 1), (256, 64, 1), (512, 64, 1)],
     ("conv", True): [(4, 4, 64), (8, 8, 32), (8, 8, 64), (8, 8, 128), (16, 8, 32), (16, 8, 64), (32, 8, 32)],
@@ -109,7 +114,7 @@ def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(-3 if DEVICE.type == "cuda" else -1, rounds):
         for name, run in runs.items():
-            depthwise.TRITON = KERNELS[name.partition("+")[2]]
+            gpu_operators.TRITON = KERNELS[name.partition("+")[2]]
             milliseconds = run()
             if turn >= 0:
                 times[name].append(milliseconds)
@@ -262,7 +267,7 @@ def blocks(args: argparse.Namespace) -> None:
 
 
 def measured(args: argparse.Namespace) -> None:
-    """What ``depthwise.MEASURED`` should hold by the results of ``layers``: where a kernel won at every size tried."""
+    """What ``gpu_operators.MEASURED`` should hold by the results of ``layers``: where a kernel won at every size."""
     with args.results.open(newline="") as file:
         found = [row for row in csv.DictReader(file) if row["part"] in ("forward", "backward")]
     times: dict[tuple[str, ...], dict[str, float]] = {}
@@ -455,7 +460,7 @@ def main() -> None:
     if "measured" in args.only and args.results is None:
         parser.error("measured reads what --results names")
     old = args.compile and not hasattr(torch.compiler, "is_exporting")  # it compiles without kernels
-    if old or not depthwise.gpu_kernels_run(DEVICE.type):
+    if old or not gpu_operators.gpu_kernels_run(DEVICE.type):
         args.variants = [name for name in args.variants if "+" not in name]
         args.only = [part for part in args.only if part != "blocks"]
         print("Triton does not run here, or not compiled: no kernels are measured.")

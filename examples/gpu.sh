@@ -31,7 +31,7 @@ for part in "${@:-tests kernel blocks layers measured profile steps small infere
         done
         ;;
       layers | blocks) for precision in bf16 float32; do train --only "$name" --precision $precision; done ;;
-      measured) MODELS="" train --only measured ;;  # what layers/depthwise.py should take the kernels for
+      measured) MODELS="" train --only measured ;;  # what layers/gpu_operators.py should take the kernels for
       inference)
         for layout in --channels-last ""; do train --only inference --precision bf16 $layout; done
         ;;
