@@ -8,7 +8,7 @@ import torch
 from timm.models import resume_checkpoint
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, LogitDistillationTask
 from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
 
 import timm_masterkeys as mk
@@ -137,6 +137,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert resume_checkpoint(model, str(tmp_path / "last.pth.tar"), optimizer, weights_only=False) == 1
     train(model, optimizer, data[2:])
     assert_equal(model.state_dict(), whole[0].state_dict())
+
+
+def test_distillation_from_the_dense_teacher():
+    teacher = timm.create_model("test_efficientnet", num_classes=4)
+    student = mk.convert_to_masterkeys(teacher).train()
+    before, shift = frozen(student), shifts(student)
+    task = LogitDistillationTask(student, teacher, distill_loss_weight=1.0, task_loss_weight=0.0)
+    optimizer = create_optimizer_v2(student, "adamw", lr=1e-3)
+    (x, y), losses = batches(1)[0], []
+    for _ in range(8):
+        optimizer.zero_grad()
+        losses.append(task(x, y)["loss"])
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    assert_equal(frozen(student), before)
+    assert not any(torch.equal(value, shift[name]) for name, value in shifts(student).items())
 
 
 def test_training_from_scratch_is_reproducible_and_starts_at_the_stock_scale():

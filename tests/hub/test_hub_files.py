@@ -196,6 +196,7 @@ def bank_of(about, name):
 
 DAMAGE = {
     "newer version": (lambda t, a: a.update(format_version=2), "has format version 2, this one reads up to 1. Upgrade"),
+    "no version": (lambda t, a: a.pop("format_version"), "has format version None"),
     "bank altered": (
         lambda t, a: t[f"banks.{bank_of(a, 'mine')}"][0, 0].add_(1),
         "bank 'mine' does not match its dige",
@@ -208,10 +209,15 @@ DAMAGE = {
         lambda t, a: t[f"{LAYER}.scale"][7].fill_(torch.nan),
         f"Layer {LAYER}: scale: holds NaN or Inf; fix",
     ),
+    "shift is Inf": (lambda t, a: t[f"{LAYER}.shift"][7].fill_(torch.inf), "shift: holds NaN or Inf; fix"),
     "scale is Boolean": (lambda t, a: t.update({f"{LAYER}.scale": torch.ones(64).bool()}), "is damaged"),
     "no layers": (lambda t, a: a["layers"].clear(), "lists no layer"),
+    "layers a list": (lambda t, a: a.update(layers=[1]), "is damaged"),
     "layers missing": (lambda t, a: a.pop("layers"), "is damaged"),
+    "banks a text": (lambda t, a: a.update(banks="none"), "is damaged"),
     "bank of nothing": (lambda t, a: a["banks"][bank_of(a, "mine")].clear(), "is damaged"),
+    "odd keys per kernel": (lambda t, a: a["layers"][LAYER].update(keys_per_kernel="1"), "are no settings"),
+    "odd trainable": (lambda t, a: a["layers"][LAYER].update(trainable="all"), "are no settings"),
     "odd bank": (lambda t, a: a["layers"][LAYER].update(bank="0"), "are no settings"),
     "about empty": (lambda t, a: a.clear(), "has format version None"),
     "another key": (lambda t, a: t[f"{LAYER}.key_index"].add_(1).remainder_(5), "disagrees with the dense weights of"),

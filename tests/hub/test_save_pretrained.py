@@ -432,9 +432,12 @@ def test_a_damaged_file_is_refused(folder, tmp_path, name, kwargs):
     "change",
     [
         lambda about: about.pop("files"),
+        lambda about: about.update(files="none"),
         lambda about: about["files"].clear(),
+        lambda about: about.pop("format_version"),
         lambda about: about.update(format_version=2),
         lambda about: about.pop("conversions"),
+        lambda about: about.update(conversions=[1]),
         lambda about: about["conversions"][0].update(trainable="all"),
         lambda about: about["conversions"][0]["bank"].update(digest="0", name="babaiee2025"),
         lambda about: about.update(source="somebody"),

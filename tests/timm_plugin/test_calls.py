@@ -6,7 +6,6 @@ import os
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -152,16 +151,11 @@ def assert_equal(got, expected, call):
 
 
 def test_no_call_changes_what_another_gives(files, tmp_path, monkeypatch, caplog):
-    """With a calibration that is fast, and that changes with all it is given."""
     made = []
 
-    def calibrate(model, dense, images):
-        made.append(images)
-        with torch.no_grad():
-            moved = dense(mk.builtin_images(dense, 3)).mean().tanh()
-            for layer in layers(model):
-                layer.shift.add_(moved)
-        return SimpleNamespace(summary=str)
+    def calibrate(*args):
+        made.append(args)
+        return mk.calibrate_masterkeys(*args, stages="statistics")  # the fastest
 
     monkeypatch.setattr(calibrated, "calibrate_masterkeys", calibrate)
     table = calls(files)

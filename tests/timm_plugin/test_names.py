@@ -787,3 +787,9 @@ def test_a_timm_that_moved_its_registry():
     assert (done.returncode, done.stdout) == (0, "Invalid pretrained tag (mk8) for test_convnext.\n"), done.stderr
     assert "_model_has_pretrained" in done.stderr and f"timm {timm.__version__} moved" in done.stderr
     assert done.stderr.count("No .mk8 names; convert_to_masterkeys(model) works all the same.") == 1
+
+
+def test_bank_as_an_object(weights):
+    bank = mk.KeyBank("mine", torch.randn(3, 5, 5))
+    model = timm.create_model(MK8, mk_bank=bank, mk_keys_per_kernel=2)
+    assert {layer.bank for layer in layers(model).values()} == {bank}

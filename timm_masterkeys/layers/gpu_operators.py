@@ -53,20 +53,9 @@ class _GpuAffineDepthwise(AffineDepthwise):
     """As ``AffineDepthwise``, each of its parts by the GPU kernel where that is taken."""
 
     @staticmethod
-    def forward(
-        input: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-        keys: torch.Tensor,
-        key_index: torch.Tensor,
-        stride: Pair,
-        padding: Pair,
-        dilation: Pair,
-        groups: int,
-    ) -> torch.Tensor:
-        return convolve(input, weight, bias, stride, padding, dilation, groups)
+    def forward(*inputs: Any) -> torch.Tensor:  # as for AffineDepthwise
+        input, weight, bias, _, _, _, _, *geometry = inputs
+        return convolve(input, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -91,7 +80,7 @@ class _GpuAffineDepthwise(AffineDepthwise):
         return grad_input, None, grad_bias, grad_scale, grad_shift, *[None] * 6
 
 
-_GpuAffineDepthwise.forward.__signature__ = inspect.signature(_GpuAffineDepthwise.forward)  # type: ignore[attr-defined]
+_GpuAffineDepthwise.forward.__signature__ = inspect.signature(AffineDepthwise.forward)  # type: ignore[attr-defined]
 
 
 def affine_function() -> type[AffineDepthwise]:

@@ -202,9 +202,8 @@ def _save(key: Any, model: nn.Module, folder: Path) -> None:
     with os_errors():
         save_file(dense.state_dict(), folder / DENSE_NAME)
     save_compact(model, folder / COMPACT_NAME)
-    files = {name: file_sha256(folder / name) for name in (DENSE_NAME, COMPACT_NAME)}
-    section = {**describe_layers(describe(model)), **read_record(model).to_dict(), "files": files}
-    about = {"made_by": MARK, "key": key, SECTION: {**section, "crc32": _checksums(folder)}}
+    section = {**describe_layers(describe(model)), **read_record(model).to_dict(), "crc32": _checksums(folder)}
+    about = {"made_by": MARK, "key": key, SECTION: section}
     (folder / "config.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
 
 
