@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..conversion.convert import convert
     from ..conversion.report import conversion_report
-    from ..hub.card import inherited_license
     from ..hub.save import save_pretrained
+    from ..hub.source import check_license
     from ..timm_plugin.call import calibration_images
     from .load_model import is_converted, load_model, require_weights
 
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
     config, images = read_config(args), calibration_images(args.calibrate, "--calibrate")
     if config.agreement is not None and not images:
         raise MasterKeysError("--agreement is measured with images: leave out --calibrate none.")
-    inherited_license(None, args.license)  # refuses a mistyped one
+    if args.license:
+        check_license(args.license)
     check_device(args.device)
     check_folder(args.output)
     dense = load_model(args).to(args.device)
