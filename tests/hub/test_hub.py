@@ -195,8 +195,9 @@ def test_load_without_the_plugin(hub, worker, published, home):
     stock = Worker(hub.env(home / "stock"), plugin=False)
     sums = "torch.manual_seed(3); print(model(torch.rand(1, 3, 160, 160)).double().sum().item())"
     got = stock.run(f"""
-        model = timm.create_model("hf-hub:alice/base", pretrained=True).eval()
-        assert not any(type(m).__module__.startswith("timm_masterkeys") for m in model.modules())
+        for arguments in ({{"num_classes": 3}}, {{"in_chans": 1}}, {{"features_only": True}}, {{}}):
+            model = timm.create_model("hf-hub:alice/base", pretrained=True, **arguments).eval()
+            assert not any(type(m).__module__.startswith("timm_masterkeys") for m in model.modules())
         {sums}
     """)
     stock.stop()
