@@ -34,7 +34,7 @@ def both(request):
     return run
 
 
-def same(a, b):
+def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -48,7 +48,7 @@ def dense():
 def test_projection(bank, r, both):
     weight, keys = torch.randn(20, 1, 5, 5), torch.randn(20, 5, 5)
     one, other = both(lambda: vars(mk.project_kernels(weight, keys if bank == "keys" else bank, r)))
-    assert same(one, other)
+    assert equal(one, other)
 
 
 @pytest.mark.parametrize("trainable", ["none", "affine", "scales"])
@@ -62,40 +62,32 @@ def test_layers(dense, trainable, both):
         grads = {name: p.grad for name, p in model.named_parameters()}
         again = copy.deepcopy(scratch)
         again.load_state_dict(dense.state_dict())
-        fused = mk.fuse_masterkeys(again)
         assert {p.device.type for p in [*model.parameters(), *scratch.buffers()]} == {"cpu"}
-        return [model.state_dict(), grads, again.state_dict(), fused.state_dict(), scratch.state_dict()], str(
-            mk.conversion_report(model, dense)
-        )
+        states = [m.state_dict() for m in (model, again, mk.fuse_masterkeys(again))]
+        return [*states, grads], str(mk.conversion_report(model, dense))
 
     (one, report), (other, text) = both(work)
-    assert all(map(same, one[:-1], other[:-1])) and report == text
+    assert all(map(equal, one, other)) and report == text
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_calibration(dense, stage, both):
+@pytest.mark.parametrize("stage", [*STAGES, "folder"])
+def test_calibration(dense, stage, both, tmp_path):
+    """By every stage; and by images of a folder."""
     x = torch.randn(15, 3, 32, 32)
+    stages, options = (stage, {}) if stage != "folder" else ("statistics", {"max_images": 11})
+    if stage == "folder":
+        x = tmp_path
+        for i in range(12):
+            noise = np.random.default_rng(i).integers(0, 256, (40, 40, 3)).astype(np.uint8)
+            Image.fromarray(noise).save(tmp_path / f"{i}.png")
 
     def work():
         model = mk.convert_to_masterkeys(dense, keys_per_kernel=2)
-        return model.state_dict(), mk.calibrate_masterkeys(model, dense, x, stages=stage)
+        return model.state_dict(), mk.calibrate_masterkeys(model, dense, x, stages=stages, **options)
 
     (one, report), (other, again) = both(work)
-    assert same(one, other) and report.after == again.after
+    assert equal(one, other) and report.after == again.after
     assert str(report.stages[0].before) == str(again.stages[0].before)
-
-
-def test_images_of_a_folder(dense, tmp_path, both):
-    for i in range(12):
-        noise = np.random.default_rng(i).integers(0, 256, (40, 40, 3)).astype(np.uint8)
-        Image.fromarray(noise).save(tmp_path / f"{i}.png")
-
-    def work():
-        model = mk.convert_to_masterkeys(dense)
-        mk.calibrate_masterkeys(model, dense, tmp_path, stages="statistics", max_images=11)
-        return model.state_dict()
-
-    assert same(*both(work))
 
 
 def test_kernels_for_a_search(dense, both):
