@@ -11,7 +11,6 @@ from compare import layers, same
 from forked import run
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from timm_masterkeys import (
     CheckpointError,
@@ -127,26 +126,6 @@ def test_meta_device(converted, file):
     model = model.to_empty(device="cpu")
     model.load_state_dict(converted.state_dict())
     same(model, converted)
-
-
-@pytest.mark.parametrize(
-    ("feature_cls", "out_indices"), [(cls, (1,)) for cls in ("list", "dict", "hook", "getter", "fx")]
-)
-def test_features_only(converted, file, feature_cls, out_indices):
-    """The layers are found under the names each extractor gives them; stages that were cut off are passed over."""
-    kwargs = {"features_only": True, "feature_cls": feature_cls, "out_indices": out_indices}
-    overlay = {"state_dict": fuse_masterkeys(converted).state_dict()}
-    model = timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        expected = model(x)
-        load_compact(model, file)
-        got = model(x)
-    depthwise = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
-    assert 2 <= len(layers(model)) == len(depthwise) <= 4
-    if isinstance(got, dict):
-        got, expected = list(got.values()), list(expected.values())
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("arch", ["test_mambaout", pytest.param("fastvit_t8", marks=pytest.mark.slow)])

@@ -117,10 +117,10 @@ def test_other_heads_and_inputs(model, folder, kwargs):
 
 @pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx"])
 def test_features_only(model, folder, feature_cls):
-    again, x = load(folder, features_only=True, feature_cls=feature_cls, out_indices=(1, 3)), torch.randn(1, 3, 64, 64)
+    again, x = load(folder, features_only=True, feature_cls=feature_cls, out_indices=(0, 2)), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        expected = model.forward_intermediates(x, indices=(1, 3), intermediates_only=True)
-        assert len(layers(again)) == 4 and all_equal(again(x), expected)
+        expected = model.forward_intermediates(x, indices=(0, 2), intermediates_only=True)
+        assert 3 <= len(layers(again)) <= 4 and all_equal(again(x), expected)  # without stages that were cut off
 
 
 def test_trainable_can_be_chosen(model, folder, tmp_path):
