@@ -29,3 +29,9 @@ def values(outputs):
 def all_equal(a, b):
     """Whether two outputs are the same tensors bit for bit."""
     return all(torch.equal(one, other) for one, other in zip(values(a), values(b), strict=True))
+
+
+def assert_near(got, expected, tolerance=1e-3, tiny=1e-6):
+    """Asserts that gradients are near others, each relative to its largest entry."""
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()) + tiny)

@@ -165,8 +165,7 @@ class HubServer:
         return self._add(Fault("alter", match, change=change))
 
     def _add(self, fault):
-        with self.lock:
-            self.faults.append(fault)
+        self.faults.append(fault)
         return fault
 
     def take_fault(self, method, path):
@@ -177,7 +176,6 @@ class HubServer:
                 if left and re.fullmatch(fault.match[0], method) and re.search(fault.match[1], path):
                     fault.hits += 1
                     return fault
-        return None
 
     def select(self, method=".*", path=""):
         """The requests with this method and this in their path."""
