@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -282,9 +283,9 @@ def test_calibrated_online_then_loaded_without_a_request(hub, env):
 @pytest.mark.slow
 def test_killed_half_way_and_again(env, tmp_path):
     process = Python("-c", f"{LOAD}\nload()", {}, env=env)
-    for line in process.stderr:
-        if "calibrating" in line:
-            break
+    while "calibrating" not in process.stderr.read():
+        assert process.poll() is None
+        time.sleep(0.01)
     process.kill()
     process.communicate()
     cache = tmp_path / "home" / "assets" / "timm_masterkeys"
