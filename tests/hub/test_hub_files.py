@@ -85,13 +85,12 @@ def test_what_the_file_holds(converted, file, tmp_path):
     with safe_open(file, framework="pt") as opened:
         about, names = json.loads(opened.metadata()["timm_masterkeys"]), set(opened.keys())
     assert about["format_version"] == 1
-    settings = {"keys_per_kernel": 1, "trainable": "none", "sigmas": False}
-    assert about["layers"][LAYER] == {"bank": get_bank().digest, **settings}
+    bank = get_bank().digest
+    assert about["layers"][LAYER] == {"bank": bank, "keys_per_kernel": 1, "trainable": "none", "sigmas": False}
     digests = {layer.bank.digest for layer in layers(converted).values()}
     assert about["banks"].keys() == digests and len(digests) == 2
     entries = {f"{n}.{e}" for n in layers(converted) for e in ("keys", "key_index", "scale", "shift", "r2")}
     assert names == entries | {f"banks.{digest}" for digest in digests}  # the dense rest is elsewhere
-
     before = copy.deepcopy(converted)
     save_compact(converted, tmp_path / "again.safetensors")
     alike(converted, before)
@@ -257,16 +256,12 @@ def test_a_failed_save_keeps_the_old_file(converted, file, tmp_path, monkeypatch
 DISK = """
 import resource, sys
 import timm, torch, timm_masterkeys as mk
-model = timm.create_model("test_convnext3.mk8")
+model, folder = timm.create_model("test_convnext3.mk8"), sys.argv[1]
 bank = mk.KeyBank("large", torch.randn(40, 31, 31))
 resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, resource.RLIM_INFINITY))
-for write in (
-    lambda: mk.save_compact(model, sys.argv[1] + "/c.safetensors"),
-    lambda: bank.save(sys.argv[1] + "/b.safetensors"),
-    lambda: mk.save_pretrained(model, sys.argv[1] + "/out"),
-):
+for write, *given in ((mk.save_compact, model), (mk.KeyBank.save, bank), (mk.save_pretrained, model)):
     try:
-        write()
+        write(*given, folder + "/out")
         print("no error")
     except OSError as error:
         print(error.errno, error.strerror)
