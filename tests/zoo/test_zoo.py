@@ -22,7 +22,7 @@ from torch import nn
 import timm_masterkeys as mk
 from timm_masterkeys.cli import main
 from timm_masterkeys.zoo.evaluate import Labels
-from timm_masterkeys.zoo.results import Result, write_names, write_table
+from timm_masterkeys.zoo.results import Result, write_result, write_tables
 from timm_masterkeys.zoo.zoo import Zoo, make_zoo, plan_zoo
 
 ARCHS = ["test_convnext", "test_convnext3", "test_efficientnet"]
@@ -76,7 +76,7 @@ def command(hub, pictures, tmp_path_factory):
 
     def start(output, *arguments, names=(*ARCHS, BROKEN), org="alice", launcher=(), **env):
         given = [*names, "--org", org, "--output", output, "--workers", "0"]
-        given += ["--images", pictures / "calibrate", "--evaluate", pictures / "validation", *arguments]
+        given += ["--calibrate", pictures / "calibrate", "--evaluate", pictures / "validation", *arguments]
         own = hub.env(tmp_path_factory.mktemp("home"), hub.token("alice"), **env)
         return Python("-m", *launcher, "timm_masterkeys", "zoo", *given, env=own)
 
@@ -248,8 +248,8 @@ def test_as_few_keys_as_agree(hub, command, tmp_path):
         (tmp_path / f"{i}.png").rename(place)
     kept = hub.repos["timm/test_efficientnet.r160_in1k"]
     hub.add_repo(kept.id, {"model.safetensors": save(dense.state_dict())})
-    given = ["--images", tmp_path / "pictures", "--evaluate", tmp_path / "pictures", "--agreement", "0.9", "--dry-run"]
-    code, _, err = finish(command(tmp_path / "zoo", *given, names=["test_efficientnet"]))
+    given = ["--calibrate", tmp_path / "pictures", "--evaluate", tmp_path / "pictures", "--agreement", "0.9"]
+    code, _, err = finish(command(tmp_path / "zoo", *given, "--dry-run", names=["test_efficientnet"]))
     hub.repos[kept.id] = kept
     assert (code, err) == (0, "")
     [row] = rows(tmp_path / "zoo").values()
@@ -277,8 +277,8 @@ def test_as_few_keys_as_agree(hub, command, tmp_path):
         (["--batch-size=0"], "batch_size is 0"),
         (["--workers=-1"], "workers -1"),
         (["--device=gpu"], "device 'gpu'"),
-        (["--images=none"], "There is no folder 'none'"),
-        (["--images=."], "There are 0 images in '.'"),
+        (["--calibrate=none"], "There is no folder 'none'"),
+        (["--calibrate=."], "There are 0 images in '.'"),
     ],
 )
 def test_options_are_checked_before_the_first_download(pictures, tmp_path, monkeypatch, capsys, options, says):
@@ -337,7 +337,7 @@ def test_efficientnet_lite0(hub, command, tmp_path):
     damaged = tmp_path / "val" / SYNSETS[0] / "damaged.png"
     damaged.parent.mkdir()
     damaged.write_bytes((tmp_path / "val" / LABELS["bee"] / "bee.png").read_bytes()[:-500])
-    given = ["--dry-run", "--images", tmp_path / "others", "--evaluate", tmp_path / "val"]
+    given = ["--dry-run", "--calibrate", tmp_path / "others", "--evaluate", tmp_path / "val"]
     code, _, err = finish(command(tmp_path / "zoo", *given, names=["tf_efficientnet_lite0"]))
     assert code == 0 and f"'{damaged}' cannot be read" in err
     row = rows(tmp_path / "zoo")["tf_efficientnet_lite0.mk8_in1k"]
@@ -375,7 +375,10 @@ def test_table_and_names(tmp_path):
         result(model="convnext_tiny.mk8_in12k_ft_in1k", source="convnext_tiny.in12k_ft_in1k", repo="o/b", sha="2b"),
         result(model="convnext_nano.mk8_in12k_ft_in1k", top1=71.5, source="convnext_nano.in12k_ft_in1k", sha=""),
     ]
-    write_table(tmp_path / "results.csv", results)
+    for number, one in enumerate(results):
+        (tmp_path / "models" / str(number)).mkdir(parents=True)
+        write_result(tmp_path / "models" / str(number) / "result.json", one)
+    write_tables(tmp_path)
     lines = (tmp_path / "results.csv").read_text().splitlines()
     timms = "model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation"  # as in its results files
     assert lines[0].startswith(f"{timms},dense_top1,")
@@ -384,7 +387,6 @@ def test_table_and_names(tmp_path):
         "convnext_tiny.mk8_fb_in1k",
         "convnext_tiny.mk8_in12k_ft_in1k",
     ]
-    write_names(tmp_path / "names.txt", results)
     assert (tmp_path / "names.txt").read_text().splitlines() == [
         "convnext_tiny.mk8=o/b@2b",
         "convnext_tiny.mk8_fb_in1k=o/a@1a",
@@ -406,9 +408,9 @@ def test_a_licence_that_is_missing_comes_before_the_download(zoo, monkeypatch):
 
 def test_other_settings_need_another_folder(dry, pictures, capsys):
     table = rows(dry)
-    given = ["--org", "lab", "--images", pictures / "calibrate", "--evaluate", pictures / "validation"]
+    given = ["--org", "lab", "--calibrate", pictures / "calibrate", "--evaluate", pictures / "validation"]
     given += ["--dry-run", "--output", dry]
-    for changed, name in (("--keys-per-kernel=2", "conversion"), ("--images=builtin", "images")):
+    for changed, name in (("--keys-per-kernel=2", "conversion"), ("--calibrate=builtin", "calibrate")):
         assert main(list(map(str, ["zoo", *ARCHS, *given, changed]))) == 1
         assert f"other settings ({name})" in capsys.readouterr().err
     assert rows(dry) == table
