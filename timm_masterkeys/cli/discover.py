@@ -31,12 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one of the networks, not to search but to measure the fit of the keys on; may be repeated",
     )
     add(
-        "--by-kernels",
-        action="store_true",
-        help="let every kernel count the same, so that large networks count more (default: every network counts the "
-        "same)",
-    )
-    add(
         "--method",
         default="autoencoder",
         choices=["autoencoder", "lines"],
@@ -73,7 +67,6 @@ def run(args: argparse.Namespace) -> None:
         collect_kernels(sources, args.kernel_size),
         keys=args.keys,
         held_out=[source if source in sources else os.path.basename(source) for source in args.hold_out],
-        equal_networks=not args.by_kernels,
         method=args.method,
         seed=args.seed,
         name=Path(args.output).stem,
