@@ -420,7 +420,7 @@ def test_publish_in_json(succeeds, folder, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "says"),
     {
-        "inspect nope": "There is no timm model 'nope'",
+        "inspect nope": "There is no timm model 'nope', and no such file or folder",
         "convert convnext_tni --output out": "Did you mean convnext_tiny",
         "plot convnext_tni.mk8 --output out": "Did you mean convnext_tiny",
         "inspect org/name": "There is no folder 'org/name'. If it is on the Hub, its name is 'hf-hub:org",

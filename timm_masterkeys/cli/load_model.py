@@ -82,7 +82,8 @@ def check_name(name: str) -> None:
         raise MasterKeysError(f"There is no folder '{name}'. If it is on the Hub, its name is 'hf-hub:{name}'.")
     arch, _, tag = name.partition(".")
     if not timm.is_model(arch):
-        raise MasterKeysError(f"There is no timm model '{arch}'.{_nearest(arch, timm.list_models())}")
+        near = _nearest(arch, timm.list_models())
+        raise MasterKeysError(f"There is no timm model '{arch}', and no such file or folder.{near}")
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError:  # no such tag

@@ -1,11 +1,8 @@
 """Where commands write to: checked before the work, not after it."""
 
 import argparse
-import dataclasses
 import json
-import math
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,17 +42,13 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
 
 
 def print_result(args: argparse.Namespace, value: Any, text: Any) -> None:
-    """Prints a text, or with ``--json`` dataclasses, mappings and lists as JSON, null for what is no finite number."""
-    print(json.dumps(_as_json(value), indent=2) if args.json else text)
+    """Prints a text, or with ``--json`` dataclasses, mappings and lists as JSON; NaN and infinity become null."""
+    if args.json:
+        plain = json.loads(json.dumps(value, default=_plain), parse_constant=lambda name: None)
+        text = json.dumps(plain, indent=2)
+    print(text)
 
 
-def _as_json(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(name): _as_json(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+def _plain(value: Any) -> Any:
+    """What ``json`` does not know: a path as a string, a dataclass as a dictionary."""
+    return str(value) if isinstance(value, Path) else vars(value)
