@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from copy import deepcopy
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -154,7 +153,6 @@ def test_inspect_a_converted_folder(succeeds, fails, folder, tmp_path, monkeypat
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     fails("convert", folder, "--output", tmp_path / "out", says=f"'{folder}' is converted already")
     fails("inspect", folder, "--bank", "random8:0", says="is converted already: --bank")
-    fails("plot", folder, "--keys-per-kernel", "2", "--output", tmp_path / "out", says="is converted already: --bank")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     folder.rename(tmp_path / ARCH)
@@ -205,35 +203,14 @@ def test_a_name_pointed_at_published_weights_is_converted(run, folder, monkeypat
     assert calls == [name]
 
 
-# --- plot, and the page of inspect
-
-
-@pytest.fixture
-def rendered(monkeypatch):
-    """Writes a few bytes in place of each picture: most of the time goes into rendering."""
-
-    def savefig(figure, file, **options):
-        file.write_bytes(b"picture") if isinstance(file, Path) else file.write(b"picture")
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
-
-
-def test_plot(succeeds, fails, folder, checkpoint, tmp_path, rendered):
-    """A file of kernels, and a converted folder."""
-    names = {"bank.png", "used_keys.png", "coverage.png", "r2.png", "keys.png"}
-    out = succeeds("plot", checkpoint, "--include", "stages.1.*", "--output", tmp_path / "pictures")
-    assert {line.rpartition("/")[2] for line in out.splitlines()} == {*names, "kernels.png"}
-    assert all((tmp_path / "pictures" / name).read_bytes() == b"picture" for name in names)
-    out = succeeds("plot", folder, "--output", tmp_path / "new" / "folder")
-    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == names and "no kernels.png" in out
-    fails("plot", ARCH, "--output", tmp_path / "none", says="Random weights have no fit to draw. Add --pretrained")
-    assert not (tmp_path / "none").exists()
-
-
-def test_the_page_of_inspect(succeeds, fails, weights, folder, tmp_path, rendered):
-    out = succeeds("inspect", ARCH, *weights, "--html", tmp_path / "dense.html")
-    assert f"saved to {tmp_path / 'dense.html'}" in out
-    assert "It lacks what shows the dense kernels" in succeeds("inspect", folder, "--html", tmp_path / "folder.html")
+def test_the_page_of_inspect(succeeds, fails, weights, folder, tmp_path, monkeypatch):
+    """Pictures are a few bytes here: most of the time goes into rendering."""
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **options: file.write(b"picture"))
+        out = succeeds("inspect", ARCH, *weights, "--html", tmp_path / "dense.html")
+        assert f"saved to {tmp_path / 'dense.html'}" in out
+        out = succeeds("inspect", folder, "--html", tmp_path / "folder.html")
+        assert "It lacks what shows the dense kernels" in out
     pages = [(tmp_path / f"{name}.html").read_text(encoding="utf-8") for name in ("dense", "folder")]
     assert [page.count("<img") for page in pages] == [6, 5] and pages[0].startswith("<!doctype html>")
     fails("inspect", ARCH, "--html", tmp_path / "no.html", says="Random weights have no fit to draw")
@@ -241,9 +218,9 @@ def test_the_page_of_inspect(succeeds, fails, weights, folder, tmp_path, rendere
 
 
 @pytest.mark.slow
-def test_pictures_are_rendered(succeeds, weights, tmp_path):
-    succeeds("plot", ARCH, *weights, "--output", tmp_path)
-    assert [path.read_bytes()[:4] for path in tmp_path.iterdir()] == [b"\x89PNG"] * 6
+def test_the_page_has_real_pictures(succeeds, weights, tmp_path):
+    succeeds("inspect", ARCH, *weights, "--html", tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").count("data:image/png;base64,iVBOR") == 6
 
 
 # --- convert
@@ -422,7 +399,7 @@ def test_publish_in_json(succeeds, folder, monkeypatch):
     {
         "inspect nope": "There is no timm model 'nope', and no such file or folder",
         "convert convnext_tni --output out": "Did you mean convnext_tiny",
-        "plot convnext_tni.mk8 --output out": "Did you mean convnext_tiny",
+        "inspect convnext_tni.mk8 --pretrained": "Did you mean convnext_tiny",
         "inspect org/name": "There is no folder 'org/name'. If it is on the Hub, its name is 'hf-hub:org",
         f"inspect {ARCH}.r160_in1": f"has no weights 'r160_in1'. Did you mean {ARCH}.r160_in1k",
         f"inspect {ARCH}.mk8_nope": "has no weights 'mk8_nope'",
@@ -494,14 +471,13 @@ def test_a_checkpoint_that_does_not_fit(fails, checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["convert", "plot"])
-def test_an_output_that_cannot_be_written_is_found_out_before_the_work(fails, weights, tmp_path, monkeypatch, command):
+def test_an_output_that_cannot_be_written_is_found_out_before_the_work(fails, weights, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     (tmp_path / "locked").mkdir(mode=0o500)
     monkeypatch.setattr("timm_masterkeys.cli.load_model.load_model", lambda args: pytest.fail("work was begun"))
     locked = "/proc" if os.geteuid() == 0 else tmp_path / "locked"  # root may write anywhere
     for output in (tmp_path / "file", tmp_path / "file" / "out" / "deep", f"{locked}/none/deep"):
-        fails(command, ARCH, *weights, "--output", output, says=f"Cannot write into '{output}': ")
+        fails("convert", ARCH, *weights, "--output", output, says=f"Cannot write into '{output}': ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "locked"]
 
 

@@ -141,7 +141,7 @@ def test_what_to_install(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "timm_masterkeys.study.plotting")
     monkeypatch.delattr("timm_masterkeys.study.plotting")
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
-    assert main(["plot", "test_convnext", "--pretrained", "--output", "x"]) == 1
+    assert main(["discover", "x.npz", "--output", "x.safetensors", "--plot", "x.png"]) == 1
     assert "Pictures need matplotlib: pip install matplotlib" in capsys.readouterr().err
 
 

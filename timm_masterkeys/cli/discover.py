@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import MasterKeysError
 from .compare import describe_matches
 from .options import DEFAULT_BANK, add_options, check_device
-from .outputs import check_file, print_result, save_figure
+from .outputs import check_file, print_result
 
 SUMMARY = "search the depthwise kernels of some networks for the few keys that fit them best, and save these as a bank"
 EXAMPLE = "discover convnext_tiny mine.safetensors --hold-out mine.safetensors --output bank.safetensors"
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         check_file(args.plot, ".png", ".svg", ".pdf")
         from ..study import plotting  # needs matplotlib: before the search, not after it
+    from ..files import atomic_path
     from ..study.discovery import collect_kernels, discover_bank, match_banks
     from ..study.kernels import name_sources
 
@@ -74,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
     )
     found.bank.save(args.output)
     if args.plot:
-        save_figure(plotting.plot_elimination(found), args.plot)
+        with atomic_path(args.plot) as tmp:
+            plotting.plot_elimination(found).savefig(tmp, format=Path(args.plot).suffix[1:], dpi=130)
     matches = match_banks(found.bank, DEFAULT_BANK, (args.kernel_size, args.kernel_size))
     bank = {"name": found.bank.name, "keys": len(found.bank), "source": found.bank.source, "file": args.output}
     text = (

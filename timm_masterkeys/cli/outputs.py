@@ -4,12 +4,9 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import MasterKeysError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def check_file(path: str, *suffixes: str) -> None:
@@ -31,14 +28,6 @@ def check_folder(path: str) -> None:
             pass
     except OSError as error:
         raise MasterKeysError(f"Cannot write into '{path}': {error.strerror}: '{folder}'.") from error
-
-
-def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Writes a picture in the format that its name ends in; whole or not at all."""
-    from ..files import atomic_path
-
-    with atomic_path(path) as tmp:
-        figure.savefig(tmp, format=Path(path).suffix[1:], dpi=130)
 
 
 def print_result(args: argparse.Namespace, value: Any, text: Any) -> None:
