@@ -161,22 +161,6 @@ def test_inspect_a_converted_folder(succeeds, fails, folder, tmp_path, monkeypat
     assert succeeds("inspect", f"./{ARCH}") == f"{report}\n"
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
-def test_a_file_of_kernels(succeeds, fails, checkpoint, model, tmp_path, suffix):
-    """Layers have the names they have in the file."""
-    file, names = checkpoint, [layer.name for layer in mk.plan_conversion(model).converted]
-    if suffix == "npz":
-        file = tmp_path / "kernels.npz"
-        np.savez(file, **{name: model.get_submodule(name).weight.detach().numpy() for name in names})
-    expected = mk.conversion_report(mk.convert_to_masterkeys(model, keys_per_kernel=2))
-    found = json.loads(succeeds("inspect", file, "--keys-per-kernel", "2", "--json"))
-    assert [layer["name"] for layer in found["layers"]] == names
-    assert found["total"] == json.loads(expected.to_json())["total"]
-    fails("convert", file, "--pretrained", "--output", tmp_path / "out", says="--checkpoint")
-    save_file({"bias": torch.ones(3)}, tmp_path / "none.safetensors")
-    fails("inspect", tmp_path / "none.safetensors", says="holds no depthwise kernels")
-
-
 def test_mk8_names_stand_for_their_stock_weights(run, weights, model, monkeypatch):
     options = ["--bank", "random8:3", "--keys-per-kernel", "2", "--include", "stages.1.*"]
     tag = timm.get_pretrained_cfg(ARCH).tag
@@ -458,6 +442,7 @@ def test_a_checkpoint_that_does_not_fit(fails, checkpoint, tmp_path):
     with torch.no_grad():
         model.stages[1].blocks[0].conv_dw.weight[3] = torch.nan
     save_file(model.state_dict(), nan)
+    fails("convert", checkpoint, "--pretrained", "--output", tmp_path / "out", says="is a file. Name its architecture")
     for path, says in (
         (checkpoint, "size mismatch for head.fc.weight"),  # 10 classes, not 1000
         (compact, "Missing key(s) in state_dict"),
