@@ -48,7 +48,7 @@ GRID = [  # batch, channels, side, kernel, stride: stages of ConvNeXt, StarNet, 
 ]
 NETWORKS = {"convnext_tiny": 4, "convnext_atto": 16, "convnextv2_atto": 16, "efficientnet_lite0": 8}
 NETWORKS |= {"mobilenetv3_large_100": 8, "starnet_s1": 8}
-REPAIRED = {"tf_efficientnet_lite0": 250, "convnext_base": 76}  # images
+CALIBRATED = {"tf_efficientnet_lite0": 250, "convnext_base": 76}  # images
 VARIANTS = ("dense", "frozen", "autograd", "none", "shift", "affine")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cuda":
@@ -163,7 +163,7 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
 
 
 def grid(args: argparse.Namespace) -> list[Shape]:
-    """Shapes of depthwise layers: a few on CPU; on CUDA, or if models are chosen, all of theirs, each once."""
+    """Shapes of depthwise layers: a few on CPU; on CUDA, or if models are chosen, all of the models, each once."""
     if DEVICE.type != "cuda" and not args.models:
         return list(GRID)  # type: ignore[arg-type]
     found: dict[Shape, None] = {}
@@ -394,11 +394,11 @@ def profile(args: argparse.Namespace) -> None:
         )
 
 
-def repair(args: argparse.Namespace) -> None:
-    """Seconds and memory of the repair of a network with weights drawn at random, from noise."""
+def calibrate(args: argparse.Namespace) -> None:
+    """Seconds and memory of calibrating a network of random weights with images of noise."""
     rows = [["network", "images, px", "s", "MB"]]
-    for name in args.models or REPAIRED:
-        images, size = args.batch_size or REPAIRED.get(name, 76), args.sizes[-1]
+    for name in args.models or CALIBRATED:
+        images, size = args.batch_size or CALIBRATED.get(name, 76), args.sizes[-1]
         dense = timm.create_model(name).eval().to(DEVICE)
         model, x = convert_to_masterkeys(dense), torch.randn(images, 3, size, size)
         run = lambda model=model, dense=dense, x=x: clock(lambda: calibrate_masterkeys(model, dense, x))  # noqa: E731
@@ -408,7 +408,7 @@ def repair(args: argparse.Namespace) -> None:
         else:
             seconds, memory = [run() / 1e3], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         rows.append([name, f"{images}, {size}", f"{seconds[0]:.1f}", f"{memory:.0f}"])
-        about = {"part": "repair", "what": name, "batch": images, "px": size, "MB": f"{memory:.1f}"}
+        about = {"part": "calibrate", "what": name, "batch": images, "px": size, "MB": f"{memory:.1f}"}
         write(args, [{**about, "ms": f"{seconds[0] * 1e3:.0f}"}])
     table(rows)
 
@@ -434,7 +434,7 @@ def inference(args: argparse.Namespace) -> None:
     table(rows)
 
 
-PARTS = {"layers": layers, "steps": steps, "inference": inference, "profile": profile, "repair": repair}
+PARTS = {"layers": layers, "steps": steps, "inference": inference, "profile": profile, "calibrate": calibrate}
 PARTS |= {"blocks": blocks, "measured": measured}
 
 

@@ -164,7 +164,7 @@ def test_the_example_goes_on_where_it_was(scripts, folder, start, shell):
     """
     example = PAGE.parent.parent / "finetune.py"
     command = (
-        f"python {example} flowers --scripts . --model test_efficientnet.r160_in1k --arms dense 1-repaired-affine-kd"
+        f"python {example} flowers --scripts . --model test_efficientnet.r160_in1k --arms dense 1-calibrated-affine-kd"
     )
     command += " --epochs 3 --batch-size 4 --workers 1 --device cpu --tune 1e-4 1e-2 --tune-epochs 1"
     process = start(command)
@@ -183,10 +183,10 @@ def test_the_example_goes_on_where_it_was(scripts, folder, start, shell):
         if row["measured on"] == "held out":
             tried.setdefault(row["arm"], {})[row["lr"]] = float(row["top1"])
     assert {arm: list(rates) for arm, rates in tried.items()} == {
-        arm: ["0.0001", "0.01"] for arm in ("dense", "1-repaired-affine")
+        arm: ["0.0001", "0.01"] for arm in ("dense", "1-calibrated-affine")
     }
     rows = [row for row in rows if row["measured on"] == "validation"]
-    arms = ["dense", "1-repaired-affine-kd"]
+    arms = ["dense", "1-calibrated-affine-kd"]
     best = {arm: max(rates, key=rates.__getitem__) for arm, rates in tried.items()}
     assert [row["lr"] for row in rows] == [best[arm.removesuffix("-kd")] for arm in arms for _ in range(3)]
     assert [(row["arm"], row["epoch"]) for row in rows] == [(arm, str(i)) for arm in arms for i in (1, 2, 3)]
