@@ -75,17 +75,33 @@ class Result:
         return {"repo_id": self.repo, "metrics": metrics, "config": {"evaluation": {"dataset": dataset, **figures}}}
 
 
+def timm_columns(name: str, model: nn.Module, measured: Measurement) -> dict[str, Any]:
+    """The columns of timm's results files, of the first network that was measured."""
+    return {
+        "model": name,
+        "top1": measured.top1[0],
+        "top1_err": round(100 - measured.top1[0], 4),
+        "top5": measured.top5[0],
+        "top5_err": round(100 - measured.top5[0], 4),
+        "param_count": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
+        "img_size": measured.img_size,
+        "crop_pct": measured.crop_pct,
+        "interpolation": measured.interpolation,
+    }
+
+
 def make_result(
-    calibrated: nn.Module, dense: nn.Module, config: MasterKeysConfig, measured: Measurement, **given: Any
+    name: str, calibrated: nn.Module, dense: nn.Module, config: MasterKeysConfig, measured: Measurement, **given: Any
 ) -> Result:
     """The row of a calibrated network.
 
     Args:
+        name: Its ``.mk8`` name.
         calibrated: The network.
         dense: What it was converted from.
         config: The conversion.
         measured: The accuracies of the calibrated, the dense and the uncalibrated network, in this order.
-        **given: The columns model, seconds, source and repo.
+        **given: The columns seconds, source and repo.
     """
     record = read_record(calibrated).calibration
     assert record is not None
@@ -97,14 +113,7 @@ def make_result(
         keys += per_kernel * plan.out_channels
         kernels += plan.out_channels
     return Result(
-        top1=measured.top1[0],
-        top1_err=round(100 - measured.top1[0], 4),
-        top5=measured.top5[0],
-        top5_err=round(100 - measured.top5[0], 4),
-        param_count=round(sum(parameter.numel() for parameter in calibrated.parameters()) / 1e6, 2),
-        img_size=measured.img_size,
-        crop_pct=measured.crop_pct,
-        interpolation=measured.interpolation,
+        **timm_columns(name, calibrated, measured),
         dense_top1=measured.top1[1],
         dense_top5=measured.top5[1],
         uncalibrated_top1=measured.top1[2],

@@ -261,9 +261,8 @@ def _make(name: str, zoo: Zoo) -> Result:
     uncalibrated = apply(copy.deepcopy(dense), describe(calibrated))
     models = [calibrated, dense, uncalibrated]
     measured = measure(models, zoo.labels, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device)
-    about = {"model": _converted_name(name), "source": name, "repo": zoo.repo(name)}
-    seconds = round(time.perf_counter() - start, 1)
-    result = make_result(calibrated, dense, zoo.config, measured, seconds=seconds, **about)
+    about = {"seconds": round(time.perf_counter() - start, 1), "source": name, "repo": zoo.repo(name)}
+    result = make_result(_converted_name(name), calibrated, dense, zoo.config, measured, **about)
     write_record(calibrated, replace(read_record(calibrated), source=Source.from_cfg(cfg)))
     entries = result.card_entries(zoo.dataset or zoo.labels.folder.name)
     save_pretrained(calibrated.cpu(), folder / "weights", license=license, **entries)
