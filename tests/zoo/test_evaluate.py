@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from lite0 import lite0
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
+import timm_masterkeys
 from timm_masterkeys import ZooError
 from timm_masterkeys.zoo.evaluate import find_labels, measure
 
@@ -140,6 +142,29 @@ def test_an_image_that_cannot_be_read_is_left_out(tmp_path, caplog, workers):
     (root / "5" / "cut.png").unlink()
     (root / "3" / "none.png").unlink()
     assert measure([model], find_labels(root), batch_size=3, workers=0) == measured
+
+
+LABELS = {  # of photographs that ship
+    "bee": "n02206856",
+    "brushes": "n03876231",
+    "chelsea": "n02123045",  # a tabby; Lite0 says an Egyptian cat
+    "citrus": "n07749582",
+    "coffee": "n07920052",
+    "coral": "n09256479",
+    "egret": "n02009912",
+    "oakland_zoo_otters": "n02444819",
+    "tiger": "n02129604",
+}
+
+
+def test_synsets_are_the_outputs_of_a_trained_network(tmp_path):
+    """EfficientNet-Lite0 knows eight of nine photographs by their first class, and all by the first five."""
+    folder = Path(timm_masterkeys.__file__).parent / "calibration" / "data" / "photographs"
+    for name, synset in LABELS.items():
+        (tmp_path / synset).mkdir()
+        Image.open(folder / f"{name}.webp").save(tmp_path / synset / f"{name}.png")
+    measured = measure([lite0()], find_labels(tmp_path), workers=0)
+    assert (measured.top1, measured.top5, measured.images) == ((88.8889,), (100.0,), 9)
 
 
 def test_other_classes_and_no_image_that_can_be_read_are_refused(tmp_path):

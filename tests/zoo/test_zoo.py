@@ -5,14 +5,12 @@ import csv
 import json
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from forked import Python, run
 from hub_server import HubServer
-from lite0 import lite0_state_dict
 from PIL import Image
 from safetensors.torch import save
 from test_evaluate import SYNSETS, picture
@@ -297,55 +295,23 @@ def test_an_account_that_may_not_publish_there(hub, command, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dry_run_that_fails_fails_again(hub, command, tmp_path):
-    """A result alone is no check; that another run makes nothing anew shows it was taken."""
+def test_a_dry_run_that_fails_and_another_org(hub, command, tmp_path):
+    """A check that failed, or was for another org, is made again with the same network; a published one is made anew."""
+    names, download = ["test_convnext3"], "timm/test_convnext3.*filename=model.safetensors"
     hub.fail(("POST", "validate-yaml"), 400, times=None)
     for _ in range(2):
-        code, out, err = finish(command(tmp_path / "zoo", "--dry-run", names=["test_convnext3"]))
+        code, out, err = finish(command(tmp_path / "zoo", "--dry-run", names=names))
         assert code == 1 and "1 of 1 networks failed" in err and "FAILED" in out
-        assert len(rows(tmp_path / "zoo")) == 1
     hub.faults.clear()
-    code, out, err = finish(command(tmp_path / "zoo", "--dry-run", names=["test_convnext3"]))
-    assert (code, err) == (0, "") and hub.count("GET", "timm/test_convnext3.*filename=model.safetensors") == 1
-
-
-LABELS = {  # of photographs that ship
-    "bee": "n02206856",
-    "brushes": "n03876231",
-    "chelsea": "n02123045",  # a tabby; Lite0 says an Egyptian cat
-    "citrus": "n07749582",
-    "coffee": "n07920052",
-    "coral": "n09256479",
-    "egret": "n02009912",
-    "oakland_zoo_otters": "n02444819",
-    "tiger": "n02129604",
-}
-
-
-@pytest.mark.slow
-def test_efficientnet_lite0(hub, command, tmp_path):
-    """Real weights and real labels: the dense network knows eight of nine pictures. A tenth cannot be read."""
-    state = {name: value.contiguous() for name, value in lite0_state_dict().items()}
-    hub.add_repo("timm/tf_efficientnet_lite0.in1k", {"model.safetensors": save(state)})
-    photographs = sorted((Path(mk.__file__).parent / "calibration" / "data" / "photographs").glob("*.webp"))
-    unlabelled = [path for path in photographs if path.stem not in LABELS][:10]
-    for path in photographs:
-        place = tmp_path / "val" / LABELS[path.stem] if path.stem in LABELS else tmp_path / "others"
-        if path.stem in LABELS or path in unlabelled:
-            place.mkdir(parents=True, exist_ok=True)
-            Image.open(path).save(place / f"{path.stem}.png")
-    damaged = tmp_path / "val" / SYNSETS[0] / "damaged.png"
-    damaged.parent.mkdir()
-    damaged.write_bytes((tmp_path / "val" / LABELS["bee"] / "bee.png").read_bytes()[:-500])
-    given = ["--dry-run", "--calibrate", tmp_path / "others", "--evaluate", tmp_path / "val"]
-    code, _, err = finish(command(tmp_path / "zoo", *given, names=["tf_efficientnet_lite0"]))
-    assert code == 0 and f"'{damaged}' cannot be read" in err
-    row = rows(tmp_path / "zoo")["tf_efficientnet_lite0.mk8_in1k"]
-    assert (row["dense_top1"], row["dense_top5"], row["keys"]) == ("88.8889", "100.0", "1.0")
-    assert (row["images"], row["classes"], row["calibration_images"]) == ("9", "9", "10")
-    card = (tmp_path / "zoo" / "models" / row["source"] / "weights" / "README.md").read_text()
-    assert "images: 9" in card
-    assert float(row["uncalibrated_top1"]) < float(row["top1"]) < 88.9
+    for org in ("alice", "lab"):
+        code, _, err = finish(command(tmp_path / "zoo", "--dry-run", names=names, org=org))
+        [row] = rows(tmp_path / "zoo").values()
+        assert (code, err) == (0, "") and row["repo"].startswith(f"{org}/") and hub.count("GET", download) == 1
+    for org in ("lab", "alice"):
+        hub.repos.pop(f"{org}/{row['model']}", None)
+        assert finish(command(tmp_path / "zoo", names=names, org=org))[0] == 0
+        [again] = rows(tmp_path / "zoo").values()
+        assert again["sha"] == hub.repos[f"{org}/{row['model']}"].head().sha and measured(again) == measured(row)
 
 
 # --- Its parts
@@ -414,23 +380,6 @@ def test_other_settings_need_another_folder(dry, pictures, capsys):
         assert main(list(map(str, ["zoo", *ARCHS, *given, changed]))) == 1
         assert f"other settings ({name})" in capsys.readouterr().err
     assert rows(dry) == table
-
-
-@pytest.mark.slow
-def test_another_org_is_no_other_setting(hub, command, tmp_path):
-    """What is not published yet is published there; what is, is made again for it."""
-    names = ["test_convnext3"]
-    assert finish(command(tmp_path / "zoo", "--dry-run", names=names, org="lab"))[0] == 0
-    hub.requests.clear()
-    code, _, err = finish(command(tmp_path / "zoo", "--dry-run", names=names, org="alice"))
-    [row] = rows(tmp_path / "zoo").values()
-    assert (code, err) == (0, "") and row["repo"].startswith("alice/")
-    assert hub.count("GET", r"timm/.*filename=model.safetensors") == 0
-    for org in ("lab", "alice"):
-        hub.repos.pop(f"{org}/{row['model']}", None)
-        assert finish(command(tmp_path / "zoo", names=names, org=org))[0] == 0
-        [again] = rows(tmp_path / "zoo").values()
-        assert again["sha"] == hub.repos[f"{org}/{row['model']}"].head().sha and measured(again) == measured(row)
 
 
 def test_a_damaged_result_is_that_networks_failure(zoo):

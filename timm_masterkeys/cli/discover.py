@@ -46,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start of the random numbers; the same seed finds the same keys (default: 0)",
     )
     add("--output", required=True, metavar="FILE", help="the .safetensors file to write the bank to")
-    add("--plot", metavar="FILE", help="draw the fit by the number of keys, as .png, .svg or .pdf (needs matplotlib)")
     add_options(parser, "--device", "--json")
 
 
@@ -54,10 +53,6 @@ def run(args: argparse.Namespace) -> None:
     check_file(args.output, ".safetensors")
     if os.path.realpath(args.output) in map(os.path.realpath, args.sources):
         raise MasterKeysError(f"--output '{args.output}' is one of the sources: name another file.")
-    if args.plot:
-        check_file(args.plot, ".png", ".svg", ".pdf")
-        from ..study import plotting  # needs matplotlib: before the search, not after it
-    from ..files import atomic_path
     from ..study.discovery import collect_kernels, discover_bank, match_banks
     from ..study.kernels import name_sources
 
@@ -74,9 +69,6 @@ def run(args: argparse.Namespace) -> None:
         device=args.device,
     )
     found.bank.save(args.output)
-    if args.plot:
-        with atomic_path(args.plot) as tmp:
-            plotting.plot_elimination(found).savefig(tmp, format=Path(args.plot).suffix[1:], dpi=130)
     matches = match_banks(found.bank, DEFAULT_BANK, (args.kernel_size, args.kernel_size))
     bank = {"name": found.bank.name, "keys": len(found.bank), "source": found.bank.source, "file": args.output}
     text = (

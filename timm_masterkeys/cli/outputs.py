@@ -9,11 +9,11 @@ from typing import Any
 from ..errors import MasterKeysError
 
 
-def check_file(path: str, *suffixes: str) -> None:
-    """Raises MasterKeysError unless the folder of a file exists, and its name ends in one of some suffixes."""
+def check_file(path: str, suffix: str = "") -> None:
+    """Raises MasterKeysError unless the folder of a file exists, and its name ends in a suffix."""
     folder = Path(path).absolute().parent
-    if suffixes and Path(path).suffix not in suffixes:
-        raise MasterKeysError(f"Cannot write '{path}': expected a name that ends in {', '.join(suffixes)}.")
+    if not path.endswith(suffix):
+        raise MasterKeysError(f"Cannot write '{path}': expected a name that ends in {suffix}.")
     if not folder.is_dir():
         raise MasterKeysError(f"Cannot write '{path}': there is no folder '{folder}'.")
 

@@ -51,7 +51,7 @@ class Zoo:
     output: Path  # folder to work in, and for the results
     calibrate: str = BUILTIN  # images to calibrate with: a folder, or "builtin"
     config: MasterKeysConfig = field(default_factory=MasterKeysConfig)
-    dataset: str = ""  # the labelled images' name on model cards; the folder's name if empty
+    dataset: str | None = None  # the labelled images' name on model cards; their folder's name if None
     license: str | None = None  # of weights whose licence timm does not know; without it, these networks fail
     private: bool | None = None  # new repositories are private
     dry_run: bool = False  # everything but publishing: the Hub is read, nothing is changed there
