@@ -31,7 +31,7 @@ class Labels:
 
     folder: Path  # it holds a folder of images for each class
     files: tuple[tuple[str, int], ...]  # paths, each with the index of its class in the network's outputs
-    num_classes: int  # that a network must have
+    num_classes: int  # how many classes a network must have
     sha256: str  # of the files' names, sizes and labels
 
 
@@ -39,8 +39,8 @@ class Labels:
 class Measurement:
     """The accuracy of some networks on the same images."""
 
-    top1: tuple[float, ...]  # of each network, the percentage of images whose label has the highest output
-    top5: tuple[float, ...]  # ... is among the five highest outputs
+    top1: tuple[float, ...]  # of each network: percentage of images whose label has the highest output
+    top5: tuple[float, ...]  # of each network: percentage of images whose label is among the five highest outputs
     images: int  # how many could be read
     classes: int  # how many classes these images have
     img_size: int  # width of the images that the networks took, in pixels
