@@ -1,6 +1,5 @@
 """The command ``zoo`` from end to end: the real client and the real timm in processes, a Hub on loopback, faults."""
 
-import copy
 import csv
 import json
 import time
@@ -19,8 +18,8 @@ from torch import nn
 
 import timm_masterkeys as mk
 from timm_masterkeys.cli import main
-from timm_masterkeys.zoo.evaluate import Labels
-from timm_masterkeys.zoo.results import Result, write_result, write_tables
+from timm_masterkeys.zoo.evaluate import Labels, Measurement, find_labels, measure
+from timm_masterkeys.zoo.results import Result, make_result, write_result, write_tables
 from timm_masterkeys.zoo.zoo import Zoo, make_zoo, plan_zoo
 
 ARCHS = ["test_convnext", "test_convnext3", "test_efficientnet"]
@@ -186,11 +185,15 @@ def check_published(hub, folder, table):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_dry_run_measures_and_the_next_run_publishes(hub, command, dry):
+def test_a_dry_run_measures_and_the_next_run_publishes(hub, command, dry, pictures):
     """Nothing is downloaded or made again."""
     [(name, row)] = rows(dry).items()
     assert (name, row["sha"]) == (ONE, "") and (dry / "names.txt").read_text() == ""
     assert row["dense_top1"] == "75.0"  # as the pictures were labelled
+    dense = timm.create_model("test_convnext")
+    dense.load_state_dict(weights("test_convnext"))
+    plain = measure([mk.convert_to_masterkeys(dense)], find_labels(pictures), workers=0)
+    assert (row["uncalibrated_top1"], row["uncalibrated_top5"]) == (str(plain.top1[0]), str(plain.top5[0]))
     code, out, err = finish(command(dry, "--private", names=ARCHS[:1], org="lab"))
     assert (code, err) == (0, "") and made(out) == ["test_convnext.r160_in1k"]
     assert hub.count("GET", "/timm/") == 0 and commits(hub, "lab") == {f"lab/{ONE}": 1}
@@ -219,44 +222,6 @@ def test_killed_twice_and_run_again(hub, command, dry, tmp_path):
     [row] = rows(tmp_path / "zoo").values()
     assert measured(row) == measured(rows(dry)[ONE]) and row["sha"] == hub.repos[f"lab/{ONE}"].head().sha
     assert not list((tmp_path / "zoo").rglob("*.safetensors"))
-
-
-@pytest.mark.slow
-def test_as_few_keys_as_agree(hub, command, tmp_path):
-    """Layers have the keys that ``convert_to_agreement`` chose, before calibration too; the table has their mean."""
-    for i in range(40):
-        picture(tmp_path / f"{i}.png", i)
-    torch.manual_seed(0)
-    dense = timm.create_model("test_efficientnet")
-    transform = create_transform(**resolve_data_config(model=dense))
-    images = torch.stack([transform(Image.open(tmp_path / f"{i}.png")) for i in range(40)])
-    with torch.no_grad():
-        for _ in range(20):
-            dense(images)  # its norms' statistics: it then sees several classes in these pictures
-        labels = dense.eval()(images).argmax(1).tolist()
-    for i, label in enumerate(labels):
-        place = tmp_path / "pictures" / SYNSETS[label] / f"{i}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"{i}.png").rename(place)
-    kept = hub.repos["timm/test_efficientnet.r160_in1k"]
-    hub.add_repo(kept.id, {"model.safetensors": save(dense.state_dict())})
-    given = ["--calibrate", tmp_path / "pictures", "--evaluate", tmp_path / "pictures", "--agreement", "0.9"]
-    code, _, err = finish(command(tmp_path / "zoo", *given, "--dry-run", names=["test_efficientnet"]))
-    hub.repos[kept.id] = kept
-    assert (code, err) == (0, "")
-    [row] = rows(tmp_path / "zoo").values()
-    calibrated = timm.create_model(f"local-dir:{tmp_path}/zoo/models/{row['source']}/weights", pretrained=True)
-    layers = mk.conversion_report(calibrated).layers
-    plain = copy.deepcopy(dense)
-    for layer in layers:
-        mk.convert_to_masterkeys(plain, include=layer.name, keys_per_kernel=layer.keys_per_kernel, inplace=True)
-    assert row["dense_top1"] == "100.0" and float(row["agreement"]) >= 90
-    for name, model in (("uncalibrated_top1", plain), ("top1", calibrated)):
-        with torch.no_grad():
-            right = model.eval()(images).argmax(1) == torch.tensor(labels)
-        assert float(row[name]) == 100 * float(right.double().mean())
-    keys = sum(layer.keys_per_kernel * layer.channels for layer in layers) / sum(layer.channels for layer in layers)
-    assert float(row["keys"]) == round(keys, 2) > 1
 
 
 @pytest.mark.parametrize(
@@ -322,6 +287,24 @@ def test_plan():
         plan_zoo(["test_resnet"], 1000)
     with pytest.raises(mk.ZooError, match=r"of convnext_tiny\.mk8;"):
         plan_zoo(["convnext_tiny.mk8"], 1000)
+
+
+def test_the_row_of_a_network_with_a_layer_that_stayed_dense():
+    """Its kernels count as many keys as they have weights."""
+    dense = timm.create_model("test_efficientnet").eval()
+    model = mk.convert_to_masterkeys(dense, include="blocks.3.0.*", keys_per_kernel=2)
+    mk.calibrate_masterkeys(model, dense, torch.randn(12, 3, 64, 64))
+    measured = Measurement((50.0, 75.0, 25.0), (60.0, 85.0, 35.0), 20, 10, 160, 1.0, "bicubic")
+    config = mk.MasterKeysConfig(agreement=0.9)
+    row = make_result("a.mk8", model, dense, config, measured, seconds=1.0, source="a", repo="o/a")
+    assert (row.top1, row.top1_err, row.dense_top1, row.uncalibrated_top1) == (50, 50, 75, 25)
+    assert (row.top5, row.top5_err, row.dense_top5, row.uncalibrated_top5) == (60, 40, 85, 35)
+    converted, other = (dense.get_submodule(f"blocks.{block}.0.conv_dw") for block in (3, 4))
+    keys = 2 * converted.out_channels + other.weight[0].numel() * other.out_channels
+    assert row.keys == round(keys / (converted.out_channels + other.out_channels), 2)
+    after = mk.conversion_report(model).calibration.after
+    assert (row.agreement, row.divergence) == (round(100 * after["agreement"], 2), round(after["divergence"], 4))
+    assert (row.calibration_images, row.held_out_images) == (12, 2)
 
 
 def result(**values):
