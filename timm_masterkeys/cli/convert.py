@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument(
         "--calibrate",
         metavar="DIR",
-        help="a folder of images to calibrate with, without labels; some hundred of your own task are best. 'none': do "
-        "not calibrate (default: photographs that ship with timm_masterkeys)",
+        help="a folder of images to calibrate with, without labels; a few hundred images of your own task are best. "
+        "'none': do not calibrate (default: photographs that ship with timm_masterkeys)",
     )
     images.add_argument("--max-images", type=int, metavar="N", help="use at most so many images")
     images.add_argument(
