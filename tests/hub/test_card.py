@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard
 import timm_masterkeys as mk
 from timm_masterkeys import ConversionError
 from timm_masterkeys.conversion.record import Source
-from timm_masterkeys.hub.card import HUB_LICENSES, inherited_license, require_license
+from timm_masterkeys.hub.source import HUB_LICENSES, require_license, saved_source
 from timm_masterkeys.timm_plugin import compat
 
 UNMEASURED = "**Not calibrated: unless it was trained since its conversion, this network is of little use as it is.**"
@@ -60,7 +60,8 @@ def test_a_typo_is_refused(model, tmp_path, given, likely):
 
 def test_of_weights_that_timm_knows_no_licence_of_one_can_be_given():
     unknown = Source("timm/a", license="unknown")
-    assert inherited_license(unknown, None) is None and inherited_license(unknown, "mit") == "mit"
+    assert saved_source(unknown, None, None).license is None
+    assert saved_source(unknown, "mit", None) == Source("timm/a", license="mit", license_given=True)
     with pytest.raises(ConversionError, match=r"not known: .*your[^']*Pass license"):
         require_license(None, {"architecture": "a", "license": "unknown"})
 
@@ -70,8 +71,8 @@ def test_no_licence_of_timms_is_taken_for_a_typo():
     names = {cfg.license for cfg in cfgs if cfg.license}
     assert names - HUB_LICENSES and names & HUB_LICENSES
     for name in names:
-        assert inherited_license(None, name) == name
-        assert inherited_license(Source(license=name), None) == (name if name != "unknown" else None)
+        assert saved_source(None, name, None).license == name
+        assert saved_source(Source(license=name), None, None).license == (name if name != "unknown" else None)
 
 
 def test_a_network_that_nothing_was_measured_of_says_so_first(model, tmp_path, caplog):

@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
     from ..conversion.convert import convert
     from ..conversion.record import Source, read_record, write_record
     from ..conversion.report import conversion_report
-    from ..hub.card import inherited_license
     from ..hub.save import save_pretrained
+    from ..hub.source import check_license
     from ..timm_plugin.calibrated import convert_and_calibrate
     from ..timm_plugin.call import calibration_images
     from ..timm_plugin.names import dense_name
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> None:
     config, images = read_config(args), calibration_images(args.calibrate, "--calibrate")
     if config.agreement is not None and not images:
         raise MasterKeysError("--agreement is measured with images: leave out --calibrate none.")
-    inherited_license(None, args.license)  # refuses a mistyped one
+    if args.license:
+        check_license(args.license)
     check_device(args.device)
     check_folder(args.output)
     dense = load_model(args).to(args.device)

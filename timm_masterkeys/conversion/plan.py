@@ -180,6 +180,13 @@ def _named(candidates: list[str]) -> str:
     return f"Depthwise are {', '.join(candidates[:3])}{more}{whole}."
 
 
+def is_dense_depthwise(module: nn.Module) -> bool:
+    """Whether a module is a depthwise convolution with kernels of several taps that is not converted."""
+    if not isinstance(module, nn.Conv2d) or isinstance(module, MasterKeyConv2d):
+        return False
+    return module.in_channels == module.groups > 1 and max(module.kernel_size) > 1
+
+
 def stage_of(layer: str) -> str:
     """A layer's name up to its first number."""
     found = re.match(r"(?:.*?\.)?\d+(?=\.)", layer)

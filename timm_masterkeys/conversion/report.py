@@ -14,7 +14,7 @@ from ..errors import ConversionError
 from ..keys.operators import OPERATORS, OperatorFit, fit_operators
 from ..layers import MasterKeyConv2d
 from .apply import converted_layers
-from .plan import plan_conversion, stage_of
+from .plan import is_dense_depthwise, stage_of
 from .record import CalibrationRecord, Record, read_record
 from .table import number, share, table
 from .wrapped import unwrapped
@@ -153,7 +153,7 @@ class ConversionReport:
         trainable_after: Trainable parameters now.
         stored_before: Numbers stored for the ordinary model's parameters.
         stored_after: Numbers stored now: other parameters, key indices, scales, shifts and the keys themselves.
-        dense: Depthwise layers that could be converted and were not.
+        dense: Depthwise layers that are not converted.
         record: Whose weights the model has, and what a calibration of these very weights measured.
         operators: The operators that the dense kernels resemble; empty if the dense model was not given.
     """
@@ -265,7 +265,7 @@ def conversion_report(model: nn.Module, dense: nn.Module | None = None) -> Conve
         stages=tuple(_layer_report(name, stage, bins) for name, stage in by_stage.items()),
         total=_layer_report("total", list(fits.values()), bins),
         **_parameters(model, list(layers.values())),
-        dense=len(plan_conversion(model, banks[0]).converted),
+        dense=sum(map(is_dense_depthwise, model.modules())),
         record=read_record(model),
         operators=() if dense is None else _operators(unwrapped(dense), list(layers)),
     )

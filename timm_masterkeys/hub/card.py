@@ -1,6 +1,5 @@
 """The model card of a published model: what it is, what it cost, how to load it, whose licence it inherits."""
 
-import difflib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,23 +10,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..conversion.record import Source
 from ..conversion.report import ConversionReport
+from ..conversion.table import number
 from ..errors import ConversionError
+from .source import HUB_LICENSES
 
 _BEGIN, _END = "<!-- timm_masterkeys: begin (rewritten at every publication) -->", "<!-- timm_masterkeys: end -->"
-
-# https://huggingface.co/docs/hub/repositories-licenses; any other licence is published as "other" with its name.
-HUB_LICENSES = frozenset(
-    "afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 "
-    "bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 "
-    "cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 "
-    "cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 "
-    "cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 "
-    "etalab-2.0 eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-community "
-    "h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 "
-    "lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl "
-    "postgresql unknown unlicense wtfpl zlib".split()
-)
-_TYPO = 0.75  # licences more alike than this, as difflib has it, are one, mistyped
 
 _CITATIONS = """```bibtex
 @inproceedings{babaiee2025quest,
@@ -69,42 +56,6 @@ import timm
 
 model = timm.create_model("hf-hub:{repo_id}", pretrained=True)
 ```"""
-
-
-def inherited_license(source: Source | None, license: str | None) -> str | None:
-    """The licence of a converted model in lower case: its source's, else the caller's; None if nobody knows it.
-
-    Raises:
-        ConversionError: The caller's differs from the source's, or is a mistyped identifier of the Hub's.
-    """
-    inherited, given = ((name or "").lower() for name in (source and source.license, license))
-    inherited = inherited.replace("unknown", "")  # which timm's registry says of some
-    if inherited and given and given != inherited:
-        raise ConversionError(
-            f"license='{license}' was given, but the source weights are under '{inherited}', which converted weights "
-            "inherit. Leave it out."
-        )
-    likely = difflib.get_close_matches(given, sorted(HUB_LICENSES), 1, _TYPO)
-    if likely and given not in HUB_LICENSES and not inherited:
-        raise ConversionError(
-            f"Got license='{license}', which the Hub does not know. Did you mean '{likely[0]}'? Another licence "
-            "goes by its full name."
-        )
-    return inherited or given or None
-
-
-def require_license(license: str | None, cfg: Mapping[str, Any]) -> str:
-    """The licence from ``inherited_license``; ConversionError, with the one of the model's cfg as a hint, if none."""
-    if license:
-        return license
-    likely = ""
-    if cfg.get("license", "unknown") not in (None, "unknown"):
-        name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
-        likely = f"The stock weights of {name} are under '{cfg['license']}': if the model comes from them, that is it. "
-    raise ConversionError(
-        "The licence of the source weights is not known: the dense model was yours, not loaded by this package. "
-        f"{likely}Pass license='...' (--license)."
-    )
 
 
 def make_card(
@@ -225,38 +176,21 @@ def _shared(layers: Mapping[str, Mapping[str, Any]], name: str) -> str:
 
 
 def _conversion(about: Mapping[str, Any], report: ConversionReport) -> str:
-    """The tables of the conversion: settings, fit, how often each key is used, layers."""
+    """The settings of the conversion, and its report."""
     total = report.total
-    most = max(*total.key_histogram, 1)
-    keys = "\n".join(
-        f"key {i + 1}  {n:>8,}  {'#' * round(40 * n / most)}".rstrip() for i, n in enumerate(total.key_histogram)
-    )
-    layers = "\n".join(
-        f"| {layer.name} | {layer.kernel_size[0]}x{layer.kernel_size[1]} | {layer.channels:,} | {layer.mean_r2:.3f} "
-        f"| {layer.worst_r2:.3f} | {' '.join(map(str, layer.key_histogram))} |"
-        for layer in report.layers
-    )
     return f"""| | |
 |---|---|
 | bank | {", ".join(f"{bank['name']} (SHA-256 {digest[:16]}...)" for digest, bank in about["banks"].items())} |
 | keys per kernel | {_shared(about["layers"], "keys_per_kernel")} |
 | trainable | {_shared(about["layers"], "trainable")} |
 | layers, kernels | {len(report.layers)}, {total.channels:,} |
-| R2 of the projection: mean, median, worst | {total.mean_r2:.3f}, {total.median_r2:.3f}, {total.worst_r2:.3f} |
-| kernels with R2 above 0.5, 0.9 | {total.above_50:.0%}, {total.above_90:.0%} |
-| trainable parameters, before and now | {report.trainable_before:,}, {report.trainable_after:,} |
-
-How many kernels have each key{", by its index in its bank" * (len(about["banks"]) > 1)}:
-
-```
-{keys}
-```
+| R2 of the fit: mean, median, worst | {", ".join(map(number, (total.mean_r2, total.median_r2, total.worst_r2)))} |
 
 <details><summary>Layer by layer</summary>
 
-| layer | kernel | channels | mean R2 | worst | kernels of each key |
-|---|---|---|---|---|---|
-{layers}
+```
+{report}
+```
 
 </details>"""
 

@@ -25,8 +25,9 @@ from ..conversion.wrapped import unwrapped
 from ..errors import HubError, MasterKeysError
 from ..files import file_sha256
 from ..version import __version__
-from .card import inherited_license, read_readme, require_license
+from .card import read_readme
 from .save import FILES, in_short, save_pretrained, timm_cfg
+from .source import require_license, saved_source
 
 _logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def push_to_hub(
     """
     model = unwrapped(model)
     cfg = timm_cfg(model)
-    known = require_license(inherited_license(read_record(model).source, license), cfg)
+    known = require_license(saved_source(read_record(model).source, license, base_model), cfg)
     if create_pr and revision:
         raise HubError("create_pr opens a pull request to the default branch; leave revision out.")
     about: dict[str, Any] = {"license": license, "base_model": base_model, "datasets": datasets, "tags": tags}

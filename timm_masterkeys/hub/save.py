@@ -27,8 +27,9 @@ from ..conversion.wrapped import evaluating, is_sharded, quantised_entry, unwrap
 from ..errors import ConversionError
 from ..files import atomic_path, file_sha256, os_errors, work_folder
 from ..version import __version__
-from .card import inherited_license, make_card, read_readme
+from .card import make_card, read_readme
 from .files import COMPACT_NAME, DENSE_NAME, describe_layers, read_compact, restore_layers, save_compact
+from .source import saved_source
 
 _logger = logging.getLogger(__name__)
 
@@ -96,12 +97,11 @@ def save_pretrained(
     report = conversion_report(model)
     _check_finite(model)
     record = report.record
-    license = inherited_license(record.source, license)
-    source = _source(record.source, license, base_model)
+    source = saved_source(record.source, license, base_model)
     if not (record.source and record.source.name):
         cfg = {name: value for name, value in cfg.items() if name not in _ORIGIN}
     dense: Any = fuse_masterkeys(model).to(memory_format=torch.contiguous_format)
-    dense.pretrained_cfg = {**cfg, "tag": masterkeys_tag(cfg.get("tag")), "license": license}
+    dense.pretrained_cfg = {**cfg, "tag": masterkeys_tag(cfg.get("tag")), "license": source and source.license}
     r2 = report.total.mean_r2
     section = {
         **describe_layers(describe(model)),
@@ -163,19 +163,6 @@ def _check_finite(model: nn.Module) -> None:
     for name, value in model.state_dict().items():
         if not value.is_meta and not value.isfinite().all():
             raise ConversionError(f"{name} holds NaN or Inf. Fix the weights, then save.")
-
-
-def _source(source: Source | None, license: str | None, base_model: str | None) -> Source | None:
-    """The source as it is saved: what is known, and what the caller says where nothing is."""
-    if source is None and license is None and base_model is None:
-        return None
-    known = source or Source()
-    if base_model and "/" in (known.name or "") and known.name != base_model:
-        raise ConversionError(
-            f"base_model='{base_model}' was given, but the model was converted from '{known.name}'. Leave it out."
-        )
-    given = known.license_given or (license is not None and license != (known.license or "").lower())
-    return replace(known, license=license, license_given=given, name=base_model or known.name)
 
 
 @contextmanager

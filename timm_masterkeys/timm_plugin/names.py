@@ -104,8 +104,10 @@ def _check_tag(arch: str, tag: str, stock: compat.Entrypoint) -> None:
         return
     tags = [known for known in compat.cfgs(arch) if is_masterkeys_tag(known)]
     if tags:
-        nearest = difflib.get_close_matches(tag, tags, n=len(tags), cutoff=0)
+        nearest = difflib.get_close_matches(tag, tags, cutoff=0)
         expected = f"expected {' or '.join(f'{arch}.{known}' for known in nearest)}"
+        if len(nearest) < len(tags):
+            expected += f"; timm.list_models('{arch}.mk8*') lists all {len(tags)}"
     elif _has_depthwise(stock):
         expected = f"which has no .mk8 names yet: register_names('{arch}') adds them"
     else:

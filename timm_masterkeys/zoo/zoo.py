@@ -30,9 +30,9 @@ from ..conversion.record import Source, read_record, write_record
 from ..conversion.tags import is_masterkeys_tag, masterkeys_tag
 from ..errors import ZooError
 from ..files import atomic_path, folder_sha256, locked, walk_files
-from ..hub.card import inherited_license
 from ..hub.publish import push_to_hub
 from ..hub.save import save_pretrained
+from ..hub.source import check_license
 from ..timm_plugin.calibrated import convert_and_calibrate
 from ..timm_plugin.published import list_architectures
 from ..version import __version__
@@ -160,7 +160,8 @@ def _check_options(zoo: Zoo) -> None:
         raise ZooError(f"org is '{zoo.org}', expected the name of a user or organisation: {error}") from None
     if zoo.batch_size < 1 or zoo.workers < 0:
         raise ZooError(f"batch_size is {zoo.batch_size} and workers {zoo.workers}, expected at least 1 and at least 0.")
-    inherited_license(None, zoo.license)  # refuses a mistyped one
+    if zoo.license:
+        check_license(zoo.license)
     if zoo.calibrate != BUILTIN:
         if not os.path.isdir(zoo.calibrate):
             raise ZooError(f"There is no folder '{zoo.calibrate}' of images to calibrate with.")
