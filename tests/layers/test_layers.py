@@ -1095,7 +1095,6 @@ def test_other_kernels_than_its_own_are_no_pruning(weight):
 
 UTILITIES = {
     "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
-    "weight_norm": lambda layer: torch.nn.utils.weight_norm(layer),
     "spectral_norm": lambda layer: torch.nn.utils.spectral_norm(layer),
     "parametrized weight_norm": lambda layer: torch.nn.utils.parametrizations.weight_norm(layer),
     "parametrized spectral_norm": lambda layer: torch.nn.utils.parametrizations.spectral_norm(layer),
@@ -1124,6 +1123,15 @@ def test_utilities_that_want_a_parameter_name_the_way_out(utility):
         UTILITIES[utility](layer)
     assert same_state(snapshot(layer), before) and not layer._forward_pre_hooks
     layer(torch.randn(1, 8, 5, 5))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_old_weight_norm_finds_no_parameter():
+    layer = MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 3, groups=8))
+    before = snapshot(layer)
+    with pytest.raises(KeyError, match="weight"):
+        torch.nn.utils.weight_norm(layer)
+    assert same_state(snapshot(layer), before) and not layer._forward_pre_hooks
 
 
 @geometries

@@ -94,7 +94,7 @@ def test_the_fit_is_near_that_of_an_exhaustive_search():
         )
         assert float(projection.r2[index]) > best - 0.005
     kernels[0, 0, 0, 0] = torch.nan
-    with pytest.raises(mk.ProjectionError, match="channel 0 holds NaN"):
+    with pytest.raises(mk.ProjectionError, match="Channel 0 of the weight holds NaN"):
         fit_scales(kernels, (7,))
 
 

@@ -2,14 +2,12 @@
 
 import itertools
 import math
-import os
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..errors import ProjectionError
-from .banks import KeyBank, get_bank
+from .banks import DEFAULT_BANK, Bank, KeyBank, get_bank
 
 _TIE = 1e-12  # correlations closer than this, relative to the norm of the kernel, are a tie: the lower index wins
 _DEPENDENT = 1e-6  # a key of which less than this lies outside the span of the keys before it adds nothing but rounding
@@ -22,12 +20,12 @@ class Projection:
     """Kernels as affine images of keys: ``weight[c] ~ sum_j scale[c, j] * keys[key_index[c, j]] + shift[c]``.
 
     Attributes:
-        key_index: (C, r) int64, rows of ``bank.keys_for(kernel_size)``; of the set chosen, the most correlated first,
-            then the one most correlated with what is left.
+        key_index: (C, r) int64, rows of ``bank.keys_for(kernel_size)``; the most correlated first, then the one most
+            correlated with the rest.
         scale: (C, r), in the dtype of the weight. 0 for a constant kernel, and for keys a kernel does not need.
         shift: (C,), the constant added to every tap; the mean of the kernel.
-        r2: (C,) float32 in [0, 1], R2: the share of the kernel's variance over its taps that the fit explains. A
-            constant kernel has no variance, and its fit no error: 1.
+        r2: (C,) float32 in [0, 1]: the share of the kernel's variance over its taps that the fit explains; 1 for a
+            constant kernel.
         constant: (C,) bool, which kernels are constant, see ``constant_kernels``.
     """
 
@@ -39,19 +37,16 @@ class Projection:
 
 
 def unfilled_projection(weight: torch.Tensor, keys_per_kernel: int) -> Projection:
-    """The shapes and types of a fit, without values: what there is on the meta device."""
+    """The shapes and types of a fit on the meta device."""
     pairs = weight.new_empty(len(weight), keys_per_kernel)
     return Projection(pairs.long(), pairs, pairs[:, 0], pairs[:, 0].float(), pairs[:, 0].bool())
 
 
 @torch.no_grad()
 def constant_kernels(weight: torch.Tensor) -> torch.Tensor:
-    """Which kernels (C, ...) are constant, all taps equal but for the rounding of float64: they have no shape, no R2.
+    """(C,) bool: which kernels (C, ...) are constant up to the rounding of float64, so without a shape or an R2.
 
-    One definition for all that fits or counts kernels. Zeros are constant; a kernel with NaN or Inf is not.
-
-    Returns:
-        (C,) bool.
+    Zeros are constant; a kernel with NaN or Inf is not.
     """
     kernels = _in_units(weight)[0]
     centred = (kernels - kernels.mean(1, keepdim=True)).norm(dim=1)
@@ -61,7 +56,7 @@ def constant_kernels(weight: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def project_kernels(
     weight: torch.Tensor,
-    bank: str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray = "babaiee2025",
+    bank: Bank = DEFAULT_BANK,
     keys_per_kernel: int = 1,
 ) -> Projection:
     """Projects depthwise kernels on the nearest keys by least squares.
@@ -115,16 +110,16 @@ def project_kernels(
 
 @dataclass(frozen=True)
 class _Coordinates:
-    """Kernels without their mean, and keys, both in orthonormal coordinates: 8 keys see 8 numbers of a kernel.
+    """Kernels without their mean, and keys, both in n orthonormal coordinates of the keys' span.
 
     Attributes:
-        inside: (C, n), of kernels that have a shape, else 0; in ``unit``.
+        inside: (C, n), the kernels, in ``unit``; 0 for a constant one.
         keys: (K, n).
         unit: (C,), see ``_in_units``.
         shift: (C,), the mean, in ``unit``.
-        variance: (C,), the kernel's own, inside the keys' span and outside.
-        constant: (C,), whether the kernel has no shape.
-        negligible: (C,), noise is what is smaller.
+        variance: (C,), of the whole kernel.
+        constant: (C,), which kernels are constant.
+        negligible: (C,), smaller correlations are noise.
     """
 
     inside: torch.Tensor
@@ -137,10 +132,8 @@ class _Coordinates:
 
 
 def _coordinates(weight: torch.Tensor, bank: KeyBank) -> _Coordinates:
+    check_finite(weight)
     kernels, unit = _in_units(weight)
-    if not unit.isfinite().all():
-        channel = int((~unit.isfinite()).nonzero()[0, 0])
-        raise ProjectionError(f"Channel {channel} of the weight holds NaN or Inf; fix the checkpoint first.")
     keys = bank.keys_for(_size(weight)).to(weight.device, kernels.dtype).flatten(1)
     span = torch.linalg.qr(keys.T.cpu()).Q.to(keys.device)
     shift = kernels.mean(1)
@@ -163,6 +156,20 @@ def _in_units(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return kernels / unit[:, None], unit
 
 
+def first_not_finite(weight: torch.Tensor) -> int | None:
+    """The first channel of kernels (C, ...) with NaN or Inf; None if there is none, as on the meta device."""
+    if weight.is_meta or weight.isfinite().all():
+        return None
+    return int((~weight.flatten(1).isfinite().all(1)).nonzero()[0])
+
+
+def check_finite(weight: torch.Tensor) -> None:
+    """Raises ProjectionError if a kernel holds NaN or Inf."""
+    channel = first_not_finite(weight)
+    if channel is not None:
+        raise ProjectionError(f"Channel {channel} of the weight holds NaN or Inf; fix the checkpoint first.")
+
+
 def _size(weight: torch.Tensor) -> tuple[int, int]:
     return weight.shape[2], weight.shape[3]
 
@@ -180,7 +187,7 @@ def check_keys_per_kernel(keys_per_kernel: int, bank: KeyBank) -> None:
 def _best_sets(given: _Coordinates, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """For each kernel the set of ``steps`` keys that explains most of it (C, K), and how much of its variance (C,).
 
-    Sets that do equally well are a tie: the first in the order of their indices wins.
+    Of equally good sets, the first in the order of their indices wins.
     """
     kernels, keys = given.inside, given.keys
     none = torch.zeros(len(kernels), len(keys), dtype=torch.bool, device=kernels.device)

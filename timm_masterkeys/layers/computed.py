@@ -1,7 +1,6 @@
-"""A convolution whose weight is computed: what reads the weight, refuses a parameter in its place, and the geometry."""
+"""A convolution whose weight is computed: reading it, refusing a parameter in its place, and the geometry."""
 
 import copy
-import sys
 import warnings
 from typing import Any, ClassVar, NoReturn
 
@@ -26,9 +25,9 @@ _COMPUTED = (
 
 
 class _Weight(torch.Tensor):
-    """A computed weight as it is read: an ordinary tensor, but setting its ``data``, which would be lost, is an error.
+    """A computed weight: an ordinary tensor, but setting its ``data``, which would be lost, is an error.
 
-    What is computed from it, copied or saved is a plain tensor, and ``nn.Parameter(weight)`` a plain parameter.
+    Whatever is computed from it, copied or saved is a plain tensor, and ``nn.Parameter(weight)`` a plain parameter.
     """
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
@@ -49,7 +48,7 @@ class _Weight(torch.Tensor):
         return False
 
     @_is_param.setter
-    def _is_param(self, value: bool) -> None:  # nn.Parameter sets it, on what it makes of a tensor of another type
+    def _is_param(self, value: bool) -> None:  # nn.Parameter sets it on the tensor it returns
         self.__class__ = nn.Parameter  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -59,11 +58,8 @@ class _Weight(torch.Tensor):
         return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
 
 
-_Read = tuple[torch.Tensor, tuple[int, int]]
-
-
 def _state(weight: torch.Tensor) -> tuple[int, int]:
-    """What changes when a tensor is written to: its version, or through ``.data`` its memory, if it has its own."""
+    """What changes when a tensor is written to: its version, or through ``.data`` its memory."""
     try:
         return weight._version, weight.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):  # within vmap and grad, fake, on the meta device
@@ -71,12 +67,12 @@ def _state(weight: torch.Tensor) -> tuple[int, int]:
 
 
 def raise_no_weight() -> NoReturn:
-    """What is found where ``torch.nn.utils`` looks for the parameter "weight" that an ordinary convolution has."""
+    """Raises where ``torch.nn.utils`` looks for the parameter "weight"."""
     raise ConversionError(_COMPUTED)
 
 
 class ComputedConv2d(nn.Conv2d):
-    """An ``nn.Conv2d`` whose kernels come from ``compose_weight()``; who takes its weight for a parameter is refused.
+    """An ``nn.Conv2d`` whose kernels come from ``compose_weight()``; its weight cannot be used as a parameter.
 
     Attributes:
         weight: (out_channels, 1, kh, kw), computed at each access. Assigning a tensor of this shape projects it;
@@ -89,29 +85,29 @@ class ComputedConv2d(nn.Conv2d):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in cls.__jit_unused_properties__:  # torch.jit knows of a class's own alone
+        for name in cls.__jit_unused_properties__:  # torch.jit looks at a class's own properties only
             setattr(cls, name, getattr(ComputedConv2d, name))
 
     same_padding: bool
-    _read: _Read | None  # the weight last read, see _warn_if_written
+    _read: tuple[torch.Tensor, tuple[int, int]] | None  # the weight last read, see _warn_if_written
 
     def compose_weight(self) -> torch.Tensor:
         """The kernels (out_channels, 1, kh, kw), differentiable in what they are computed from."""
         raise NotImplementedError
 
     def project_weight(self, weight: torch.Tensor) -> None:
-        """Takes the nearest kernels to the given ones that can be computed. In place."""
+        """Takes the computable kernels nearest to the given ones. In place."""
         raise NotImplementedError
 
     def keep_kernels(self, weight: torch.Tensor) -> bool:
-        """Leaves out all kernels but the given ones; False, and nothing happens, if they are not some of its own."""
+        """Drops all kernels but the given ones; False, and nothing changes, if some of these are not the layer's."""
         raise NotImplementedError
 
     def check_values(self, input: torch.Tensor | None = None) -> None:
-        """Raises CheckpointError if what the kernels are computed from has no values, but the input, if given, has."""
+        """Raises CheckpointError if the kernels have no values, but the input, if given, has."""
 
     def _grad_forward(self, input: torch.Tensor) -> torch.Tensor:
-        """The convolution where gradients may be wanted; padding as timm's SAME is done."""
+        """The convolution with gradients, of an input already padded if ``same_padding``."""
         return self._conv_forward(input, self.compose_weight(), self.bias)
 
     @property
@@ -121,14 +117,12 @@ class ComputedConv2d(nn.Conv2d):
         self.check_values()
         try:
             weight = self.compose_weight()
-        except IndexError:  # of key indices that are whatever was in memory
+        except IndexError:  # key indices from uninitialised memory
             self.train(self.training)
             self.check_values()
             raise
-        if sys._getframe(1).f_globals["__name__"] == "torch.nn.utils.weight_norm":  # it deletes next, blindly
-            raise ConversionError(_COMPUTED)
         self._warn_if_written()
-        if not weight.is_inference():  # which have no version, and cannot be written to elsewhere
+        if not weight.is_inference():  # inference tensors have no version, and cannot be written to outside
             weight = weight.as_subclass(_Weight)
             self._read = weight, _state(weight)
         return weight
@@ -138,7 +132,7 @@ class ComputedConv2d(nn.Conv2d):
         self.project_weight(weight)
 
     def _warn_if_written(self) -> None:
-        """Warns if the tensor that ``weight`` gave last was written to, which changes nothing."""
+        """Warns if the tensor last read as ``weight`` was written to, which changes nothing."""
         read, self._read = self._read, None
         if read is not None and _state(read[0]) != read[1]:
             warnings.warn(
@@ -151,7 +145,7 @@ class ComputedConv2d(nn.Conv2d):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As for any module, but a weight, or what ``torch.nn.utils`` makes of one, is refused (ConversionError).
 
-        Taken is what Torch-Pruning leaves of the kernels, once it has lowered ``out_channels``.
+        Accepted are the kernels that Torch-Pruning keeps, after it has lowered ``out_channels``.
         """
         if name == "weight" and param is not None and self.keep_kernels(param):
             return
@@ -161,12 +155,12 @@ class ComputedConv2d(nn.Conv2d):
 
     @property
     def parametrizations(self) -> NoReturn:
-        """What ``torch.nn.utils.parametrize`` and ``torch.ao.quantization`` look for first; see ``_COMPUTED``."""
+        """``torch.nn.utils.parametrize`` and ``torch.ao.quantization`` look for this first."""
         raise ConversionError(_COMPUTED)
 
     def __dir__(self) -> list[str]:
         names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
-        return [name for name in names if name != "parametrizations"]  # for those who read whatever is here
+        return [name for name in names if name != "parametrizations"]  # for code that reads every attribute
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.same_padding:
@@ -191,7 +185,6 @@ class ComputedConv2d(nn.Conv2d):
         return self._grad_forward(input) if torch.is_grad_enabled() else self._no_grad_forward(input)
 
     def _no_grad_forward(self, input: torch.Tensor) -> torch.Tensor:
-        """The convolution without gradients, by the GPU kernel where that is taken."""
         weight = self.compose_weight()
         if not any_gpu_kernel("conv"):
             return self._conv_forward(input, weight, self.bias)
@@ -200,7 +193,7 @@ class ComputedConv2d(nn.Conv2d):
         return convolve(*given, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
 
     def windows(self, input: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """What the kernel sees at some positions of the output.
+        """The input under the kernel at some positions of the output.
 
         Args:
             input: (N, in_channels, H, W).
@@ -223,7 +216,7 @@ class ComputedConv2d(nn.Conv2d):
         return input.permute(0, 2, 3, 1)[:, rows[:, :, None], columns[:, None, :]].flatten(2, 3)
 
     def _padded(self, input: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """The input and the symmetric zero padding left to do; what is not of that kind is done here."""
+        """The input, with all padding but symmetric zeros done, and those zeros (height, width) still to add."""
         if self.padding_mode != "zeros":
             return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
         if not isinstance(self.padding, str):

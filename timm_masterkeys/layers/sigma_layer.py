@@ -80,7 +80,7 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         self.log_sigma.copy_(nominal[self.key_rows()[:, 0]].flatten())
 
     def check_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> list[str]:
-        """As for a MasterKeyConv2d; entries of a layer with fixed scales, or sigmas that are not finite, do not fit."""
+        """As for a MasterKeyConv2d; fixed scales, or sigmas that are not finite, do not fit."""
         log_sigma = state_dict.get(prefix + "log_sigma")
         if log_sigma is None and all(prefix + name in state_dict for name in COMPACT_ENTRIES):
             return [f"{prefix}log_sigma: missing, not made with trainable='scales'; load the dense weights."]
@@ -98,5 +98,5 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         return (keys * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)).unsqueeze(1)
 
     def _grad_forward(self, input: torch.Tensor) -> torch.Tensor:
-        # The sigmas' gradient needs the whole weight gradient, so autograd it is.
+        # Plain autograd, as the sigmas' gradient needs the whole weight gradient.
         return self._conv_forward(input, self.compose_weight(), self.bias)
