@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from depthwise_cases import GEOMETRIES, as_function, make, plain
+from depthwise_cases import GEOMETRIES, LAYOUTS, as_function, make, plain
 from torch.func import functional_call
 
 from timm_masterkeys.layers import depthwise
 
-formats = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+formats = pytest.mark.parametrize("memory_format", LAYOUTS.values(), ids=LAYOUTS)
 
 
 def gradients(layer, x):
@@ -134,9 +134,11 @@ def test_scales_of_many_channels_and_images(geometry, memory_format, trainable, 
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-@formats
-@pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("whole_up_to", [0, 3, 99])
+@pytest.mark.parametrize(
+    ("geometry", "memory_format"),
+    [*zip(GEOMETRIES, 5 * list(LAYOUTS.values()), strict=True), ("7x7", torch.contiguous_format)],
+)
 def test_either_way_to_the_shifts_gradient_is_exact(whole_up_to, geometry, memory_format, monkeypatch):
     monkeypatch.setattr(depthwise, "CACHED", 2**16)
     monkeypatch.setattr(depthwise, "WHOLE_UP_TO", whole_up_to)
@@ -253,10 +255,10 @@ def test_forward_mode(geometry, trainable):
 @pytest.mark.parametrize(
     ("trainable", "channels", "memory_format", "dynamic"),
     [  # the sums of windows are pooled with many channels in channels_last, if there are any to be taken
-        pytest.param("none", 4, torch.contiguous_format, None, marks=pytest.mark.slow),
+        ("none", 4, torch.contiguous_format, None),
         ("shift", 4, torch.contiguous_format, None),
-        pytest.param("shift", 64, torch.channels_last, None, marks=pytest.mark.slow),
-        pytest.param("affine", 64, torch.channels_last, True, marks=pytest.mark.slow),
+        ("shift", 64, torch.channels_last, None),
+        ("affine", 64, torch.channels_last, True),
     ],
 )
 def test_compile_in_one_graph(trainable, channels, memory_format, dynamic):

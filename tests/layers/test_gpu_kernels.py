@@ -98,7 +98,6 @@ def test_half_precision_is_summed_in_float32(dtype, digits, layout):
     assert_convolution(arguments[1], weight, bias, padding=(1, 1), tolerance=digits)  # the output alone is rounded
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "layout"),
     [
