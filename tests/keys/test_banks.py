@@ -11,7 +11,6 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lite0 import lite0_state_dict
@@ -19,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import timm_masterkeys.keys.banks
-from timm_masterkeys import BankError, KeyBank, MasterKeysError, get_bank, list_banks, project_kernels
+from timm_masterkeys import BankError, KeyBank, get_bank, list_banks, project_kernels
 
 LIGHT = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SQUARES = [(n, n) for n in (2, 3, 4, 5, 7, 9, 11, 13, 31)]
@@ -90,7 +89,7 @@ def check_against_oracle(bank, size):
     keys = bank.keys_for(size)
     assert bank.kept(size) == tuple(kept)
     assert bank.left_out(size) == reasons
-    assert keys.shape == (len(kept), *size)
+    assert keys.shape == (len(kept), *size) and keys.dtype == torch.float32
     np.testing.assert_allclose(keys.numpy(), np.stack(list(kept.values())), atol=2e-7)
 
 
@@ -116,19 +115,11 @@ def test_published_keys_digit_for_digit():
 
 
 def test_published_bank_says_what_it_is():
-    bank = get_bank()
-    assert bank.name == "babaiee2025"
+    bank, digest = get_bank(), "821782a20dfdd1dc0a44b7e2302fc0fba68422e0f9b4296fdbe6562317cd2377"
+    assert (bank.name, bank.licence, bank.digest, len(bank)) == ("babaiee2025", "cc-by-4.0", digest, 8)
     assert "arXiv:2509.11711" in bank.source
-    assert bank.licence == "cc-by-4.0"
-    assert len(bank) == 8
     assert repr(bank) == "KeyBank('babaiee2025', 8 keys 7x7, digest 821782a20dfd)"
-
-
-def test_published_digest():
-    digest = "821782a20dfdd1dc0a44b7e2302fc0fba68422e0f9b4296fdbe6562317cd2377"
-    keys = get_bank().keys
-    assert get_bank().digest == digest
-    assert hashlib.sha256(b"(8, 7, 7)" + keys.astype("<f8").tobytes()).hexdigest() == digest
+    assert hashlib.sha256(b"(8, 7, 7)" + bank.keys.astype("<f8").tobytes()).hexdigest() == digest
 
 
 def test_digest_is_of_shape_and_values_alone():
@@ -143,18 +134,8 @@ def test_digest_is_of_shape_and_values_alone():
 # keys at any size
 
 
-@pytest.mark.parametrize("name", ["babaiee2025", "random8:0"])
-@pytest.mark.parametrize("size", SQUARES + STRIPS + OBLONGS)
-def test_mean_zero_and_norm_one(name, size):
-    keys = get_bank(name).keys_for(size)
-    assert keys.dtype == torch.float32
-    assert keys.shape[1:] == size
-    assert torch.allclose(keys.mean((1, 2)), torch.zeros(len(keys)), atol=1e-7)
-    assert torch.allclose(keys.flatten(1).norm(dim=1), torch.ones(len(keys)), atol=1e-6)
-
-
 @pytest.mark.parametrize("name", ["babaiee2025", "random8:1"])
-@pytest.mark.parametrize("size", [*SQUARES[:-1], *STRIPS, *OBLONGS, (31, 31)])
+@pytest.mark.parametrize("size", SQUARES + STRIPS + OBLONGS)
 def test_fold_against_a_loop_over_taps(name, size):
     check_against_oracle(get_bank(name), size)
 
@@ -188,26 +169,10 @@ def test_same_response_to_an_image_constant_beyond_the_window(bank, size):
     np.testing.assert_allclose(whole, norm * small, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [(9, 9), (11, 11), (13, 13), (31, 31), (7, 9), (11, 7)])
-def test_larger_windows_are_filled_with_the_level_of_the_edges(size):
-    bank = get_bank()
-    h, w = (size[0] - 7) // 2, (size[1] - 7) // 2
-    own = bank.keys_for((7, 7))
-    for key, large in zip(own, bank.keys_for(size), strict=True):
-        edges = ([*key[0], *key[-1]] if h else []) + ([*key[:, 0], *key[:, -1]] if w else [])
-        padded = F.pad(key, (w, w, h, h), value=float(np.mean(edges)))
-        padded = padded - padded.mean()
-        torch.testing.assert_close(large, padded / padded.norm(), atol=1e-6, rtol=0)
-
-
 def test_random_keys_are_cropped_so_that_they_stay_independent():
     small = np.concatenate([get_bank(f"random8:{seed}").keys_for((3, 3)).numpy() for seed in range(200)])
     spread = small.std(0)
     assert spread.max() / spread.min() < 1.15  # every tap alike; folded, the corners would hold most of the energy
-
-
-def test_own_size_is_the_key_itself():
-    np.testing.assert_allclose(get_bank().keys_for((7, 7)), get_bank().keys, atol=2e-6)
 
 
 # what is left out
@@ -237,24 +202,6 @@ def test_own_size_is_the_key_itself():
 )
 def test_what_the_published_bank_leaves_out(size, left_out):
     assert get_bank().left_out(size) == left_out
-
-
-@pytest.mark.parametrize("size", SQUARES + STRIPS + OBLONGS)
-def test_kept_and_left_out_share_the_bank(size):
-    bank = get_bank()
-    assert sorted([*bank.kept(size), *bank.left_out(size)]) == list(range(8))
-    assert list(bank.kept(size)) == sorted(bank.kept(size))
-    keys = bank.keys_for(size).flatten(1)
-    assert len(keys) == len(bank.kept(size))
-    if size != (7, 7):
-        assert ((keys @ keys.T).abs() - torch.eye(len(keys))).max() <= 0.98 + 1e-6
-
-
-def test_strips_lose_the_derivative_across_them():
-    """Key 5 differentiates along the width, key 6 along the height: each has no shape in a strip across it."""
-    for n in (3, 5, 7, 9, 11):
-        assert get_bank().left_out((n, 1))[4] == "vanishes"
-        assert get_bank().left_out((1, n))[5] == "vanishes"
 
 
 def test_twins_stay_at_the_banks_own_size():
@@ -437,11 +384,6 @@ def test_get_bank_of_a_bad_tensor():
         get_bank(torch.randn(8, 1, 7, 7))
 
 
-def test_bank_errors_are_value_errors():
-    assert issubclass(BankError, ValueError)
-    assert issubclass(BankError, MasterKeysError)
-
-
 # files
 
 
@@ -466,16 +408,6 @@ def test_save_and_load(tmp_path):
         }
 
 
-def test_saved_over_itself(tmp_path):
-    path = tmp_path / "mine.safetensors"
-    random_bank(0).save(path)
-    KeyBank.load(path).save(path)
-    assert KeyBank.load(path).digest == random_bank(0).digest
-    random_bank(1).save(str(path))
-    assert KeyBank.load(str(path)).digest == random_bank(1).digest
-    assert os.listdir(tmp_path) == ["mine.safetensors"]
-
-
 def test_load_plain_safetensors(tmp_path):
     path = tmp_path / "plain.safetensors"
     keys = np.random.default_rng(0).standard_normal((2, 3, 3)).astype(np.float32)
@@ -495,14 +427,6 @@ def test_altered_values(tmp_path, place):
     with pytest.raises(BankError, match="does not match its digest") as caught:
         KeyBank.load(path)
     assert str(path) in str(caught.value)
-
-
-def test_altered_shape(tmp_path):
-    path = tmp_path / "mine.safetensors"
-    bank = random_bank(0, (2, 3, 4))
-    save_file({"keys": bank.keys.reshape(2, 4, 3)}, path, {"digest": bank.digest})
-    with pytest.raises(BankError, match="does not match its digest"):
-        KeyBank.load(path)
 
 
 @pytest.mark.parametrize(
