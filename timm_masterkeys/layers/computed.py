@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections import defaultdict
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -69,6 +70,25 @@ def _state(weight: torch.Tensor) -> tuple[int, int]:
 def raise_no_weight() -> NoReturn:
     """Raises where ``torch.nn.utils`` looks for the parameter "weight"."""
     raise ConversionError(_COMPUTED)
+
+
+class _Parameters(defaultdict[str, nn.Parameter | None]):
+    """The parameters of a layer: to read or to delete one named "weight" is an error."""
+
+    def __delitem__(self, name: str) -> None:
+        if name == "weight":
+            raise_no_weight()
+        super().__delitem__(name)
+
+
+def parameters_without_weight(conv: nn.Conv2d) -> dict[str, nn.Parameter | None]:
+    """The parameters of a convolution for a layer that computes its weight.
+
+    On torch 2.5, where torch.compile traces no class of our own here, the old ``torch.nn.utils.weight_norm``, which
+    deletes the parameter unseen, raises a bare KeyError.
+    """
+    kind = defaultdict if torch.__version__ < "2.6" else _Parameters
+    return kind(raise_no_weight, {name: value for name, value in conv._parameters.items() if name != "weight"})
 
 
 class ComputedConv2d(nn.Conv2d):

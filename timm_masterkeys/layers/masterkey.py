@@ -1,6 +1,5 @@
 """The depthwise convolution whose kernels are affine images of frozen keys. Knows nothing of models."""
 
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar, get_args
@@ -12,7 +11,7 @@ from torch import nn
 from ..errors import CheckpointError, ConversionError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
 from ..keys.projection import Projection, check_finite, check_keys_per_kernel, project_kernels
-from .computed import ComputedConv2d, raise_no_weight
+from .computed import ComputedConv2d, parameters_without_weight
 from .depthwise import affine_depthwise_conv2d
 from .gpu_operators import affine_function
 from .state import entries_to_load, index_problem, state_problems
@@ -184,8 +183,7 @@ class MasterKeyConv2d(ComputedConv2d):
         keys = bank.keys_for((weight.shape[2], weight.shape[3])).to(weight.device, weight.dtype)
         rows = min(keys_per_kernel, len(keys))
         self.__dict__.update(conv.__dict__)  # hooks stay the same objects, so handles to them keep working
-        # A defaultdict, as torch.compile does not trace a class of our own here.
-        self._parameters = defaultdict(raise_no_weight, {n: p for n, p in conv._parameters.items() if n != "weight"})
+        self._parameters = parameters_without_weight(conv)
         self._buffers = dict(conv._buffers)
         self._non_persistent_buffers_set = set(conv._non_persistent_buffers_set)
         self.bank = bank
