@@ -20,14 +20,13 @@ Trainable = Literal["none", "shift", "affine", "scales"]
 
 Layer = TypeVar("Layer", bound="MasterKeyConv2d")
 
-COMPACT_ENTRIES = ("keys", "key_index", "scale", "shift", "r2")
 RANDOM, CONSTANT = -1.0, -2.0  # in place of an R2
 
 _LIBRARIES = (
     "A library that adds layers of the class it finds, as PEFT's LoRA does, wants ordinary ones: call "
     "fuse_masterkeys(model) first, or target other layers than the depthwise ones."
 )
-_ENTRIES = (*COMPACT_ENTRIES, "log_sigma")
+_ENTRIES = ("keys", "key_index", "scale", "shift", "r2", "log_sigma")
 _ATTRIBUTES = ("bank", "keys_per_kernel", "trainable", "frozen", "same_padding", "operators", "_read", "_empty")
 _NO_KEY = 0.1  # a tensor that differs more from the keys holds none: averages and half precision are nearer
 
@@ -82,7 +81,13 @@ class MasterKeyConv2d(ComputedConv2d):
         torch.Size([1, 96, 14, 14])
     """
 
-    compact_entries: ClassVar[tuple[str, ...]] = COMPACT_ENTRIES
+    compact_entries: ClassVar[tuple[str, ...]] = ("keys", "key_index", "scale", "shift", "r2")
+    has_sigmas: ClassVar[bool] = False  # whether keys have sigmas, see ScaledKeyConv2d
+    trained_entries: ClassVar[dict[str, tuple[str, ...]]] = {
+        "none": (),
+        "shift": ("shift",),
+        "affine": ("scale", "shift"),
+    }
 
     keys: torch.Tensor
     key_index: torch.Tensor
@@ -181,25 +186,28 @@ class MasterKeyConv2d(ComputedConv2d):
         check_keys_per_kernel(keys_per_kernel, bank)
         weight = conv.weight
         keys = bank.keys_for((weight.shape[2], weight.shape[3])).to(weight.device, weight.dtype)
-        rows = min(keys_per_kernel, len(keys))
         self.__dict__.update(conv.__dict__)  # hooks stay the same objects, so handles to them keep working
         self._parameters = parameters_without_weight(conv)
         self._buffers = dict(conv._buffers)
         self._non_persistent_buffers_set = set(conv._non_persistent_buffers_set)
         self.bank = bank
-        self.keys_per_kernel = rows
+        self.keys_per_kernel = min(keys_per_kernel, len(keys))
         self.same_padding = type(conv).forward is Conv2dSame.forward
         self._read = None
-        self.register_buffer("keys", keys)
-        index = torch.zeros(self.out_channels, rows, device=weight.device, dtype=torch.float32)
-        self.register_buffer("key_index", index)
-        self.register_buffer("scale", weight.new_zeros(self.out_channels * rows))
-        self.register_buffer("shift", weight.new_zeros(self.out_channels))
-        self.register_buffer("r2", torch.ones(self.out_channels, device=weight.device, dtype=torch.float32))
+        self._make_entries(weight, keys)
         self.set_trainable(trainable, requires_grad=weight.requires_grad)
 
+    def _make_entries(self, weight: torch.Tensor, keys: torch.Tensor) -> None:
+        """Registers the compact entries, all as buffers, in the dtype and on the device of a dense weight."""
+        channels, rows = self.out_channels, self.keys_per_kernel
+        self.register_buffer("keys", keys)
+        self.register_buffer("key_index", weight.new_zeros(channels, rows, dtype=torch.float32))
+        self.register_buffer("scale", weight.new_zeros(channels * rows))
+        self.register_buffer("shift", weight.new_zeros(channels))
+        self.register_buffer("r2", weight.new_ones(channels, dtype=torch.float32))
+
     def set_trainable(self, trainable: Trainable, requires_grad: bool = True) -> None:
-        """Chooses what trains: makes scale and shift parameters or buffers, values unchanged. In place.
+        """Chooses what trains: makes scale, shift and sigmas parameters or buffers, values unchanged. In place.
 
         Make the optimiser afterwards: parameters made here are new ones.
 
@@ -211,25 +219,23 @@ class MasterKeyConv2d(ComputedConv2d):
             ConversionError: Unknown ``trainable``, or scales to train where there are none.
         """
         check_trainable(trainable)
-        if trainable == "scales" and "log_sigma" not in self.compact_entries:
+        if trainable not in self.trained_entries:
             raise ConversionError(
                 "A MasterKeyConv2d has no scales to train: a ScaledKeyConv2d has. Convert the dense model with "
                 "trainable='scales'."
             )
         self.trainable: Trainable = trainable
         self.frozen = not requires_grad
-        self._register_entry("scale", trainable == "affine", requires_grad)
-        self._register_entry("shift", trainable != "none", requires_grad)
-
-    def _register_entry(self, name: str, trains: bool, requires_grad: bool) -> None:
-        """Makes an entry a parameter if it trains, else a buffer."""
-        value = getattr(self, name).detach()
-        self._parameters.pop(name, None)
-        self._buffers.pop(name, None)
-        if trains:
-            self.register_parameter(name, nn.Parameter(value, requires_grad=requires_grad))
-        else:
-            self.register_buffer(name, value)
+        for name in ("scale", "shift", "log_sigma"):
+            if name not in self.compact_entries:
+                continue
+            value = getattr(self, name).detach()
+            self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
+            if name in self.trained_entries[trainable]:
+                self.register_parameter(name, nn.Parameter(value, requires_grad=requires_grad))
+            else:
+                self.register_buffer(name, value)
 
     @torch.no_grad()
     def reset_parameters(self, weight: torch.Tensor | None = None) -> None:

@@ -26,7 +26,7 @@ def state_problems(layer: "MasterKeyConv2d", state_dict: dict[str, Any], prefix:
     if dense is not None:
         problem = _dense_problem(dense, (layer.out_channels, 1, *layer.kernel_size))
         return [f"{here}weight: {problem}"] if problem else []
-    if "log_sigma" not in layer.compact_entries and prefix + "log_sigma" in state_dict:
+    if not layer.has_sigmas and prefix + "log_sigma" in state_dict:
         return [f"{here}log_sigma: made with trainable='scales'; convert with that, or load the dense weights."]
     missing = [name for name in layer.compact_entries if name not in given]
     if given and missing:
