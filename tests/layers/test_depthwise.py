@@ -28,14 +28,14 @@ def assert_gradients(layer, x, tolerance):
 @pytest.mark.parametrize(
     ("geometry", "trainable", "keys_per_kernel"),
     [
-        *((geometry, "shift", 1) for geometry in GEOMETRIES),
         *((geometry, "affine", 1 + i % 2) for i, geometry in enumerate(GEOMETRIES)),
-        *[("3x3", "affine", 2), ("3x3", "none", 1), ("7x7", "affine", 1), ("7x7", "none", 1)],
+        *itertools.product(("3x3", "7x7"), ("shift", "none"), (1,)),
+        *[("3x3", "affine", 2), ("7x7", "affine", 1), ("4x4, string, multiplier", "shift", 1)],
     ],
 )
 def test_gradients_to_second_order(geometry, trainable, keys_per_kernel):
     layer = make(geometry, keys_per_kernel, trainable)
-    x = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     inputs = (x, *layer.parameters())
     assert torch.autograd.gradcheck(as_function(layer), inputs)
     # The second order entry by entry in each way of the backward pass, else along random directions.
@@ -127,9 +127,9 @@ def test_the_weight_gradient_of_large_kernels_is_never_computed():
 @pytest.mark.parametrize("geometry", ["3x3", "stride", "7x7", "dilation, multiplier"])
 def test_scales_of_many_channels_and_images(geometry, memory_format, trainable, keys_per_kernel, monkeypatch):
     """In parts, by pooling, and all keys of a kernel at once."""
-    monkeypatch.setattr(depthwise, "CACHED", 2**16)
+    monkeypatch.setattr(depthwise, "CACHED", 2**15)
     layer = make(geometry, keys_per_kernel, trainable, channels=64)
-    x = torch.randn(5, 64, 12, 11, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    x = torch.randn(5, 64, 8, 7, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
     assert_gradients(layer, x, 1e-7)
 
 
@@ -140,14 +140,14 @@ def test_scales_of_many_channels_and_images(geometry, memory_format, trainable, 
     [*zip(GEOMETRIES, 5 * list(LAYOUTS.values()), strict=True), ("7x7", torch.contiguous_format)],
 )
 def test_either_way_to_the_shifts_gradient_is_exact(whole_up_to, geometry, memory_format, monkeypatch):
-    monkeypatch.setattr(depthwise, "CACHED", 2**16)
+    monkeypatch.setattr(depthwise, "CACHED", 2**15)
     monkeypatch.setattr(depthwise, "WHOLE_UP_TO", whole_up_to)
     taken = []
     for way in ("window_sums", "convolution_backward"):
         own = getattr(depthwise, way)
         monkeypatch.setattr(depthwise, way, lambda *args, own=own, way=way: taken.append((way, args[-1])) or own(*args))
     layer = make(geometry, 1, "shift", channels=64)
-    x = torch.randn(5, 64, 12, 11, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    x = torch.randn(5, 64, 8, 7, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
     assert_gradients(layer, x, 1e-12)
     whole = any(way == "convolution_backward" and mask[1] for way, mask in taken)
     assert whole == (max(layer.kernel_size) <= whole_up_to)

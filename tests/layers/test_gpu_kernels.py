@@ -19,14 +19,14 @@ pytest.importorskip("triton")
 from timm_masterkeys.layers import gpu_kernels
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-FAST = ("stride", "2x2, stride 2", "valid")  # in the interpreter
+FAST = ("2x2, stride 2", "valid")  # in the interpreter
 CASES = [  # one layout a geometry, in turn, without a GPU
     pytest.param(geometry, layout, marks=[] if geometry in FAST else pytest.mark.slow)
     for i, geometry in enumerate(GEOMETRIES)
     for j, layout in enumerate(LAYOUTS)
     if DEVICE == "cuda" or i % len(LAYOUTS) == j
 ]
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
+either_layout = pytest.mark.parametrize("layout", [pytest.param("NCHW", marks=pytest.mark.slow), "channels_last"])
 pytestmark = [pytest.mark.cuda] if DEVICE == "cuda" else []
 
 
@@ -114,13 +114,13 @@ def test_shapes_that_no_block_divides(shape, layout):
     assert_convolution(random(*shape, layout=layout), random(shape[1], 1, 1, 2), padding=(0, 1))
 
 
-@layouts
+@either_layout
 def test_a_large_kernel(layout):
     keys = torch.randn(1, 31, 31, dtype=torch.float64)
     assert_sums(sums((1, 2, 4, 5), keys, 0, padding=(15, 15), layout=layout))
 
 
-@pytest.mark.parametrize("layout", [pytest.param("NCHW", marks=pytest.mark.slow), "channels_last"])
+@either_layout
 def test_strides_of_any_kind(layout):
     keys = torch.randn(8, 3, 3, dtype=torch.float64)
     grad, x, *rest = sums((2, 3, 4, 3), keys, 1, padding=(1, 1), layout=layout)
@@ -185,7 +185,7 @@ def test_compile_in_one_graph(dynamic, kernel_on):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("layout", [pytest.param("NCHW", marks=pytest.mark.slow), "channels_last"])
+@either_layout
 def test_the_operators_are_what_they_say(layout, kernel_on):
     assert gpu_operators.gpu_kernels_run(DEVICE)
     grad, x, *rest = sums((2, 3, 4, 3), torch.randn(8, 1, 3, dtype=torch.float64), 1, padding=(0, 1), layout=layout)

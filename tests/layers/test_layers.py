@@ -111,8 +111,10 @@ TRAINED = {"none": set(), "shift": {"shift"}, "affine": {"scale", "shift"}}
 trainables = pytest.mark.parametrize("trainable", TRAINED)
 
 
-@geometries
-@pytest.mark.parametrize(("keys_per_kernel", "bias"), [(1, True), (2, True), (8, False)])
+@pytest.mark.parametrize(
+    ("geometry", "keys_per_kernel", "bias"),
+    [case for i, name in enumerate(GEOMETRY) for case in ((name, 1, True), (name, (2, 8)[i % 2], i % 2 == 0))],
+)
 def test_forward_and_fuse_are_the_dense_convolution(geometry, keys_per_kernel, bias):
     conv = make_conv(geometry, bias=bias)
     stock = conv.weight.detach().clone()
@@ -129,14 +131,12 @@ def test_forward_and_fuse_are_the_dense_convolution(geometry, keys_per_kernel, b
     for name in ("in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
         assert getattr(layer, name) == getattr(fused, name) == getattr(conv, name), name
     assert repr(fused) == repr(conv)
-    for size in ((13, 13), (14, 17), (15, 16)):
-        for batch in ((2,), ()):
-            x = torch.randn(*batch, layer.in_channels, *size)
-            expected = dense(layer, conv)(x)
-            assert torch.equal(layer(x), expected)
-            assert torch.equal(fused(x), expected)
-    x = torch.randn(2, layer.in_channels, 13, 14).contiguous(memory_format=torch.channels_last)
-    assert torch.equal(layer(x), dense(layer, conv)(x))
+    expected = dense(layer, conv)
+    for shape in ((2, layer.in_channels, 13, 13), (layer.in_channels, 14, 17), (2, layer.in_channels, 15, 16)):
+        x = torch.randn(shape)
+        assert torch.equal(layer(x), expected(x)) and torch.equal(fused(x), expected(x))
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(layer(x), expected(x))
 
 
 @geometries
