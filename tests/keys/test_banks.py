@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import pickle
+import re
 from importlib import resources
 
 import numpy as np
@@ -150,7 +151,7 @@ def test_fold_of_any_bank_against_a_loop_over_taps(seed, shape, size):
     check_against_oracle(random_bank(seed, shape), size)
 
 
-@pytest.mark.parametrize("size", [(3, 3), (5, 5), (1, 7), (7, 1), (3, 5), (4, 4), (2, 6), (1, 4), (2, 2), (5, 2)])
+@pytest.mark.parametrize("size", [(3, 3), (5, 5), (1, 7), (4, 4), (2, 6), (5, 2)])
 @pytest.mark.parametrize("bank", [get_bank(), random_bank(0), random_bank(1, (4, 8, 8)), random_bank(2, (3, 7, 9))])
 def test_same_response_to_an_image_constant_beyond_the_window(bank, size):
     """The smaller key answers an image as the full key answers its replicate padding, up to the key's mean and norm."""
@@ -270,7 +271,6 @@ def test_keys_for_is_fresh_at_every_call():
 
 def test_deepcopy_is_the_bank_itself():
     bank = random_bank(0)
-    assert copy.deepcopy(bank) is bank
     assert copy.deepcopy({"layer": [bank]})["layer"][0] is bank
 
 
@@ -280,46 +280,46 @@ def test_copy_and_pickle_round_trip(again):
     bank.digest  # noqa: B018  # cached: it must not travel
     back = again(bank)
     assert (back.name, back.source, back.licence, back.digest) == ("mine", "my search", "mit", bank.digest)
-    assert np.array_equal(back.keys, bank.keys)
-    assert not back.keys.flags.writeable
+    assert np.array_equal(back.keys, bank.keys) and not back.keys.flags.writeable
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int64])
 def test_keys_of_any_dtype(dtype):
-    keys = (torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)) * 9).to(dtype)
+    keys = (torch.randn(2, 3, 3) * 9).to(dtype).requires_grad_(dtype.is_floating_point)
     bank = KeyBank("mine", keys)
-    assert bank.keys.dtype == np.float64
-    assert bank.keys.tolist() == keys.double().tolist()
+    assert bank.keys.dtype == np.float64 and bank.keys.tolist() == keys.double().tolist()
+    assert not bank.keys_for((3, 3)).requires_grad
 
 
-def test_keys_that_require_grad():
-    keys = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    assert KeyBank("mine", keys).keys_for((3, 3)).requires_grad is False
-
-
-@pytest.mark.parametrize("shape", [(), (9,), (3, 3), (2, 1, 3, 3), (0, 3, 3), (2, 0, 3)])
-def test_keys_of_the_wrong_shape(shape):
-    for keys in (np.ones(shape), torch.ones(shape)):
-        with pytest.raises(BankError) as caught:
-            KeyBank("mine", keys)
-        assert "'mine'" in str(caught.value)
-        assert str(shape) in str(caught.value)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_keys_that_are_not_finite(value):
-    keys = np.random.default_rng(0).standard_normal((2, 3, 3))
-    keys[1, 2, 0] = value
-    with pytest.raises(BankError, match="'mine' holds NaN or Inf"):
-        KeyBank("mine", keys)
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0, -0.1])
-def test_constant_key(value):
+def keys_but(index, value):
     keys = np.random.default_rng(0).standard_normal((3, 3, 3))
-    keys[1] = value
-    with pytest.raises(BankError, match="'mine': key 1 is constant"):
-        KeyBank("mine", keys)
+    keys[index] = value
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        *(
+            (np.ones(shape), re.escape(f"has keys of shape {shape}"))
+            for shape in ((9,), (3, 3), (2, 1, 3, 3), (0, 3, 3))
+        ),
+        *((keys_but((1, 2, 0), value), " holds NaN or Inf") for value in (np.nan, -np.inf)),
+        *((keys_but(1, value), ": key 1 is constant") for value in (0.0, -0.1)),
+    ],
+)
+def test_bad_keys(tmp_path, keys, message):
+    path = tmp_path / "mine.safetensors"
+    save_file({"keys": keys}, path)
+    for make in (
+        lambda: KeyBank("mine", keys),
+        lambda: KeyBank("mine", torch.from_numpy(keys)),
+        lambda: get_bank(path),
+    ):
+        with pytest.raises(BankError, match=f"'mine'.*{message}"):
+            make()
+    with pytest.raises(BankError, match="'custom'"):
+        get_bank(torch.from_numpy(keys))
 
 
 # get_bank
@@ -334,19 +334,16 @@ def test_list_banks():
 
 
 def test_random_banks():
+    before = np.random.get_state()[1].copy()
     bank = get_bank("random8:0")
     assert bank.keys.shape == (8, 7, 7)
-    assert bank.digest == get_bank("random8:0").digest
     # numpy's frozen stream of seed 0, whatever the version
     np.testing.assert_allclose(bank.keys[0, 0, :3], [1.76405234597, 0.40015720837, 0.97873798411], rtol=1e-11)
     assert len({get_bank(f"random8:{seed}").digest for seed in range(50)}) == 50
     assert "seed 7" in get_bank("random8:7").source
     assert get_bank(f"random8:{2**32 - 1}").keys.shape == (8, 7, 7)
-
-
-def test_random_banks_leave_numpys_own_stream_alone():
-    before = np.random.get_state()[1].copy()
-    get_bank("random8:5")
+    with pytest.raises(BankError, match=f"random8:{2**32}"):
+        get_bank(f"random8:{2**32}")
     assert np.array_equal(np.random.get_state()[1], before)
 
 
@@ -361,11 +358,6 @@ def test_unknown_name(name):
         assert known in str(caught.value)
 
 
-def test_seed_out_of_range():
-    with pytest.raises(BankError, match=f"random8:{2**32}"):
-        get_bank(f"random8:{2**32}")
-
-
 def test_get_bank_from_what_is_at_hand(tmp_path):
     bank = random_bank(0, (3, 5, 5))
     assert get_bank(bank) is bank
@@ -377,11 +369,6 @@ def test_get_bank_from_what_is_at_hand(tmp_path):
     for given_path in (path, str(path)):
         assert get_bank(given_path).digest == bank.digest
         assert get_bank(given_path).name == "random"
-
-
-def test_get_bank_of_a_bad_tensor():
-    with pytest.raises(BankError, match=r"\(8, 1, 7, 7\)"):
-        get_bank(torch.randn(8, 1, 7, 7))
 
 
 # files
@@ -417,71 +404,45 @@ def test_load_plain_safetensors(tmp_path):
     assert np.array_equal(bank.keys, keys.astype(np.float64))
 
 
-@pytest.mark.parametrize("place", [-8, -1, -200])
-def test_altered_values(tmp_path, place):
-    path = tmp_path / "mine.safetensors"
-    random_bank(0).save(path)
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(BankError, match="does not match its digest") as caught:
-        KeyBank.load(path)
-    assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "data", [b"", b"not safetensors", b"\x80\x02}q\x00." * 9, None], ids=["empty", "text", "pickle", "cut"]
-)
-def test_not_safetensors(tmp_path, data):
-    path = tmp_path / "mine.safetensors"
-    if data is None:
+def altered(place):
+    def write(path):
         random_bank(0).save(path)
-        data = path.read_bytes()[:-9]
-    path.write_bytes(data)
-    with pytest.raises(BankError, match="Expected a safetensors file") as caught:
+        data = bytearray(path.read_bytes())
+        data[place] ^= 1
+        path.write_bytes(data)
+
+    return write
+
+
+def cut_short(path):
+    random_bank(0).save(path)
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+BAD_FILES = {  # what writes it, and the message
+    "altered": (altered(-8), "does not match its digest"),
+    "altered elsewhere": (altered(-200), "does not match its digest"),
+    "empty": (lambda path: path.write_bytes(b""), "Expected a safetensors file"),
+    "pickle": (lambda path: path.write_bytes(b"\x80\x02}q\x00." * 9), "Expected a safetensors file"),
+    "cut": (cut_short, "Expected a safetensors file"),
+    "missing": (lambda path: None, "Expected a safetensors file"),
+    "a folder": (lambda path: path.mkdir(), "Expected a safetensors file"),
+    "other tensors": (lambda path: save_file({"weight": np.zeros(3)}, path), r"holds \['weight'\], expected .*'keys'"),
+    "another format": (
+        lambda path: save_file({"keys": np.zeros((2, 3, 3))}, path, {"format": "timm_masterkeys.bank.2"}),
+        r"'timm_masterkeys.bank.2', this version reads 'timm_masterkeys.bank.1'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_files(tmp_path, kind):
+    path = tmp_path / "mine.safetensors"
+    write, message = BAD_FILES[kind]
+    write(path)
+    with pytest.raises(BankError, match=message) as caught:
         get_bank(path)
     assert str(path) in str(caught.value)
-
-
-def test_no_such_file(tmp_path):
-    for path in (tmp_path / "no.safetensors", tmp_path):
-        with pytest.raises(BankError) as caught:
-            KeyBank.load(path)
-        assert str(path) in str(caught.value)
-
-
-def test_no_tensor_named_keys(tmp_path):
-    path = tmp_path / "mine.safetensors"
-    save_file({"weight": np.zeros(3), "bias": np.zeros(3)}, path)
-    with pytest.raises(BankError, match=r"tensor .*'keys'") as caught:
-        KeyBank.load(path)
-    for part in (str(path), "weight", "bias"):
-        assert part in str(caught.value)
-
-
-@pytest.mark.parametrize("found", ["timm_masterkeys.bank.2", "pt"])
-def test_another_format(tmp_path, found):
-    path = tmp_path / "mine.safetensors"
-    save_file({"keys": np.random.default_rng(0).standard_normal((2, 3, 3))}, path, {"format": found})
-    with pytest.raises(BankError) as caught:
-        KeyBank.load(path)
-    for part in (str(path), f"'{found}'", "timm_masterkeys.bank.1"):
-        assert part in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        (np.full((2, 3, 3), np.nan), "'mine' holds NaN"),
-        (np.ones((2, 3, 3)), "'mine': key 0 is constant"),
-        (np.eye(3), r"'mine' has keys of shape \(3, 3\)"),
-    ],
-)
-def test_file_with_bad_keys(tmp_path, keys, message):
-    path = tmp_path / "mine.safetensors"
-    save_file({"keys": keys}, path)
-    with pytest.raises(BankError, match=message):
-        KeyBank.load(path)
 
 
 def test_save_into_a_missing_folder(tmp_path):

@@ -145,8 +145,9 @@ def test_fit_of_real_kernels(real_kernels):
     assert found["random8:0", (5, 5)] < 0.2
 
 
-@pytest.mark.parametrize("size", [(3, 3), (5, 5), (7, 7), (1, 7), (2, 3)])
-@pytest.mark.parametrize("r", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("size", "r"), [((3, 3), 2), ((5, 5), 3), ((7, 7), 2), ((7, 7), 4), ((1, 7), 4), ((2, 3), 3), ((3, 3), 4)]
+)
 def test_several_keys_are_the_best_of_all_sets(size, r):
     """And given those, in their order, numpy's least squares."""
     weight, keys = random_kernels(size, 15), keys_at(size)
@@ -179,7 +180,7 @@ def test_several_keys_explain_more_of_real_kernels_than_a_greedy_choice(real_ker
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("r", range(1, 9))
+@pytest.mark.parametrize("r", [1, 2, 4, 7, 8])
 def test_projecting_a_fit_again_gives_the_fit(size, r):
     """A greedy choice of several keys may leave the keys that a kernel is made of."""
     weight, keys = random_kernels(size, 200), torch.from_numpy(keys_at(size)).float()
@@ -213,8 +214,7 @@ def test_all_keys_are_plain_least_squares(size):
         assert p.r2[c].item() == pytest.approx(1 - rest / spread, abs=1e-6)
 
 
-@pytest.mark.parametrize("r", [1, 2, 5, 8])
-@pytest.mark.parametrize("size", [(3, 3), (5, 5), (7, 7), (1, 7)])
+@pytest.mark.parametrize(("size", "r"), [((3, 3), 2), ((5, 5), 5), ((7, 7), 1), ((1, 7), 8)])
 def test_r2_is_the_share_of_the_variance_explained(size, r):
     weight = random_kernels(size, 100)
     p = project_kernels(weight, keys_per_kernel=r)
@@ -270,8 +270,10 @@ def test_dependent_keys_of_the_published_bank_do_not_blow_up(size):
     assert p.r2.min() > 1 - 1e-6
 
 
-@pytest.mark.parametrize("factor", [1, -1, 3, 1 + 1e-6])
-@pytest.mark.parametrize(("size", "count"), [((3, 3), 9), ((2, 2), 4), ((3, 3), 16), ((5, 5), 3)])
+@pytest.mark.parametrize(
+    ("size", "count", "factor"),
+    [((3, 3), 9, 1), ((2, 2), 4, -1), ((3, 3), 16, 3), ((5, 5), 3, 1 + 1e-6), ((3, 3), 9, -1)],
+)
 def test_twin_keys_and_all_of_them_used(size, count, factor):
     for seed in range(5):
         keys = torch.randn(count, *size, generator=torch.Generator().manual_seed(seed))
@@ -379,8 +381,7 @@ def test_every_floating_dtype(dtype, r):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -0.1, 1 / 3, 5e-8, 6e4, 1e-30, -1e30])
-@pytest.mark.parametrize("r", [1, 3])
+@pytest.mark.parametrize(("value", "r"), [(0.0, 1), (-0.0, 3), (-0.1, 1), (1 / 3, 3), (5e-8, 1), (6e4, 3), (-1e30, 1)])
 def test_constant_kernel_is_met_by_its_shift(dtype, value, r):
     value = torch.tensor(value, dtype=dtype).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
     for size in ((3, 3), (7, 7), (1, 5)):
@@ -449,26 +450,23 @@ def test_any_memory_layout():
 
 
 def test_every_way_to_name_a_bank(tmp_path):
-    weight, bank = random_kernels((3, 3)), get_bank("random8:3")
+    weight, bank = random_kernels((3, 3)), get_bank()
     bank.save(tmp_path / "bank.safetensors")
-    p = project_kernels(weight, "random8:3", 2)
-    for same in (bank, tmp_path / "bank.safetensors"):
-        assert torch.equal(project_kernels(weight, same, 2).scale, p.scale)
-    keys, p3 = get_bank().keys, project_kernels(weight, keys_per_kernel=2)
-    for same in (get_bank(), keys, torch.from_numpy(keys.copy())):
-        assert torch.equal(project_kernels(weight, same, 2).scale, p3.scale)
-    assert torch.equal(project_kernels(weight).scale, project_kernels(weight, "babaiee2025", 1).scale)
-    assert not torch.equal(project_kernels(weight, keys_per_kernel=2).scale, p.scale)
+    p = project_kernels(weight)
+    for same in ("babaiee2025", bank, tmp_path / "bank.safetensors", bank.keys, torch.from_numpy(bank.keys.copy())):
+        assert torch.equal(project_kernels(weight, same, 1).scale, p.scale)
 
 
 # what is refused
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [("nan", torch.float64), ("inf", torch.bfloat16), ("-inf", torch.float32), ("nan", torch.float16)],
+)
 def test_nan_and_inf_name_the_first_channel(value, dtype):
     weight = random_kernels((3, 3)).to(dtype)
-    weight[17, 0, 2, 1] = weight[23, 0, 0, 0] = value
+    weight[17, 0, 2, 1] = weight[23, 0, 0, 0] = float(value)
     with pytest.raises(ProjectionError, match="Channel 17 of the weight holds NaN or Inf"):
         project_kernels(weight)
 
