@@ -262,9 +262,9 @@ def test_bank_keeps_its_own_copy(make):
 def test_keys_for_is_fresh_at_every_call():
     bank = get_bank()
     keys = bank.keys_for((7, 7))
-    wanted = keys.clone()
+    expected = keys.clone()
     keys.zero_()
-    assert torch.equal(bank.keys_for((7, 7)), wanted)
+    assert torch.equal(bank.keys_for((7, 7)), expected)
     bank.left_out((1, 7)).clear()
     assert bank.left_out((1, 7))
 

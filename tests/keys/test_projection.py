@@ -133,7 +133,7 @@ def test_nearest_key_of_real_kernels_by_brute_force(real_kernels, size):
 
 
 def test_fit_of_real_kernels(real_kernels):
-    """The mean R^2 the README speaks of, with the random control; a constant kernel counts as met."""
+    """The mean R2 that the README names, with the random control; the R2 of a constant kernel is 1."""
     found = {
         (name, size): project_kernels(kernels, name).r2.mean().item()
         for name in ("babaiee2025", "random8:0")
@@ -225,7 +225,7 @@ def test_r2_is_the_share_of_the_variance_explained(size, r):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_more_keys_meet_more(size):
+def test_more_keys_explain_more(size):
     weight = random_kernels(size)
     steps = [project_kernels(weight, keys_per_kernel=r) for r in range(1, 9)]
     for fewer, more in itertools.pairwise(steps):
@@ -382,7 +382,7 @@ def test_every_floating_dtype(dtype, r):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("value", "r"), [(0.0, 1), (-0.0, 3), (-0.1, 1), (1 / 3, 3), (5e-8, 1), (6e4, 3), (-1e30, 1)])
-def test_constant_kernel_is_met_by_its_shift(dtype, value, r):
+def test_constant_kernel_is_its_shift(dtype, value, r):
     value = torch.tensor(value, dtype=dtype).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
     for size in ((3, 3), (7, 7), (1, 5)):
         p = project_kernels(value.expand(4, 1, *size), keys_per_kernel=r)

@@ -5,24 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from depthwise_cases import GEOMETRIES, LAYOUTS, as_function, make, plain
+from depthwise_cases import GEOMETRIES, LAYOUTS, as_function, assert_gradients, gradients, make, plain
 from torch.func import functional_call
 
 from timm_masterkeys.layers import depthwise
 
 formats = pytest.mark.parametrize("memory_format", LAYOUTS.values(), ids=LAYOUTS)
-
-
-def gradients(layer, x):
-    """By the layer, and by autograd through an ordinary convolution, for one random output gradient."""
-    out, expected, inputs = layer(x), plain(layer, x), [x, *layer.parameters()]
-    weights = torch.randn_like(out)
-    return [torch.autograd.grad((result * weights).sum(), inputs) for result in (out, expected)]
-
-
-def assert_gradients(layer, x, tolerance):
-    for a, b in zip(*gradients(layer, x), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -73,9 +61,9 @@ def test_autocast(dtype, trainable):
     layer = make("3x3", 1, trainable, channels=8, dtype=torch.float32)
     x = torch.randn(4, 8, 9, 9, requires_grad=True)
     with torch.autocast("cpu", dtype):
-        out, wanted = layer(x), plain(layer, x)
-        assert out.dtype == wanted.dtype == dtype
-        assert torch.equal(out, wanted)
+        out, expected = layer(x), plain(layer, x)
+        assert out.dtype == expected.dtype == dtype
+        assert torch.equal(out, expected)
     got = torch.autograd.grad(out.float().square().sum(), [x, *layer.parameters()])
     exact = torch.autograd.grad(plain(layer, x).square().sum(), [x, *layer.parameters()])
     for parameter, a, b in zip([x, *layer.parameters()], got, exact, strict=True):
@@ -179,11 +167,11 @@ def test_writes_of_every_kind_are_seen_in_eval_mode():
 def test_threads_that_run_and_switch_modes():
     layer = make("3x3", 1, "shift", channels=4, dtype=torch.float32).eval()
     x = torch.randn(1, 4, 8, 8)
-    wanted = plain(layer, x)
+    expected = plain(layer, x)
 
     def run(_):
         with torch.no_grad():
-            return torch.equal(layer(x), wanted)
+            return torch.equal(layer(x), expected)
 
     with ThreadPoolExecutor(4) as pool:
         modes = pool.submit(lambda: [layer.train(i % 2 == 0) for i in range(200)])
@@ -219,8 +207,8 @@ def test_vmap_and_functional_gradients():
     got = torch.func.vmap(torch.func.grad(lambda x, *p: f(x, *p).square().sum(), argnums=1), (0, None, None))(
         x, *parameters
     )
-    wanted = [torch.autograd.grad(plain(layer, one).square().sum(), parameters[0])[0] for one in x]
-    torch.testing.assert_close(got, torch.stack(wanted))
+    expected = [torch.autograd.grad(plain(layer, one).square().sum(), parameters[0])[0] for one in x]
+    torch.testing.assert_close(got, torch.stack(expected))
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -267,10 +255,7 @@ def test_compile_in_one_graph(trainable, channels, memory_format, dynamic):
     torch.compiler.reset()  # every case counts against the same limit of recompilations
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for _ in range(2):
-        got = torch.autograd.grad(compiled(x).square().sum(), [x, *layer.parameters()])
-        wanted = torch.autograd.grad(plain(layer, x).square().sum(), [x, *layer.parameters()])
-        for a, b in zip(got, wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert_gradients(layer, x, 1e-4, compiled)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), layer(x))
 
