@@ -271,11 +271,13 @@ def test_a_bank_computed_elsewhere_is_the_same(tmp_path):
         assert torch.equal(again(x), model(x))
 
 
-def test_scales_that_are_not_finite_are_refused():
+@pytest.mark.parametrize(
+    ("value", "message"), [(torch.full((24,), torch.nan), "holds NaN or Inf"), (np.zeros(24), "got a ndarray")]
+)
+def test_scales_that_are_no_finite_tensor_are_refused(value, message):
     conv = layer()
-    state = {**conv.state_dict(), "log_sigma": torch.full_like(conv.log_sigma, torch.nan)}
-    with pytest.raises(RuntimeError, match="log_sigma: holds NaN or Inf"):
-        conv.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=f"log_sigma: {message}"):
+        conv.load_state_dict({**conv.state_dict(), "log_sigma": value})
 
 
 def test_the_report_counts_stored_sigmas():

@@ -1,6 +1,6 @@
 """The layer that learns a scale for each of its kernels, as in the scale-space paper."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -76,15 +76,6 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         sigmas = torch.tensor(values, device=self.keys.device)
         nominal = sigmas.clamp_min(SMALLEST).log().view(8, 2)[self.operators]
         self.log_sigma.copy_(nominal[self.key_rows()[:, 0]].flatten())
-
-    def check_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> list[str]:
-        """As for a MasterKeyConv2d; fixed scales, or sigmas that are not finite, do not fit."""
-        log_sigma = state_dict.get(prefix + "log_sigma")
-        if log_sigma is None and all(prefix + name in state_dict for name in MasterKeyConv2d.compact_entries):
-            return [f"{prefix}log_sigma: missing, not made with trainable='scales'; load the dense weights."]
-        if log_sigma is not None and not log_sigma.is_meta and not log_sigma.isfinite().all():
-            return [f"{prefix}log_sigma: holds NaN or Inf; fix the checkpoint first."]
-        return super().check_state_dict(state_dict, prefix)
 
     def fitted(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         projection, log_sigma = fit_scales(weight, tuple(self.operators))

@@ -29,6 +29,8 @@ def state_problems(layer: "MasterKeyConv2d", state_dict: dict[str, Any], prefix:
     if not layer.has_sigmas and prefix + "log_sigma" in state_dict:
         return [f"{here}log_sigma: made with trainable='scales'; convert with that, or load the dense weights."]
     missing = [name for name in layer.compact_entries if name not in given]
+    if missing == ["log_sigma"]:
+        return [f"{here}log_sigma: missing, not made with trainable='scales'; load the dense weights."]
     if given and missing:
         return [f"{here}{given[0]}: given without {', '.join(missing)}. The compact entries belong together."]
     return [here + problem for problem in _compact_problems(layer, {n: state_dict[prefix + n] for n in given})]
@@ -68,8 +70,8 @@ def _compact_problems(layer: "MasterKeyConv2d", given: dict[str, torch.Tensor]) 
             problems.append(f"{name}: got shape {got}, expected {own} (another bank, size or channel count).")
     if problems or not given or given["keys"].is_meta:
         return problems
-    for name in ("scale", "shift"):
-        if not given[name].isfinite().all():
+    for name in ("scale", "shift", "log_sigma"):
+        if name in given and not given[name].isfinite().all():
             problems.append(f"{name}: holds NaN or Inf; fix the checkpoint first.")
     keys, own_keys = given["keys"].cpu().double(), layer.own_keys().double()
     if not torch.allclose(keys, own_keys, rtol=0, atol=max(2 * torch.finfo(given["keys"].dtype).eps, _DRIFT)):
