@@ -58,7 +58,8 @@ def plain(layer, x):
 
 def gradients(layer, x, run=None):
     """By ``run`` (the layer) and by autograd through an ordinary convolution, for one random output gradient."""
-    out, expected, inputs = (run or layer)(x), plain(layer, x), [x, *layer.parameters()]
+    run, inputs = layer if run is None else run, [x, *layer.parameters()]
+    out, expected = run(x), plain(layer, x)
     weights = torch.randn_like(expected)
     return [torch.autograd.grad((result * weights).sum(), inputs) for result in (out, expected)]
 

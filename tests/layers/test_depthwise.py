@@ -122,12 +122,14 @@ def test_scales_of_many_channels_and_images(geometry, memory_format, trainable, 
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-@pytest.mark.parametrize("whole_up_to", [0, 3, 99])
 @pytest.mark.parametrize(
-    ("geometry", "memory_format"),
-    [*zip(GEOMETRIES, 5 * list(LAYOUTS.values()), strict=True), ("7x7", torch.contiguous_format)],
+    ("geometry", "memory_format", "whole_up_to"),
+    [
+        *((*case, size) for case in zip(GEOMETRIES, 5 * list(LAYOUTS.values()), strict=True) for size in (0, 99)),
+        *((geometry, torch.contiguous_format, 3) for geometry in ("3x3", "strip", "7x7")),
+    ],
 )
-def test_either_way_to_the_shifts_gradient_is_exact(whole_up_to, geometry, memory_format, monkeypatch):
+def test_either_way_to_the_shifts_gradient_is_exact(geometry, memory_format, whole_up_to, monkeypatch):
     monkeypatch.setattr(depthwise, "CACHED", 2**15)
     monkeypatch.setattr(depthwise, "WHOLE_UP_TO", whole_up_to)
     taken = []
