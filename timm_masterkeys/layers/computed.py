@@ -1,8 +1,6 @@
-"""A convolution whose weight is computed: reading it, refusing a parameter in its place, and the geometry."""
+"""A convolution whose weight is computed: reading and assigning it, the forward pass, and the geometry."""
 
-import copy
 import warnings
-from collections import defaultdict
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -13,82 +11,11 @@ from torch import nn
 from ..errors import ConversionError
 from .depthwise import autocast
 from .gpu_operators import any_gpu_kernel, convolve
+from .weight_guards import COMPUTED, ComputedWeight, state_of
 
 # Named here, as torch.jit.script fails on a mypy comment in a forward.
 _is_scripting: Any = torch.jit.is_scripting  # type: ignore[attr-defined]
 _is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
-
-_COMPUTED = (
-    "The weight of a MasterKeyConv2d is computed from frozen keys: it cannot be a parameter, be pruned, normalised, "
-    "parametrized, quantised, or get other data. fuse_masterkeys(model) gives ordinary convolutions for that; assign a "
-    "plain tensor (layer.weight = tensor) to project other kernels on the keys."
-)
-
-
-class _Weight(torch.Tensor):
-    """A computed weight: an ordinary tensor, but setting its ``data``, which would be lost, is an error.
-
-    Whatever is computed from it, copied or saved is a plain tensor, and ``nn.Parameter(weight)`` a plain parameter.
-    """
-
-    __torch_function__: Any = torch._C._disabled_torch_function_impl
-
-    @property
-    def data(self) -> torch.Tensor:
-        return super().detach()
-
-    @data.setter
-    def data(self, value: torch.Tensor) -> NoReturn:
-        raise ConversionError(_COMPUTED)
-
-    def detach(self) -> torch.Tensor:
-        return super().detach().as_subclass(_Weight)  # of its own type, or nn.Parameter refuses it
-
-    @property
-    def _is_param(self) -> bool:
-        return False
-
-    @_is_param.setter
-    def _is_param(self, value: bool) -> None:  # nn.Parameter sets it on the tensor it returns
-        self.__class__ = nn.Parameter  # type: ignore[assignment]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        return copy.deepcopy(self.as_subclass(torch.Tensor), memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
-
-
-def _state(weight: torch.Tensor) -> tuple[int, int]:
-    """What changes when a tensor is written to: its version, or through ``.data`` its memory."""
-    try:
-        return weight._version, weight.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # within vmap and grad, fake, on the meta device
-        return weight._version, 0
-
-
-def raise_no_weight() -> NoReturn:
-    """Raises where ``torch.nn.utils`` looks for the parameter "weight"."""
-    raise ConversionError(_COMPUTED)
-
-
-class _Parameters(defaultdict[str, nn.Parameter | None]):
-    """The parameters of a layer: to read or to delete one named "weight" is an error."""
-
-    def __delitem__(self, name: str) -> None:
-        if name == "weight":
-            raise_no_weight()
-        super().__delitem__(name)
-
-
-def parameters_without_weight(conv: nn.Conv2d) -> dict[str, nn.Parameter | None]:
-    """The parameters of a convolution for a layer that computes its weight.
-
-    On torch 2.5, where torch.compile traces no class of our own here, the old ``torch.nn.utils.weight_norm``, which
-    deletes the parameter unseen, raises a bare KeyError.
-    """
-    kind = defaultdict if torch.__version__ < "2.6" else _Parameters
-    return kind(raise_no_weight, {name: value for name, value in conv._parameters.items() if name != "weight"})
 
 
 class ComputedConv2d(nn.Conv2d):
@@ -143,8 +70,8 @@ class ComputedConv2d(nn.Conv2d):
             raise
         self._warn_if_written()
         if not weight.is_inference():  # inference tensors have no version, and cannot be written to outside
-            weight = weight.as_subclass(_Weight)
-            self._read = weight, _state(weight)
+            weight = weight.as_subclass(ComputedWeight)
+            self._read = weight, state_of(weight)
         return weight
 
     @weight.setter
@@ -154,7 +81,7 @@ class ComputedConv2d(nn.Conv2d):
     def _warn_if_written(self) -> None:
         """Warns if the tensor last read as ``weight`` was written to, which changes nothing."""
         read, self._read = self._read, None
-        if read is not None and _state(read[0]) != read[1]:
+        if read is not None and state_of(read[0]) != read[1]:
             warnings.warn(
                 "The weight of a MasterKeyConv2d was written to in place. It is computed, so the layer is unchanged: "
                 "assign the whole tensor (layer.weight = tensor) to project it on the keys, or call "
@@ -170,13 +97,13 @@ class ComputedConv2d(nn.Conv2d):
         if name == "weight" and param is not None and self.keep_kernels(param):
             return
         if name.partition("_")[0] == "weight":
-            raise ConversionError(_COMPUTED)
+            raise ConversionError(COMPUTED)
         super().register_parameter(name, param)
 
     @property
     def parametrizations(self) -> NoReturn:
         """``torch.nn.utils.parametrize`` and ``torch.ao.quantization`` look for this first."""
-        raise ConversionError(_COMPUTED)
+        raise ConversionError(COMPUTED)
 
     def __dir__(self) -> list[str]:
         names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
@@ -199,7 +126,7 @@ class ComputedConv2d(nn.Conv2d):
             if not proxy:
                 self.check_values(input)
         if proxy and type(given.tracer).__module__.startswith("torch.ao.quantization"):
-            raise ConversionError(_COMPUTED)
+            raise ConversionError(COMPUTED)
         if proxy or input.ndim != 4:  # 3: an image without a batch
             return self._conv_forward(input, self.compose_weight(), self.bias)
         return self._grad_forward(input) if torch.is_grad_enabled() else self._no_grad_forward(input)

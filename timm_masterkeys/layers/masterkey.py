@@ -11,10 +11,11 @@ from torch import nn
 from ..errors import CheckpointError, ConversionError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
 from ..keys.projection import Projection, check_finite, check_keys_per_kernel, project_kernels
-from .computed import ComputedConv2d, parameters_without_weight
+from .computed import ComputedConv2d
 from .depthwise import affine_depthwise_conv2d
 from .gpu_operators import affine_function
 from .state import entries_to_load, index_problem, state_problems
+from .weight_guards import parameters_without_weight
 
 Trainable = Literal["none", "shift", "affine", "scales"]
 

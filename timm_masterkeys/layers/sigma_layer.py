@@ -10,6 +10,7 @@ from ..errors import ConversionError
 from ..keys.banks import KeyBank, get_bank
 from ..keys.gaussian_banks import SIGMAS
 from ..keys.sigma_fit import SMALLEST, fit_scales, scaled_kernels
+from .computed import ComputedConv2d
 from .masterkey import MasterKeyConv2d, Trainable, fitted_entries
 
 
@@ -86,6 +87,4 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         keys = scaled_kernels(operator, self.log_sigma.view(-1, 2), self.kernel_size[0], self.kernel_size[1])
         return (keys * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)).unsqueeze(1)
 
-    def _grad_forward(self, input: torch.Tensor) -> torch.Tensor:
-        # Plain autograd, as the sigmas' gradient needs the whole weight gradient.
-        return self._conv_forward(input, self.compose_weight(), self.bias)
+    _grad_forward = ComputedConv2d._grad_forward  # the sigmas' gradient needs the whole weight gradient
