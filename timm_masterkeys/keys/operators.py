@@ -77,6 +77,9 @@ def fit_operators(kernels: torch.Tensor) -> OperatorFit:
     return OperatorFit(operator, r2, sigma[own], orientation[own], half_pixel[own])
 
 
+_Template = tuple[list[np.ndarray], float, float, bool]  # kernels that span it, sigma, orientation, half_pixel
+
+
 @dataclass(frozen=True, eq=False)
 class _Table:
     """The T templates of one operator, an orthonormal basis each."""
@@ -110,27 +113,29 @@ def _best(kernels: torch.Tensor, tables: list[_Table]) -> tuple[torch.Tensor, ..
 
 
 def _isotropic(height: int, width: int, surround: bool) -> _Table:
-    side = max(height, width)
-    kernels = [_gaussian(s, side) - (_gaussian(SURROUND * s, side) if surround else 0) for s in SIGMAS]
-    return _table([[_cut(kernel, height, width)] for kernel in kernels], SIGMAS)
+    templates: list[_Template] = []
+    for sigma in SIGMAS:
+        g = _gaussian(sigma, max(height, width))
+        if surround:
+            g = g - _gaussian(SURROUND * sigma, max(height, width))
+        templates.append(([_cut(g, height, width)], sigma, np.nan, False))
+    return _table(templates)
 
 
 def _first(height: int, width: int) -> _Table:
-    columns, sigmas, half_pixel = [], [], []
+    templates: list[_Template] = []
     for sigma in SIGMAS:
         g = _gaussian(sigma, max(height, width))
         left, right, above, below = neighbours(g)
         pairs = [(right - left, above - below)]
         pairs += [(x, y) for x in (right - g, g - left) for y in (above - g, g - below)]
         for number, pair in enumerate(pairs):
-            columns.append([_cut(kernel, height, width) for kernel in pair])
-            sigmas.append(sigma)
-            half_pixel.append(number > 0)
-    return _table(columns, sigmas, half_pixel=half_pixel, steer=True)
+            templates.append(([_cut(kernel, height, width) for kernel in pair], sigma, np.nan, number > 0))
+    return _table(templates, steer=True)
 
 
 def _second(height: int, width: int) -> _Table:
-    columns, sigmas, angles = [], [], []
+    templates: list[_Template] = []
     for sigma in SIGMAS:
         g = _gaussian(sigma, max(height, width))
         left, right, above, below = neighbours(g)
@@ -140,31 +145,23 @@ def _second(height: int, width: int) -> _Table:
         xy = (right_above - right_below - left_above + left_below) / 4
         for angle in ANGLES:
             c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-            columns.append([_cut(c * c * xx + 2 * c * s * xy + s * s * yy, height, width)])
-            sigmas.append(sigma)
-            angles.append(angle)
-    return _table(columns, sigmas, orientation=angles)
+            along = c * c * xx + 2 * c * s * xy + s * s * yy
+            templates.append(([_cut(along, height, width)], sigma, float(angle), False))
+    return _table(templates)
 
 
-def _table(
-    columns: list[list[np.ndarray]],
-    sigmas: object,
-    orientation: object = None,
-    half_pixel: object = None,
-    steer: bool = False,
-) -> _Table:
-    stacked = torch.from_numpy(np.array(columns)).flatten(2).mT  # (T, taps, columns)
-    stacked = stacked - stacked.mean(1, keepdim=True)
-    left, size, right = torch.linalg.svd(stacked, full_matrices=False)
+def _table(templates: list[_Template], steer: bool = False) -> _Table:
+    kernels, sigmas, angles, half_pixel = zip(*templates, strict=True)
+    columns = torch.from_numpy(np.array(kernels)).flatten(2).mT  # (T, taps, columns)
+    columns = columns - columns.mean(1, keepdim=True)
+    left, size, right = torch.linalg.svd(columns, full_matrices=False)
     there = size > 1e-9
-    steering = right.mT / torch.where(there, size, torch.inf)[:, None]
-    count = len(columns)
     return _Table(
         basis=left * there[:, None],
-        steering=steering if steer else None,
-        sigma=torch.from_numpy(np.array(sigmas, float)),
-        orientation=torch.from_numpy(np.full(count, np.nan) if orientation is None else np.array(orientation, float)),
-        half_pixel=torch.from_numpy(np.zeros(count, bool) if half_pixel is None else np.array(half_pixel)),
+        steering=right.mT / torch.where(there, size, torch.inf)[:, None] if steer else None,
+        sigma=torch.tensor(sigmas, dtype=torch.float64),
+        orientation=torch.tensor(angles, dtype=torch.float64),
+        half_pixel=torch.tensor(half_pixel),
     )
 
 

@@ -84,7 +84,7 @@ class MasterKeyConv2d(ComputedConv2d):
 
     compact_entries: ClassVar[tuple[str, ...]] = ("keys", "key_index", "scale", "shift", "r2")
     has_sigmas: ClassVar[bool] = False  # whether keys have sigmas, see ScaledKeyConv2d
-    trained_entries: ClassVar[dict[str, tuple[str, ...]]] = {
+    trained_entries: ClassVar[dict[str, tuple[str, ...]]] = {  # the parameters, by what ``trainable`` may be
         "none": (),
         "shift": ("shift",),
         "affine": ("scale", "shift"),
