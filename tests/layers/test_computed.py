@@ -18,6 +18,7 @@ from timm_masterkeys import ConversionError, MasterKeyConv2d, project_kernels
 WRITES = {
     "init": lambda layer: nn.init.zeros_(layer.weight),
     "in place": lambda layer: layer.weight.detach().add_(1),
+    "data": lambda layer: layer.weight.data.normal_(),
     "apply": lambda layer: layer.apply(lambda m: nn.init.normal_(m.weight)),
 }
 

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from timm_masterkeys.layers import gpu_kernels
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-FAST = ("2x2, stride 2", "valid")  # in the interpreter
+FAST = ("2x2, stride 2", "even, string")  # in the interpreter
 CASES = [  # one layout a geometry, in turn, without a GPU
     pytest.param(geometry, layout, marks=[] if geometry in FAST else pytest.mark.slow)
     for i, geometry in enumerate(GEOMETRIES)
