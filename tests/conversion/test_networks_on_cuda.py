@@ -183,9 +183,6 @@ def test_discovery(cuda):
     torch.testing.assert_close(torch.tensor(other.keys), torch.tensor(one.keys), rtol=0, atol=1e-5)
     first, second = (discover_bank(kernels, keys=3, device=cuda).bank.keys for _ in "ab")
     assert (first == second).all()
-    seen = []
-    discover_bank(kernels, method="lines", score=lambda keys: seen.append(keys.device.type) or 0.0, device=cuda)
-    assert set(seen) == {"cpu"}
     report, there = (
         mk.conversion_report(mk.convert_to_masterkeys(d), d) for d in (dense, copy.deepcopy(dense).to(cuda))
     )

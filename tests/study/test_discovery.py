@@ -6,13 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 import timm_masterkeys as mk
 from timm_masterkeys.study import discovery
 from timm_masterkeys.study.discovery import (
-    agreement_score,
     collect_kernels,
     discover_bank,
     eliminate,
@@ -85,7 +83,6 @@ def test_elimination_against_brute_force():
         assert without[removed] == pytest.approx(max(without.values()), abs=1e-12)
         left.remove(removed)
     assert curve[1] == pytest.approx(score(candidates[left])) and sorted(order) == list(range(9))
-    assert eliminate(data.values, weights, candidates, score)[0] == order
 
 
 def test_elbow():
@@ -120,36 +117,6 @@ def test_a_planted_bank_is_discovered(method, tmp_path, monkeypatch):
     assert first.bank.digest == again.bank.digest and first.elbow == again.elbow and len(first.bank) == 3
 
 
-def test_a_score_of_ones_own(monkeypatch):
-    for name, value in {"STEPS": 50, "BATCH": 64, "CODES": 20, "LOCAL": 5}.items():  # two rounds of some 200 calls each
-        monkeypatch.setattr(discovery, name, value)
-    data = collect_kernels([planted(3)[0]])
-    target = torch.randn(7, 7, generator=torch.Generator().manual_seed(4)).double()
-    found = discover_bank(data, score=lambda keys: float((keys * target).sum((1, 2)).abs().max()), keys=1)
-    best = float((torch.from_numpy(found.bank.keys.copy())[0] * target).sum().abs())
-    assert best == pytest.approx(found.curve[1]) and found.bank.digest != discover_bank(data, keys=1).bank.digest
-
-
-def test_agreement_score_is_that_of_the_converted_network():
-    torch.manual_seed(0)
-    model = timm.create_model("test_convnext").eval()
-    images = torch.randn(60, 3, 64, 64)
-    score = agreement_score(model, images)
-    assert score(torch.arange(-3, 4.0)[None, :, None].expand(1, 7, 7)) >= 0  # one key will do
-    strips = timm.create_model("inception_next_atto", num_classes=4).eval()  # it has no shape in a 1xk strip
-    assert agreement_score(strips, images[:2])(torch.arange(-3, 4.0)[None, :, None].expand(1, 7, 7)) == 0  # not dense
-    keys = torch.randn(8, 7, 7)
-    with torch.inference_mode():
-        bank = mk.KeyBank("keys", keys.numpy(), resize="crop")  # as a discovered bank
-        same = mk.convert_to_masterkeys(model, bank=bank).eval()(images).argmax(1) == model(images).argmax(1)
-    assert score(keys) == pytest.approx(float(same.double().mean()))
-    own = mk.convert_to_masterkeys(model)
-    with pytest.raises(mk.BankError, match="is a converted model"):
-        agreement_score(own, images)
-    # A network whose kernels are images of the bank's keys loses nothing.
-    assert agreement_score(mk.fuse_masterkeys(own), images)(mk.get_bank().keys_for((7, 7))) == 1
-
-
 @pytest.mark.parametrize("swap", [False, True])
 def test_match_banks_against_every_assignment(swap):
     """Also of banks that have fewer keys at this size than in all: indices are those in the bank."""
@@ -176,10 +143,3 @@ def test_match_banks_without_scipy(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(ImportError, match=r"needs scipy: pip install scipy"):
         match_banks("babaiee2025", "random8:3")
-
-
-def test_agreement_score_on_photographs_that_ship(monkeypatch):
-    model, images = timm.create_model("test_efficientnet"), torch.randn(20, 3, 32, 32)
-    monkeypatch.setattr(discovery, "builtin_images", lambda model: images)
-    keys = torch.randn(4, 3, 3)
-    assert agreement_score(model, "builtin")(keys) == agreement_score(model, images)(keys)
