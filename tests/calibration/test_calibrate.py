@@ -556,9 +556,9 @@ def everything(*models):
     [
         (KeyboardInterrupt, "metric"),
         (MemoryError, "blockwise.find_blocks"),
-        (KeyboardInterrupt, "blockwise.match"),
-        (MemoryError, "stages.fit_ridge"),
-        (KeyboardInterrupt, "block_pair.BlockPair.error"),
+        (KeyboardInterrupt, "blockwise._error_variance"),
+        (MemoryError, "blockwise.fit_ridge"),
+        (KeyboardInterrupt, "blockwise.BlockPair.error"),
         (MemoryError, "blocks.pick_output"),
         (KeyboardInterrupt, "calibrate.share_intervals"),
         (MemoryError, "calibrate.write_record"),
