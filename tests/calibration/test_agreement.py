@@ -119,7 +119,7 @@ def test_report_and_record_are_those_of_the_model(images):
     model, budget = mk.convert_to_agreement(dense, 0.9, images, bank=BANK)
     assert budget.chosen.keys_per_kernel == keys_of(model) and budget.chosen in budget.tried
     assert budget.chosen.score == budget.chosen.figures["agreement"] == agreement(model, dense, held_out) >= 0.9
-    assert (budget.images, budget.held_out) == (120, 40) and budget.kernels == {"1": 12, "4": 12, "7": 12}
+    assert budget.record.held_out == 40 and budget.kernels == {"1": 12, "4": 12, "7": 12}
     for one in budget.tried:
         assert one.keys == 12 * sum(count or 25 for count in one.keys_per_kernel.values())
         assert (one.score >= 0.9) == (one.keys >= budget.chosen.keys)
@@ -232,7 +232,7 @@ def test_interrupted_the_dense_network_is_as_it_was(images, monkeypatch):
     def failing(*args, **kwargs):
         raise KeyboardInterrupt
 
-    for name in ("order_steps", "make_record", "calibrate_masterkeys"):
+    for name in ("order_steps", "share_intervals", "calibrate_masterkeys"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, name, failing)
             mk.convert_to_agreement(dense, 0.9, images, bank=BANK)

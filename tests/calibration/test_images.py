@@ -58,7 +58,7 @@ def test_every_photograph_has_its_source_and_a_licence_that_allows_it():
 
 def test_small_and_readable():
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 1_000_000
-    pictures = photographs()
+    pictures = photographs().values()
     assert len(pictures) == len(rows())
     for picture in pictures:
         assert picture.mode == "RGB" and min(picture.size) >= 160
@@ -103,7 +103,7 @@ def test_prepared_as_the_cfg_says():
 
 
 def test_a_whole_photograph_is_what_timms_transform_gives():
-    picture = photographs()[0]
+    picture = next(iter(photographs().values()))
     crop = next(draw_crops([picture], picture.size, 1, 0, area=(1, 1), ratio=(1, 1), flips=False))
     assert np.array_equal(np.asarray(crop), np.asarray(picture))
     square = picture.crop((0, 0, 240, 240))
@@ -137,7 +137,7 @@ def test_every_picture_before_any_twice_and_half_mirrored():
 
 def test_held_out_crops_are_of_other_photographs(monkeypatch):
     grey = [Image.fromarray(np.full((60, 60, 3), 5 * value, np.uint8)) for value in range(21)]
-    monkeypatch.setattr("timm_masterkeys.calibration.images.photographs", lambda: grey)
+    monkeypatch.setattr("timm_masterkeys.calibration.images.photographs", lambda: dict(enumerate(grey)))
     shown = {
         part: {round(float(x.mean()) / 5) for x in bytes_of(mk.builtin_images(CFG, 42, held_out=part), CFG)}
         for part in (True, False, None)
@@ -341,7 +341,7 @@ def test_given_to_a_calibration_they_count(tmp_path):
     mk.calibrate_masterkeys(models[1], dense, load_images(tmp_path, dense, 400, Pixels(**GIVEN)))
     assert named.record.origin == tmp_path.name and same(*models)
     _, budget = mk.convert_to_agreement(dense, 0.2, tmp_path, **GIVEN)
-    assert (budget.images, budget.held_out) == (30, 10)
+    assert (budget.record.images, budget.record.held_out) == (40, 10)
     with pytest.raises(mk.CalibrationError, match="no pretrained_cfg"):
         mk.convert_to_agreement(dense, 0.2, tmp_path)
 

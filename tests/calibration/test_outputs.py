@@ -149,5 +149,5 @@ def test_batches_that_are_dictionaries(key):
 
 
 def test_a_dictionary_without_images_is_refused():
-    with pytest.raises(mk.CalibrationError, match=r"a dict of photo, label, .*under one of pixel_values, image"):
+    with pytest.raises(mk.CalibrationError, match=r"a dict of 'photo', 'label', .*under one of pixel_values, image"):
         calibrated(keep, [{"photo": torch.randn(20, 3, 12, 12), "label": 1}])

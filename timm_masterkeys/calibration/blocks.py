@@ -114,7 +114,7 @@ def _owning_blocks(modules: dict[str, nn.Module], once: list[str], positions: di
                 if not isinstance(modules[name], (nn.Sequential, nn.ModuleList)) and any(_is_in(n, name) for n in later)
             )
             found[layer] = next(fitting, layer)
-    for layer, own in found.items():  # a lone layer between blocks does not make their stage a block
+    for layer, own in found.items():  # a lone layer between blocks does not make their parent a block
         inside = {other for other in found.values() if _is_in(other, own) and not _is_in(layer, other)}
         if len(_outermost(inside)) > 1:
             found[layer] = layer

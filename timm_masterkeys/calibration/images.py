@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ..conversion.wrapped import unwrapped
 from ..errors import CalibrationError
 from ..files import walk_files
+from .outputs import describe
 
 _logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def builtin_images(
         raise CalibrationError(f"count is {count}, expected at least 1.")
     config = prepare_for(model, Pixels(mean, std, size))
     channels, height, width = config["input_size"]
-    pictures = photographs()
+    pictures = list(photographs().values())
     if held_out is not None:
         pictures = [picture for i, picture in enumerate(pictures) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
     crops = draw_crops(pictures, (width, height), count, seed, interpolation=config["interpolation"])
@@ -151,12 +152,7 @@ def builtin_images(
     return (pixels.float() / 255 - centre) / spread
 
 
-def photographs() -> list[Image.Image]:
-    """The photographs, in the order of their names."""
-    return list(named_photographs().values())
-
-
-def named_photographs() -> dict[str, Image.Image]:
+def photographs() -> dict[str, Image.Image]:
     """The photographs by name, as in ``sources.csv`` without the suffix, in its order."""
     found = {}
     for path in _files():
@@ -269,9 +265,7 @@ def split_images(
         None for the second where a part of the first is to be held out.
     """
     if held_out is None and _is_builtin(images):
-        count, how = min(COUNT, max_images), given._asdict()
-        images, held_out = (builtin_images(model, count, held_out=part, **how) for part in (False, True))
-        given = FROM_CFG
+        return _split_builtin(model, max_images, min(COUNT, max_images), given)
     fitted = load_images(images, model, max_images, given)
     return fitted, None if held_out is None else load_images(held_out, model, max_images, given)
 
@@ -280,22 +274,26 @@ def split_for_choice(
     images: Images, dense: nn.Module, max_images: int = 300, given: Pixels = FROM_CFG
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Images to calibrate with, and images to judge by; of the built-in ones, crops of different photographs."""
-    if _is_builtin(images):
-        judges = 8 * (COUNT // HELD_OUT)  # many crops of each photograph, as they judge only
-        fitted, judging = (
-            builtin_images(dense, count, held_out=part, **given._asdict())
-            for count, part in ((min(COUNT, max_images), False), (judges, True))
-        )
-        return load_images(fitted, dense, max_images), load_images(judging, dense, judges)
+    if _is_builtin(images):  # many crops of each photograph, as they judge only
+        return _split_builtin(dense, max_images, 8 * (COUNT // HELD_OUT), given)
     least = HELD_OUT * FEWEST
-    most = max_images * HELD_OUT // (HELD_OUT - 1)
-    tensor = load_images(images, dense, most, given)
+    tensor = load_images(images, dense, max_images * HELD_OUT // (HELD_OUT - 1), given)
     if len(tensor) < least:
         raise CalibrationError(
             f"{len(tensor)} images, expected at least {least}, as every fourth is held out; some hundred are better."
         )
     held_out = torch.arange(len(tensor), device=tensor.device) % HELD_OUT == HELD_OUT - 1
     return tensor[~held_out], tensor[held_out]
+
+
+def _split_builtin(
+    model: nn.Module, max_images: int, held_out: int, given: Pixels
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Crops of three quarters of the photographs, and so many of the others."""
+    how = given._asdict()
+    fitted = builtin_images(model, min(COUNT, max_images), held_out=False, **how)
+    judging = builtin_images(model, held_out, held_out=True, **how)
+    return load_images(fitted, model, max_images), load_images(judging, model, held_out)
 
 
 def split_batches(
@@ -327,18 +325,13 @@ def _collect(batches: Iterable[Any], max_images: int) -> torch.Tensor:
         parts.append(batch[0] if isinstance(batch, (tuple, list)) else batch)
         if isinstance(parts[0], torch.Tensor) and sum(map(len, parts)) >= max_images:
             break
-    kinds = {tuple(part.shape[1:]) if isinstance(part, torch.Tensor) else _kind(part) for part in parts}
+    kinds = {tuple(part.shape[1:]) if isinstance(part, torch.Tensor) else describe(part) for part in parts}
     if len(kinds) > 1 or not all(isinstance(part, torch.Tensor) for part in parts):
         raise CalibrationError(
             f"images come as {', '.join(map(str, kinds))}, expected batches (N, channels, H, W) of one size, alone, "
             f"first in a tuple, or in a dictionary under one of {', '.join(BATCH_NAMES)}."
         )
     return torch.cat(parts)[:max_images] if parts else torch.empty(0, 3, 1, 1)
-
-
-def _kind(batch: Any) -> str:
-    keys = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
-    return f"a {type(batch).__name__}{keys}"
 
 
 def _load_folder(folder: str, model: nn.Module, max_images: int, config: dict[str, Any]) -> torch.Tensor:

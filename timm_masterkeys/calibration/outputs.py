@@ -28,11 +28,13 @@ def pick_output(model: nn.Module, raw: Any, output: Output = None) -> torch.Tens
     try:
         found = _found(model, raw, output)
     except (LookupError, AttributeError, TypeError) as error:
-        raise CalibrationError(f"{type(model).__name__} returns {_kind(raw)}, without {output!r} ({error}).") from error
-    if not isinstance(found, torch.Tensor):
-        wanted = "a tensor in it" if output is None else f"a tensor at {output!r}, got {_kind(found)}"
         raise CalibrationError(
-            f"{type(model).__name__} returns {_kind(raw)}, expected {wanted}. output= says where it is: a key, an "
+            f"{type(model).__name__} returns {describe(raw)}, without {output!r} ({error})."
+        ) from error
+    if not isinstance(found, torch.Tensor):
+        wanted = "a tensor in it" if output is None else f"a tensor at {output!r}, got {describe(found)}"
+        raise CalibrationError(
+            f"{type(model).__name__} returns {describe(raw)}, expected {wanted}. output= says where it is: a key, an "
             "index, an attribute, or a callable on the model's output."
         )
     return found
@@ -87,7 +89,8 @@ def _at(raw: Any, name: str) -> Any:
     return raw.get(name) if isinstance(raw, Mapping) else getattr(raw, name, None)
 
 
-def _kind(raw: Any) -> str:
+def describe(raw: Any) -> str:
+    """The type of an output or a batch, with the keys of a mapping or the types of a sequence."""
     if isinstance(raw, Mapping):
         return f"a {type(raw).__name__} of {', '.join(map(repr, raw))}"
     if isinstance(raw, (list, tuple)):
