@@ -395,10 +395,10 @@ def test_a_network_run_part_by_part_gives_what_it_gives_in_one_go(make):
     blocks, _ = find_blocks(model, batches[0])
     network = BlockwiseNetwork(model, blocks, batches)
     for index in range(len(blocks)):
-        network.outputs = network.run(index, network.enter(index))
+        network.outputs = network.run(index, list(network.resume(index)))
     with torch.no_grad():
         expected = torch.cat([model(batch) for batch in batches])
-    torch.testing.assert_close(torch.cat(list(network.finish())), expected)
+    torch.testing.assert_close(torch.cat(list(network.resume(len(blocks)))), expected)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 

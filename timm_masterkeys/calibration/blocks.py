@@ -146,13 +146,20 @@ class BlockwiseNetwork:
         self.modules = dict(model.named_modules())
         self.outputs: list[Any] = []
 
-    def enter(self, index: int) -> Calls:
-        """The arguments that reach a block with each batch."""
-        return list(self._resume(index))
+    def resume(self, index: int) -> Iterator[Any]:
+        """The arguments that reach a block, or the model's output past the last one, with each batch.
 
-    def finish(self) -> Iterator[torch.Tensor]:
-        """The whole model's outputs after the last block, a batch each; one at a time, as maps are large."""
-        return self._resume(len(self.blocks))
+        One at a time, as feature maps are large.
+        """
+        sample = self.batches[0][:1]
+        short = index > 0 and isinstance(self.outputs[0], torch.Tensor)
+        if short:
+            try:
+                short = _equal(self._forward(index, sample, self.outputs[0][:1]), self._forward(index, sample, None))
+            except Exception:  # of whatever kind, where the first dimension is not that of the images
+                short = False
+        outputs = self.outputs if short else [None] * len(self.batches)
+        return (self._forward(index, batch, out) for batch, out in zip(self.batches, outputs, strict=True))
 
     @torch.no_grad()
     def run(self, index: int, calls: Calls, hooks: Iterable[tuple[str, Hook]] = ()) -> list[Any]:
@@ -166,17 +173,6 @@ class BlockwiseNetwork:
                 except Reached:
                     outputs.append(None)
         return outputs
-
-    def _resume(self, index: int) -> Iterator[Any]:
-        sample = self.batches[0][:1]
-        short = index > 0 and isinstance(self.outputs[0], torch.Tensor)
-        if short:
-            try:
-                short = _equal(self._forward(index, sample, self.outputs[0][:1]), self._forward(index, sample, None))
-            except Exception:  # of whatever kind, where the first dimension is not that of the images
-                short = False
-        outputs = self.outputs if short else [None] * len(self.batches)
-        return (self._forward(index, batch, out) for batch, out in zip(self.batches, outputs, strict=True))
 
     @torch.no_grad()
     def _forward(self, index: int, batch: torch.Tensor, output: torch.Tensor | None) -> Any:

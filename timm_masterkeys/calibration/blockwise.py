@@ -110,7 +110,7 @@ def calibrate_blocks(
         converted.outputs = _calibrate_block(pair, progress, over)
         reference.outputs = pair.expected
     reports = tuple(one.report(stage) for stage, one in progress.items())
-    return reports, converted.finish(), reference.finish()
+    return reports, converted.resume(len(blocks)), reference.resume(len(blocks))
 
 
 def _calibrate_block(pair: BlockPair, progress: dict[Stage, _Progress], over: bool) -> list[Any]:
@@ -358,7 +358,7 @@ class BlockPair:
         self.block, self.norms, self.held_out = converted.blocks[index], norms, held_out
         self._index, self._converted, self._dense = index, converted, dense
         self.fitted = [i for i in range(len(converted.batches)) if i not in held_out]
-        self.calls = converted.enter(index)
+        self.calls = list(converted.resume(index))
         self.expected: list[Any] = []
 
     def layer(self, name: str) -> Any:
@@ -386,7 +386,7 @@ class BlockPair:
 
     def run_dense(self, observed: Sequence[tuple[str, list[int], Hook]]) -> None:
         """Runs the dense block on all batches, with hooks on layers in some of them; sets ``expected``."""
-        for i, call in enumerate(self._dense.enter(self._index)):
+        for i, call in enumerate(self._dense.resume(self._index)):
             hooks = [(name, hook) for name, batches, hook in observed if i in batches]
             self.expected += self._dense.run(self._index, [call], hooks)
 
