@@ -106,63 +106,57 @@ def calibrate_blocks(
         one.left.update(dict.fromkeys(unplaced, "runs not at all or more than once"))
     for index in tqdm(range(len(blocks)), desc="calibrate", unit="block", leave=False, disable=None):
         over = time_budget is not None and time.perf_counter() - start > time_budget
-        pair = BlockPair(index, converted, reference, norms, held_out)
-        converted.outputs = _calibrate_block(pair, progress, over)
-        reference.outputs = pair.expected
+        block = BlockPair(index, converted, reference, norms, held_out)
+        converted.outputs = _calibrate_block(block, progress, over)
+        reference.outputs = block.expected
     reports = tuple(one.report(stage) for stage, one in progress.items())
     return reports, converted.resume(len(blocks)), reference.resume(len(blocks))
 
 
-def _calibrate_block(pair: BlockPair, progress: dict[Stage, _Progress], over: bool) -> list[Any]:
+def _calibrate_block(block: BlockPair, progress: dict[Stage, _Progress], over: bool) -> list[Any]:
     """All stages of a block; returns the outputs of the converted one afterwards, a batch each."""
-    observers = {stage: _observers(pair, stage) for stage in progress}
+    layers = {stage: _layers(block, stage) for stage in progress}
     if over:
-        for stage in observers.keys() - {"statistics"}:
-            progress[stage].left.update(dict.fromkeys(observers.pop(stage), OVER))
-    pair.run_dense([(name, *how) for found in observers.values() for name, how in found.items()])
-    ran, errors = [stage for stage, found in observers.items() if found], []
+        for stage in layers.keys() - {"statistics"}:
+            progress[stage].left.update((pair.name, OVER) for pair in layers.pop(stage))
+    block.run_dense([pair for pairs in layers.values() for pair in pairs])
+    ran, errors = [stage for stage, pairs in layers.items() if pairs], []
     for stage in ran:
         start, done = time.perf_counter(), progress[stage]
-        errors.append(pair.error(pair.held_out))
-        for name, (batches, observer) in observers[stage].items():
-            if why := _STEPS[stage](pair, name, batches, observer):
-                done.left[name] = why
+        errors.append(block.error(block.held_out))
+        for pair in layers[stage]:
+            if why := _STAGES[stage](pair):
+                done.left[pair.name] = why
             else:
-                done.changed.append(name)
+                done.changed.append(pair.name)
         done.seconds += time.perf_counter() - start
-    out = pair.run(range(len(pair.calls)))
-    errors.append(pair.error(pair.held_out, out))
+    out = block.run(range(len(block.calls)))
+    errors.append(block.error(block.held_out, out))
     for stage, change in zip(ran, itertools.pairwise(errors), strict=True):
         progress[stage].errors.append(change)
     return out
 
 
-def _observers(pair: BlockPair, stage: Stage) -> dict[str, tuple[list[int], RowsObserver | MomentsObserver]]:
-    """By the layers of a block that a stage works on: the batches to fit to, and the observer of the dense layer."""
-    names, most = pair.block.converted, ROWS
+def _layers(block: BlockPair, stage: Stage) -> list[LayerPair]:
+    """The layers of a block that a stage works on."""
     if stage == "absorption":
-        names = [pair.block.pointwise] if pair.block.pointwise else []
-    elif stage == "projection":
-        names, most = [name for name in names if not isinstance(pair.layer(name), ScaledKeyConv2d)], KERNEL_ROWS
-    found: dict[str, tuple[list[int], RowsObserver | MomentsObserver]] = {}
-    for name in names:
-        batches = pair.batches_for(name, most)
-        rows = RowsObserver(pair.layer(name), most // len(batches))
-        found[name] = batches, MomentsObserver() if stage == "statistics" else rows
-    return found
+        return [LayerPair(block, name, ROWS) for name in filter(None, [block.parts.pointwise])]
+    if stage == "statistics":
+        return [LayerPair(block, name, ROWS, MomentsObserver()) for name in block.parts.converted]
+    pairs = [LayerPair(block, name, KERNEL_ROWS) for name in block.parts.converted]
+    return [pair for pair in pairs if not isinstance(pair.layer, ScaledKeyConv2d)]
 
 
-# The stages. Each takes the batches that the layer was observed in and the observer that saw the dense layer there, and
-# returns why it changed nothing, or "".
+# The stages. Each returns why it changed nothing, or "".
 
 
-def project(pair: BlockPair, name: str, batches: list[int], dense: RowsObserver) -> str:
+def project(pair: LayerPair) -> str:
     """Chooses keys, scale and shift of a converted layer by its output, of each channel that comes nearer."""
-    layer, (norm, _) = pair.layer(name), pair.norm(name)
+    layer, norm = pair.layer, pair.norm
     entries = layer.key_index, layer.scale.view(layer.out_channels, -1), layer.shift, layer.r2, layer.bias
     changed = [t for t in (*entries, *((norm.running_mean, norm.running_var) if norm else ())) if t is not None]
-    state, before = [tensor.clone() for tensor in changed], _error_variance(pair, name, batches, dense)
-    gram = _response_gram(pair, name, batches, dense)
+    state, before = [tensor.clone() for tensor in changed], _error_variance(pair)
+    gram = _response_gram(pair)
     mean = gram[:, :-1, -1] / gram[:, -1:, -1]
     covariance = gram[:, :-1, :-1] / gram[:, -1:, -1:] - mean.unsqueeze(2) * mean.unsqueeze(1)
     keys, scale, shift = choose_keys(covariance, layer.keys_per_kernel)
@@ -171,9 +165,9 @@ def project(pair: BlockPair, name: str, batches: list[int], dense: RowsObserver)
     layer.scale.view(layer.out_channels, -1)[alive] = scale[alive].to(layer.scale.dtype)
     layer.shift[alive] = shift[alive].to(layer.shift.dtype)
     scales = scale.new_zeros(len(alive), len(layer.keys)).scatter_(1, keys, scale)
-    _shift_mean(pair, name, mean[:, -1], (torch.cat([shift.unsqueeze(1), scales], 1) * mean[:, :-1]).sum(1), alive)
-    _refit_r2(layer, pair.dense_layer(name), alive)
-    farther = _error_variance(pair, name, batches, dense) > before  # many keys cancel each other: rounding errors
+    _shift_mean(pair, mean[:, -1], (torch.cat([shift.unsqueeze(1), scales], 1) * mean[:, :-1]).sum(1), alive)
+    _refit_r2(layer, pair.dense_layer, alive)
+    farther = _error_variance(pair) > before  # many keys cancel each other: rounding errors
     for tensor, value in zip(changed, state, strict=True):
         tensor[farther] = value[farther]
     return "no channel comes nearer" if (farther | ~alive).all() else ""
@@ -188,33 +182,33 @@ def _refit_r2(layer: Any, conv: Any, channels: torch.Tensor) -> None:
     layer.r2[channels] = fit[channels].clamp(0, 1).to(layer.r2.dtype)
 
 
-def _error_variance(pair: BlockPair, name: str, batches: list[int], dense: RowsObserver) -> torch.Tensor:
+def _error_variance(pair: LayerPair) -> torch.Tensor:
     """(C,), of the difference between the outputs of the layer and of the dense layer."""
-    targets, errors = iter(dense.outputs), MomentsObserver()
+    targets, errors = iter(pair.observer.outputs), MomentsObserver()
 
     def compare(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        error = dense.pick(output) - next(targets)
+        error = pair.observer.pick(output) - next(targets)
         errors(module, args, error.movedim(2, 1).unsqueeze(3))
         raise Reached
 
-    pair.run(batches, (name, compare))
+    pair.run(compare)
     return errors.result()[1]
 
 
-def _response_gram(pair: BlockPair, name: str, batches: list[int], dense: RowsObserver) -> torch.Tensor:
+def _response_gram(pair: LayerPair) -> torch.Tensor:
     """(C, K + 3, K + 3), for each channel the sums of products over positions.
 
     Of the responses to a kernel of ones and to the K keys, of the dense layer's output, and of 1.
     """
-    layer = pair.layer(name)
+    layer, observer = pair.layer, pair.observer
     kernels = torch.cat([torch.ones_like(layer.keys[:1]), layer.keys]).flatten(1)
     count, per_input = len(kernels), layer.out_channels // layer.in_channels
-    targets = iter(dense.outputs)
+    targets = iter(observer.outputs)
     grams: list[torch.Tensor] = []
 
     def gather(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         target = next(targets).flatten(0, 1).T
-        positions = dense.positions(output[0, 0].numel(), len(output))
+        positions = observer.positions(output[0, 0].numel(), len(output))
         windows = layer.windows(args[0], positions.to(output.device)).flatten(0, 1)
         responses = (kernels @ windows).permute(2, 0, 1)  # (in_channels, positions, kernels)
         rows = responses.new_empty(layer.in_channels, per_input, len(target[0]), count + 2)
@@ -225,36 +219,38 @@ def _response_gram(pair: BlockPair, name: str, batches: list[int], dense: RowsOb
         grams.append((rows.mT @ rows).double())
         raise Reached
 
-    pair.run(batches, (name, gather))
+    pair.run(gather)
     return torch.stack(grams).sum(0)
 
 
-def _shift_mean(pair: BlockPair, name: str, expected: torch.Tensor, got: torch.Tensor, alive: torch.Tensor) -> None:
+def _shift_mean(pair: LayerPair, expected: torch.Tensor, got: torch.Tensor, alive: torch.Tensor) -> None:
     """Corrects the mean of a layer's output, which is ``got`` without its bias, by its norm or else its bias."""
-    layer, (norm, dense_norm) = pair.layer(name), pair.norm(name)
+    layer, norm = pair.layer, pair.norm
     if norm is not None:
         bias = 0 if layer.bias is None else layer.bias
-        norm.running_mean[alive] = (dense_norm.running_mean + got + bias - expected)[alive].to(norm.running_mean.dtype)
-        norm.running_var[alive] = dense_norm.running_var[alive]
+        norm.running_mean[alive] = (pair.dense_norm.running_mean + got + bias - expected)[alive].to(
+            norm.running_mean.dtype
+        )
+        norm.running_var[alive] = pair.dense_norm.running_var[alive]
     elif layer.bias is not None:
         layer.bias[alive] = (expected - got)[alive].to(layer.bias.dtype)
 
 
-def match(pair: BlockPair, name: str, batches: list[int], dense: MomentsObserver) -> str:
+def match(pair: LayerPair) -> str:
     """Gives what follows a converted layer the mean (and variance) it has in the dense network."""
 
     def stop(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         raise Reached
 
     found = MomentsObserver()
-    pair.run(batches, (name, found), (name, stop))
-    (mean, variance), (new_mean, new_variance) = dense.result(), found.result()
-    layer, (norm, dense_norm) = pair.layer(name), pair.norm(name)
+    pair.run(found, stop)
+    (mean, variance), (new_mean, new_variance) = pair.observer.result(), found.result()
+    layer, norm = pair.layer, pair.norm
     if norm is not None:
         alive = (variance > DEAD) & (new_variance > DEAD)
         ratio = torch.where(alive, new_variance / variance.clamp_min(DEAD), 1.0).sqrt()
-        norm.running_mean.copy_(new_mean - (mean - dense_norm.running_mean) * ratio)
-        norm.running_var.copy_(((dense_norm.running_var + norm.eps) * ratio.square() - norm.eps).clamp_min(0))
+        norm.running_mean.copy_(new_mean - (mean - pair.dense_norm.running_mean) * ratio)
+        norm.running_var.copy_(((pair.dense_norm.running_var + norm.eps) * ratio.square() - norm.eps).clamp_min(0))
     elif layer.bias is not None:
         layer.bias.add_((mean - new_mean).to(layer.bias.dtype))
     else:
@@ -262,18 +258,19 @@ def match(pair: BlockPair, name: str, batches: list[int], dense: MomentsObserver
     return ""
 
 
-def absorb(pair: BlockPair, name: str, batches: list[int], dense: RowsObserver) -> str:
+def absorb(pair: LayerPair) -> str:
     """Refits a block's last pointwise layer to the dense block's output, or else to the dense layer's."""
-    layer, (norm, _) = pair.layer(name), pair.norm(name)
-    found = _factor(pair, name) if pair.block.name != name else None
+    layer, norm = pair.layer, pair.norm
+    in_block = pair.block.parts.name != pair.name  # else the layer is all of the block
+    found = _factor(pair) if in_block else None
     factor = found[0] if found else layer.weight.new_ones(len(layer.weight))
-    folds = _residual_folds(pair, name, batches, dense, found)
+    folds = _residual_folds(pair, found)
     solution = fit_ridge(folds, factor.square().double(), layer.bias is not None or norm is not None)
     if solution is None:
         return "no ridge helps on images it was not fitted to"
     weight, bias = solution
-    to_itself = found is None and pair.block.name != name  # does the block's output come nearer?
-    before = pair.error(batches) if to_itself else math.nan
+    to_itself = found is None and in_block  # does the block's output come nearer?
+    before = pair.block.error(pair.batches) if to_itself else math.nan
     changed = [t for t in (layer.weight, layer.bias, norm and norm.running_mean) if t is not None]
     state = [tensor.clone() for tensor in changed]
     layer.weight.add_(weight.T.reshape(layer.weight.shape).to(layer.weight.dtype))
@@ -281,34 +278,32 @@ def absorb(pair: BlockPair, name: str, batches: list[int], dense: RowsObserver) 
         norm.running_mean.sub_(bias.to(norm.running_mean.dtype))
     elif layer.bias is not None:
         layer.bias.add_(bias.to(layer.bias.dtype))
-    if to_itself and pair.error(batches) > before:
+    if to_itself and pair.block.error(pair.batches) > before:
         for tensor, value in zip(changed, state, strict=True):
             tensor.copy_(value)
         return "the block comes no nearer"
     return ""
 
 
-def _residual_folds(
-    pair: BlockPair, name: str, batches: list[int], dense: RowsObserver, found: tuple[torch.Tensor, bool] | None
-) -> list[Gram]:
+def _residual_folds(pair: LayerPair, found: tuple[torch.Tensor, bool] | None) -> list[Gram]:
     """The layer's inputs, with what the block's output lacks, or, without a factor, what the layer's own does."""
-    layer, (norm, dense_norm) = pair.layer(name), pair.norm(name)
-    offset = 0 if norm is None else norm.running_mean - dense_norm.running_mean  # of the norms' means
+    layer, norm = pair.layer, pair.norm
+    offset = 0 if norm is None else norm.running_mean - pair.dense_norm.running_mean  # of the norms' means
     folds: dict[int, Gram] = {}
-    for k, (i, expected) in enumerate(zip(batches, dense.outputs, strict=True)):
-        rows = RowsObserver(layer, dense.rows, inputs=True)
-        (out,) = pair.run([i], (name, rows))
+    for k, (i, expected) in enumerate(zip(pair.batches, pair.observer.outputs, strict=True)):
+        rows = RowsObserver(layer, pair.observer.rows, inputs=True)
+        (out,) = pair.block.run([i], (pair.name, rows))
         if found is None:
             residual = expected - rows.outputs[0] + offset
         else:
             factor, channels_last = found
-            residual = rows.pick(pair.expected[i] - out, channels_last) / factor
+            residual = rows.pick(pair.block.expected[i] - out, channels_last) / factor
         gram = Gram.of(rows.inputs[0].flatten(0, 1), residual.flatten(0, 1))
         folds[k % FOLDS] = folds[k % FOLDS] + gram if k >= FOLDS else gram
     return list(folds.values())
 
 
-def _factor(pair: BlockPair, name: str) -> tuple[torch.Tensor, bool] | None:
+def _factor(pair: LayerPair) -> tuple[torch.Tensor, bool] | None:
     """One factor a channel by which the block's output moves with the layer's, and whether it has channels last."""
     nudges: list[torch.Tensor] = []
 
@@ -317,10 +312,10 @@ def _factor(pair: BlockPair, name: str) -> tuple[torch.Tensor, bool] | None:
         nudges.append(noise * output.std() / 8)
         return output + nudges[-1]
 
-    (out,), (moved,) = pair.run([0]), pair.run([0], (name, nudge))
+    (out,), (moved,) = pair.block.run([0]), pair.block.run([0], (pair.name, nudge))
     if not isinstance(moved, torch.Tensor) or len(nudges) != 1:
         return None
-    rows = RowsObserver(pair.layer(name), moved.numel())
+    rows = RowsObserver(pair.layer, moved.numel())
     cause = rows.pick(nudges[0])
     for channels_last in (False, True):
         effect = rows.pick(moved - out, channels_last)
@@ -333,14 +328,14 @@ def _factor(pair: BlockPair, name: str) -> tuple[torch.Tensor, bool] | None:
     return None
 
 
-_STEPS: dict[Stage, Callable[..., str]] = {"projection": project, "statistics": match, "absorption": absorb}
+_STAGES: dict[Stage, Callable[..., str]] = {"projection": project, "statistics": match, "absorption": absorb}
 
 
 class BlockPair:
     """A block of the converted and of the dense network.
 
     Attributes:
-        block: The block.
+        parts: Its name and layers.
         calls: Its arguments in the converted network, a batch each.
         expected: Its outputs in the dense network, a batch each; empty before ``run_dense``.
         fitted: Indices of the batches to fit to.
@@ -355,40 +350,21 @@ class BlockPair:
         norms: dict[str, str],
         held_out: Sequence[int],
     ) -> None:
-        self.block, self.norms, self.held_out = converted.blocks[index], norms, held_out
-        self._index, self._converted, self._dense = index, converted, dense
+        self.parts, self.norms, self.held_out = converted.blocks[index], norms, held_out
+        self.index, self.converted, self.dense = index, converted, dense
         self.fitted = [i for i in range(len(converted.batches)) if i not in held_out]
         self.calls = list(converted.resume(index))
         self.expected: list[Any] = []
 
-    def layer(self, name: str) -> Any:
-        """A layer of the converted network."""
-        return self._converted.modules[name]
-
-    def dense_layer(self, name: str) -> Any:
-        """The same layer of the dense network."""
-        return self._dense.modules[name]
-
-    def norm(self, name: str) -> tuple[Any, Any]:
-        """The norm after a layer, in the converted and in the dense network, if there is one."""
-        norm = self.norms.get(name)
-        return (self.layer(norm), self.dense_layer(norm)) if norm else (None, None)
-
-    def batches_for(self, name: str, rows: int) -> list[int]:
-        """As few batches to fit to, evenly spread, as have so many positions of a layer."""
-        images = max(IMAGES, rows / self.block.positions[name])
-        every = sum(len(self._converted.batches[i]) for i in self.fitted) / images
-        return self.fitted[:: max(1, min(int(every), len(self.fitted) // FOLDS))]
-
     def run(self, batches: Iterable[int], *hooks: tuple[str, Hook]) -> list[Any]:
         """The converted block's outputs for some of the batches; None where a hook raised ``Reached``."""
-        return self._converted.run(self._index, [self.calls[i] for i in batches], hooks)
+        return self.converted.run(self.index, [self.calls[i] for i in batches], hooks)
 
-    def run_dense(self, observed: Sequence[tuple[str, list[int], Hook]]) -> None:
-        """Runs the dense block on all batches, with hooks on layers in some of them; sets ``expected``."""
-        for i, call in enumerate(self._dense.resume(self._index)):
-            hooks = [(name, hook) for name, batches, hook in observed if i in batches]
-            self.expected += self._dense.run(self._index, [call], hooks)
+    def run_dense(self, observed: Sequence[LayerPair]) -> None:
+        """Runs the dense block on all batches, some layers being observed in theirs; sets ``expected``."""
+        for i, call in enumerate(self.dense.resume(self.index)):
+            hooks = [(pair.name, pair.observer) for pair in observed if i in pair.batches]
+            self.expected += self.dense.run(self.index, [call], hooks)
 
     def error(self, batches: Sequence[int], out: list[Any] | None = None) -> float:
         """Squared error of the converted block's outputs (now, unless given), over the variance of the expected.
@@ -397,22 +373,47 @@ class BlockPair:
         """
         found = self.run(batches) if out is None else [out[i] for i in batches]
         pairs = list(zip(found, [self.expected[i] for i in batches], strict=True))
-        if self.block.name in self.norms or not all(isinstance(x, torch.Tensor) for pair in pairs for x in pair):
+        if self.parts.name in self.norms or not all(isinstance(x, torch.Tensor) for pair in pairs for x in pair):
             return float("nan")
         got, expected = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
         return float((got - expected).square().mean() / expected.var().clamp_min(1e-30))
+
+
+class LayerPair:
+    """A layer of a block in the converted and in the dense network, with the norms after it (None if there are none).
+
+    Attributes:
+        batches: Indices of the batches to fit to: as few, evenly spread, as have ``rows`` positions.
+        observer: What observes the dense layer in them: its moments if given, else its rows.
+    """
+
+    def __init__(self, block: BlockPair, name: str, rows: int, moments: MomentsObserver | None = None) -> None:
+        self.block, self.name, norm = block, name, block.norms.get(name)
+        modules, dense = block.converted.modules, block.dense.modules
+        self.layer: Any = modules[name]
+        self.dense_layer: Any = dense[name]
+        self.norm: Any = modules[norm] if norm else None
+        self.dense_norm: Any = dense[norm] if norm else None
+        images = max(IMAGES, rows / block.parts.positions[name])
+        every = sum(len(block.converted.batches[i]) for i in block.fitted) / images
+        self.batches = block.fitted[:: max(1, min(int(every), len(block.fitted) // FOLDS))]
+        self.observer: Any = moments or RowsObserver(self.layer, rows // len(self.batches))
+
+    def run(self, *hooks: Hook) -> None:
+        """Runs the converted block on its batches, with hooks on the layer."""
+        self.block.run(self.batches, *((self.name, hook) for hook in hooks))
 
 
 class RowsObserver:
     """Keeps some positions of a layer's output (and input), a call each, as (images, positions, channels).
 
     Args:
-        layer: The layer, if it is pointwise; a linear one has its channels last.
+        layer: The layer; a linear one has its channels last.
         rows: Positions of a call at most, of all its images together.
         inputs: Keep the inputs as well.
     """
 
-    def __init__(self, layer: nn.Module | None, rows: int, inputs: bool = False) -> None:
+    def __init__(self, layer: nn.Module, rows: int, inputs: bool = False) -> None:
         self.channels_last = isinstance(layer, nn.Linear)
         self.rows, self.with_inputs = rows, inputs
         self.inputs: list[torch.Tensor] = []
