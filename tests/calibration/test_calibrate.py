@@ -156,7 +156,7 @@ def test_absorption_finds_damaged_pointwise_layers_again(name):
     report = mk.calibrate_masterkeys(model, dense, seen, stages=["absorption"])
     (stage,) = report.stages
     assert error(model, dense, unseen) < 0.35 * start
-    assert stage.after < 0.5 * stage.before and report.record.held_out < 20 < report.record.images == 60
+    assert report.record.held_out < 20 < report.record.images == 60
     touched = {f"{layer}.{entry}" for layer in stage.changed for entry in ("weight", "bias")}
     for entry, value in model.state_dict().items():
         if entry not in touched and "running_mean" not in entry:
@@ -187,8 +187,8 @@ def test_kernels_of_all_keys_stay_where_least_squares_lose_them():
     dense = timm.create_model("test_efficientnet", num_classes=1).eval()
     model, x = mk.convert_to_masterkeys(dense, keys_per_kernel=8), torch.randn(60, 3, 64, 64)
     start = error(model, dense, x)
-    report = mk.calibrate_masterkeys(model, dense, x, stages="projection")
-    assert error(model, dense, x) <= start + 1e-6 and report.stages[0].after <= report.stages[0].before + 1e-6
+    mk.calibrate_masterkeys(model, dense, x, stages="projection")
+    assert error(model, dense, x) <= start + 1e-6
 
 
 def test_statistics_find_the_norms_again_and_change_nothing_else():
@@ -199,8 +199,8 @@ def test_statistics_find_the_norms_again_and_change_nothing_else():
         norm = model.get_submodule(norms[name])
         norm.running_mean += 1
         norm.running_var *= 3
-    report = mk.calibrate_masterkeys(model, dense, x, stages=["statistics"])
-    assert error(model, dense, x) < 1e-8 and report.stages[0].after < 1e-8 < report.stages[0].before
+    mk.calibrate_masterkeys(model, dense, x, stages=["statistics"])
+    assert error(model, dense, x) < 1e-8
     for entry, value in model.state_dict().items():
         torch.testing.assert_close(value, before[entry], rtol=1e-3, atol=1e-4)
         assert "running" in entry or torch.equal(value, before[entry])
@@ -228,7 +228,7 @@ def test_norms_of_every_kind(norm):
     model.norm.running_mean += 1
     model.norm.running_var *= 3
     report = mk.calibrate_masterkeys(model, dense, x, stages="statistics")
-    assert error(model, dense, unseen) < 1e-6 and report.stages[0].changed == ("dw",)
+    assert error(model, dense, unseen) < 1e-6 and report.stages[0].changed == ["dw"]
     nn.init.normal_(model.fc.weight)
     model.bn.running_mean += 1
     start = error(model, dense, unseen)
@@ -264,7 +264,6 @@ def test_the_same_bit_for_bit_and_from_its_own_result():
     assert same(model.state_dict(), again.state_dict()) and error(model, dense, x) < 0.02 * start
     assert all(map(torch.equal, keys, [layer.keys for layer in converted(model).values()]))
     assert (first.before, first.after) == (second.before, second.after)
-    assert [s.before for s in first.stages] == [s.before for s in second.stages]
     assert [stage.name for stage in first.stages] == ["projection", "statistics", "absorption"]
     blocks, norms = find_blocks(again, x[:2])
     for name in [*converted(again), *(block.pointwise for block in blocks)]:
@@ -416,7 +415,7 @@ def test_held_out_images_choose_nothing():
     other[32:] = torch.rand(8, 3, 32, 32) * 3  # the fifth batch
     figures = mk.calibrate_masterkeys(again, dense, other, batch_size=8)
     assert same(model.state_dict(), again.state_dict()) and report.record.held_out == figures.record.held_out == 8
-    assert report.after != figures.after and report.stages[0].before != figures.stages[0].before
+    assert report.after != figures.after
 
 
 def nan_at(x, index=3):
@@ -528,7 +527,7 @@ def everything(*models):
         (MemoryError, "blockwise.find_blocks"),
         (KeyboardInterrupt, "blockwise._error_variance"),
         (MemoryError, "blockwise.fit_ridge"),
-        (KeyboardInterrupt, "blockwise.BlockPair.error"),
+        (KeyboardInterrupt, "blockwise._residual_folds"),
         (MemoryError, "blocks.pick_output"),
         (KeyboardInterrupt, "calibrate.share_intervals"),
         (MemoryError, "calibrate.write_record"),

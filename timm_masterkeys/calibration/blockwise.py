@@ -6,7 +6,6 @@ the forward hooks that observe a layer.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +16,6 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..conversion.table import number
 from ..layers import MasterKeyConv2d, ScaledKeyConv2d
 from .blocks import BlockwiseNetwork, Hook, Reached, find_blocks
 from .least_squares import Gram, choose_keys, fit_ridge
@@ -34,46 +32,25 @@ FOLDS = 4  # in so many batches at least
 DEAD = 1e-10  # a channel that varies less than this is left alone
 
 
-@dataclass(frozen=True)
+@dataclass
 class StageReport:
     """What one stage did.
 
     Attributes:
         name: The stage.
-        before: Squared error of a block's output relative to the variance of the dense one's, on held-out images,
-            before the stage; the mean over the blocks it worked on (NaN if there are none).
-        after: The same after it.
         changed: Names of the layers it changed: kernels, norms (by the layer before them), pointwise layers.
         left: Layers it left as they were, and why.
         seconds: Time spent.
     """
 
     name: str
-    before: float
-    after: float
-    changed: tuple[str, ...]
-    left: dict[str, str]
-    seconds: float
-
-    def cells(self) -> tuple[str, ...]:
-        """A row of the table in a CalibrationReport."""
-        counts = str(len(self.changed)), str(len(self.left))
-        return self.name, number(self.before), number(self.after), *counts, f"{self.seconds:.0f}"
-
-
-@dataclass
-class _Progress:
-    """What a stage did so far, as in its StageReport; ``errors`` has those before and after it for each block."""
-
-    errors: list[tuple[float, float]] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def report(self, stage: str) -> StageReport:
-        errors = torch.tensor(self.errors or [(math.nan, math.nan)], dtype=torch.float64, device="cpu")
-        before, after = errors.nanmean(0).tolist()
-        return StageReport(stage, before, after, tuple(self.changed), self.left, self.seconds)
+    def cells(self) -> tuple[str, ...]:
+        """A row of the table in a CalibrationReport."""
+        return self.name, str(len(self.changed)), str(len(self.left)), f"{self.seconds:.0f}"
 
 
 Outputs = Iterator[torch.Tensor]
@@ -90,8 +67,8 @@ def calibrate_blocks(
 ) -> tuple[tuple[StageReport, ...], Outputs, Outputs]:
     """Calibrates the converted network, block by block. In place.
 
-    The batches with the indices ``held_out`` are not fitted to, but give the reports' errors. After ``time_budget``
-    seconds the blocks still to come get their statistics only.
+    The batches with the indices ``held_out`` are not fitted to. After ``time_budget`` seconds the blocks still to come
+    get their statistics only.
 
     Returns:
         What each stage did; and the outputs of the converted and of the dense network, a batch each.
@@ -99,42 +76,35 @@ def calibrate_blocks(
     start = time.perf_counter()
     blocks, norms = find_blocks(model, batches[0][:2])
     converted, reference = (BlockwiseNetwork(network, blocks, batches, output) for network in (model, dense))
-    progress = {stage: _Progress() for stage in STAGES if stage in stages}
+    reports = {stage: StageReport(stage) for stage in STAGES if stage in stages}
     found = {name for block in blocks for name in block.converted}
     unplaced = [n for n, m in model.named_modules() if isinstance(m, MasterKeyConv2d) and n not in found]
-    for one in progress.values():
-        one.left.update(dict.fromkeys(unplaced, "runs not at all or more than once"))
+    for report in reports.values():
+        report.left.update(dict.fromkeys(unplaced, "runs not at all or more than once"))
     for index in tqdm(range(len(blocks)), desc="calibrate", unit="block", leave=False, disable=None):
         over = time_budget is not None and time.perf_counter() - start > time_budget
         block = BlockPair(index, converted, reference, norms, held_out)
-        converted.outputs = _calibrate_block(block, progress, over)
+        converted.outputs = _calibrate_block(block, reports, over)
         reference.outputs = block.expected
-    reports = tuple(one.report(stage) for stage, one in progress.items())
-    return reports, converted.resume(len(blocks)), reference.resume(len(blocks))
+    return tuple(reports.values()), converted.resume(len(blocks)), reference.resume(len(blocks))
 
 
-def _calibrate_block(block: BlockPair, progress: dict[Stage, _Progress], over: bool) -> list[Any]:
+def _calibrate_block(block: BlockPair, reports: dict[Stage, StageReport], over: bool) -> list[Any]:
     """All stages of a block; returns the outputs of the converted one afterwards, a batch each."""
-    layers = {stage: _layers(block, stage) for stage in progress}
+    layers = {stage: _layers(block, stage) for stage in reports}
     if over:
         for stage in layers.keys() - {"statistics"}:
-            progress[stage].left.update((pair.name, OVER) for pair in layers.pop(stage))
+            reports[stage].left.update((pair.name, OVER) for pair in layers.pop(stage))
     block.run_dense([pair for pairs in layers.values() for pair in pairs])
-    ran, errors = [stage for stage, pairs in layers.items() if pairs], []
-    for stage in ran:
-        start, done = time.perf_counter(), progress[stage]
-        errors.append(block.error(block.held_out))
-        for pair in layers[stage]:
+    for stage, pairs in layers.items():
+        start, report = time.perf_counter(), reports[stage]
+        for pair in pairs:
             if why := _STAGES[stage](pair):
-                done.left[pair.name] = why
+                report.left[pair.name] = why
             else:
-                done.changed.append(pair.name)
-        done.seconds += time.perf_counter() - start
-    out = block.run(range(len(block.calls)))
-    errors.append(block.error(block.held_out, out))
-    for stage, change in zip(ran, itertools.pairwise(errors), strict=True):
-        progress[stage].errors.append(change)
-    return out
+                report.changed.append(pair.name)
+        report.seconds += time.perf_counter() - start
+    return block.run(range(len(block.calls)))
 
 
 def _layers(block: BlockPair, stage: Stage) -> list[LayerPair]:
@@ -339,7 +309,6 @@ class BlockPair:
         calls: Its arguments in the converted network, a batch each.
         expected: Its outputs in the dense network, a batch each; empty before ``run_dense``.
         fitted: Indices of the batches to fit to.
-        held_out: Indices of the others.
     """
 
     def __init__(
@@ -350,7 +319,7 @@ class BlockPair:
         norms: dict[str, str],
         held_out: Sequence[int],
     ) -> None:
-        self.parts, self.norms, self.held_out = converted.blocks[index], norms, held_out
+        self.parts, self.norms = converted.blocks[index], norms
         self.index, self.converted, self.dense = index, converted, dense
         self.fitted = [i for i in range(len(converted.batches)) if i not in held_out]
         self.calls = list(converted.resume(index))
@@ -366,15 +335,14 @@ class BlockPair:
             hooks = [(pair.name, pair.observer) for pair in observed if i in pair.batches]
             self.expected += self.dense.run(self.index, [call], hooks)
 
-    def error(self, batches: Sequence[int], out: list[Any] | None = None) -> float:
-        """Squared error of the converted block's outputs (now, unless given), over the variance of the expected.
+    def error(self, batches: Sequence[int]) -> float:
+        """Squared error of the converted block's outputs, over the variance of the expected.
 
         NaN for outputs that are not single tensors, and for a layer with a norm after it, outside of the block.
         """
-        found = self.run(batches) if out is None else [out[i] for i in batches]
-        pairs = list(zip(found, [self.expected[i] for i in batches], strict=True))
+        pairs = list(zip(self.run(batches), [self.expected[i] for i in batches], strict=True))
         if self.parts.name in self.norms or not all(isinstance(x, torch.Tensor) for pair in pairs for x in pair):
-            return float("nan")
+            return math.nan
         got, expected = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
         return float((got - expected).square().mean() / expected.var().clamp_min(1e-30))
 

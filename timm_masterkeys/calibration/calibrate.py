@@ -26,7 +26,7 @@ from .outputs import Output, gives_features, pick_output
 
 _logger = logging.getLogger(__name__)
 
-STAGE_TITLES = "stage", "error before", "error after", "changed", "left", "seconds"
+STAGE_TITLES = "stage", "changed", "left", "seconds"
 
 
 @dataclass(frozen=True)
