@@ -103,10 +103,7 @@ def test_prepared_as_the_cfg_says():
 
 
 def test_a_whole_photograph_is_what_timms_transform_gives():
-    picture = next(iter(photographs().values()))
-    crop = next(draw_crops([picture], picture.size, 1, 0, area=(1, 1), ratio=(1, 1), flips=False))
-    assert np.array_equal(np.asarray(crop), np.asarray(picture))
-    square = picture.crop((0, 0, 240, 240))
+    square = next(iter(photographs().values())).crop((0, 0, 240, 240))
     cfg = {**CFG, "input_size": (3, 96, 96), "crop_pct": 1.0}
     expected = create_transform(**resolve_data_config(pretrained_cfg=cfg))(square)
     crop = next(draw_crops([square], (96, 96), 1, 0, area=(1, 1), ratio=(1, 1), flips=False, interpolation="bilinear"))
@@ -166,7 +163,6 @@ def test_models_and_cfgs_of_every_kind():
     assert images.shape[1:] == model.pretrained_cfg["input_size"]
     for same in (timm.get_pretrained_cfg("test_efficientnet"), model.pretrained_cfg, mk.convert_to_masterkeys(model)):
         assert torch.equal(images, mk.builtin_images(same, 3))
-    assert mk.builtin_images({**CFG, "input_size": (3, 500, 700)}, 1).shape == (1, 3, 500, 700)
     with pytest.raises(mk.CalibrationError, match="Linear has no pretrained_cfg"):
         mk.builtin_images(nn.Linear(2, 2))
     with pytest.raises(mk.CalibrationError, match="count is 0, expected at least 1"):
@@ -174,16 +170,13 @@ def test_models_and_cfgs_of_every_kind():
 
 
 def test_other_channels():
-    name = "test_convnext"
-    grey = mk.builtin_images(timm.create_model(name, in_chans=1), 4)
-    colour = mk.builtin_images(timm.create_model(name), 4)
-    assert grey.shape == (4, 1, *colour.shape[2:])
-    cfg = timm.get_pretrained_cfg(name).to_dict()
+    models = {channels: timm.create_model("test_convnext", in_chans=channels) for channels in (1, 3, 5)}
+    grey, colour, five = (mk.builtin_images(model, 4) for model in models.values())
+    assert grey.shape == (4, 1, *colour.shape[2:]) and torch.equal(five, colour[:, [0, 1, 2, 0, 1]])
+    cfg = models[3].pretrained_cfg
     luma = (bytes_of(colour, cfg) * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
     flat = {key: (sum(cfg[key]) / 3,) for key in ("mean", "std")}
     assert torch.allclose(bytes_of(grey, flat)[:, 0], luma, atol=1)
-    five = mk.builtin_images(timm.create_model(name, in_chans=5), 4)
-    assert torch.equal(five, colour[:, [0, 1, 2, 0, 1]])
     one = mk.builtin_images({**CFG, "input_size": (1, 64, 96), "mean": (0.5,), "std": (0.25,)}, 2)
     assert one.shape == (2, 1, 64, 96)
 

@@ -98,10 +98,10 @@ def fit_ridge(folds: list[Gram], weight: torch.Tensor, intercept: bool) -> tuple
         D and b, fitted to all rows, or None if with every ridge the folds come no nearer than with nothing.
     """
     whole = sum(folds[1:], folds[0])
-    parts = [_centred(whole - fold, fold, intercept) for fold in folds]
+    centred = [_centred(whole - fold, fold, intercept) for fold in folds]
     best, least = 0.0, float((weight * whole.power).sum())
     for ridge in reversed(RIDGES):  # from the strongest down, for as long as it helps
-        error = sum(_ridge_error(ridge, weight.float(), *part) for part in parts)
+        error = sum(_ridge_error(ridge, weight.float(), *sums) for sums in centred)
         if not error < least:
             break
         best, least = ridge, error

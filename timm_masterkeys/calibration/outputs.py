@@ -51,11 +51,8 @@ def gives_features(model: nn.Module, raw: Any, out: torch.Tensor | None = None) 
         return True
     if getattr(model, "num_classes", None) == 0:
         return True
-    return not _has_any(raw, HEADS) and _has_any(raw, FEATURES)
-
-
-def _has_any(raw: Any, names: tuple[str, ...]) -> bool:
-    return any(_at(raw, name) is not None for name in names)
+    heads, features = ([_at(raw, name) is not None for name in names] for names in (HEADS, FEATURES))
+    return any(features) and not any(heads)
 
 
 def _is_normalised(out: torch.Tensor | None) -> bool:
