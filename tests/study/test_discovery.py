@@ -72,17 +72,17 @@ def test_elimination_against_brute_force():
     weights /= weights.sum()
     candidates = collect_kernels([torch.randn(40, 7, 7)]).values[:9]
 
-    def score(keys):
+    def r2(keys):
         return float(weights @ (data.values @ keys.T).square().amax(1))
 
     order, curve = eliminate(data.values, weights, candidates)
     left = list(range(9))
     for removed in order[:-1]:
-        assert curve[len(left)] == pytest.approx(score(candidates[left]), abs=1e-12)
-        without = {i: score(candidates[[j for j in left if j != i]]) for i in left}
+        assert curve[len(left)] == pytest.approx(r2(candidates[left]), abs=1e-12)
+        without = {i: r2(candidates[[j for j in left if j != i]]) for i in left}
         assert without[removed] == pytest.approx(max(without.values()), abs=1e-12)
         left.remove(removed)
-    assert curve[1] == pytest.approx(score(candidates[left])) and sorted(order) == list(range(9))
+    assert curve[1] == pytest.approx(r2(candidates[left])) and sorted(order) == list(range(9))
 
 
 def test_elbow():
@@ -101,11 +101,11 @@ def test_a_planted_bank_is_discovered(method, tmp_path, monkeypatch):
     assert found_again(found.bank.keys_for((7, 7)), lines).min() > 0.97
     assert found.r2["this bank"] > 0.9 > 0.5 > found.r2["published keys"] and found.r2["random keys"] < 0.4
     text = str(found)
-    assert "4 keys from 240 kernels; the curve of scores bends at 4" in text and "200 kernels held out" in text
+    assert "4 keys from 240 kernels; the curve of R2 bends at 4" in text and "200 kernels held out" in text
     cells = [re.split("  +", line) for line in text.splitlines()]
     assert all([name, f"{value:.3f}"] in cells for name, value in found.r2.items())
     assert ["keys", *map(str, range(1, 9))] in cells  # twice as far as the elbow
-    assert ["score", *(f"{found.curve[count]:.3f}" for count in range(1, 9))] in cells
+    assert ["mean R2", *(f"{found.curve[count]:.3f}" for count in range(1, 9))] in cells
     found.bank.save(tmp_path / "mine.safetensors")
     bank = mk.get_bank(tmp_path / "mine.safetensors")
     assert bank.source == (

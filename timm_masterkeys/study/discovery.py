@@ -45,7 +45,7 @@ class Discovery:
 
     Attributes:
         bank: The keys, most used first, with where they come from.
-        curve: Score by number of keys, in the last round of elimination.
+        curve: Mean R2 by number of keys, on the kernels searched, in the last round of elimination.
         elbow: The number of keys at which the curve bends most.
         r2: Mean R2 of the nearest key, on the kernels held out (on those searched where none are), by bank: the one
             found; as many lines fitted directly to the kernels searched; the published keys; random keys; and the
@@ -66,15 +66,15 @@ class Discovery:
     non_finite: int
 
     def __str__(self) -> str:
-        lines = [f"{len(self.bank)} keys from {self.searched:,} kernels; the curve of scores bends at {self.elbow}"]
+        lines = [f"{len(self.bank)} keys from {self.searched:,} kernels; the curve of R2 bends at {self.elbow}"]
         if self.constant or self.non_finite:
             lines.append(f"left out: {self.constant:,} constant kernels, {self.non_finite:,} with NaN or Inf")
         measured = f"{self.held_out:,} kernels held out" if self.held_out else "the same kernels"
         lines += ["", f"on {measured}, the share of a kernel's variance that its nearest key explains:"]
         lines += [table(("fitted by", "mean R2"), [(name, number(value)) for name, value in self.r2.items()]), ""]
         shown = sorted(count for count in self.curve if count <= max(2 * self.elbow, len(self.bank)))
-        scores = ["score", *(number(self.curve[count]) for count in shown)]
-        return "\n".join([*lines, table(("keys", *map(str, shown)), [scores])])
+        curve = ["mean R2", *(number(self.curve[count]) for count in shown)]
+        return "\n".join([*lines, table(("keys", *map(str, shown)), [curve])])
 
 
 def discover_bank(
@@ -91,13 +91,13 @@ def discover_bank(
     """Searches a bank of keys that fit kernels as ``a*x + b``; a kernel and its negative count as one.
 
     ``"autoencoder"`` is the paper's search (Babaiee et al., NeurIPS 2025, section 3). An autoencoder whose code is one
-    number is trained with a cosine loss. Of 50 candidates along the code, the one without which the score is best is
+    number is trained with a cosine loss. Of 50 candidates along the code, the one that costs least mean R2 is
     removed, again and again; then the same among candidates sampled finely around the last ten.
     ``"lines"`` fits lines through the origin directly (``fit_lines``): about the best that so many keys can do.
 
     Args:
         kernels: From ``collect_kernels``.
-        keys: How many, 1 to 25; None takes the elbow of the scores of 1 to 25 keys (``find_elbow``).
+        keys: How many, 1 to 25; None takes the elbow of the curve of 1 to 25 keys (``find_elbow``).
         held_out: Network(s) to measure on instead of searching them.
         equal_networks: Every network counts the same, else every kernel.
         method: See above.
@@ -212,14 +212,14 @@ def eliminate(
     for count in tqdm(range(len(left) - 1, 0, -1), desc="eliminate", leave=False, disable=None, delay=2):
         best = fits[:, left].topk(2, 1)  # a kernel whose nearest candidate goes takes the second nearest
         lost = weights * (best.values[:, 0] - best.values[:, 1])
-        scores = (curve[count + 1] - _by_group(lost, best.indices[:, 0], len(left)).sum(0)).tolist()
-        curve[count] = max(scores)
-        removed.append(left.pop(scores.index(curve[count])))
+        means = (curve[count + 1] - _by_group(lost, best.indices[:, 0], len(left)).sum(0)).tolist()
+        curve[count] = max(means)
+        removed.append(left.pop(means.index(curve[count])))
     return [*removed, *left], curve
 
 
 def find_elbow(curve: Mapping[int, float]) -> int:
-    """The number of keys at which a curve of scores lies farthest above the straight line between its ends."""
+    """The number of keys at which a curve lies farthest above the straight line between its ends."""
     counts = sorted(curve)
     low, high = counts[0], counts[-1]
     slope = (curve[high] - curve[low]) / max(1, high - low)
@@ -256,19 +256,19 @@ def _start(kernels: torch.Tensor, weights: torch.Tensor, count: int, generator: 
 
 def _improve(lines: torch.Tensor, kernels: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Lines after as many steps as raise their mean R2, and that."""
-    before = score = -1.0
+    before = r2 = -1.0
     for _ in range(1000):
         projected = kernels @ lines.T
         nearest = projected.abs().argmax(1)
         own = projected.gather(1, nearest[:, None])[:, 0]
-        score = float(weights @ own.square())
-        if score < before + 1e-7:
+        r2 = float(weights @ own.square())
+        if r2 < before + 1e-7:
             break
-        before = score
+        before = r2
         step = _by_group(weights * own, nearest, len(lines)).T @ kernels
         norm = step.norm(dim=1, keepdim=True)
         lines = torch.where(norm > 0, step / norm.clamp_min(1e-30), lines)
-    return lines, score
+    return lines, r2
 
 
 def _sample(
