@@ -248,13 +248,13 @@ def _unexplained(model: nn.Module, dense: nn.Module) -> list[str]:
     A calibration changes pointwise layers and the biases of converted ones. A training may change all.
     """
     own, given = (dict(m.named_parameters()) for m in (model, dense))
-    names = own.keys() & given.keys()
-    records = {part: read_record(part) for part in model.modules()}
-    calibrated = [record for record in records.values() if record.was_calibrated]
-    if records[model].was_calibrated:  # as a whole, after its parts
-        calibrated = [records[model]]
+    records = [read_record(part) for part in model.modules()]
+    calibrated = [record for record in records if record.was_calibrated]
+    if records[0].was_calibrated:  # as a whole, after its parts
+        calibrated = records[:1]
     if any(record.calibration is None for record in calibrated):
         return []
+    names = own.keys() & given.keys()
     if calibrated:
         fitted = {n for n, m in model.named_modules() if is_pointwise(m) or isinstance(m, MasterKeyConv2d)}
         names = {name for name in names if name.rpartition(".")[0] not in fitted}
