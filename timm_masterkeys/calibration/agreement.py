@@ -280,14 +280,9 @@ class _Search:
 
 
 def order_steps(kernels: Mapping[str, int], distances: Mapping[str, Mapping[int, float]]) -> list[tuple[str, int]]:
-    """The order in which layers get more keys: where the distance falls most for each key spent comes first.
+    """Steps (layer, keys per kernel) until every layer has its most keys, the largest gain for each key first.
 
-    Args:
-        kernels: The number of each layer's.
-        distances: By layer and keys per kernel; each begins with the fewest.
-
-    Returns:
-        (layer, keys per kernel), until every layer has its most.
+    ``kernels`` has each layer's number of kernels, ``distances`` how far the output moves by keys per kernel.
     """
     counts = {name: min(found) for name, found in distances.items()}
     steps: list[tuple[str, int]] = []

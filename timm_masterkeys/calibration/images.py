@@ -60,8 +60,8 @@ FROM_CFG = Pixels()
 def prepare_for(model: nn.Module | PretrainedCfg | Mapping[str, Any], given: Pixels) -> dict[str, Any]:
     """The arguments of timm's ``create_transform`` for a model, with its channels, and mean and std of each.
 
-    They are those of its ``pretrained_cfg``, or of that of the one timm model inside it: of modules in one another that
-    have one, the outermost counts. What is given takes their place.
+    What is given comes before its ``pretrained_cfg``, or that of the one timm model inside it: of modules in one
+    another that have one, the outermost counts.
 
     Raises:
         CalibrationError: No ``pretrained_cfg``, or those of several models, and not all of mean, std and size.
@@ -183,17 +183,10 @@ def draw_crops(
     flips: bool = True,
     interpolation: str = "bicubic",
 ) -> Iterator[Image.Image]:
-    """Random crops, resized: of each picture one before any has two.
+    """Random crops, resized to ``size`` (width, height): of each picture one before any has two.
 
-    Args:
-        pictures: To crop from.
-        size: Width and height of a crop in the end.
-        count: How many.
-        seed: Of the crops.
-        area: Smallest and largest share of a picture.
-        ratio: Smallest and largest width to height, times that of ``size``; less where the picture ends.
-        flips: Mirror every other one, by chance.
-        interpolation: timm's name of it, "random" for bilinear.
+    ``area`` is the smallest and largest share of a picture, ``ratio`` that of width to height times that of ``size``
+    (less where the picture ends); ``flips`` mirrors each with a chance of one half.
     """
     draw = random.Random(str(seed))  # the same numbers in every version of Python; as a number, -1 would be 1
     filters = str_to_pil_interp("bilinear" if interpolation == "random" else interpolation)
@@ -259,11 +252,7 @@ def _is_builtin(images: Any) -> bool:
 def split_images(
     images: Images, held_out: Images | None, model: nn.Module, max_images: int, given: Pixels
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Images to fit to, and images to measure with; of the built-in ones, crops of other photographs.
-
-    Returns:
-        None for the second where a part of the first is to be held out.
-    """
+    """Images to fit to, and images to measure with, or None where a part of the first is to be held out."""
     if held_out is None and _is_builtin(images):
         return _split_builtin(model, max_images, min(COUNT, max_images), given)
     fitted = load_images(images, model, max_images, given)

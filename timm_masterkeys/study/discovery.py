@@ -195,16 +195,10 @@ def _search_autoencoder(kernels: Kernels, weights: torch.Tensor, seed: int) -> F
 def eliminate(
     kernels: torch.Tensor, weights: torch.Tensor, candidates: torch.Tensor
 ) -> tuple[list[int], dict[int, float]]:
-    """Removes candidates one by one, each time the one that costs least mean R2 (greedy backward elimination).
+    """Removes candidates (K, taps) one by one, each time the one that costs least R2 (greedy backward elimination).
 
-    Args:
-        kernels: (N, taps), mean 0 and norm 1.
-        weights: (N,) of sum 1.
-        candidates: (K, taps), mean 0 and norm 1.
-
-    Returns:
-        The candidates in the order of removal (the last one is never removed), and the weighted mean R2 of the nearest
-        candidate by how many are left.
+    Returns the candidates in the order of removal (the last one is never removed), and the mean R2 of the kernels
+    (N, taps), weighted, by how many are left.
     """
     left, removed = list(range(len(candidates))), []
     fits = (kernels @ candidates.T).square()
