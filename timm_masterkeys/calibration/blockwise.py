@@ -120,7 +120,7 @@ def _layers(block: BlockPair, stage: Stage) -> list[LayerPair]:
 # The stages. Each returns why it changed nothing, or "".
 
 
-def project(pair: LayerPair) -> str:
+def _fit_kernels(pair: LayerPair) -> str:
     """Chooses keys, scale and shift of a converted layer by its output, of each channel that comes nearer."""
     layer, norm = pair.layer, pair.norm
     entries = layer.key_index, layer.scale.view(layer.out_channels, -1), layer.shift, layer.r2, layer.bias
@@ -206,7 +206,7 @@ def _shift_mean(pair: LayerPair, expected: torch.Tensor, got: torch.Tensor, aliv
         layer.bias[alive] = (expected - got)[alive].to(layer.bias.dtype)
 
 
-def match(pair: LayerPair) -> str:
+def _match_statistics(pair: LayerPair) -> str:
     """Gives what follows a converted layer the mean (and variance) it has in the dense network."""
 
     def stop(module: nn.Module, args: Any, output: torch.Tensor) -> None:
@@ -228,7 +228,7 @@ def match(pair: LayerPair) -> str:
     return ""
 
 
-def absorb(pair: LayerPair) -> str:
+def _refit_pointwise(pair: LayerPair) -> str:
     """Refits a block's last pointwise layer to the dense block's output, or else to the dense layer's."""
     layer, norm = pair.layer, pair.norm
     in_block = pair.block.parts.name != pair.name  # else the layer is all of the block
@@ -298,7 +298,11 @@ def _factor(pair: LayerPair) -> tuple[torch.Tensor, bool] | None:
     return None
 
 
-_STAGES: dict[Stage, Callable[..., str]] = {"projection": project, "statistics": match, "absorption": absorb}
+_STAGES: dict[Stage, Callable[[LayerPair], str]] = {
+    "projection": _fit_kernels,
+    "statistics": _match_statistics,
+    "absorption": _refit_pointwise,
+}
 
 
 class BlockPair:

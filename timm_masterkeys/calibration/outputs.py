@@ -32,9 +32,9 @@ def pick_output(model: nn.Module, raw: Any, output: Output = None) -> torch.Tens
             f"{type(model).__name__} returns {describe(raw)}, without {output!r} ({error})."
         ) from error
     if not isinstance(found, torch.Tensor):
-        wanted = "a tensor in it" if output is None else f"a tensor at {output!r}, got {describe(found)}"
+        expected = "a tensor in it" if output is None else f"a tensor at {output!r}, got {describe(found)}"
         raise CalibrationError(
-            f"{type(model).__name__} returns {describe(raw)}, expected {wanted}. output= says where it is: a key, an "
+            f"{type(model).__name__} returns {describe(raw)}, expected {expected}. output= says where it is: a key, an "
             "index, an attribute, or a callable on the model's output."
         )
     return found
