@@ -318,6 +318,11 @@ def test_files_that_are_no_images_are_named_and_others_take_their_places(tmp_pat
 
 def test_batches_with_labels_and_the_most_images():
     x = torch.randn(20, 3, 8, 8)
+    for key in ("pixel_values", "image", "images", "input"):
+        batches = [{"labels": torch.zeros(len(part)), key: part} for part in x.split(6)]
+        assert torch.equal(load_images(batches, PLAIN, 400), x)
+    with pytest.raises(mk.CalibrationError, match=r"a dict of 'photo', 'label', .*under one of pixel_values, image"):
+        load_images([{"photo": x, "label": 1}], PLAIN, 400)
     labelled = [(part, torch.zeros(len(part))) for part in x.split(7)]
     assert torch.equal(load_images(labelled, PLAIN, 400), x) and torch.equal(load_images(labelled, PLAIN, 12), x[:12])
     assert torch.equal(load_images(x, PLAIN, 10), x[::2])
