@@ -40,15 +40,15 @@ SMALL = {  # where timm lets one choose
 @functools.lru_cache
 def made_pair(name, keys_per_kernel, classes):
     torch.manual_seed(0)
-    stock = timm.create_model(name, num_classes=classes, **SMALL.get(name, {})).eval()
-    for module in stock.modules():
+    dense = timm.create_model(name, num_classes=classes, **SMALL.get(name, {})).eval()
+    for module in dense.modules():
         if isinstance(getattr(module, "gamma", None), nn.Parameter):
             nn.init.constant_(module.gamma, 0.5)  # LayerScale, nearly off before training
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
     with torch.no_grad():
-        stock.train()(torch.randn(8, 3, 64, 64))  # statistics as after training
-    model = mk.convert_to_masterkeys(stock.eval(), keys_per_kernel=keys_per_kernel)
+        dense.train()(torch.randn(8, 3, 64, 64))  # statistics as after training
+    model = mk.convert_to_masterkeys(dense.eval(), keys_per_kernel=keys_per_kernel)
     return model, mk.fuse_masterkeys(model)
 
 
@@ -244,10 +244,10 @@ def test_a_trained_network_on_photographs():
     model = mk.convert_to_masterkeys(dense).train()
     photographs = mk.builtin_images(dense, 60, size=96)
     seen, unseen = photographs[:30], photographs[30:]
-    stock, keys = copy.deepcopy(dense.state_dict()), [layer.keys.clone() for layer in converted(model).values()]
+    before, keys = copy.deepcopy(dense.state_dict()), [layer.keys.clone() for layer in converted(model).values()]
     start = error(copy.deepcopy(model).eval(), dense, unseen)
     report = mk.calibrate_masterkeys(model, dense, seen)
-    assert model.training and not dense.training and same(dense.state_dict(), stock)
+    assert model.training and not dense.training and same(dense.state_dict(), before)
     assert all(map(torch.equal, keys, [layer.keys for layer in converted(model).values()]))
     assert error(model.eval(), dense, unseen) < 0.7 * start
     assert report.after["divergence"] < 0.5 * report.before["divergence"]
@@ -464,8 +464,8 @@ def test_bad_models_and_images(message, spoil):
 @pytest.mark.parametrize(
     "message, arguments",
     [
-        ("stages is .*healing.*, expected some of projection", {"stages": ["healing"]}),
-        ("stages is .*healing.*, expected some of projection", {"stages": "healing"}),
+        ("stages is .*training.*, expected some of projection", {"stages": ["training"]}),
+        ("stages is .*training.*, expected some of projection", {"stages": "training"}),
         ("max_images", {"max_images": 3}),
         ("metric is 'accuracy'", {"metric": "accuracy"}),
     ],

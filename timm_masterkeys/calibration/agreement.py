@@ -1,4 +1,4 @@
-"""Converts a network with as few keys as a wanted agreement with the dense network needs."""
+"""Converts a network with as few keys as a given agreement with the dense network needs."""
 
 import logging
 import time
@@ -118,7 +118,7 @@ def convert_to_agreement(
     max_images: int = 300,
     time_budget: float | None = None,
 ) -> tuple[nn.Module, KeyBudget]:
-    """Converts a model with as few keys as a wanted agreement needs, and calibrates it. ``dense`` stays as it is.
+    """Converts a model with as few keys as a given agreement needs, and calibrates it. ``dense`` stays as it is.
 
     Layers get one, two, four or all keys per kernel, or stay dense, which counts as a key a tap. First it is measured
     how far the network's output moves when one layer alone has so many keys. Keys are spent first where another key per

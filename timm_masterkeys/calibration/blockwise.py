@@ -25,10 +25,10 @@ Stage = Literal["projection", "statistics", "absorption"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 OVER = "the time budget was over"
-ROWS = 100_000  # positions of all images together that a pointwise layer and a norm are fitted to,
-KERNEL_ROWS = 20_000  # and a kernel
-IMAGES = 64  # that a layer is fitted to at least, whatever its number of positions,
-FOLDS = 4  # in so many batches at least
+ROWS = 100_000  # positions, of all images together, to which a pointwise layer or a norm is fitted
+KERNEL_ROWS = 20_000  # positions to which a kernel is fitted
+IMAGES = 64  # images to which a layer is fitted at least, whatever its number of positions
+FOLDS = 4  # batches to which a layer is fitted at least; the ridge is chosen by so many folds
 DEAD = 1e-10  # a channel that varies less than this is left alone
 
 
@@ -232,7 +232,7 @@ def _refit_pointwise(pair: LayerPair) -> str:
     """Refits a block's last pointwise layer to the dense block's output, or else to the dense layer's."""
     layer, norm = pair.layer, pair.norm
     in_block = pair.block.parts.name != pair.name  # else the layer is all of the block
-    found = _factor(pair) if in_block else None
+    found = _factor(pair) if in_block else None  # the factors, and whether the output has channels last
     factor = found[0] if found else layer.weight.new_ones(len(layer.weight))
     folds = _residual_folds(pair, found)
     solution = fit_ridge(folds, factor.square().double(), layer.bias is not None or norm is not None)
@@ -334,7 +334,7 @@ class BlockPair:
         return self.converted.run(self.index, [self.calls[i] for i in batches], hooks)
 
     def run_dense(self, observed: Sequence[LayerPair]) -> None:
-        """Runs the dense block on all batches, some layers being observed in theirs; sets ``expected``."""
+        """Runs the dense block on all batches, observing the layers in their batches; sets ``expected``."""
         for i, call in enumerate(self.dense.resume(self.index)):
             hooks = [(pair.name, pair.observer) for pair in observed if i in pair.batches]
             self.expected += self.dense.run(self.index, [call], hooks)

@@ -92,7 +92,7 @@ def prepare_for(model: nn.Module | PretrainedCfg | Mapping[str, Any], given: Pix
 
 
 def _find_cfg(model: nn.Module) -> tuple[Any, nn.Module | None]:
-    """The cfg of a model or of the one in it that has one, and whose it is."""
+    """The cfg of a model or of the one in it that has one, and the model that it belongs to."""
     found: dict[str, nn.Module] = {}
     for name, module in unwrapped(model).named_modules():
         if getattr(module, "pretrained_cfg", None) and not any(not o or name.startswith(f"{o}.") for o in found):

@@ -10,8 +10,8 @@ from ..errors import CalibrationError
 
 Output = str | int | Callable[[Any], torch.Tensor] | None
 
-HEADS = ("logits", "out")  # of a head,
-FEATURES = ("image_embeds", "image_features", "last_hidden_state")  # of a model without one
+HEADS = ("logits", "out")  # names of the output of a head
+FEATURES = ("image_embeds", "image_features", "last_hidden_state")  # names of the output of a model without a head
 EMBEDDERS = ("open_clip",)  # libraries whose models return embeddings, as plain tensors
 
 
