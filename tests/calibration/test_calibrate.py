@@ -215,6 +215,7 @@ def test_statistics_find_the_norms_again_and_change_nothing_else():
     "norm",
     [
         nn.BatchNorm2d,
+        nn.SyncBatchNorm,
         torchvision.ops.FrozenBatchNorm2d,
         timm.layers.BatchNormAct2d,
         timm.layers.FrozenBatchNormAct2d,
@@ -338,13 +339,6 @@ def test_ridge_leaves_what_does_not_generalise():
 
 
 # --- blocks
-
-
-def test_synchronised_norms():
-    model, _ = pair()
-    model = timm.layers.convert_sync_batchnorm(model).eval()
-    _, norms = find_blocks(model, torch.randn(2, 3, 64, 64))
-    assert set(norms) >= set(converted(model))
 
 
 def test_a_lone_layer_does_not_make_its_parent_a_block():
