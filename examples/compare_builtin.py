@@ -43,7 +43,7 @@ class Setting:
     def crops(self, size: tuple[int, int], seed: int, interpolation: str) -> list[Image.Image]:
         """The images before they are normalised."""
         draw = random.Random(f"{seed} of the setting")
-        pictures = photographs()
+        pictures = list(photographs().values())
         if self.photographs:
             pictures = draw.sample(pictures, self.photographs)
         options: Any = {"area": self.area, "ratio": self.ratio, "flips": self.flips, "interpolation": interpolation}

@@ -22,7 +22,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import nn
 
 import timm_masterkeys as mk
-from timm_masterkeys.calibration.images import named_photographs
+from timm_masterkeys.calibration.images import photographs
 
 SHOWN = {"mackerel": "a cat", "perched_shrike": "a shrike", "astronaut": "an astronaut", "egret": "an egret"}
 
@@ -88,7 +88,7 @@ def main() -> None:
 
     print("\nWhat they say of photographs that none of them was calibrated with:\n")
     transform: Any = create_transform(**resolve_data_config(model=dense))
-    pictures = named_photographs()
+    pictures = photographs()
     shown = torch.stack([transform(pictures[name]) for name in SHOWN])
     answers = {name: classify(net, shown) for name, net in {"dense": dense, **networks}.items() if "4 keys" != name}
     widths = [max(map(len, [name, *says])) for name, says in answers.items()]

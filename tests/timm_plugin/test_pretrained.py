@@ -130,7 +130,7 @@ def test_as_few_keys_as_an_agreement_needs(file, monkeypatch, caplog):
     model = create(file, **arguments, mk_trainable="affine", num_classes=7)
     same(create(file, **arguments), create(file, **arguments))
     ((chosen, budget),) = found
-    assert budget.asked == 0.05 and budget.chosen.score >= 0.05 and budget.summary() in caplog.text
+    assert budget.target == 0.05 and budget.chosen.score >= 0.05 and budget.summary() in caplog.text
     keys = {n: m.keys_per_kernel for n, m in model.named_modules() if isinstance(m, MasterKeyConv2d)}
     assert keys == budget.chosen.keys_per_kernel and all(name.startswith("blocks.3.") for name in keys)
     assert all(torch.equal(v, chosen.state_dict()[n]) for n, v in create(file, **arguments).state_dict().items())
