@@ -10,18 +10,19 @@ import resource
 import time
 
 import torch
+from intervals import print_head, print_row
 
 from timm_masterkeys.keys.banks import get_bank
 from timm_masterkeys.study.discovery import Kernels, collect_kernels, discover_bank
 
 
 def kernels_like(count: int, size: int) -> Kernels:
-    """So many keys, drawn at random, with as much noise as shape."""
+    """So many keys, chosen at random, with as much noise as shape."""
     generator = torch.Generator().manual_seed(0)
     keys = get_bank("babaiee2025").keys_for((size, size))
-    drawn = keys[torch.randint(len(keys), (count,), generator=generator)]
-    noise = torch.randn(drawn.shape, generator=generator)
-    noisy = drawn + noise * drawn.std((1, 2), keepdim=True)
+    chosen = keys[torch.randint(len(keys), (count,), generator=generator)]
+    noise = torch.randn(chosen.shape, generator=generator)
+    noisy = chosen + noise * chosen.std((1, 2), keepdim=True)
     return collect_kernels({"noisy": [noisy]}, (size, size))
 
 
@@ -33,8 +34,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU)")
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else args.device}\n")
-    print("| kernels | autoencoder, s | lines, s | ratio | peak memory, MB |")
-    print("|---|---|---|---|---|")
+    print_head(["kernels", "autoencoder, s", "lines, s", "ratio", "peak memory, MB"])
     for count in args.kernels:
         kernels = kernels_like(count, args.kernel_size)
         seconds = []
@@ -43,7 +43,8 @@ def main() -> None:
             discover_bank(kernels, method=method, device=args.device)
             seconds.append(time.perf_counter() - start)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"| {count:,} | {seconds[0]:.1f} | {seconds[1]:.1f} | {seconds[0] / seconds[1]:.1f} | {memory:,.0f} |")
+        figures = (f"{value:.1f}" for value in (*seconds, seconds[0] / seconds[1]))
+        print_row([f"{count:,}", *figures, f"{memory:,.0f}"])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from intervals import append_row, print_head, print_row
 from lite0 import lite0
 from PIL import Image
 from safetensors.torch import load_file
@@ -30,7 +31,8 @@ from torch import nn
 import timm_masterkeys as mk
 from timm_masterkeys.calibration.calibrate import STAGES
 
-HEAD = "| network | bank | keys | calibration | top-1 | agreement | KL | R2 | seconds |\n|" + 9 * "---|"
+TITLES = ["network", "bank", "keys", "calibration", "top-1", "agreement", "KL", "R2", "seconds"]
+COLUMNS = ["network", "bank", "keys", "repair", "draw", "top1", "agreement", "kl", "r2", "seconds"]  # of the file
 
 
 def network(name: str) -> nn.Module:
@@ -56,7 +58,7 @@ def network(name: str) -> nn.Module:
 
 
 class Images:
-    """The images of a folder, as a model wants them, with their classes where they are known (-1 where not)."""
+    """The images of a folder, as a model takes them, with their classes where they are known (-1 where not)."""
 
     def __init__(self, folder: str, model: nn.Module) -> None:
         transform: Any = create_transform(**resolve_model_data_config(model))
@@ -80,7 +82,7 @@ class Benchmark:
     def __init__(self, name: str, folder: str, results: Path | None = None) -> None:
         self.name, self.dense, self.results = Path(name).stem, network(name), results
         self.images = Images(folder, self.dense)
-        self.wanted = self.outputs(self.dense, torch.arange(len(self.images.x)))
+        self.expected = self.outputs(self.dense, torch.arange(len(self.images.x)))
 
     @torch.inference_mode()
     def outputs(self, model: nn.Module, chosen: torch.Tensor) -> torch.Tensor:
@@ -89,10 +91,10 @@ class Benchmark:
 
     def measure(self, out: torch.Tensor, chosen: torch.Tensor) -> tuple[float, float, float]:
         """Top-1 and agreement with the dense network in percent, and the divergence from it in nats."""
-        wanted, y = self.wanted[chosen], self.images.y[chosen]
+        expected, y = self.expected[chosen], self.images.y[chosen]
         top1 = float((out.argmax(1) == y).double().mean()) if (y >= 0).all() else math.nan
-        agreement = float((out.argmax(1) == wanted.argmax(1)).double().mean())
-        kl = F.kl_div(out.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
+        agreement = float((out.argmax(1) == expected.argmax(1)).double().mean())
+        kl = F.kl_div(out.log_softmax(1), expected.log_softmax(1), reduction="batchmean", log_target=True)
         return 100 * top1, 100 * agreement, float(kl)
 
     def run(
@@ -110,8 +112,11 @@ class Benchmark:
 
     def table(self, banks: list[str], keys: list[int], draws: int) -> None:
         """Every bank, number of keys and stage."""
-        print(f"\n{HEAD}", flush=True)
-        measured = [self.measure(self.wanted[half], half) for half in (self.images.halves(d)[1] for d in range(draws))]
+        print()
+        print_head(TITLES)
+        measured = [
+            self.measure(self.expected[half], half) for half in (self.images.halves(d)[1] for d in range(draws))
+        ]
         self.row("", "", "dense", [(*values, math.nan, math.nan) for values in measured])
         calibrations: dict[str, tuple[Any, ...]] = {
             "none": (),
@@ -127,37 +132,35 @@ class Benchmark:
                     if every or not stages or stages == STAGES:
                         self.row(bank, r, name, [self.run(bank, r, stages, draw) for draw in range(draws)])
 
-    def row(self, bank: str, keys: int | str, repair: str, results: list[tuple[float, ...]]) -> None:
-        """The mean over draws, and the spread of accuracy and agreement; each draw goes into the file of results."""
+    def row(self, bank: str, keys: int | str, calibration: str, results: list[tuple[float, ...]]) -> None:
+        """Prints mean and range over draws; adds each draw to the file of results."""
         if self.results is not None:
-            columns = ["network", "bank", "keys", "repair", "draw", "top1", "agreement", "kl", "r2", "seconds"]
-            with self.results.open("a", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerows([] if file.tell() else [columns])
-                for draw, values in enumerate(results):
-                    writer.writerow([self.name, bank, keys, repair, draw, *(f"{value:.4f}" for value in values)])
+            for draw, values in enumerate(results):
+                figures = (f"{value:.4f}" for value in values)
+                append_row(self.results, COLUMNS, [self.name, bank, keys, calibration, draw, *figures])
         top1, agreement, kl, r2, seconds = zip(*results, strict=True)
         cells = [
             self.name,
             bank,
             keys,
-            repair,
+            calibration,
             *(f"{mean(v):.1f}" + (f" ({min(v):.1f} to {max(v):.1f})" if len(v) > 1 else "") for v in (top1, agreement)),
             f"{mean(kl):.2f}",
             "" if math.isnan(r2[0]) else f"{mean(r2):.2f}",
             "" if math.isnan(seconds[0]) else f"{mean(seconds):.0f}",
         ]
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        print_row(cells)
 
     def growth(self, bank: str, keys: int, draws: int) -> None:
         """More and more images."""
         half = len(self.images.x) // 2
-        print("\n| network | images | top-1, draw by draw | agreement | KL |\n|---|---|---|---|---|", flush=True)
+        print()
+        print_head(["network", "images", "top-1, draw by draw", "agreement", "KL"])
         for count in sorted({max(10, half * part // 5) for part in (1, 2, 3, 5)}):
             results = [self.run(bank, keys, STAGES, draw, count) for draw in range(draws)]
             rows = zip(list(zip(*results, strict=True))[:3], (1, 1, 2), strict=True)
             columns = [" / ".join(f"{value:.{places}f}" for value in column) for column, places in rows]
-            print(f"| {self.name} | {count} | " + " | ".join(columns) + " |", flush=True)
+            print_row([self.name, count, *columns])
 
 
 def main() -> None:

@@ -71,14 +71,14 @@ def backward_times(layer: MasterKeyConv2d, input: torch.Tensor, rounds: int) -> 
     """Milliseconds of a layer's backward pass, by way; the ways take turns, and the first turn is not counted."""
     input.requires_grad_()
     output = layer(input)
-    wanted, upstream = [input, *layer.parameters()], torch.randn_like(output)
+    inputs, upstream = [input, *layer.parameters()], torch.randn_like(output)
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     repeats = 1
     for turn in range(-1, rounds):
         for way, depthwise.WHOLE_UP_TO in WAYS.items():
             start = time.perf_counter()
             for _ in range(repeats):
-                torch.autograd.grad(output, wanted, upstream, retain_graph=True)
+                torch.autograd.grad(output, inputs, upstream, retain_graph=True)
             spent = time.perf_counter() - start
             if turn >= 0:
                 times[way].append(spent / repeats * 1e3)

@@ -48,7 +48,7 @@ GRID = [  # batch, channels, side, kernel, stride: stages of ConvNeXt, StarNet, 
 ]
 NETWORKS = {"convnext_tiny": 4, "convnext_atto": 16, "convnextv2_atto": 16, "efficientnet_lite0": 8}
 NETWORKS |= {"mobilenetv3_large_100": 8, "starnet_s1": 8}
-REPAIRED = {"tf_efficientnet_lite0": 250, "convnext_base": 76}  # images
+CALIBRATED = {"tf_efficientnet_lite0": 250, "convnext_base": 76}  # images
 VARIANTS = ("dense", "frozen", "autograd", "none", "shift", "affine")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cuda":
@@ -58,13 +58,7 @@ if DEVICE.type == "cuda":
     VARIANTS += ("affine+kernels",)
     torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True  # as timm's train.py has it
 
-
-KERNELS = {
-    "": "0",
-    "kernels": "1",
-    "conv": "conv",
-    "sums": "sums",
-}  # after a variant's "+": gpu_operators.TRITON
+SWITCHES = {"": "0", "kernels": "1", "conv": "conv", "sums": "sums"}  # gpu_operators.TRITON by what follows "+"
 BLOCKS = {  # to try, by operation and whether in channels_last: places, columns, channels
     ("conv", False): [(128, 32, 1), (128, 64, 1), (256, 32, 1), (256, 64, 1), (512, 64, 1)],
     ("conv", True): [(4, 4, 64), (8, 8, 32), (8, 8, 64), (8, 8, 128), (16, 8, 32), (16, 8, 64), (32, 8, 32)],
@@ -92,7 +86,7 @@ class PlainKeyConv2d(nn.Conv2d):
 
 
 def variant(dense: nn.Module, name: str) -> nn.Module:
-    """A copy of a dense network (or convolution) in one of the variants; kernels are left to ``interleaved``."""
+    """A copy of a dense network (or convolution) in one of the variants; ``interleaved`` switches GPU kernels on."""
     name = name.partition("+")[0]
     if name == "dense":
         return copy.deepcopy(dense)
@@ -114,7 +108,7 @@ def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(-3 if DEVICE.type == "cuda" else -1, rounds):
         for name, run in runs.items():
-            gpu_operators.TRITON = KERNELS[name.partition("+")[2]]
+            gpu_operators.TRITON = SWITCHES[name.partition("+")[2]]
             milliseconds = run()
             if turn >= 0:
                 times[name].append(milliseconds)
@@ -163,7 +157,7 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
 
 
 def grid(args: argparse.Namespace) -> list[Shape]:
-    """Shapes of depthwise layers: a few on CPU; on CUDA, or if models are chosen, all of theirs, each once."""
+    """Shapes of depthwise layers: a few on CPU; on CUDA, or if models are chosen, all of the models, each once."""
     if DEVICE.type != "cuda" and not args.models:
         return list(GRID)  # type: ignore[arg-type]
     found: dict[Shape, None] = {}
@@ -233,7 +227,7 @@ def layer_columns(part: str, shape: Shape, layout: str) -> dict[str, object]:
 
 
 def blocks(args: argparse.Namespace) -> None:
-    """How large a block of the output a program of a kernel should work on: milliseconds of those tried, best first."""
+    """How large a block of the output an instance of a GPU kernel should compute: milliseconds by size, best first."""
     from timm_masterkeys.layers import gpu_kernels
 
     tables = {"conv": gpu_kernels.CONVOLUTION, "sums": gpu_kernels.WINDOWS}
@@ -267,7 +261,7 @@ def blocks(args: argparse.Namespace) -> None:
 
 
 def measured(args: argparse.Namespace) -> None:
-    """What ``gpu_operators.MEASURED`` should hold by the results of ``layers``: where a kernel won at every size."""
+    """What ``gpu_operators.MEASURED`` should hold, by the results of ``layers``: where a GPU kernel always won."""
     with args.results.open(newline="") as file:
         found = [row for row in csv.DictReader(file) if row["part"] in ("forward", "backward")]
     times: dict[tuple[str, ...], dict[str, float]] = {}
@@ -280,7 +274,7 @@ def measured(args: argparse.Namespace) -> None:
         kernel = kernel if kernel.startswith("(") else f"({kernel}, {kernel})"
         about = f"{kernel}, ({stride}, {stride}), (1, 1), 1, {layout == 'channels_last'}"
         dtype = {"bf16": "torch.bfloat16", "float32": "torch.float32"}[precision]
-        # A kernel convolves forward, and backward where there is no stride; the sums are of the backward pass.
+        # A GPU kernel convolves forward, and backward where there is no stride; the sums are of the backward pass.
         speaks = {"conv": part == "forward" or stride == "1", "sums": part == "backward"}
         for operation, scales, ours, plain in (
             ("conv", 0, "none+conv", "none"),
@@ -381,7 +375,7 @@ def steps(args: argparse.Namespace) -> None:
 
 
 def profile(args: argparse.Namespace) -> None:
-    """Where the time of a training step goes, by kernel."""
+    """Where the time of a training step goes, by operation."""
     for name, kind in ((name, kind) for name in args.models or NETWORKS for kind in args.variants):
         images = args.batch_size or NETWORKS.get(name, 8)
         run = trainer(timm.create_model(name, num_classes=100), kind, images, args.sizes[-1], args)
@@ -394,11 +388,11 @@ def profile(args: argparse.Namespace) -> None:
         )
 
 
-def repair(args: argparse.Namespace) -> None:
-    """Seconds and memory of the repair of a network with weights drawn at random, from noise."""
+def calibrate(args: argparse.Namespace) -> None:
+    """Seconds and memory of calibrating a network of random weights with images of noise."""
     rows = [["network", "images, px", "s", "MB"]]
-    for name in args.models or REPAIRED:
-        images, size = args.batch_size or REPAIRED.get(name, 76), args.sizes[-1]
+    for name in args.models or CALIBRATED:
+        images, size = args.batch_size or CALIBRATED.get(name, 76), args.sizes[-1]
         dense = timm.create_model(name).eval().to(DEVICE)
         model, x = convert_to_masterkeys(dense), torch.randn(images, 3, size, size)
         run = lambda model=model, dense=dense, x=x: clock(lambda: calibrate_masterkeys(model, dense, x))  # noqa: E731
@@ -408,13 +402,13 @@ def repair(args: argparse.Namespace) -> None:
         else:
             seconds, memory = [run() / 1e3], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         rows.append([name, f"{images}, {size}", f"{seconds[0]:.1f}", f"{memory:.0f}"])
-        about = {"part": "repair", "what": name, "batch": images, "px": size, "MB": f"{memory:.1f}"}
+        about = {"part": "calibrate", "what": name, "batch": images, "px": size, "MB": f"{memory:.1f}"}
         write(args, [{**about, "ms": f"{seconds[0] * 1e3:.0f}"}])
     table(rows)
 
 
 def inference(args: argparse.Namespace) -> None:
-    """Inference: dense milliseconds, and what the converted network takes more, as it is, fused, and by the kernel."""
+    """Inference: dense milliseconds, and what the converted network adds: unfused, fused, and with the GPU kernel."""
     kernel = ["unfused+conv"] if any("+" in name for name in args.variants) else []
     rows = [["network", "batch, px", "dense ms", "unfused", "fused", *kernel]]
     form = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -434,7 +428,7 @@ def inference(args: argparse.Namespace) -> None:
     table(rows)
 
 
-PARTS = {"layers": layers, "steps": steps, "inference": inference, "profile": profile, "repair": repair}
+PARTS = {"layers": layers, "steps": steps, "inference": inference, "profile": profile, "calibrate": calibrate}
 PARTS |= {"blocks": blocks, "measured": measured}
 
 
@@ -455,15 +449,15 @@ def main() -> None:
     args.sizes = args.sizes or ([224] if DEVICE.type == "cuda" else [160, 224])
     if args.variants[0] != "dense":
         parser.error("the first variant is what the others are compared with: dense")
-    if any(name.partition("+")[2] not in KERNELS for name in args.variants):
-        parser.error(f"after + a variant has one of {', '.join(filter(None, KERNELS))}")
+    if any(name.partition("+")[2] not in SWITCHES for name in args.variants):
+        parser.error(f"after + a variant has one of {', '.join(filter(None, SWITCHES))}")
     if "measured" in args.only and args.results is None:
         parser.error("measured reads what --results names")
-    old = args.compile and not hasattr(torch.compiler, "is_exporting")  # it compiles without kernels
+    old = args.compile and not hasattr(torch.compiler, "is_exporting")  # it compiles without GPU kernels
     if old or not gpu_operators.gpu_kernels_run(DEVICE.type):
         args.variants = [name for name in args.variants if "+" not in name]
         args.only = [part for part in args.only if part != "blocks"]
-        print("Triton does not run here, or not compiled: no kernels are measured.")
+        print("Triton does not run here, or not compiled: no GPU kernels are measured.")
     print(f"torch {torch.__version__}, timm {timm.__version__}, {DEVICE}, {torch.get_num_threads()} threads")
     layout = "channels_last" if args.channels_last else "NCHW"
     print(f"{args.precision}, {layout}, {'compiled' if args.compile else 'eager'}\n")

@@ -10,12 +10,12 @@ that the search tries, only the one it returns is. Rows are added to a CSV file.
 """
 
 import argparse
-import csv
 import time
 from pathlib import Path
 
 import torch
 from benchmark_fidelity import Benchmark
+from intervals import append_row, print_head, print_row
 from torch import nn
 
 import timm_masterkeys as mk
@@ -59,13 +59,11 @@ def main() -> None:
 
     def write(chosen: str, keys: int, figures: list[str]) -> None:
         row = [benchmark.name, "own" if args.own else "builtin", chosen, str(keys), f"{keys / kernels:.2f}", *figures]
-        print(f"| {' | '.join(row)} |", flush=True)
-        with args.results.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([row] if file.tell() else [COLUMNS, row])
+        print_row(row)
+        append_row(args.results, COLUMNS, row)
 
     kernels = sum(layer.out_channels for layer in mk.plan_conversion(dense).converted)
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    print_head(COLUMNS)
     model, budget = mk.convert_to_agreement(dense, args.agreement, images)
     for one in budget.tried:
         figures = [f"{100 * one.figures['agreement']:.3f}", f"{one.figures['divergence']:.3f}"]
@@ -73,14 +71,14 @@ def main() -> None:
         write(f"for {args.agreement:.1%}" if one == budget.chosen else "tried", one.keys, figures)
     print(f"\n{budget}\n", flush=True)
     with torch.no_grad():
-        wanted = torch.cat([dense(x) for x in held_out.split(8)])
+        expected = torch.cat([dense(x) for x in held_out.split(8)])
         for count in args.keys_per_kernel:
             start = time.perf_counter()
             model = mk.convert_to_masterkeys(dense, keys_per_kernel=count)
             mk.calibrate_masterkeys(model, dense, fitted)
             seconds = time.perf_counter() - start
             out = torch.cat([model(x) for x in held_out.split(8)])
-            found = classification_figures(out, wanted)
+            found = classification_figures(out, expected)
             figures = [f"{100 * found['agreement']:.3f}", f"{found['divergence']:.3f}"]
             write("uniform", count * kernels, [*figures, *photographs(model), f"{seconds:.0f}"])
 

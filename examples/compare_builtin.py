@@ -12,11 +12,11 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
 from benchmark_fidelity import Benchmark
+from intervals import print_head, print_row, spread
 from PIL import Image, ImageEnhance
 from timm.data import resolve_model_data_config
 from torchvision.transforms.functional import pil_to_tensor
@@ -32,7 +32,7 @@ class Setting:
     """How images are made of the photographs; by default as ``builtin_images`` does."""
 
     count: int = COUNT
-    photographs: int | None = None  # so many of them, drawn anew for each seed
+    photographs: int | None = None  # so many of them, chosen anew for each seed
     area: tuple[float, float] = AREA
     ratio: tuple[float, float] = RATIO
     flips: bool = True
@@ -43,7 +43,7 @@ class Setting:
     def crops(self, size: tuple[int, int], seed: int, interpolation: str) -> list[Image.Image]:
         """The images before they are normalised."""
         draw = random.Random(f"{seed} of the setting")
-        pictures = photographs()
+        pictures = list(photographs().values())
         if self.photographs:
             pictures = draw.sample(pictures, self.photographs)
         options: Any = {"area": self.area, "ratio": self.ratio, "flips": self.flips, "interpolation": interpolation}
@@ -130,14 +130,12 @@ def main() -> None:
                 rows.append(dict(zip(COLUMNS, map(str, cells), strict=True)))
                 writer.writerow(rows[-1])
                 file.flush()
-    print("| network | keys | setting | seeds | top-1 | agreement | KL |\n|---|---|---|---|---|---|---|")
+    print_head(["network", "keys", "setting", "seeds", "top-1", "agreement", "KL"])
     for group in dict.fromkeys(tuple(row[name] for name in COLUMNS[:3]) for row in rows):
         values = [
             [float(row[name]) for row in rows if tuple(row[c] for c in COLUMNS[:3]) == group] for name in COLUMNS[5:8]
         ]
-        spread = [f" ± {stdev(v):.{d}f}" if len(v) > 1 else "" for v, d in zip(values, (1, 1, 2), strict=True)]
-        cells = [f"{mean(v):.{d}f}{s}" for v, d, s in zip(values, (1, 1, 2), spread, strict=True)]
-        print(f"| {' | '.join(group)} | {len(values[0])} | {' | '.join(cells)} |")
+        print_row([*group, len(values[0]), *(spread(v, d) for v, d in zip(values, (1, 1, 2), strict=True))])
 
 
 if __name__ == "__main__":

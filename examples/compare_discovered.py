@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from statistics import mean
 
+from intervals import print_head, print_row
+
 from timm_masterkeys.study.discovery import collect_kernels, discover_bank, match_banks
 from timm_masterkeys.study.kernels import read_kernels
 
@@ -37,8 +39,8 @@ def main() -> None:
         if sum(map(len, arrays)) >= args.fewest:
             sources[path.name] = arrays
     kernels = collect_kernels(sources, size)
-    print("| left out | kernels | keys | found | lines | published | random | ceiling | elbow | same | seconds |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    fits = ("found", "lines", "published", "random", "ceiling")
+    print_head(["left out", "kernels", "keys", *fits, "elbow", "same", "seconds"])
     for keys in args.keys:
         rows = []
         for name in [args.without] if args.without else list(sources):
@@ -47,13 +49,11 @@ def main() -> None:
             seconds = time.perf_counter() - start
             same = sum(value >= SAME for _, _, value in match_banks(found.bank, "babaiee2025", size))
             rows.append(list(found.r2.values()))
-            cells = " | ".join(f"{value:.3f}" for value in rows[-1])
-            row = f"| {name} | {found.held_out:,} | {keys} | {cells} | {found.elbow} | {same} | {seconds:.0f} |"
-            print(row, flush=True)
+            cells = (f"{value:.3f}" for value in rows[-1])
+            print_row([name, f"{found.held_out:,}", keys, *cells, found.elbow, same, f"{seconds:.0f}"])
             if args.output:
                 found.bank.save(args.output)
-        means = " | ".join(f"{mean(column):.3f}" for column in zip(*rows, strict=True))
-        print(f"| mean | | {keys} | {means} | | | |", flush=True)
+        print_row(["mean", "", keys, *(f"{mean(column):.3f}" for column in zip(*rows, strict=True)), "", "", ""])
 
 
 if __name__ == "__main__":

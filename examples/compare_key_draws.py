@@ -1,6 +1,6 @@
-"""Training from scratch: does it matter how often each key is drawn? A small ConvNeXt on a folder of small images.
+"""Training from scratch: does it matter how often each key is assigned? A small ConvNeXt on a folder of small images.
 
-Keys drawn uniformly (the default), as often as trained networks use them, and eight random filters, beside the dense
+Keys assigned uniformly (the default), as often as trained networks use them, and eight random filters, beside the dense
 network; same recipe, several seeds. The folder is an ImageFolder with train/ and validation/, such as CIFAR-10's.
 
     python examples/compare_key_draws.py FOLDER

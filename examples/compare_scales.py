@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from statistics import mean
 
+from intervals import print_head, print_row
+
 from timm_masterkeys import get_bank
 from timm_masterkeys.keys.sigma_fit import fit_scales
 from timm_masterkeys.study.kernels import collect_kernels, read_kernels
@@ -21,7 +23,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="+")
     parser.add_argument("--fewest", type=int, default=32, help="kernels of a size (default: %(default)s)")
     args = parser.parse_args()
-    print("| network | size | kernels | published | scale-space-b | sigmas fitted | seconds |\n" + "|---" * 7 + "|")
+    print_head(["network", "size", "kernels", "published", "scale-space-b", "sigmas fitted", "seconds"])
     means: dict[tuple[int, int], list[tuple[float, ...]]] = {}
     for network in args.networks:
         layers = read_kernels(network)
@@ -34,12 +36,11 @@ def main() -> None:
             seconds = time.perf_counter() - start
             row = tuple(float(r2.mean()) for r2 in (kernels.fit("babaiee2025")[0], kernels.fit(BANK)[0], fitted))
             means.setdefault(size, []).append(row)
-            cells = " | ".join(f"{value:.3f}" for value in row)
-            name = f"{Path(network).stem} | {size[0]}x{size[1]} | {len(kernels):,}"
-            print(f"| {name} | {cells} | {seconds:.1f} |", flush=True)
+            about = Path(network).stem, f"{size[0]}x{size[1]}", f"{len(kernels):,}"
+            print_row([*about, *(f"{value:.3f}" for value in row), f"{seconds:.1f}"])
     for size, rows in sorted(means.items()):
-        cells = " | ".join(f"{mean(column):.3f}" for column in zip(*rows, strict=True))
-        print(f"| mean of {len(rows)} | {size[0]}x{size[1]} | | {cells} | |")
+        means = (f"{mean(column):.3f}" for column in zip(*rows, strict=True))
+        print_row([f"mean of {len(rows)}", f"{size[0]}x{size[1]}", "", *means, ""])
 
 
 if __name__ == "__main__":

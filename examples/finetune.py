@@ -1,9 +1,9 @@
 """Fine-tunes a network with timm's own train.py and validate.py, unmodified: dense and with frozen keys, arm by arm.
 
-An arm is ``dense``, or keys per kernel, start and what trains, as ``4-repaired-affine`` or ``1-plain-shift``. Networks
-start as the ImageNet weights converted (``plain``), repaired as well (``repaired``), or, ``late``, as the dense network
-that was fine-tuned, then converted and repaired. With ``-kd`` an arm also learns from that dense network. ``@N`` at the
-end gives an arm N epochs of its own, with a learning rate that is best for so many; ``@0`` is the start itself.
+An arm is ``dense``, or keys per kernel, start and what trains: ``4-calibrated-affine``, ``1-plain-shift``. Networks
+start as the ImageNet weights converted (``plain``), calibrated as well (``calibrated``), or, ``late``, as the dense
+network that was fine-tuned, then converted and calibrated. With ``-kd`` an arm also learns from that dense network.
+``@N`` at the end gives an arm N epochs of its own, with the learning rate that is best for N; ``@0`` is the start.
 The folder is an ImageFolder, ``FOLDER/train/CLASS/*.jpg`` and ``FOLDER/validation/CLASS/*.jpg``; validation may lack
 classes.
 
@@ -35,7 +35,7 @@ from timm.models import load_checkpoint, save_for_hf
 import timm_masterkeys as mk
 from timm_masterkeys.files import atomic_path
 
-ARMS = ["dense", "1-plain-shift", "1-repaired-shift", "1-repaired-affine", "4-repaired-shift", "4-repaired-affine"]
+ARMS = ["dense", "1-plain-shift", *(f"{keys}-calibrated-{what}" for keys in (1, 4) for what in ("shift", "affine"))]
 ALL, HELD_OUT = "validation", "held out"  # what an accuracy was measured on: for choosing a rate, training images
 
 
@@ -53,9 +53,9 @@ class Arm:
     @classmethod
     def parse(cls, name: str) -> "Arm":
         """An arm by its name."""
-        found = re.fullmatch(r"(?:dense|(\d+)-(plain|repaired|late)-(shift|affine|none))(-kd)?(?:@(\d+))?", name)
+        found = re.fullmatch(r"(?:dense|(\d+)-(plain|calibrated|late)-(shift|affine|none))(-kd)?(?:@(\d+))?", name)
         if not found or found[1] == "0":
-            raise argparse.ArgumentTypeError(f"'{name}', expected dense, or such as 4-repaired-affine, then -kd, @2")
+            raise argparse.ArgumentTypeError(f"'{name}', expected dense, or such as 4-calibrated-affine, then -kd, @2")
         epochs = None if found[5] is None else int(found[5])
         return cls(name, int(found[1] or 0), found[2] or "", found[3] or "", bool(found[4]), epochs)
 
@@ -86,13 +86,13 @@ class Study:
     def rate(self, arm: Arm) -> float:
         """The learning rate of an arm: the given one, or that which is best on held-out training images.
 
-        A distilled or late arm takes that of the same arm, repaired at the start and without a teacher, unless it has
+        A distilled or late arm takes that of the same arm, calibrated at the start and without a teacher, unless it has
         epochs of its own.
         """
         if not self.args.tune or arm.epochs == 0:
             return float(self.args.lr)
         if arm.epochs is None:
-            arm = Arm.parse(arm.name.removesuffix("-kd").replace("late", "repaired"))
+            arm = Arm.parse(arm.name.removesuffix("-kd").replace("late", "calibrated"))
         if arm not in self.rates:
             tried = {lr: self.last(Run(arm, self.args.seeds[0], lr, HELD_OUT)) for lr in self.args.tune}
             self.rates[arm] = max(tried, key=lambda lr: float(tried[lr]["top1"]))
@@ -101,12 +101,12 @@ class Study:
     def last(self, run: Run, network: bool = False) -> dict[str, str]:
         """The row of a run's last epoch; the run is done if it is not yet, or if its ``network`` is needed but gone."""
         settings = {name: str(value) for name, value in self.settings(run).items()}
-        wanted = settings | {"epoch": str(self.length(run))}
-        done = any(wanted.items() <= row.items() for row in self.rows())
+        last = settings | {"epoch": str(self.length(run))}
+        done = any(last.items() <= row.items() for row in self.rows())
         if not done or (network and not self.network(run).is_dir()):
             trained = self.train(run)
             self.write([row for row in self.rows() if not settings.items() <= row.items()] + trained)
-        return next(row for row in self.rows() if wanted.items() <= row.items())
+        return next(row for row in self.rows() if last.items() <= row.items())
 
     def settings(self, run: Run) -> dict[str, Any]:
         """The columns that tell a run from others."""
@@ -223,7 +223,7 @@ class Study:
         return folder
 
     def start(self, run: Run) -> Path:
-        """A folder with what a run starts from; repaired, where it is, on the images that it is trained on."""
+        """A folder with the network that a run starts from; it is calibrated with the run's training images."""
         arm = run.arm
         kind = f"{arm.keys}-{arm.start}" if arm.keys else "dense"
         kind += f"-seed{run.seed}" if arm.start == "late" else ""
@@ -261,7 +261,7 @@ class Study:
             save_for_hf(model, str(self.network(run)), safe_serialization=True)
 
     def preparation(self) -> dict[str, Any]:
-        """Of images, for training, repair and tests alike."""
+        """How images are prepared for training, calibration and tests."""
         size = (3, self.args.size, self.args.size)
         return {"input_size": size, "crop_pct": 1.0, "test_input_size": None, "test_crop_pct": None}
 

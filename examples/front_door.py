@@ -7,7 +7,6 @@ all of them. Needs a FOLDER/labels.csv (columns file and class_index).
 """
 
 import argparse
-import csv
 import logging
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from benchmark_fidelity import Benchmark
+from intervals import append_row, print_head, print_row
 
 import timm_masterkeys as mk
 
@@ -32,17 +32,14 @@ class Table:
 
     def row(self, name: str, images: str, model: Any, seconds: float) -> None:
         """Measures a network, prints its row and adds it to the file of results."""
-        out, expected = self.benchmark.outputs(model.eval(), self.others), self.benchmark.wanted[self.others]
+        out, expected = self.benchmark.outputs(model.eval(), self.others), self.benchmark.expected[self.others]
         top1, agreement, _ = self.benchmark.measure(out, self.others)
         sure = expected.softmax(1).amax(1) > 0.5
         same = float((out.argmax(1) == expected.argmax(1))[sure].double().mean()) * 100
         left = len(mk.plan_conversion(model).converted) if model is not self.dense else ""
         figures = [f"{top1:.1f}", f"{agreement:.1f}", f"{same:.1f}", int(sure.sum()), left, f"{seconds:.0f}"]
-        print("| " + " | ".join(map(str, [name, images, *figures])) + " |", flush=True)
-        with self.results.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([] if file.tell() else [COLUMNS])
-            writer.writerow([name, images, *figures])
+        print_row([name, images, *figures])
+        append_row(self.results, COLUMNS, [name, images, *figures])
 
     def converted(self, name: str, keys: int, images: str, bank: str = "babaiee2025") -> None:
         """A row of a network with as many keys for every kernel."""
@@ -62,7 +59,8 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("timm_masterkeys").setLevel(logging.ERROR)
     table = Table(args.folder, args.results)
-    print(f"{torch.get_num_threads()} threads\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    print(f"{torch.get_num_threads()} threads\n")
+    print_head(COLUMNS)
     table.row("dense", "", table.dense, 0)
     for keys in (1, 4):
         for images in ("", "builtin", "250 of one's own"):

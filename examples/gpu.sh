@@ -12,7 +12,7 @@ train() {
   "$python" examples/benchmark_train.py ${MODELS:+--models $MODELS} --results "$results" "$@"
 }
 
-for part in "${@:-tests kernel blocks layers measured profile steps small inference repair discovery compiled}"; do
+for part in "${@:-tests kernel blocks layers measured profile steps small inference calibrate discovery compiled}"; do
   for name in $part; do
     echo "== $name"
     case $name in
@@ -35,7 +35,7 @@ for part in "${@:-tests kernel blocks layers measured profile steps small infere
       inference)
         for layout in --channels-last ""; do train --only inference --precision bf16 $layout; done
         ;;
-      repair) MODELS="" train --only repair ;;
+      calibrate) MODELS="" train --only calibrate ;;
       discovery) "$python" examples/benchmark_discover.py --kernels 2500 10000 ;;
       *) echo "no part $name" >&2; exit 1 ;;
     esac

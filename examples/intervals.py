@@ -1,14 +1,17 @@
-"""How figures of several seeds are written: mean and spread, and differences in pairs with their 95 % interval."""
+"""How the programs write figures: mean and spread, differences in pairs with their 95 % interval, rows of tables."""
 
+import csv
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # seeds: t(.975)
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 1) -> str:
     """Mean and standard deviation."""
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def interval(differences: Sequence[float]) -> str:
@@ -17,3 +20,21 @@ def interval(differences: Sequence[float]) -> str:
         return f"{mean(differences):+.1f}" if differences else ""
     half = STUDENT[len(differences)] * stdev(differences) / len(differences) ** 0.5
     return f"{mean(differences):+.1f} ± {half:.1f}" + (" *" if abs(mean(differences)) > half else "")
+
+
+def print_row(cells: Sequence[Any]) -> None:
+    """Prints a row of a Markdown table at once."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def print_head(columns: Sequence[str]) -> None:
+    """Prints the head of a Markdown table."""
+    print_row(columns)
+    print("|---" * len(columns) + "|", flush=True)
+
+
+def append_row(path: Path, columns: Sequence[str], row: Sequence[Any]) -> None:
+    """Adds a row to a CSV file, below the names of the columns if the file is new."""
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([row] if file.tell() else [columns, row])

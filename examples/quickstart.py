@@ -22,7 +22,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import nn
 
 import timm_masterkeys as mk
-from timm_masterkeys.calibration.images import named_photographs
+from timm_masterkeys.calibration.images import photographs
 
 SHOWN = {"mackerel": "a cat", "perched_shrike": "a shrike", "astronaut": "an astronaut", "egret": "an egret"}
 
@@ -44,9 +44,9 @@ def count_sure(model: nn.Module, images: torch.Tensor) -> int:
 @torch.inference_mode()
 def compare(model: nn.Module, dense: nn.Module, images: torch.Tensor) -> str:
     """On how many images both say the same, where the dense network is sure and of all, and how far apart they are."""
-    out, wanted = (torch.cat([net(part) for part in images.split(16)]).log_softmax(1) for net in (model, dense))
-    same, sure = out.argmax(1) == wanted.argmax(1), wanted.exp().amax(1) > 0.5
-    divergence = F.kl_div(out, wanted, reduction="batchmean", log_target=True)
+    out, expected = (torch.cat([net(part) for part in images.split(16)]).log_softmax(1) for net in (model, dense))
+    same, sure = out.argmax(1) == expected.argmax(1), expected.exp().amax(1) > 0.5
+    divergence = F.kl_div(out, expected, reduction="batchmean", log_target=True)
     return f"{same[sure].float().mean():>9.0%}  {same.float().mean():>7.0%}  {divergence:>10.2f}"
 
 
@@ -88,7 +88,7 @@ def main() -> None:
 
     print("\nWhat they say of photographs that none of them was calibrated with:\n")
     transform: Any = create_transform(**resolve_data_config(model=dense))
-    pictures = named_photographs()
+    pictures = photographs()
     shown = torch.stack([transform(pictures[name]) for name in SHOWN])
     answers = {name: classify(net, shown) for name, net in {"dense": dense, **networks}.items() if "4 keys" != name}
     widths = [max(map(len, [name, *says])) for name, says in answers.items()]

@@ -69,11 +69,11 @@ class Data:
         self.train = self._read(train, size)
         self.validation = self._read(create_dataset("", folder, split="validation", class_map=names), size)
         if most:
-            self.train = self.drawn(most, 0)[0]
+            self.train = self.subset(most, 0)[0]
             order = torch.randperm(len(self.validation[1]), generator=torch.Generator().manual_seed(0))[:most]
             self.validation = self.validation[0][order], self.validation[1][order]
 
-    def drawn(self, count: int, seed: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    def subset(self, count: int, seed: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
         """A seed's subset of the training images, and the last fifth of them in that seed's order."""
         order = torch.randperm(len(self.train[1]), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
         return tuple((self.train[0][own], self.train[1][own]) for own in (order[:count], order[-(len(order) // 5) :]))
@@ -111,7 +111,7 @@ def network(classes: int, small: bool) -> nn.Module:
 
 
 def arm_model(arm: str, classes: int, small: bool, seed: int, source: nn.Module | None) -> nn.Module:
-    """The network of an arm, drawn with a seed."""
+    """The network of an arm, initialised at random with a seed."""
     torch.manual_seed(seed)
     model = network(classes, small)
     if arm in ("random", "transfer-dense"):
@@ -207,7 +207,7 @@ class Experiment:
     def run(self, arm: str, count: int, lr: float, decay: float, seed: int, bar: Any) -> dict[str, Any]:
         """The result of one run, from the file if it is there."""
         about = self.about(arm, count, lr, decay, seed)
-        subset, rest = self.data.drawn(count if seed else self.tuned_on(count), seed)
+        subset, rest = self.data.subset(count if seed else self.tuned_on(count), seed)
         epochs = max(2, self.args.passes // len(subset[1]))  # every size is trained for as long
         for row in self.kept:
             if about.items() <= row.items():

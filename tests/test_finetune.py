@@ -38,7 +38,7 @@ LOADED = """
 import sys, timm, torch, timm_masterkeys
 from timm_masterkeys.zoo.evaluate import find_labels, measure
 model = timm.create_model(sys.argv[1], pretrained=True)
-print(measure([model], find_labels("flowers", "flowers/classes.txt"), workers=0).accuracies[0].top1)
+print(measure([model], find_labels("flowers", "flowers/classes.txt"), workers=0).top1[0])
 print(model(torch.ones(1, 3, 160, 160)).flatten().tolist(), model.pretrained_cfg["label_names"])
 """
 
@@ -125,7 +125,7 @@ def test_published_and_loaded_by_name(hub, folder, shell):
     (folder / "runs" / "flowers").mkdir(parents=True)
     torch.save({"state_dict": model.state_dict()}, folder / "runs" / "flowers" / "model_best.pth.tar")
     labels = find_labels(folder / "flowers", folder / "flowers" / "classes.txt")
-    assert measure([model], labels, workers=0).accuracies[0].top1 == 100
+    assert measure([model], labels, workers=0).top1 == (100,)
     shell(publish)
     assert len(hub.repos["alice/test_convnext.mk8_flowers"].branches["main"]) == 2
     printed = shell(f"{name}\npython - test_convnext.mk8_flowers <<'END'\n{LOADED}\nEND").splitlines()
@@ -163,7 +163,7 @@ def test_the_example_goes_on_where_it_was(scripts, folder, start, shell):
     """
     example = PAGE.parent.parent / "finetune.py"
     command = (
-        f"python {example} flowers --scripts . --model test_efficientnet.r160_in1k --arms dense 1-repaired-affine-kd"
+        f"python {example} flowers --scripts . --model test_efficientnet.r160_in1k --arms dense 1-calibrated-affine-kd"
     )
     command += " --epochs 3 --batch-size 4 --workers 1 --device cpu --tune 1e-4 1e-2 --tune-epochs 1"
     process = start(command)
@@ -182,10 +182,10 @@ def test_the_example_goes_on_where_it_was(scripts, folder, start, shell):
         if row["measured on"] == "held out":
             tried.setdefault(row["arm"], {})[row["lr"]] = float(row["top1"])
     assert {arm: list(rates) for arm, rates in tried.items()} == {
-        arm: ["0.0001", "0.01"] for arm in ("dense", "1-repaired-affine")
+        arm: ["0.0001", "0.01"] for arm in ("dense", "1-calibrated-affine")
     }
     rows = [row for row in rows if row["measured on"] == "validation"]
-    arms = ["dense", "1-repaired-affine-kd"]
+    arms = ["dense", "1-calibrated-affine-kd"]
     best = {arm: max(rates, key=rates.__getitem__) for arm, rates in tried.items()}
     assert [row["lr"] for row in rows] == [best[arm.removesuffix("-kd")] for arm in arms for _ in range(3)]
     assert [(row["arm"], row["epoch"]) for row in rows] == [(arm, str(i)) for arm in arms for i in (1, 2, 3)]

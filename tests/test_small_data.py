@@ -59,10 +59,10 @@ def test_the_arms_are_what_they_say(arm):
 
 def test_every_seed_draws_a_subset_and_is_tuned_on_other_images(folder):
     data = Data(str(folder), 8)
-    first, rest = data.drawn(200, 1)
+    first, rest = data.subset(200, 1)
     assert len(first[1]) == 200 and len(rest[1]) == 64
-    assert torch.equal(data.drawn(100, 1)[0][0], first[0][:100])  # a larger subset holds the smaller
-    assert not torch.equal(data.drawn(200, 2)[0][0], first[0])
+    assert torch.equal(data.subset(100, 1)[0][0], first[0][:100])  # a larger subset holds the smaller
+    assert not torch.equal(data.subset(200, 2)[0][0], first[0])
     seen = {image.numpy().tobytes() for image in first[0]}
     assert not any(image.numpy().tobytes() in seen for image in rest[0])
 

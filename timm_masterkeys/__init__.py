@@ -1,6 +1,6 @@
 """Master key filters for timm: depthwise kernels as affine images of a few frozen keys."""
 
-from .calibration.agreement import KeyBudget, Spending, convert_to_agreement
+from .calibration.agreement import KeyBudget, TriedNetwork, convert_to_agreement
 from .calibration.blockwise import StageReport
 from .calibration.calibrate import CalibrationReport, calibrate_masterkeys
 from .calibration.images import builtin_images
@@ -48,8 +48,8 @@ __all__ = [
     "ProjectionError",
     "Publication",
     "ScaledKeyConv2d",
-    "Spending",
     "StageReport",
+    "TriedNetwork",
     "ZooError",
     "__version__",
     "builtin_images",

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a temporary path beside ``path``; on success it is flushed to disk and renamed to ``path``.
+    """Yields a temporary path beside ``path``; on success it is flushed to disk and renamed to ``path``.
 
     Args:
         path: The file to write. Its folder must exist.
@@ -49,7 +49,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def os_errors() -> Iterator[None]:
-    """Raises what safetensors says of a full disk or a lost folder as the OSError it is.
+    """Raises an error of safetensors about a full disk or a missing folder as an OSError.
 
     Example:
         >>> with os_errors():
@@ -65,7 +65,7 @@ def os_errors() -> Iterator[None]:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file in hex, as ``sha256sum`` and the Hub have it.
+    """The SHA-256 of a file in hex.
 
     Raises:
         OSError: The file cannot be read.
@@ -90,7 +90,7 @@ def folder_sha256(folder: str | os.PathLike[str]) -> str:
 
 
 def walk_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """All files in a folder, at all depths, sorted, but for hidden ones; links are followed, to each folder once."""
+    """All visible files in a folder, at all depths, sorted; links are followed, to each folder once."""
     found, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
@@ -105,7 +105,7 @@ def walk_files(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def tensors_sha256(value: Any) -> str:
-    """The SHA-256, in hex, of a state dict, whatever its order; nested mappings and sequences are walked through.
+    """The SHA-256, in hex, of a state dict, independent of its order, with nested mappings and sequences.
 
     Raises:
         TypeError: It holds something that is neither a tensor, a number, a string, None, a mapping nor a sequence.
@@ -137,11 +137,11 @@ def _update(digest: Any, value: Any) -> None:
 
 @contextmanager
 def locked(path: str | os.PathLike[str], wait: bool = True) -> Iterator[bool]:
-    """Holds the lock of a file until the context or the process ends; tells whether it was had.
+    """Holds a lock until the context or the process ends; yields whether it holds it.
 
     Args:
         path: The lock's file, made if missing and left there.
-        wait: Wait for others who hold it; else the context runs at once, without the lock if another holds it.
+        wait: Wait for the lock; else the context runs at once, without the lock if another process holds it.
     """
     timeout = -1 if wait else 0
     lock: BaseFileLock = FileLock(path, timeout=timeout)
@@ -162,13 +162,13 @@ def locked(path: str | os.PathLike[str], wait: bool = True) -> Iterator[bool]:
 
 @contextmanager
 def work_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A temporary folder in another, removed afterwards; so are those of killed processes with the same prefix.
+    """A temporary folder, hidden in an existing one, removed afterwards; so are those that killed processes left.
 
     Args:
-        parent: An existing folder.
-        prefix: Of the folder's name, which is hidden.
+        parent: The existing folder.
+        prefix: Of the temporary folder's name; only folders with this prefix are removed.
     """
-    for left in parent.glob(f".{prefix}-*.lock"):  # whoever lives holds its lock
+    for left in parent.glob(f".{prefix}-*.lock"):  # a living process holds its lock
         with locked(left, wait=False) as dead:
             if dead:
                 shutil.rmtree(left.with_suffix(""), ignore_errors=True)

@@ -58,7 +58,7 @@ def test_every_photograph_has_its_source_and_a_licence_that_allows_it():
 
 def test_small_and_readable():
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 1_000_000
-    pictures = photographs()
+    pictures = photographs().values()
     assert len(pictures) == len(rows())
     for picture in pictures:
         assert picture.mode == "RGB" and min(picture.size) >= 160
@@ -103,10 +103,7 @@ def test_prepared_as_the_cfg_says():
 
 
 def test_a_whole_photograph_is_what_timms_transform_gives():
-    picture = photographs()[0]
-    crop = next(draw_crops([picture], picture.size, 1, 0, area=(1, 1), ratio=(1, 1), flips=False))
-    assert np.array_equal(np.asarray(crop), np.asarray(picture))
-    square = picture.crop((0, 0, 240, 240))
+    square = next(iter(photographs().values())).crop((0, 0, 240, 240))
     cfg = {**CFG, "input_size": (3, 96, 96), "crop_pct": 1.0}
     expected = create_transform(**resolve_data_config(pretrained_cfg=cfg))(square)
     crop = next(draw_crops([square], (96, 96), 1, 0, area=(1, 1), ratio=(1, 1), flips=False, interpolation="bilinear"))
@@ -137,7 +134,7 @@ def test_every_picture_before_any_twice_and_half_mirrored():
 
 def test_held_out_crops_are_of_other_photographs(monkeypatch):
     grey = [Image.fromarray(np.full((60, 60, 3), 5 * value, np.uint8)) for value in range(21)]
-    monkeypatch.setattr("timm_masterkeys.calibration.images.photographs", lambda: grey)
+    monkeypatch.setattr("timm_masterkeys.calibration.images.photographs", lambda: dict(enumerate(grey)))
     shown = {
         part: {round(float(x.mean()) / 5) for x in bytes_of(mk.builtin_images(CFG, 42, held_out=part), CFG)}
         for part in (True, False, None)
@@ -166,7 +163,6 @@ def test_models_and_cfgs_of_every_kind():
     assert images.shape[1:] == model.pretrained_cfg["input_size"]
     for same in (timm.get_pretrained_cfg("test_efficientnet"), model.pretrained_cfg, mk.convert_to_masterkeys(model)):
         assert torch.equal(images, mk.builtin_images(same, 3))
-    assert mk.builtin_images({**CFG, "input_size": (3, 500, 700)}, 1).shape == (1, 3, 500, 700)
     with pytest.raises(mk.CalibrationError, match="Linear has no pretrained_cfg"):
         mk.builtin_images(nn.Linear(2, 2))
     with pytest.raises(mk.CalibrationError, match="count is 0, expected at least 1"):
@@ -174,16 +170,13 @@ def test_models_and_cfgs_of_every_kind():
 
 
 def test_other_channels():
-    name = "test_convnext"
-    grey = mk.builtin_images(timm.create_model(name, in_chans=1), 4)
-    colour = mk.builtin_images(timm.create_model(name), 4)
-    assert grey.shape == (4, 1, *colour.shape[2:])
-    cfg = timm.get_pretrained_cfg(name).to_dict()
+    models = {channels: timm.create_model("test_convnext", in_chans=channels) for channels in (1, 3, 5)}
+    grey, colour, five = (mk.builtin_images(model, 4) for model in models.values())
+    assert grey.shape == (4, 1, *colour.shape[2:]) and torch.equal(five, colour[:, [0, 1, 2, 0, 1]])
+    cfg = models[3].pretrained_cfg
     luma = (bytes_of(colour, cfg) * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
     flat = {key: (sum(cfg[key]) / 3,) for key in ("mean", "std")}
     assert torch.allclose(bytes_of(grey, flat)[:, 0], luma, atol=1)
-    five = mk.builtin_images(timm.create_model(name, in_chans=5), 4)
-    assert torch.equal(five, colour[:, [0, 1, 2, 0, 1]])
     one = mk.builtin_images({**CFG, "input_size": (1, 64, 96), "mean": (0.5,), "std": (0.25,)}, 2)
     assert one.shape == (2, 1, 64, 96)
 
@@ -325,6 +318,11 @@ def test_files_that_are_no_images_are_named_and_others_take_their_places(tmp_pat
 
 def test_batches_with_labels_and_the_most_images():
     x = torch.randn(20, 3, 8, 8)
+    for key in ("pixel_values", "image", "images", "input"):
+        batches = [{"labels": torch.zeros(len(part)), key: part} for part in x.split(6)]
+        assert torch.equal(load_images(batches, PLAIN, 400), x)
+    with pytest.raises(mk.CalibrationError, match=r"a dict of 'photo', 'label', .*under one of pixel_values, image"):
+        load_images([{"photo": x, "label": 1}], PLAIN, 400)
     labelled = [(part, torch.zeros(len(part))) for part in x.split(7)]
     assert torch.equal(load_images(labelled, PLAIN, 400), x) and torch.equal(load_images(labelled, PLAIN, 12), x[:12])
     assert torch.equal(load_images(x, PLAIN, 10), x[::2])
@@ -341,7 +339,7 @@ def test_given_to_a_calibration_they_count(tmp_path):
     mk.calibrate_masterkeys(models[1], dense, load_images(tmp_path, dense, 400, Pixels(**GIVEN)))
     assert named.record.origin == tmp_path.name and same(*models)
     _, budget = mk.convert_to_agreement(dense, 0.2, tmp_path, **GIVEN)
-    assert (budget.images, budget.held_out) == (30, 10)
+    assert (budget.record.images, budget.record.held_out) == (40, 10)
     with pytest.raises(mk.CalibrationError, match="no pretrained_cfg"):
         mk.convert_to_agreement(dense, 0.2, tmp_path)
 

@@ -6,12 +6,12 @@ import hashlib
 import itertools
 import os
 import pickle
+import re
 from importlib import resources
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lite0 import lite0_state_dict
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import timm_masterkeys.keys.banks
-from timm_masterkeys import BankError, KeyBank, MasterKeysError, get_bank, list_banks, project_kernels
+from timm_masterkeys import BankError, KeyBank, get_bank, list_banks, project_kernels
 
 LIGHT = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SQUARES = [(n, n) for n in (2, 3, 4, 5, 7, 9, 11, 13, 31)]
@@ -90,7 +90,7 @@ def check_against_oracle(bank, size):
     keys = bank.keys_for(size)
     assert bank.kept(size) == tuple(kept)
     assert bank.left_out(size) == reasons
-    assert keys.shape == (len(kept), *size)
+    assert keys.shape == (len(kept), *size) and keys.dtype == torch.float32
     np.testing.assert_allclose(keys.numpy(), np.stack(list(kept.values())), atol=2e-7)
 
 
@@ -116,19 +116,11 @@ def test_published_keys_digit_for_digit():
 
 
 def test_published_bank_says_what_it_is():
-    bank = get_bank()
-    assert bank.name == "babaiee2025"
+    bank, digest = get_bank(), "821782a20dfdd1dc0a44b7e2302fc0fba68422e0f9b4296fdbe6562317cd2377"
+    assert (bank.name, bank.licence, bank.digest, len(bank)) == ("babaiee2025", "cc-by-4.0", digest, 8)
     assert "arXiv:2509.11711" in bank.source
-    assert bank.licence == "cc-by-4.0"
-    assert len(bank) == 8
     assert repr(bank) == "KeyBank('babaiee2025', 8 keys 7x7, digest 821782a20dfd)"
-
-
-def test_published_digest():
-    digest = "821782a20dfdd1dc0a44b7e2302fc0fba68422e0f9b4296fdbe6562317cd2377"
-    keys = get_bank().keys
-    assert get_bank().digest == digest
-    assert hashlib.sha256(b"(8, 7, 7)" + keys.astype("<f8").tobytes()).hexdigest() == digest
+    assert hashlib.sha256(b"(8, 7, 7)" + bank.keys.astype("<f8").tobytes()).hexdigest() == digest
 
 
 def test_digest_is_of_shape_and_values_alone():
@@ -143,18 +135,8 @@ def test_digest_is_of_shape_and_values_alone():
 # keys at any size
 
 
-@pytest.mark.parametrize("name", ["babaiee2025", "random8:0"])
-@pytest.mark.parametrize("size", SQUARES + STRIPS + OBLONGS)
-def test_mean_zero_and_norm_one(name, size):
-    keys = get_bank(name).keys_for(size)
-    assert keys.dtype == torch.float32
-    assert keys.shape[1:] == size
-    assert torch.allclose(keys.mean((1, 2)), torch.zeros(len(keys)), atol=1e-7)
-    assert torch.allclose(keys.flatten(1).norm(dim=1), torch.ones(len(keys)), atol=1e-6)
-
-
 @pytest.mark.parametrize("name", ["babaiee2025", "random8:1"])
-@pytest.mark.parametrize("size", [*SQUARES[:-1], *STRIPS, *OBLONGS, (31, 31)])
+@pytest.mark.parametrize("size", SQUARES + STRIPS + OBLONGS)
 def test_fold_against_a_loop_over_taps(name, size):
     check_against_oracle(get_bank(name), size)
 
@@ -169,7 +151,7 @@ def test_fold_of_any_bank_against_a_loop_over_taps(seed, shape, size):
     check_against_oracle(random_bank(seed, shape), size)
 
 
-@pytest.mark.parametrize("size", [(3, 3), (5, 5), (1, 7), (7, 1), (3, 5), (4, 4), (2, 6), (1, 4), (2, 2), (5, 2)])
+@pytest.mark.parametrize("size", [(3, 3), (5, 5), (1, 7), (4, 4), (2, 6), (5, 2)])
 @pytest.mark.parametrize("bank", [get_bank(), random_bank(0), random_bank(1, (4, 8, 8)), random_bank(2, (3, 7, 9))])
 def test_same_response_to_an_image_constant_beyond_the_window(bank, size):
     """The smaller key answers an image as the full key answers its replicate padding, up to the key's mean and norm."""
@@ -188,26 +170,10 @@ def test_same_response_to_an_image_constant_beyond_the_window(bank, size):
     np.testing.assert_allclose(whole, norm * small, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [(9, 9), (11, 11), (13, 13), (31, 31), (7, 9), (11, 7)])
-def test_larger_windows_are_filled_with_the_level_of_the_edges(size):
-    bank = get_bank()
-    h, w = (size[0] - 7) // 2, (size[1] - 7) // 2
-    own = bank.keys_for((7, 7))
-    for key, large in zip(own, bank.keys_for(size), strict=True):
-        edges = ([*key[0], *key[-1]] if h else []) + ([*key[:, 0], *key[:, -1]] if w else [])
-        padded = F.pad(key, (w, w, h, h), value=float(np.mean(edges)))
-        padded = padded - padded.mean()
-        torch.testing.assert_close(large, padded / padded.norm(), atol=1e-6, rtol=0)
-
-
 def test_random_keys_are_cropped_so_that_they_stay_independent():
     small = np.concatenate([get_bank(f"random8:{seed}").keys_for((3, 3)).numpy() for seed in range(200)])
     spread = small.std(0)
     assert spread.max() / spread.min() < 1.15  # every tap alike; folded, the corners would hold most of the energy
-
-
-def test_own_size_is_the_key_itself():
-    np.testing.assert_allclose(get_bank().keys_for((7, 7)), get_bank().keys, atol=2e-6)
 
 
 # what is left out
@@ -237,24 +203,6 @@ def test_own_size_is_the_key_itself():
 )
 def test_what_the_published_bank_leaves_out(size, left_out):
     assert get_bank().left_out(size) == left_out
-
-
-@pytest.mark.parametrize("size", SQUARES + STRIPS + OBLONGS)
-def test_kept_and_left_out_share_the_bank(size):
-    bank = get_bank()
-    assert sorted([*bank.kept(size), *bank.left_out(size)]) == list(range(8))
-    assert list(bank.kept(size)) == sorted(bank.kept(size))
-    keys = bank.keys_for(size).flatten(1)
-    assert len(keys) == len(bank.kept(size))
-    if size != (7, 7):
-        assert ((keys @ keys.T).abs() - torch.eye(len(keys))).max() <= 0.98 + 1e-6
-
-
-def test_strips_lose_the_derivative_across_them():
-    """Key 5 differentiates along the width, key 6 along the height: each has no shape in a strip across it."""
-    for n in (3, 5, 7, 9, 11):
-        assert get_bank().left_out((n, 1))[4] == "vanishes"
-        assert get_bank().left_out((1, n))[5] == "vanishes"
 
 
 def test_twins_stay_at_the_banks_own_size():
@@ -314,16 +262,15 @@ def test_bank_keeps_its_own_copy(make):
 def test_keys_for_is_fresh_at_every_call():
     bank = get_bank()
     keys = bank.keys_for((7, 7))
-    wanted = keys.clone()
+    expected = keys.clone()
     keys.zero_()
-    assert torch.equal(bank.keys_for((7, 7)), wanted)
+    assert torch.equal(bank.keys_for((7, 7)), expected)
     bank.left_out((1, 7)).clear()
     assert bank.left_out((1, 7))
 
 
 def test_deepcopy_is_the_bank_itself():
     bank = random_bank(0)
-    assert copy.deepcopy(bank) is bank
     assert copy.deepcopy({"layer": [bank]})["layer"][0] is bank
 
 
@@ -333,46 +280,46 @@ def test_copy_and_pickle_round_trip(again):
     bank.digest  # noqa: B018  # cached: it must not travel
     back = again(bank)
     assert (back.name, back.source, back.licence, back.digest) == ("mine", "my search", "mit", bank.digest)
-    assert np.array_equal(back.keys, bank.keys)
-    assert not back.keys.flags.writeable
+    assert np.array_equal(back.keys, bank.keys) and not back.keys.flags.writeable
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int64])
 def test_keys_of_any_dtype(dtype):
-    keys = (torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)) * 9).to(dtype)
+    keys = (torch.randn(2, 3, 3) * 9).to(dtype).requires_grad_(dtype.is_floating_point)
     bank = KeyBank("mine", keys)
-    assert bank.keys.dtype == np.float64
-    assert bank.keys.tolist() == keys.double().tolist()
+    assert bank.keys.dtype == np.float64 and bank.keys.tolist() == keys.double().tolist()
+    assert not bank.keys_for((3, 3)).requires_grad
 
 
-def test_keys_that_require_grad():
-    keys = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    assert KeyBank("mine", keys).keys_for((3, 3)).requires_grad is False
-
-
-@pytest.mark.parametrize("shape", [(), (9,), (3, 3), (2, 1, 3, 3), (0, 3, 3), (2, 0, 3)])
-def test_keys_of_the_wrong_shape(shape):
-    for keys in (np.ones(shape), torch.ones(shape)):
-        with pytest.raises(BankError) as caught:
-            KeyBank("mine", keys)
-        assert "'mine'" in str(caught.value)
-        assert str(shape) in str(caught.value)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_keys_that_are_not_finite(value):
-    keys = np.random.default_rng(0).standard_normal((2, 3, 3))
-    keys[1, 2, 0] = value
-    with pytest.raises(BankError, match="'mine' holds NaN or Inf"):
-        KeyBank("mine", keys)
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0, -0.1])
-def test_constant_key(value):
+def keys_but(index, value):
     keys = np.random.default_rng(0).standard_normal((3, 3, 3))
-    keys[1] = value
-    with pytest.raises(BankError, match="'mine': key 1 is constant"):
-        KeyBank("mine", keys)
+    keys[index] = value
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        *(
+            (np.ones(shape), re.escape(f"has keys of shape {shape}"))
+            for shape in ((9,), (3, 3), (2, 1, 3, 3), (0, 3, 3))
+        ),
+        *((keys_but((1, 2, 0), value), " holds NaN or Inf") for value in (np.nan, -np.inf)),
+        *((keys_but(1, value), ": key 1 is constant") for value in (0.0, -0.1)),
+    ],
+)
+def test_bad_keys(tmp_path, keys, message):
+    path = tmp_path / "mine.safetensors"
+    save_file({"keys": keys}, path)
+    for make in (
+        lambda: KeyBank("mine", keys),
+        lambda: KeyBank("mine", torch.from_numpy(keys)),
+        lambda: get_bank(path),
+    ):
+        with pytest.raises(BankError, match=f"'mine'.*{message}"):
+            make()
+    with pytest.raises(BankError, match="'custom'"):
+        get_bank(torch.from_numpy(keys))
 
 
 # get_bank
@@ -387,19 +334,16 @@ def test_list_banks():
 
 
 def test_random_banks():
+    before = np.random.get_state()[1].copy()
     bank = get_bank("random8:0")
     assert bank.keys.shape == (8, 7, 7)
-    assert bank.digest == get_bank("random8:0").digest
     # numpy's frozen stream of seed 0, whatever the version
     np.testing.assert_allclose(bank.keys[0, 0, :3], [1.76405234597, 0.40015720837, 0.97873798411], rtol=1e-11)
     assert len({get_bank(f"random8:{seed}").digest for seed in range(50)}) == 50
     assert "seed 7" in get_bank("random8:7").source
     assert get_bank(f"random8:{2**32 - 1}").keys.shape == (8, 7, 7)
-
-
-def test_random_banks_leave_numpys_own_stream_alone():
-    before = np.random.get_state()[1].copy()
-    get_bank("random8:5")
+    with pytest.raises(BankError, match=f"random8:{2**32}"):
+        get_bank(f"random8:{2**32}")
     assert np.array_equal(np.random.get_state()[1], before)
 
 
@@ -414,11 +358,6 @@ def test_unknown_name(name):
         assert known in str(caught.value)
 
 
-def test_seed_out_of_range():
-    with pytest.raises(BankError, match=f"random8:{2**32}"):
-        get_bank(f"random8:{2**32}")
-
-
 def test_get_bank_from_what_is_at_hand(tmp_path):
     bank = random_bank(0, (3, 5, 5))
     assert get_bank(bank) is bank
@@ -430,16 +369,6 @@ def test_get_bank_from_what_is_at_hand(tmp_path):
     for given_path in (path, str(path)):
         assert get_bank(given_path).digest == bank.digest
         assert get_bank(given_path).name == "random"
-
-
-def test_get_bank_of_a_bad_tensor():
-    with pytest.raises(BankError, match=r"\(8, 1, 7, 7\)"):
-        get_bank(torch.randn(8, 1, 7, 7))
-
-
-def test_bank_errors_are_value_errors():
-    assert issubclass(BankError, ValueError)
-    assert issubclass(BankError, MasterKeysError)
 
 
 # files
@@ -466,16 +395,6 @@ def test_save_and_load(tmp_path):
         }
 
 
-def test_saved_over_itself(tmp_path):
-    path = tmp_path / "mine.safetensors"
-    random_bank(0).save(path)
-    KeyBank.load(path).save(path)
-    assert KeyBank.load(path).digest == random_bank(0).digest
-    random_bank(1).save(str(path))
-    assert KeyBank.load(str(path)).digest == random_bank(1).digest
-    assert os.listdir(tmp_path) == ["mine.safetensors"]
-
-
 def test_load_plain_safetensors(tmp_path):
     path = tmp_path / "plain.safetensors"
     keys = np.random.default_rng(0).standard_normal((2, 3, 3)).astype(np.float32)
@@ -485,79 +404,45 @@ def test_load_plain_safetensors(tmp_path):
     assert np.array_equal(bank.keys, keys.astype(np.float64))
 
 
-@pytest.mark.parametrize("place", [-8, -1, -200])
-def test_altered_values(tmp_path, place):
-    path = tmp_path / "mine.safetensors"
-    random_bank(0).save(path)
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(BankError, match="does not match its digest") as caught:
-        KeyBank.load(path)
-    assert str(path) in str(caught.value)
-
-
-def test_altered_shape(tmp_path):
-    path = tmp_path / "mine.safetensors"
-    bank = random_bank(0, (2, 3, 4))
-    save_file({"keys": bank.keys.reshape(2, 4, 3)}, path, {"digest": bank.digest})
-    with pytest.raises(BankError, match="does not match its digest"):
-        KeyBank.load(path)
-
-
-@pytest.mark.parametrize(
-    "data", [b"", b"not safetensors", b"\x80\x02}q\x00." * 9, None], ids=["empty", "text", "pickle", "cut"]
-)
-def test_not_safetensors(tmp_path, data):
-    path = tmp_path / "mine.safetensors"
-    if data is None:
+def altered(place):
+    def write(path):
         random_bank(0).save(path)
-        data = path.read_bytes()[:-9]
-    path.write_bytes(data)
-    with pytest.raises(BankError, match="Expected a safetensors file") as caught:
+        data = bytearray(path.read_bytes())
+        data[place] ^= 1
+        path.write_bytes(data)
+
+    return write
+
+
+def cut_short(path):
+    random_bank(0).save(path)
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+BAD_FILES = {  # what writes it, and the message
+    "altered": (altered(-8), "does not match its digest"),
+    "altered elsewhere": (altered(-200), "does not match its digest"),
+    "empty": (lambda path: path.write_bytes(b""), "Expected a safetensors file"),
+    "pickle": (lambda path: path.write_bytes(b"\x80\x02}q\x00." * 9), "Expected a safetensors file"),
+    "cut": (cut_short, "Expected a safetensors file"),
+    "missing": (lambda path: None, "Expected a safetensors file"),
+    "a folder": (lambda path: path.mkdir(), "Expected a safetensors file"),
+    "other tensors": (lambda path: save_file({"weight": np.zeros(3)}, path), r"holds \['weight'\], expected .*'keys'"),
+    "another format": (
+        lambda path: save_file({"keys": np.zeros((2, 3, 3))}, path, {"format": "timm_masterkeys.bank.2"}),
+        r"'timm_masterkeys.bank.2', this version reads 'timm_masterkeys.bank.1'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_files(tmp_path, kind):
+    path = tmp_path / "mine.safetensors"
+    write, message = BAD_FILES[kind]
+    write(path)
+    with pytest.raises(BankError, match=message) as caught:
         get_bank(path)
     assert str(path) in str(caught.value)
-
-
-def test_no_such_file(tmp_path):
-    for path in (tmp_path / "no.safetensors", tmp_path):
-        with pytest.raises(BankError) as caught:
-            KeyBank.load(path)
-        assert str(path) in str(caught.value)
-
-
-def test_no_tensor_named_keys(tmp_path):
-    path = tmp_path / "mine.safetensors"
-    save_file({"weight": np.zeros(3), "bias": np.zeros(3)}, path)
-    with pytest.raises(BankError, match=r"tensor .*'keys'") as caught:
-        KeyBank.load(path)
-    for part in (str(path), "weight", "bias"):
-        assert part in str(caught.value)
-
-
-@pytest.mark.parametrize("found", ["timm_masterkeys.bank.2", "pt"])
-def test_another_format(tmp_path, found):
-    path = tmp_path / "mine.safetensors"
-    save_file({"keys": np.random.default_rng(0).standard_normal((2, 3, 3))}, path, {"format": found})
-    with pytest.raises(BankError) as caught:
-        KeyBank.load(path)
-    for part in (str(path), f"'{found}'", "timm_masterkeys.bank.1"):
-        assert part in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        (np.full((2, 3, 3), np.nan), "'mine' holds NaN"),
-        (np.ones((2, 3, 3)), "'mine': key 0 is constant"),
-        (np.eye(3), r"'mine' has keys of shape \(3, 3\)"),
-    ],
-)
-def test_file_with_bad_keys(tmp_path, keys, message):
-    path = tmp_path / "mine.safetensors"
-    save_file({"keys": keys}, path)
-    with pytest.raises(BankError, match=message):
-        KeyBank.load(path)
 
 
 def test_save_into_a_missing_folder(tmp_path):

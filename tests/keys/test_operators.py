@@ -64,7 +64,7 @@ def test_one_sided_differences_stand_half_a_tap_aside(x, y):
 
 
 def test_r2_is_that_of_the_best_least_squares_fit():
-    kernels = torch.randn(5, 7, 7, generator=torch.Generator().manual_seed(0)).double()
+    kernels = torch.randn(2, 7, 7, generator=torch.Generator().manual_seed(0)).double()
     fit = fit_operators(kernels)
     edge = 12
 

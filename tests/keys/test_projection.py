@@ -133,7 +133,7 @@ def test_nearest_key_of_real_kernels_by_brute_force(real_kernels, size):
 
 
 def test_fit_of_real_kernels(real_kernels):
-    """The mean R^2 the README speaks of, with the random control; a constant kernel counts as met."""
+    """The mean R2 that the README names, with the random control; the R2 of a constant kernel is 1."""
     found = {
         (name, size): project_kernels(kernels, name).r2.mean().item()
         for name in ("babaiee2025", "random8:0")
@@ -145,17 +145,9 @@ def test_fit_of_real_kernels(real_kernels):
     assert found["random8:0", (5, 5)] < 0.2
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_one_key_agrees_with_numpys_least_squares(size):
-    weight, keys = random_kernels(size), keys_at(size)
-    p = project_kernels(weight)
-    for c, kernel in enumerate(weight.flatten(1).numpy()):
-        coefficients, _ = least_squares(keys[p.key_index[c].numpy()], kernel)
-        np.testing.assert_allclose([p.scale[c].item(), p.shift[c].item()], coefficients, atol=1e-6)
-
-
-@pytest.mark.parametrize("size", [(3, 3), (5, 5), (7, 7), (1, 7), (2, 3)])
-@pytest.mark.parametrize("r", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("size", "r"), [((3, 3), 2), ((5, 5), 3), ((7, 7), 2), ((7, 7), 4), ((1, 7), 4), ((2, 3), 3), ((3, 3), 4)]
+)
 def test_several_keys_are_the_best_of_all_sets(size, r):
     """And given those, in their order, numpy's least squares."""
     weight, keys = random_kernels(size, 15), keys_at(size)
@@ -188,7 +180,7 @@ def test_several_keys_explain_more_of_real_kernels_than_a_greedy_choice(real_ker
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("r", range(1, 9))
+@pytest.mark.parametrize("r", [1, 2, 4, 7, 8])
 def test_projecting_a_fit_again_gives_the_fit(size, r):
     """A greedy choice of several keys may leave the keys that a kernel is made of."""
     weight, keys = random_kernels(size, 200), torch.from_numpy(keys_at(size)).float()
@@ -222,12 +214,7 @@ def test_all_keys_are_plain_least_squares(size):
         assert p.r2[c].item() == pytest.approx(1 - rest / spread, abs=1e-6)
 
 
-def test_all_keys_span_every_3x3_kernel():
-    assert project_kernels(random_kernels((3, 3), 200), keys_per_kernel=8).r2.min() > 1 - 1e-6
-
-
-@pytest.mark.parametrize("r", [1, 2, 5, 8])
-@pytest.mark.parametrize("size", [(3, 3), (5, 5), (7, 7), (1, 7)])
+@pytest.mark.parametrize(("size", "r"), [((3, 3), 2), ((5, 5), 5), ((7, 7), 1), ((1, 7), 8)])
 def test_r2_is_the_share_of_the_variance_explained(size, r):
     weight = random_kernels(size, 100)
     p = project_kernels(weight, keys_per_kernel=r)
@@ -238,7 +225,7 @@ def test_r2_is_the_share_of_the_variance_explained(size, r):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_more_keys_meet_more(size):
+def test_more_keys_explain_more(size):
     weight = random_kernels(size)
     steps = [project_kernels(weight, keys_per_kernel=r) for r in range(1, 9)]
     for fewer, more in itertools.pairwise(steps):
@@ -283,8 +270,10 @@ def test_dependent_keys_of_the_published_bank_do_not_blow_up(size):
     assert p.r2.min() > 1 - 1e-6
 
 
-@pytest.mark.parametrize("factor", [1, -1, 3, 1 + 1e-6])
-@pytest.mark.parametrize(("size", "count"), [((3, 3), 9), ((2, 2), 4), ((3, 3), 16), ((5, 5), 3)])
+@pytest.mark.parametrize(
+    ("size", "count", "factor"),
+    [((3, 3), 9, 1), ((2, 2), 4, -1), ((3, 3), 16, 3), ((5, 5), 3, 1 + 1e-6), ((3, 3), 9, -1)],
+)
 def test_twin_keys_and_all_of_them_used(size, count, factor):
     for seed in range(5):
         keys = torch.randn(count, *size, generator=torch.Generator().manual_seed(seed))
@@ -350,26 +339,6 @@ def test_adding_a_constant_moves_only_the_shift(kernel, constant, r):
 
 
 @LIGHT
-@given(kernel=KERNELS)
-def test_projecting_the_composed_kernel_changes_nothing(kernel):
-    size = tuple(kernel.shape[2:])
-    p = project_kernels(kernel)
-    again = project_kernels(composed(p, size))
-    assert torch.equal(again.key_index, p.key_index)
-    torch.testing.assert_close(again.scale, p.scale, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(again.shift, p.shift, rtol=1e-6, atol=1e-6)
-    assert again.r2.item() > 1 - 1e-6
-
-
-@pytest.mark.parametrize("size", [(3, 3), (5, 5), (7, 7)])
-def test_projecting_the_composed_kernel_of_all_keys_changes_nothing(size):
-    weight = composed(project_kernels(random_kernels(size), keys_per_kernel=8), size)
-    again = project_kernels(weight, keys_per_kernel=8)
-    torch.testing.assert_close(composed(again, size), weight, atol=1e-4, rtol=0)
-    assert again.r2.min() > 1 - 1e-6
-
-
-@LIGHT
 @given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=9, max_size=9))
 def test_any_finite_float32_kernel(taps):
     """Whatever the range of its taps, a kernel has a finite fit that is the best one."""
@@ -412,9 +381,8 @@ def test_every_floating_dtype(dtype, r):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -0.1, 1 / 3, 5e-8, 6e4, 1e-30, -1e30])
-@pytest.mark.parametrize("r", [1, 3])
-def test_constant_kernel_is_met_by_its_shift(dtype, value, r):
+@pytest.mark.parametrize(("value", "r"), [(0.0, 1), (-0.0, 3), (-0.1, 1), (1 / 3, 3), (5e-8, 1), (6e4, 3), (-1e30, 1)])
+def test_constant_kernel_is_its_shift(dtype, value, r):
     value = torch.tensor(value, dtype=dtype).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
     for size in ((3, 3), (7, 7), (1, 5)):
         p = project_kernels(value.expand(4, 1, *size), keys_per_kernel=r)
@@ -450,17 +418,6 @@ def test_powers_of_two_are_exact(dtype, power, r):
     assert torch.equal(q.r2, p.r2)
 
 
-@pytest.mark.parametrize("factor", [1e-30, 1e30])
-@pytest.mark.parametrize("r", [1, 3])
-def test_tiny_and_huge_kernels(factor, r):
-    weight = random_kernels((7, 7)).float()
-    p, q = (project_kernels(w, keys_per_kernel=r) for w in (weight, weight * factor))
-    assert torch.equal(q.key_index, p.key_index)
-    torch.testing.assert_close(q.scale.double() / factor, p.scale.double(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(q.shift.double() / factor, p.shift.double(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(q.r2, p.r2, rtol=0, atol=1e-5)
-
-
 def test_tiny_and_huge_kernels_beside_each_other():
     weight = random_kernels((3, 3), 3).float() * torch.tensor([1e-38, 1.0, 1e30]).view(3, 1, 1, 1)
     p = project_kernels(weight)
@@ -481,14 +438,6 @@ def test_the_weight_is_not_changed():
     assert not any(t.requires_grad for t in (p.scale, p.shift, p.r2))
 
 
-@pytest.mark.parametrize("r", [1, 3, 8])
-def test_deterministic(r):
-    weight = random_kernels((7, 7), 100).float()
-    p, q = (project_kernels(w, keys_per_kernel=r) for w in (weight, weight.clone()))
-    for name in ("key_index", "scale", "shift", "r2"):
-        assert torch.equal(getattr(p, name), getattr(q, name))
-
-
 def test_any_memory_layout():
     weight = random_kernels((5, 5))
     p = project_kernels(weight, keys_per_kernel=2)
@@ -501,26 +450,23 @@ def test_any_memory_layout():
 
 
 def test_every_way_to_name_a_bank(tmp_path):
-    weight, bank = random_kernels((3, 3)), get_bank("random8:3")
+    weight, bank = random_kernels((3, 3)), get_bank()
     bank.save(tmp_path / "bank.safetensors")
-    p = project_kernels(weight, "random8:3", 2)
-    for same in (bank, tmp_path / "bank.safetensors"):
-        assert torch.equal(project_kernels(weight, same, 2).scale, p.scale)
-    keys, p3 = get_bank().keys, project_kernels(weight, keys_per_kernel=2)
-    for same in (get_bank(), keys, torch.from_numpy(keys.copy())):
-        assert torch.equal(project_kernels(weight, same, 2).scale, p3.scale)
-    assert torch.equal(project_kernels(weight).scale, project_kernels(weight, "babaiee2025", 1).scale)
-    assert not torch.equal(project_kernels(weight, keys_per_kernel=2).scale, p.scale)
+    p = project_kernels(weight)
+    for same in ("babaiee2025", bank, tmp_path / "bank.safetensors", bank.keys, torch.from_numpy(bank.keys.copy())):
+        assert torch.equal(project_kernels(weight, same, 1).scale, p.scale)
 
 
 # what is refused
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [("nan", torch.float64), ("inf", torch.bfloat16), ("-inf", torch.float32), ("nan", torch.float16)],
+)
 def test_nan_and_inf_name_the_first_channel(value, dtype):
     weight = random_kernels((3, 3)).to(dtype)
-    weight[17, 0, 2, 1] = weight[23, 0, 0, 0] = value
+    weight[17, 0, 2, 1] = weight[23, 0, 0, 0] = float(value)
     with pytest.raises(ProjectionError, match="Channel 17 of the weight holds NaN or Inf"):
         project_kernels(weight)
 
@@ -557,16 +503,16 @@ def test_keys_per_kernel_is_bounded_by_the_bank():
         project_kernels(random_kernels((5, 5)), bank, 4)
 
 
+@pytest.mark.parametrize("error", [BankError, ProjectionError])
+def test_errors_are_value_errors(error):
+    assert issubclass(error, ValueError) and issubclass(error, MasterKeysError)
+
+
 def test_bank_without_keys_for_the_size():
     with pytest.raises(BankError, match=r"kernel size \(1, 1\)"):
         project_kernels(torch.randn(4, 1, 1, 1))
     with pytest.raises(BankError, match="Unknown bank 'no such bank'"):
         project_kernels(torch.randn(4, 1, 3, 3), "no such bank")
-
-
-def test_projection_errors_are_value_errors():
-    assert issubclass(ProjectionError, ValueError)
-    assert issubclass(ProjectionError, MasterKeysError)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

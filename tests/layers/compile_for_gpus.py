@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs that need not be here: prints a JSON line for each, with what it takes of them.
+"""Compiles the GPU kernels for GPUs that need not be present; prints a JSON line for each, with registers and spills.
 
     python tests/layers/compile_for_gpus.py
 
@@ -28,7 +28,7 @@ CASES = [  # compute capability, type, kernel size, stride, side
 
 
 class Named:
-    """A driver of a GPU of which nothing but its kind is known."""
+    """A driver that knows only the type of a GPU."""
 
     def __init__(self, capability):
         self.target = GPUTarget("cuda", capability, 32)
@@ -44,7 +44,7 @@ class Named:
 
 
 def usage(kernel):
-    """What a compiled kernel takes: registers a thread, and bytes of memory that spilled registers go to."""
+    """Registers per thread of a compiled kernel, and bytes of memory for spilled registers."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

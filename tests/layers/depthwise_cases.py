@@ -54,3 +54,16 @@ def plain(layer, x):
     if layer.same_padding:
         x, padding = pad_same(x, layer.kernel_size, layer.stride, layer.dilation), 0
     return F.conv2d(x, layer.compose_weight(), layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+
+
+def gradients(layer, x, run=None):
+    """By ``run`` (the layer) and by autograd through an ordinary convolution, for one random output gradient."""
+    run, inputs = layer if run is None else run, [x, *layer.parameters()]
+    out, expected = run(x), plain(layer, x)
+    weights = torch.randn_like(expected)
+    return [torch.autograd.grad((result * weights).sum(), inputs) for result in (out, expected)]
+
+
+def assert_gradients(layer, x, tolerance, run=None):
+    for a, b in zip(*gradients(layer, x, run), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))

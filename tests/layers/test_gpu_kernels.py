@@ -1,4 +1,4 @@
-"""The Triton kernels against plain PyTorch, without a GPU in Triton's interpreter; where they are taken; compiled."""
+"""GPU kernels against plain PyTorch, without a GPU in Triton's interpreter; where they are used; compiled."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from depthwise_cases import GEOMETRIES, LAYOUTS, as_function, make, plain
+from depthwise_cases import GEOMETRIES, LAYOUTS, as_function, assert_gradients, make, plain
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
@@ -19,13 +19,14 @@ pytest.importorskip("triton")
 from timm_masterkeys.layers import gpu_kernels
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-CASES = [  # the interpreter is slow: one layout a geometry, in turn
-    (geometry, layout)
+FAST = ("2x2, stride 2", "even, string")  # in the interpreter
+CASES = [  # one layout a geometry, in turn, without a GPU
+    pytest.param(geometry, layout, marks=[] if geometry in FAST else pytest.mark.slow)
     for i, geometry in enumerate(GEOMETRIES)
     for j, layout in enumerate(LAYOUTS)
     if DEVICE == "cuda" or i % len(LAYOUTS) == j
 ]
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
+either_layout = pytest.mark.parametrize("layout", [pytest.param("NCHW", marks=pytest.mark.slow), "channels_last"])
 pytestmark = [pytest.mark.cuda] if DEVICE == "cuda" else []
 
 
@@ -47,18 +48,18 @@ def assert_sums(arguments, tolerance=1e-12):
     """The kernel's sums are the plain ones of the same numbers in float64."""
     got = gpu_kernels.affine_sums(*arguments)
     grad, x, keys, *rest = arguments
-    wanted = gpu_operators.plain_sums(grad.double(), x.double(), keys.double(), *rest)
+    expected = gpu_operators.plain_sums(grad.double(), x.double(), keys.double(), *rest)
     assert got.dtype == torch.promote_types(grad.dtype, torch.float32)
-    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 def assert_convolution(x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), tolerance=1e-12):
     """The kernel's output is the plain one of the same numbers in float64, in the input's type and layout."""
     got = gpu_kernels.depthwise_conv2d(x, weight, bias, stride, padding, dilation)
     exact = x.double(), weight.double(), None if bias is None else bias.double()
-    wanted = F.conv2d(*exact, stride, padding, dilation, x.shape[1])
+    expected = F.conv2d(*exact, stride, padding, dilation, x.shape[1])
     assert got.dtype == x.dtype and depthwise.layout(got) is depthwise.layout(x)
-    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 def random(*shape, layout="NCHW", dtype=torch.float64):
@@ -71,33 +72,36 @@ def random(*shape, layout="NCHW", dtype=torch.float64):
 def test_output_and_gradients_of_a_layer(geometry, layout, kernel_on):
     layer = make(geometry, 2, "affine").to(DEVICE)
     x = random(3, 2, 4, 3, layout=layout).requires_grad_()
-    inputs, out, expected = [x, *layer.parameters()], layer(x), plain(layer, x)
-    torch.testing.assert_close(out, expected)
-    weights = torch.randn_like(out)
-    wanted = torch.autograd.grad((expected * weights).sum(), inputs)
-    for got, value in zip(torch.autograd.grad((out * weights).sum(), inputs), wanted, strict=True):
-        torch.testing.assert_close(got, value)
+    assert_gradients(layer, x, 1e-7)
     with torch.no_grad():
-        assert torch.equal(layer(x), out)
+        out = layer(x)
+    torch.testing.assert_close(out, plain(layer, x))
+    assert torch.equal(layer(x), out)
 
 
-@layouts
-@pytest.mark.parametrize(("dtype", "digits"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "digits", "layout"),
+    [
+        (torch.bfloat16, 8e-3, "NCHW"),
+        pytest.param(torch.bfloat16, 8e-3, "channels_last", marks=pytest.mark.slow),
+        pytest.param(torch.float16, 1e-3, "channels_last", marks=pytest.mark.slow),
+        pytest.param(torch.float32, 1e-6, "NCHW", marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision_is_summed_in_float32(dtype, digits, layout):
-    arguments = sums((2, 3, 8, 7), torch.randn(8, 3, 5), 1, padding=(1, 2), layout=layout, dtype=dtype)
+    arguments = sums((2, 2, 8, 7), torch.randn(8, 2, 3), 1, padding=(1, 1), layout=layout, dtype=dtype)
     assert_sums(arguments, 1e-6)
-    weight, bias = (torch.randn(shape, device=DEVICE, dtype=dtype) for shape in ((3, 1, 3, 5), (3,)))
-    assert_convolution(arguments[1], weight, bias, padding=(1, 2), tolerance=digits)  # the output alone is rounded
+    weight, bias = (torch.randn(shape, device=DEVICE, dtype=dtype) for shape in ((2, 1, 2, 3), (2,)))
+    assert_convolution(arguments[1], weight, bias, padding=(1, 1), tolerance=digits)  # the output alone is rounded
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "layout"),
     [
-        ((2, 1, 33, 65), "NCHW"),
+        pytest.param((2, 1, 33, 65), "NCHW", marks=pytest.mark.slow),
         ((9, 1, 7, 7), "NCHW"),
-        ((1, 33, 34, 9), "channels_last"),
-        ((5, 66, 1, 3), "channels_last"),
+        pytest.param((1, 33, 34, 9), "channels_last", marks=pytest.mark.slow),
+        pytest.param((5, 66, 1, 3), "channels_last", marks=pytest.mark.slow),
     ],
 )
 def test_shapes_that_no_block_divides(shape, layout):
@@ -107,18 +111,18 @@ def test_shapes_that_no_block_divides(shape, layout):
     assert_convolution(random(*shape, layout=layout), random(shape[1], 1, 1, 2), padding=(0, 1))
 
 
-@layouts
+@either_layout
 def test_a_large_kernel(layout):
     keys = torch.randn(1, 31, 31, dtype=torch.float64)
     assert_sums(sums((1, 2, 4, 5), keys, 0, padding=(15, 15), layout=layout))
 
 
-@layouts
+@either_layout
 def test_strides_of_any_kind(layout):
     keys = torch.randn(8, 3, 3, dtype=torch.float64)
-    grad, x, *rest = sums((2, 3, 8, 7), keys, 1, padding=(1, 1), layout=layout)
+    grad, x, *rest = sums((2, 3, 4, 3), keys, 1, padding=(1, 1), layout=layout)
     other = "NCHW" if layout == "channels_last" else "channels_last"
-    wide = random(2, 5, 9, 9, layout=layout)[:, 1:4, :8, 1:8]
+    wide = random(2, 5, 5, 5, layout=layout)[:, 1:4, :4, 1:4]
     assert_sums((grad.to(memory_format=LAYOUTS[other]), wide, *rest))
     assert_sums((grad[:, :, :1, :1].expand_as(grad), x, *rest))
     weight = random(3, 3, 3, 3, layout=layout)[:, 1:2]
@@ -127,9 +131,9 @@ def test_strides_of_any_kind(layout):
 
 def test_offsets_of_64_bits(monkeypatch):
     monkeypatch.setattr(gpu_kernels, "WIDE", 1)
-    arguments = sums((2, 3, 4, 3), torch.randn(8, 3, 3, dtype=torch.float64), 1, padding=(1, 1))
+    arguments = sums((2, 2, 4, 3), torch.randn(8, 2, 2, dtype=torch.float64), 1, padding=(1, 1))
     assert_sums(arguments)
-    assert_convolution(arguments[1], random(3, 1, 3, 3), padding=(1, 1))
+    assert_convolution(arguments[1], random(2, 1, 2, 2), padding=(1, 1))
 
 
 def test_a_batch_of_none(kernel_on):
@@ -138,6 +142,7 @@ def test_a_batch_of_none(kernel_on):
     assert not layer.shift.grad.any() and not layer.scale.grad.any()
 
 
+@pytest.mark.slow
 def test_second_order(kernel_on):
     layer = make("strip", 2, "affine").to(DEVICE)
     x = torch.randn(2, 2, 2, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
@@ -145,8 +150,8 @@ def test_second_order(kernel_on):
     for f in (layer, lambda x: plain(layer, x)):
         first = torch.autograd.grad(f(x).sin().sum(), inputs, create_graph=True)
         second.append(torch.autograd.grad(sum(g.sin().sum() for g in first), inputs))
-    for got, wanted in zip(*second, strict=True):
-        torch.testing.assert_close(got, wanted)
+    for got, expected in zip(*second, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_vmap_goes_the_plain_way(kernel_on):
@@ -155,8 +160,8 @@ def test_vmap_goes_the_plain_way(kernel_on):
     x = torch.randn(3, 2, 2, 2, 4, dtype=torch.float64, device=DEVICE)
     gradient = torch.func.grad(lambda x, *p: f(x, *p).square().sum(), argnums=2)
     got = torch.func.vmap(gradient, (0, None, None))(x, *parameters)
-    wanted = [torch.autograd.grad(plain(layer, one).square().sum(), layer.shift)[0] for one in x]
-    torch.testing.assert_close(got, torch.stack(wanted))
+    expected = [torch.autograd.grad(plain(layer, one).square().sum(), layer.shift)[0] for one in x]
+    torch.testing.assert_close(got, torch.stack(expected))
 
 
 @pytest.mark.slow
@@ -170,15 +175,12 @@ def test_compile_in_one_graph(dynamic, kernel_on):
     used = operators(lambda: compiled(x).sum().backward())
     assert used == ({"affine_sums", "depthwise_conv2d"} if hasattr(torch.compiler, "is_exporting") else set())
     for _ in range(2):
-        got = torch.autograd.grad(compiled(x).square().sum(), [x, *layer.parameters()])
-        wanted = torch.autograd.grad(plain(layer, x).square().sum(), [x, *layer.parameters()])
-        for a, b in zip(got, wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert_gradients(layer, x, 1e-4, compiled)
     assert counter.frame_count == 1
 
 
-@layouts
-def test_the_operators_are_what_they_say(layout, kernel_on):
+@either_layout
+def test_the_operators_pass_torchs_own_checks(layout, kernel_on):
     assert gpu_operators.gpu_kernels_run(DEVICE)
     grad, x, *rest = sums((2, 3, 4, 3), torch.randn(8, 1, 3, dtype=torch.float64), 1, padding=(0, 1), layout=layout)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -200,17 +202,17 @@ def test_the_gradients_of_a_convolution_by_the_operator(kernel_on):
 
 
 def operators(run):
-    """The operators of ours that are called."""
+    """The operators of this package that are called."""
     with torch.profiler.profile() as profile:
         run()
     return {event.key.partition("::")[2] for event in profile.key_averages() if event.key.startswith("timm_masterkeys")}
 
 
-CONVOLUTION = ("conv", (7, 7), (1, 1), (1, 1), 1, False, torch.float32, 0)
+CONVOLUTION = ("conv", (3, 3), (1, 1), (1, 1), 1, False, torch.float32, 0)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "measured", "taken"),
+    ("setting", "measured", "used"),
     [
         ("", [], set()),
         ("", [CONVOLUTION], {"depthwise_conv2d"}),
@@ -222,29 +224,28 @@ CONVOLUTION = ("conv", (7, 7), (1, 1), (1, 1), 1, False, torch.float32, 0)
         ("sums", [CONVOLUTION], {"affine_sums"}),
     ],
 )
-def test_they_are_taken_where_asked_for_or_measured(wanted, measured, taken, monkeypatch):
-    monkeypatch.setattr(gpu_operators, "TRITON", wanted)
+def test_they_are_used_where_asked_for_or_measured(setting, measured, used, monkeypatch):
+    monkeypatch.setattr(gpu_operators, "TRITON", setting)
     monkeypatch.setattr(gpu_operators, "MEASURED", frozenset(gpu_operators.Case(*case) for case in measured))
-    layer = make("7x7", 1, "shift", dtype=torch.float32).to(DEVICE)
-    x = torch.randn(1, 2, 4, 4, device=DEVICE)
-    assert operators(lambda: layer(x).sum().backward()) == taken
+    layer = make("3x3", 1, "shift", channels=1, dtype=torch.float32).to(DEVICE)
+    x = torch.randn(1, 1, 4, 4, device=DEVICE)
+    assert operators(lambda: layer(x).sum().backward()) == used
     with torch.inference_mode():
-        assert operators(lambda: layer(x)) == taken & {"depthwise_conv2d"}
+        assert operators(lambda: layer(x)) == used & {"depthwise_conv2d"}
 
 
 def test_inference_under_autocast(kernel_on):
-    layer = make("7x7", 1, "shift", dtype=torch.float32).to(DEVICE)
+    layer = make("3x3", 1, "shift", dtype=torch.float32).to(DEVICE)
     x = torch.randn(1, 2, 4, 4, device=DEVICE)
     with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16):
-        got, wanted = layer(x), plain(layer, x)
-    assert got.dtype == wanted.dtype == torch.bfloat16
-    torch.testing.assert_close(got, wanted, rtol=0.01, atol=0.01 * float(wanted.abs().max()))
+        got, expected = layer(x), plain(layer, x)
+    assert got.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected, rtol=0.01, atol=0.01 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(("strict", "grad"), [pytest.param(True, False, marks=pytest.mark.slow), (False, True)])
 def test_what_is_exported_runs_without_the_package(strict, grad, kernel_on):
-    layer = make("7x7", 1, "shift", dtype=torch.float32).to(DEVICE).eval()
+    layer = make("strip", 1, "shift", dtype=torch.float32).to(DEVICE).eval()
     x = torch.randn(1, 2, 4, 4, device=DEVICE)
     layer(x)
     with torch.set_grad_enabled(grad):
@@ -280,15 +281,15 @@ def test_forward_mode(grad, kernel_on):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_what_no_output_reads_does_not_count():
+def test_input_that_no_output_reads_does_not_count():
     grad, x, *rest = sums((1, 2, 6, 6), torch.randn(8, 2, 2, dtype=torch.float64), 1, (3, 3))
     x[:, :, 5], x[:, :, :, 5] = torch.inf, torch.nan
-    got, wanted = gpu_kernels.affine_sums(grad, x, *rest), gpu_operators.plain_sums(grad, x, *rest)
-    torch.testing.assert_close(got[:, 1:], wanted[:, 1:])
+    got, expected = gpu_kernels.affine_sums(grad, x, *rest), gpu_operators.plain_sums(grad, x, *rest)
+    torch.testing.assert_close(got[:, 1:], expected[:, 1:])
 
 
 @pytest.mark.slow
-def test_they_compile_for_gpus_that_are_not_here(tmp_path):
+def test_they_compile_for_several_gpus(tmp_path):
     pytest.importorskip("triton.backends.nvidia", reason="a Triton of another vendor")
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)

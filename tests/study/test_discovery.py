@@ -6,13 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 import timm_masterkeys as mk
 from timm_masterkeys.study import discovery
 from timm_masterkeys.study.discovery import (
-    agreement_score,
     collect_kernels,
     discover_bank,
     eliminate,
@@ -74,18 +72,17 @@ def test_elimination_against_brute_force():
     weights /= weights.sum()
     candidates = collect_kernels([torch.randn(40, 7, 7)]).values[:9]
 
-    def score(keys):
+    def r2(keys):
         return float(weights @ (data.values @ keys.T).square().amax(1))
 
     order, curve = eliminate(data.values, weights, candidates)
     left = list(range(9))
     for removed in order[:-1]:
-        assert curve[len(left)] == pytest.approx(score(candidates[left]), abs=1e-12)
-        without = {i: score(candidates[[j for j in left if j != i]]) for i in left}
+        assert curve[len(left)] == pytest.approx(r2(candidates[left]), abs=1e-12)
+        without = {i: r2(candidates[[j for j in left if j != i]]) for i in left}
         assert without[removed] == pytest.approx(max(without.values()), abs=1e-12)
         left.remove(removed)
-    assert curve[1] == pytest.approx(score(candidates[left])) and sorted(order) == list(range(9))
-    assert eliminate(data.values, weights, candidates, score)[0] == order
+    assert curve[1] == pytest.approx(r2(candidates[left])) and sorted(order) == list(range(9))
 
 
 def test_elbow():
@@ -104,11 +101,11 @@ def test_a_planted_bank_is_discovered(method, tmp_path, monkeypatch):
     assert found_again(found.bank.keys_for((7, 7)), lines).min() > 0.97
     assert found.r2["this bank"] > 0.9 > 0.5 > found.r2["published keys"] and found.r2["random keys"] < 0.4
     text = str(found)
-    assert "4 keys from 240 kernels; the curve of scores bends at 4" in text and "200 kernels held out" in text
+    assert "4 keys from 240 kernels; the curve of R2 bends at 4" in text and "200 kernels held out" in text
     cells = [re.split("  +", line) for line in text.splitlines()]
     assert all([name, f"{value:.3f}"] in cells for name, value in found.r2.items())
     assert ["keys", *map(str, range(1, 9))] in cells  # twice as far as the elbow
-    assert ["score", *(f"{found.curve[count]:.3f}" for count in range(1, 9))] in cells
+    assert ["mean R2", *(f"{found.curve[count]:.3f}" for count in range(1, 9))] in cells
     found.bank.save(tmp_path / "mine.safetensors")
     bank = mk.get_bank(tmp_path / "mine.safetensors")
     assert bank.source == (
@@ -118,36 +115,6 @@ def test_a_planted_bank_is_discovered(method, tmp_path, monkeypatch):
     monkeypatch.setattr(discovery, "STEPS", 20)
     first, again = (discover_bank(data, method=method, keys=3) for _ in range(2))
     assert first.bank.digest == again.bank.digest and first.elbow == again.elbow and len(first.bank) == 3
-
-
-def test_a_score_of_ones_own(monkeypatch):
-    for name, value in {"STEPS": 50, "BATCH": 64, "CODES": 20, "LOCAL": 5}.items():  # two rounds of some 200 calls each
-        monkeypatch.setattr(discovery, name, value)
-    data = collect_kernels([planted(3)[0]])
-    target = torch.randn(7, 7, generator=torch.Generator().manual_seed(4)).double()
-    found = discover_bank(data, score=lambda keys: float((keys * target).sum((1, 2)).abs().max()), keys=1)
-    best = float((torch.from_numpy(found.bank.keys.copy())[0] * target).sum().abs())
-    assert best == pytest.approx(found.curve[1]) and found.bank.digest != discover_bank(data, keys=1).bank.digest
-
-
-def test_agreement_score_is_that_of_the_converted_network():
-    torch.manual_seed(0)
-    model = timm.create_model("test_convnext").eval()
-    images = torch.randn(60, 3, 64, 64)
-    score = agreement_score(model, images)
-    assert score(torch.arange(-3, 4.0)[None, :, None].expand(1, 7, 7)) >= 0  # one key will do
-    strips = timm.create_model("inception_next_atto", num_classes=4).eval()  # it has no shape in a 1xk strip
-    assert agreement_score(strips, images[:2])(torch.arange(-3, 4.0)[None, :, None].expand(1, 7, 7)) == 0  # not dense
-    keys = torch.randn(8, 7, 7)
-    with torch.inference_mode():
-        bank = mk.KeyBank("keys", keys.numpy(), resize="crop")  # as a discovered bank
-        same = mk.convert_to_masterkeys(model, bank=bank).eval()(images).argmax(1) == model(images).argmax(1)
-    assert score(keys) == pytest.approx(float(same.double().mean()))
-    own = mk.convert_to_masterkeys(model)
-    with pytest.raises(mk.BankError, match="is a converted model"):
-        agreement_score(own, images)
-    # A network whose kernels are images of the bank's keys loses nothing.
-    assert agreement_score(mk.fuse_masterkeys(own), images)(mk.get_bank().keys_for((7, 7))) == 1
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -176,10 +143,3 @@ def test_match_banks_without_scipy(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(ImportError, match=r"needs scipy: pip install scipy"):
         match_banks("babaiee2025", "random8:3")
-
-
-def test_agreement_score_on_photographs_that_ship(monkeypatch):
-    model, images = timm.create_model("test_efficientnet"), torch.randn(20, 3, 32, 32)
-    monkeypatch.setattr(discovery, "builtin_images", lambda model: images)
-    keys = torch.randn(4, 3, 3)
-    assert agreement_score(model, "builtin")(keys) == agreement_score(model, images)(keys)

@@ -138,10 +138,11 @@ def test_curves_and_bars(model):
 
 
 def test_what_to_install(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "timm_masterkeys.study.plotting")
+    for module in ("page", "plotting"):
+        monkeypatch.delitem(sys.modules, f"timm_masterkeys.study.{module}", raising=False)
     monkeypatch.delattr("timm_masterkeys.study.plotting")
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
-    assert main(["plot", "test_convnext", "--pretrained", "--output", "x"]) == 1
+    assert main(["inspect", "test_convnext", "--pretrained", "--html", "x"]) == 1
     assert "Pictures need matplotlib: pip install matplotlib" in capsys.readouterr().err
 
 

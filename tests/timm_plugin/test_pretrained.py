@@ -139,7 +139,7 @@ def test_as_few_keys_as_an_agreement_needs(file, monkeypatch, caplog):
     model = create(file, **arguments, mk_trainable="affine", num_classes=7)
     again = create(file, **arguments)
     ((chosen, budget),) = found
-    assert budget.asked == 0.05 and budget.chosen.score >= 0.05 and budget.summary() in caplog.text
+    assert budget.target == 0.05 and budget.chosen.score >= 0.05 and budget.summary() in caplog.text
     keys = {name: layer.keys_per_kernel for name, layer in layers(model).items()}
     assert keys == budget.chosen.keys_per_kernel and all(name.startswith("blocks.3.") for name in keys)
     same(again, chosen)

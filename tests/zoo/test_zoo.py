@@ -1,18 +1,15 @@
 """The command ``zoo`` from end to end: the real client and the real timm in processes, a Hub on loopback, faults."""
 
-import copy
 import csv
 import json
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from forked import Python, run
 from hub_server import HubServer
-from lite0 import lite0_state_dict
 from PIL import Image
 from safetensors.torch import save
 from test_evaluate import SYNSETS, picture
@@ -21,15 +18,14 @@ from torch import nn
 
 import timm_masterkeys as mk
 from timm_masterkeys.cli import main
-from timm_masterkeys.zoo.evaluate import Labels
-from timm_masterkeys.zoo.results import Result, write_names, write_table
+from timm_masterkeys.zoo.evaluate import Labels, Measurement, find_labels, measure
+from timm_masterkeys.zoo.results import Result, make_result, write_result, write_tables
 from timm_masterkeys.zoo.zoo import Zoo, make_zoo, plan_zoo
 
 ARCHS = ["test_convnext", "test_convnext3", "test_efficientnet"]
 BROKEN = "test_convnext2"  # its weights lack a tensor
 NAMES = [f"{arch}.mk8_r160_in1k" for arch in ARCHS]
-TWO = [ARCHS[0], ARCHS[2]]
-TWO_NAMES = [NAMES[0], NAMES[2]]
+ONE = "test_convnext.mk8_r160_in1k"  # what the runs of a single network make, of ARCHS[:1]
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 
 
@@ -76,7 +72,7 @@ def command(hub, pictures, tmp_path_factory):
 
     def start(output, *arguments, names=(*ARCHS, BROKEN), org="alice", launcher=(), **env):
         given = [*names, "--org", org, "--output", output, "--workers", "0"]
-        given += ["--images", pictures / "calibrate", "--evaluate", pictures / "validation", *arguments]
+        given += ["--calibrate", pictures / "calibrate", "--evaluate", pictures / "validation", *arguments]
         own = hub.env(tmp_path_factory.mktemp("home"), hub.token("alice"), **env)
         return Python("-m", *launcher, "timm_masterkeys", "zoo", *given, env=own)
 
@@ -93,11 +89,11 @@ def _fresh(hub):
 
 @pytest.fixture(scope="module")
 def dry(hub, command, tmp_path_factory):
-    """The folder of a dry run of two networks."""
+    """The folder of a dry run of one network."""
     output = tmp_path_factory.mktemp("dry") / "zoo"
     before = set(hub.repos)
     hub.requests.clear()
-    code, _, err = finish(command(output, "--dry-run", names=TWO, org="lab"))
+    code, _, err = finish(command(output, "--dry-run", names=ARCHS[:1], org="lab"))
     assert (code, err) == (0, "") and set(hub.repos) == before
     assert {r.path.partition("?")[0] for r in hub.select("POST|PUT|DELETE")} <= {"/api/validate-yaml"}
     return output
@@ -189,82 +185,43 @@ def check_published(hub, folder, table):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_dry_run_measures_and_the_next_run_publishes(hub, command, dry):
+def test_a_dry_run_measures_and_the_next_run_publishes(hub, command, dry, pictures):
     """Nothing is downloaded or made again."""
-    table = rows(dry)
-    assert sorted(table) == TWO_NAMES and not any(row["sha"] for row in table.values())
-    assert (dry / "names.txt").read_text() == ""
-    assert table[TWO_NAMES[0]]["dense_top1"] == "75.0"  # as the pictures were labelled
-    code, out, err = finish(command(dry, "--private", names=TWO, org="lab"))
-    assert (code, err) == (0, "") and made(out) == [f"{arch}.r160_in1k" for arch in TWO]
-    assert hub.count("GET", "/timm/") == 0 and commits(hub, "lab") == dict.fromkeys((f"lab/{n}" for n in TWO_NAMES), 1)
-    assert {n: measured(row) for n, row in rows(dry).items()} == {n: measured(row) for n, row in table.items()}
-    assert all(hub.repos[f"lab/{name}"].private for name in TWO_NAMES)
-    assert [line.partition("=")[0] for line in (dry / "names.txt").read_text().splitlines()] == sorted(
-        [*TWO_NAMES, *(f"{arch}.mk8" for arch in TWO)]
-    )
+    [(name, row)] = rows(dry).items()
+    assert (name, row["sha"]) == (ONE, "") and (dry / "names.txt").read_text() == ""
+    assert row["dense_top1"] == "75.0"  # as the pictures were labelled
+    dense = timm.create_model("test_convnext")
+    dense.load_state_dict(weights("test_convnext"))
+    plain = measure([mk.convert_to_masterkeys(dense)], find_labels(pictures), workers=0)
+    assert (row["uncalibrated_top1"], row["uncalibrated_top5"]) == (str(plain.top1[0]), str(plain.top5[0]))
+    code, out, err = finish(command(dry, "--private", names=ARCHS[:1], org="lab"))
+    assert (code, err) == (0, "") and made(out) == ["test_convnext.r160_in1k"]
+    assert hub.count("GET", "/timm/") == 0 and commits(hub, "lab") == {f"lab/{ONE}": 1}
+    assert measured(rows(dry)[ONE]) == measured(row) and hub.repos[f"lab/{ONE}"].private
+    names = [line.partition("=")[0] for line in (dry / "names.txt").read_text().splitlines()]
+    assert names == ["test_convnext.mk8", ONE]
 
 
 @pytest.mark.slow
 def test_killed_twice_and_run_again(hub, command, dry, tmp_path):
     """In a download, and between a commit and the note of it: nothing is lost or done twice, the table is the same."""
-    for name in TWO_NAMES:
-        hub.repos.pop(f"lab/{name}", None)
+    hub.repos.pop(f"lab/{ONE}", None)
     download = r"timm/test_convnext\..*filename=model\.safetensors"
     for path in (download, r"lab/test_convnext\..*/revision/[0-9a-f]{40}"):
         hub.stall(("GET", path), 600)
-        process = command(tmp_path / "zoo", names=TWO, org="lab")
+        process = command(tmp_path / "zoo", names=ARCHS[:1], org="lab")
         while not hub.select("GET", path):
             assert process.poll() is None
             time.sleep(0.05)
         process.kill()
         finish(process)
-    code, out, err = finish(command(tmp_path / "zoo", names=TWO, org="lab"))
-    assert (code, err) == (0, "") and made(out) == [f"{arch}.r160_in1k" for arch in TWO]
+    code, out, err = finish(command(tmp_path / "zoo", names=ARCHS[:1], org="lab"))
+    assert (code, err) == (0, "") and made(out) == ["test_convnext.r160_in1k"]
     assert hub.count("GET", download) == 2  # the one broken off, and one more
-    assert commits(hub, "lab") == dict.fromkeys((f"lab/{n}" for n in TWO_NAMES), 1)
-    table = rows(tmp_path / "zoo")
-    assert {n: measured(row) for n, row in table.items()} == {n: measured(row) for n, row in rows(dry).items()}
-    assert all(table[name]["sha"] == hub.repos[f"lab/{name}"].head().sha for name in TWO_NAMES)
-    assert not list((tmp_path / "zoo").rglob("*.safetensors"))
-
-
-@pytest.mark.slow
-def test_as_few_keys_as_agree(hub, command, tmp_path):
-    """Layers have the keys that ``convert_to_agreement`` chose, before calibration too; the table has their mean."""
-    for i in range(40):
-        picture(tmp_path / f"{i}.png", i)
-    torch.manual_seed(0)
-    dense = timm.create_model("test_efficientnet")
-    transform = create_transform(**resolve_data_config(model=dense))
-    images = torch.stack([transform(Image.open(tmp_path / f"{i}.png")) for i in range(40)])
-    with torch.no_grad():
-        for _ in range(20):
-            dense(images)  # its norms' statistics: it then sees several classes in these pictures
-        labels = dense.eval()(images).argmax(1).tolist()
-    for i, label in enumerate(labels):
-        place = tmp_path / "pictures" / SYNSETS[label] / f"{i}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"{i}.png").rename(place)
-    kept = hub.repos["timm/test_efficientnet.r160_in1k"]
-    hub.add_repo(kept.id, {"model.safetensors": save(dense.state_dict())})
-    given = ["--images", tmp_path / "pictures", "--evaluate", tmp_path / "pictures", "--agreement", "0.9", "--dry-run"]
-    code, _, err = finish(command(tmp_path / "zoo", *given, names=["test_efficientnet"]))
-    hub.repos[kept.id] = kept
-    assert (code, err) == (0, "")
+    assert commits(hub, "lab") == {f"lab/{ONE}": 1}
     [row] = rows(tmp_path / "zoo").values()
-    calibrated = timm.create_model(f"local-dir:{tmp_path}/zoo/models/{row['source']}/weights", pretrained=True)
-    layers = mk.conversion_report(calibrated).layers
-    plain = copy.deepcopy(dense)
-    for layer in layers:
-        mk.convert_to_masterkeys(plain, include=layer.name, keys_per_kernel=layer.keys_per_kernel, inplace=True)
-    assert row["dense_top1"] == "100.0" and float(row["agreement"]) >= 90
-    for name, model in (("uncalibrated_top1", plain), ("top1", calibrated)):
-        with torch.no_grad():
-            right = model.eval()(images).argmax(1) == torch.tensor(labels)
-        assert float(row[name]) == 100 * float(right.double().mean())
-    keys = sum(layer.keys_per_kernel * layer.channels for layer in layers) / sum(layer.channels for layer in layers)
-    assert float(row["keys"]) == round(keys, 2) > 1
+    assert measured(row) == measured(rows(dry)[ONE]) and row["sha"] == hub.repos[f"lab/{ONE}"].head().sha
+    assert not list((tmp_path / "zoo").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -277,8 +234,8 @@ def test_as_few_keys_as_agree(hub, command, tmp_path):
         (["--batch-size=0"], "batch_size is 0"),
         (["--workers=-1"], "workers -1"),
         (["--device=gpu"], "device 'gpu'"),
-        (["--images=none"], "There is no folder 'none'"),
-        (["--images=."], "There are 0 images in '.'"),
+        (["--calibrate=none"], "There is no folder 'none'"),
+        (["--calibrate=."], "There are 0 images in '.'"),
     ],
 )
 def test_options_are_checked_before_the_first_download(pictures, tmp_path, monkeypatch, capsys, options, says):
@@ -297,55 +254,23 @@ def test_an_account_that_may_not_publish_there(hub, command, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dry_run_that_fails_fails_again(hub, command, tmp_path):
-    """A result alone is no check; that another run makes nothing anew shows it was taken."""
+def test_a_dry_run_that_fails_and_another_org(hub, command, tmp_path):
+    """A check that failed or was for another org is made again; a network published for another org is made anew."""
+    names, download = ["test_convnext3"], "timm/test_convnext3.*filename=model.safetensors"
     hub.fail(("POST", "validate-yaml"), 400, times=None)
     for _ in range(2):
-        code, out, err = finish(command(tmp_path / "zoo", "--dry-run", names=["test_convnext3"]))
+        code, out, err = finish(command(tmp_path / "zoo", "--dry-run", names=names))
         assert code == 1 and "1 of 1 networks failed" in err and "FAILED" in out
-        assert len(rows(tmp_path / "zoo")) == 1
     hub.faults.clear()
-    code, out, err = finish(command(tmp_path / "zoo", "--dry-run", names=["test_convnext3"]))
-    assert (code, err) == (0, "") and hub.count("GET", "timm/test_convnext3.*filename=model.safetensors") == 1
-
-
-LABELS = {  # of photographs that ship
-    "bee": "n02206856",
-    "brushes": "n03876231",
-    "chelsea": "n02123045",  # a tabby; Lite0 says an Egyptian cat
-    "citrus": "n07749582",
-    "coffee": "n07920052",
-    "coral": "n09256479",
-    "egret": "n02009912",
-    "oakland_zoo_otters": "n02444819",
-    "tiger": "n02129604",
-}
-
-
-@pytest.mark.slow
-def test_efficientnet_lite0(hub, command, tmp_path):
-    """Real weights and real labels: the dense network knows eight of nine pictures. A tenth cannot be read."""
-    state = {name: value.contiguous() for name, value in lite0_state_dict().items()}
-    hub.add_repo("timm/tf_efficientnet_lite0.in1k", {"model.safetensors": save(state)})
-    photographs = sorted((Path(mk.__file__).parent / "calibration" / "data" / "photographs").glob("*.webp"))
-    unlabelled = [path for path in photographs if path.stem not in LABELS][:10]
-    for path in photographs:
-        place = tmp_path / "val" / LABELS[path.stem] if path.stem in LABELS else tmp_path / "others"
-        if path.stem in LABELS or path in unlabelled:
-            place.mkdir(parents=True, exist_ok=True)
-            Image.open(path).save(place / f"{path.stem}.png")
-    damaged = tmp_path / "val" / SYNSETS[0] / "damaged.png"
-    damaged.parent.mkdir()
-    damaged.write_bytes((tmp_path / "val" / LABELS["bee"] / "bee.png").read_bytes()[:-500])
-    given = ["--dry-run", "--images", tmp_path / "others", "--evaluate", tmp_path / "val"]
-    code, _, err = finish(command(tmp_path / "zoo", *given, names=["tf_efficientnet_lite0"]))
-    assert code == 0 and f"'{damaged}' cannot be read" in err
-    row = rows(tmp_path / "zoo")["tf_efficientnet_lite0.mk8_in1k"]
-    assert (row["dense_top1"], row["dense_top5"], row["keys"]) == ("88.8889", "100.0", "1.0")
-    assert (row["images"], row["classes"], row["calibration_images"]) == ("9", "9", "10")
-    card = (tmp_path / "zoo" / "models" / row["source"] / "weights" / "README.md").read_text()
-    assert "images: 9" in card
-    assert float(row["uncalibrated_top1"]) < float(row["top1"]) < 88.9
+    for org in ("alice", "lab"):
+        code, _, err = finish(command(tmp_path / "zoo", "--dry-run", names=names, org=org))
+        [row] = rows(tmp_path / "zoo").values()
+        assert (code, err) == (0, "") and row["repo"].startswith(f"{org}/") and hub.count("GET", download) == 1
+    for org in ("lab", "alice"):
+        hub.repos.pop(f"{org}/{row['model']}", None)
+        assert finish(command(tmp_path / "zoo", names=names, org=org))[0] == 0
+        [again] = rows(tmp_path / "zoo").values()
+        assert again["sha"] == hub.repos[f"{org}/{row['model']}"].head().sha and measured(again) == measured(row)
 
 
 # --- Its parts
@@ -364,6 +289,24 @@ def test_plan():
         plan_zoo(["convnext_tiny.mk8"], 1000)
 
 
+def test_the_row_of_a_network_with_a_layer_that_stayed_dense():
+    """Its kernels count as many keys as they have weights."""
+    dense = timm.create_model("test_efficientnet").eval()
+    model = mk.convert_to_masterkeys(dense, include="blocks.3.0.*", keys_per_kernel=2)
+    mk.calibrate_masterkeys(model, dense, torch.randn(12, 3, 64, 64))
+    measured = Measurement((50.0, 75.0, 25.0), (60.0, 85.0, 35.0), 20, 10, 160, 1.0, "bicubic")
+    config = mk.MasterKeysConfig(agreement=0.9)
+    row = make_result("a.mk8", model, dense, config, measured, seconds=1.0, source="a", repo="o/a")
+    assert (row.top1, row.top1_err, row.dense_top1, row.uncalibrated_top1) == (50, 50, 75, 25)
+    assert (row.top5, row.top5_err, row.dense_top5, row.uncalibrated_top5) == (60, 40, 85, 35)
+    converted, other = (dense.get_submodule(f"blocks.{block}.0.conv_dw") for block in (3, 4))
+    keys = 2 * converted.out_channels + other.weight[0].numel() * other.out_channels
+    assert row.keys == round(keys / (converted.out_channels + other.out_channels), 2)
+    after = mk.conversion_report(model).calibration.after
+    assert (row.agreement, row.divergence) == (round(100 * after["agreement"], 2), round(after["divergence"], 4))
+    assert (row.calibration_images, row.held_out_images) == (12, 2)
+
+
 def result(**values):
     return Result(**{name: 0 for name in Result.__dataclass_fields__} | values)
 
@@ -375,7 +318,10 @@ def test_table_and_names(tmp_path):
         result(model="convnext_tiny.mk8_in12k_ft_in1k", source="convnext_tiny.in12k_ft_in1k", repo="o/b", sha="2b"),
         result(model="convnext_nano.mk8_in12k_ft_in1k", top1=71.5, source="convnext_nano.in12k_ft_in1k", sha=""),
     ]
-    write_table(tmp_path / "results.csv", results)
+    for number, one in enumerate(results):
+        (tmp_path / "models" / str(number)).mkdir(parents=True)
+        write_result(tmp_path / "models" / str(number) / "result.json", one)
+    write_tables(tmp_path)
     lines = (tmp_path / "results.csv").read_text().splitlines()
     timms = "model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation"  # as in its results files
     assert lines[0].startswith(f"{timms},dense_top1,")
@@ -384,7 +330,6 @@ def test_table_and_names(tmp_path):
         "convnext_tiny.mk8_fb_in1k",
         "convnext_tiny.mk8_in12k_ft_in1k",
     ]
-    write_names(tmp_path / "names.txt", results)
     assert (tmp_path / "names.txt").read_text().splitlines() == [
         "convnext_tiny.mk8=o/b@2b",
         "convnext_tiny.mk8_fb_in1k=o/a@1a",
@@ -406,29 +351,12 @@ def test_a_licence_that_is_missing_comes_before_the_download(zoo, monkeypatch):
 
 def test_other_settings_need_another_folder(dry, pictures, capsys):
     table = rows(dry)
-    given = ["--org", "lab", "--images", pictures / "calibrate", "--evaluate", pictures / "validation"]
+    given = ["--org", "lab", "--calibrate", pictures / "calibrate", "--evaluate", pictures / "validation"]
     given += ["--dry-run", "--output", dry]
-    for changed, name in (("--keys-per-kernel=2", "conversion"), ("--images=builtin", "images")):
+    for changed, name in (("--keys-per-kernel=2", "conversion"), ("--calibrate=builtin", "calibrate")):
         assert main(list(map(str, ["zoo", *ARCHS, *given, changed]))) == 1
         assert f"other settings ({name})" in capsys.readouterr().err
     assert rows(dry) == table
-
-
-@pytest.mark.slow
-def test_another_org_is_no_other_setting(hub, command, tmp_path):
-    """What is not published yet is published there; what is, is made again for it."""
-    names = ["test_convnext3"]
-    assert finish(command(tmp_path / "zoo", "--dry-run", names=names, org="lab"))[0] == 0
-    hub.requests.clear()
-    code, _, err = finish(command(tmp_path / "zoo", "--dry-run", names=names, org="alice"))
-    [row] = rows(tmp_path / "zoo").values()
-    assert (code, err) == (0, "") and row["repo"].startswith("alice/")
-    assert hub.count("GET", r"timm/.*filename=model.safetensors") == 0
-    for org in ("lab", "alice"):
-        hub.repos.pop(f"{org}/{row['model']}", None)
-        assert finish(command(tmp_path / "zoo", names=names, org=org))[0] == 0
-        [again] = rows(tmp_path / "zoo").values()
-        assert again["sha"] == hub.repos[f"{org}/{row['model']}"].head().sha and measured(again) == measured(row)
 
 
 def test_a_damaged_result_is_that_networks_failure(zoo):

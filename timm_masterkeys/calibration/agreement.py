@@ -1,10 +1,10 @@
-"""Converts a network with as few keys as a wanted agreement with the dense network needs."""
+"""Converts a network with as few keys as a given agreement with the dense network needs."""
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ from ..errors import CalibrationError, ConversionError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank
 from ..layers import MasterKeyConv2d, Trainable
 from .blocks import hooked
-from .calibrate import calibrate_masterkeys, check_models, make_record, probe
+from .calibrate import calibrate_masterkeys, check_models, probe
 from .images import BUILTIN, Images, Pixels, Size, origin_of, split_for_choice
 from .memory import check_memory
-from .metrics import Figures, Metric, MetricLike
+from .metrics import Figures, Metric, MetricLike, share_intervals
 from .outputs import Output, pick_output
 
 _logger = logging.getLogger(__name__)
@@ -34,12 +34,12 @@ JUDGES = 32  # images by which layers are compared
 
 
 @dataclass(frozen=True)
-class Spending:
-    """A network that was tried.
+class TriedNetwork:
+    """A network that ``convert_to_agreement`` calibrated and measured.
 
     Attributes:
         keys: Keys of all its kernels; of a dense kernel, its taps.
-        score: What is compared with the wanted agreement, on the held-out images: 1 for the dense network.
+        score: What is compared with the agreement that was asked for, on the held-out images: 1 for the dense network.
         figures: All of the metric's figures, by name, on the same images.
         keys_per_kernel: By the name of a layer; 0 where it stays dense.
     """
@@ -55,35 +55,33 @@ class KeyBudget:
     """How few keys were enough; ``str()`` is a table.
 
     Attributes:
-        asked: The wanted score.
+        target: The least score that was asked for.
         score_name: What the score is: "agreement", "R2", or a callable's name.
-        record: Of the chosen network's calibration: the metric, its figures on the held-out images before and after.
+        record: Of the chosen network's calibration: the metric, its figures before and after on the held-out images,
+            by which the network was chosen, and the numbers of all images and of those held out.
         chosen: The network that was returned.
-        tried: All networks that were calibrated and measured, by their keys.
-        kernels: Of each layer.
-        images: The number of images that the networks were calibrated with.
-        held_out: The number of held-out images: they gave the figures, by which the returned network was chosen.
+        tried: All networks that were calibrated and measured, by their number of keys.
+        kernels: How many each layer has.
         seconds: Time spent in all.
     """
 
-    asked: float
+    target: float
     score_name: str
     record: CalibrationRecord
-    chosen: Spending
-    tried: tuple[Spending, ...]
+    chosen: TriedNetwork
+    tried: tuple[TriedNetwork, ...]
     kernels: dict[str, int]
-    images: int
-    held_out: int
     seconds: float
 
     def summary(self) -> str:
         """The figures in one line."""
-        interval = self.record.intervals.get(self.score_name)
+        record, kernels = self.record, sum(self.kernels.values())
+        interval = record.intervals.get(self.score_name)
         note = f" (95 % interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else ""
         return (
-            f"on {self.images} images: {self.chosen.keys:,} keys for {sum(self.kernels.values()):,} kernels give "
-            f"{self.score_name} {self.chosen.score:.1%}{note} with the dense network on {self.held_out} held-out "
-            f"images, {self.asked:.1%} asked for"
+            f"on {record.images - record.held_out} images: {self.chosen.keys:,} keys for {kernels:,} kernels give "
+            f"{self.score_name} {self.chosen.score:.1%}{note} with the dense network on {record.held_out} held-out "
+            f"images, {self.target:.1%} asked for"
         )
 
     def __str__(self) -> str:
@@ -120,7 +118,7 @@ def convert_to_agreement(
     max_images: int = 300,
     time_budget: float | None = None,
 ) -> tuple[nn.Module, KeyBudget]:
-    """Converts a model with as few keys as a wanted agreement needs, and calibrates it. ``dense`` stays as it is.
+    """Converts a model with as few keys as a given agreement needs, and calibrates it. ``dense`` stays as it is.
 
     Layers get one, two, four or all keys per kernel, or stay dense, which counts as a key a tap. First it is measured
     how far the network's output moves when one layer alone has so many keys. Keys are spent first where another key per
@@ -176,13 +174,10 @@ def convert_to_agreement(
     with evaluating(dense):
         chosen_metric = probe(dense, fitted[:2], metric, output)
         check_memory(dense, fitted)
-        expected = _outputs(dense, held_out, batch_size, output)
-        search = _Search(
-            dense, config, kernels, layers, fitted, held_out, origin_of(images), chosen_metric, options, expected
-        )
-        steps = order_steps(kernels, search.distances(fitted[:: max(1, len(fitted) // JUDGES)]))
+    search = _Search(dense, config, kernels, layers, fitted, held_out, origin_of(images), chosen_metric, options)
+    steps = order_steps(kernels, search.distances(fitted[:: max(1, len(fitted) // JUDGES)]))
     nothing_left = all(None in choices.values() for choices in layers.values())  # after the last step
-    best, tried = _fewest_steps(lambda taken: search.attempt(steps[:taken]), len(steps) - nothing_left, agreement)
+    best, tried = search.fewest_steps(steps, len(steps) - nothing_left, agreement)
     if best is None:
         top = max(tried, key=lambda one: one.score)
         raise CalibrationError(
@@ -191,20 +186,11 @@ def convert_to_agreement(
             "give more images."
         )
     model, chosen, record = best
-    return model, KeyBudget(
-        agreement,
-        chosen_metric.score_name,
-        record,
-        chosen,
-        tuple(sorted(tried, key=lambda one: one.keys)),
-        kernels,
-        len(fitted),
-        len(held_out),
-        time.perf_counter() - start,
-    )
+    by_keys, seconds = tuple(sorted(tried, key=lambda one: one.keys)), time.perf_counter() - start
+    return model, KeyBudget(agreement, chosen_metric.score_name, record, chosen, by_keys, kernels, seconds)
 
 
-Attempt = tuple[nn.Module, Spending, CalibrationRecord]
+Attempt = tuple[nn.Module, TriedNetwork, CalibrationRecord]
 Choices = Mapping[str, Mapping[int, MasterKeyConv2d | None]]  # by layer and keys per kernel; None for a dense layer
 
 
@@ -221,7 +207,11 @@ class _Search:
     origin: str
     metric: Metric
     options: Mapping[str, Any]  # of calibrate_masterkeys
-    expected: torch.Tensor  # the dense network's outputs for the held-out images
+
+    @cached_property
+    def expected(self) -> torch.Tensor:
+        """The dense network's outputs for the held-out images."""
+        return self._outputs(self.dense, self.held_out)
 
     def distances(self, images: torch.Tensor) -> dict[str, dict[int, float]]:
         """How far the output moves when one layer has so many keys, by layer and number."""
@@ -236,62 +226,63 @@ class _Search:
                         found[name][count] = self.metric.distance(self._outputs(self.dense, images), expected)
         return found
 
-    def attempt(self, steps: Sequence[tuple[str, int]]) -> Attempt:
+    def fewest_steps(
+        self, steps: Sequence[tuple[str, int]], most: int, agreement: float
+    ) -> tuple[Attempt | None, list[TriedNetwork]]:
+        """By bisection the network of the fewest steps that agrees (None if none does); and all that were tried."""
+        best: Attempt | None = None
+        tried: list[TriedNetwork] = []
+        least = 0
+        while best is None or least < most:
+            taken = (least + most) // 2
+            found = self._attempt(steps[:taken])
+            tried.append(found[1])
+            _logger.info("%d keys: %.1f %%.", tried[-1].keys, 100 * tried[-1].score)
+            if tried[-1].score >= agreement:
+                best, most = found, taken
+            elif least == most:
+                break
+            else:
+                least = taken + 1
+        return best, tried
+
+    def _attempt(self, steps: Sequence[tuple[str, int]]) -> Attempt:
         """The network after these steps, calibrated and judged."""
         counts = {name: min(choices) for name, choices in self.layers.items()} | dict(steps)
         keyed = {name: count for name, count in counts.items() if self.layers[name][count] is not None}
         layers = {name: LayerSettings(self.config.bank, n, self.config.trainable) for name, n in keyed.items()}
-        model = apply(copy_model(self.dense), layers)
-        record = read_record(self.dense)
-        write_record(model, replace(record, conversions=(*record.conversions, self.config)))
+        model, known = apply(copy_model(self.dense), layers), read_record(self.dense)
+        write_record(model, replace(known, conversions=(*known.conversions, self.config)))
         before = self._judge(model)
-        report = calibrate_masterkeys(model, self.dense, self.fitted, **self.options)
-        after = self._judge(model)
-        counted = len(self.fitted) + len(self.held_out), len(self.held_out)
-        judged = make_record(model, self.metric.name, (before, after), counted, self.origin, report.record.left_out)
-        write_record(model, replace(read_record(model), calibration=judged))
+        calibrated = calibrate_masterkeys(model, self.dense, self.fitted, **self.options).record
+        after, held_out = self._judge(model), len(self.held_out)
+        record = replace(
+            calibrated,
+            before=before,
+            after=after,
+            images=len(self.fitted) + held_out,
+            held_out=held_out,
+            origin=self.origin,
+            intervals=share_intervals(self.metric.name, after, held_out),
+        )
+        write_record(model, replace(read_record(model), calibration=record))
         spent = sum(self.kernels[name] * count for name, count in counts.items())
         each = {name: count if name in keyed else 0 for name, count in counts.items()}
-        return model, Spending(spent, self.metric.score(after), after, each), judged
+        return model, TriedNetwork(spent, self.metric.score(after), after, each), record
 
     def _judge(self, model: nn.Module) -> Figures:
-        with evaluating(model):
-            return self.metric.measure(self._outputs(model, self.held_out), self.expected)
+        return self.metric.measure(self._outputs(model, self.held_out), self.expected)
 
     def _outputs(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        return _outputs(model, images, self.options["batch_size"], self.options["output"])
-
-
-def _fewest_steps(
-    attempt: Callable[[int], Attempt], most: int, agreement: float
-) -> tuple[Attempt | None, list[Spending]]:
-    """The network of the fewest steps that agrees, by bisection, None if none does; and the figures of all attempts."""
-    best: Attempt | None = None
-    tried: list[Spending] = []
-    least = 0
-    while best is None or least < most:
-        taken = (least + most) // 2
-        found = attempt(taken)
-        tried.append(found[1])
-        _logger.info("%d keys: %.1f %%.", tried[-1].keys, 100 * tried[-1].score)
-        if tried[-1].score >= agreement:
-            best, most = found, taken
-        elif least == most:
-            break
-        else:
-            least = taken + 1
-    return best, tried
+        batches, output = images.split(self.options["batch_size"]), self.options["output"]
+        with evaluating(model):
+            return torch.cat([pick_output(model, model(batch), output) for batch in batches])
 
 
 def order_steps(kernels: Mapping[str, int], distances: Mapping[str, Mapping[int, float]]) -> list[tuple[str, int]]:
-    """The order in which layers get more keys: where the distance falls most for each key spent comes first.
+    """Steps (layer, keys per kernel) until every layer has its most keys, the largest gain for each key first.
 
-    Args:
-        kernels: The number of each layer's.
-        distances: By layer and keys per kernel; each begins with the fewest.
-
-    Returns:
-        (layer, keys per kernel), until every layer has its most.
+    ``kernels`` has each layer's number of kernels, ``distances`` how far the output moves by keys per kernel.
     """
     counts = {name: min(found) for name, found in distances.items()}
     steps: list[tuple[str, int]] = []
@@ -315,10 +306,6 @@ def _choices(conv: Any, bank: KeyBank) -> dict[int, MasterKeyConv2d | None]:
     choices: dict[int, MasterKeyConv2d | None] = {layer.keys_per_kernel: layer for layer in found}
     taps = conv.weight[0].numel()
     return {**choices, taps: None} if taps > max(choices) + 1 else choices  # else all keys and the shift are as good
-
-
-def _outputs(model: nn.Module, images: torch.Tensor, batch_size: int, output: Output) -> torch.Tensor:
-    return torch.cat([pick_output(model, model(batch), output) for batch in images.split(batch_size)])
 
 
 def _matched_output(layer: MasterKeyConv2d, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:

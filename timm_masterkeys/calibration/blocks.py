@@ -114,7 +114,7 @@ def _owning_blocks(modules: dict[str, nn.Module], once: list[str], positions: di
                 if not isinstance(modules[name], (nn.Sequential, nn.ModuleList)) and any(_is_in(n, name) for n in later)
             )
             found[layer] = next(fitting, layer)
-    for layer, own in found.items():  # a lone layer between blocks does not make their stage a block
+    for layer, own in found.items():  # a lone layer between blocks does not make their parent a block
         inside = {other for other in found.values() if _is_in(other, own) and not _is_in(layer, other)}
         if len(_outermost(inside)) > 1:
             found[layer] = layer
@@ -146,13 +146,21 @@ class BlockwiseNetwork:
         self.modules = dict(model.named_modules())
         self.outputs: list[Any] = []
 
-    def enter(self, index: int) -> Calls:
-        """The arguments that reach a block with each batch."""
-        return list(self._resume(index))
+    def resume(self, index: int) -> Iterator[Any]:
+        """The arguments that reach a block, or the model's output past the last one, with each batch.
 
-    def finish(self) -> Iterator[torch.Tensor]:
-        """The whole model's outputs after the last block, a batch each; one at a time, as maps are large."""
-        return self._resume(len(self.blocks))
+        One at a time, as feature maps are large.
+        """
+        sample = self.batches[0][:1]
+        short = index > 0 and isinstance(self.outputs[0], torch.Tensor)
+        if short:
+            try:
+                calls = (self._forward(index, sample, out) for out in (self.outputs[0][:1], None))
+                torch.testing.assert_close(*calls, rtol=1e-4, atol=1e-5, check_dtype=False)
+            except Exception:  # they differ, or the first dimension is not that of the images
+                short = False
+        outputs = self.outputs if short else [None] * len(self.batches)
+        return (self._forward(index, batch, out) for batch, out in zip(self.batches, outputs, strict=True))
 
     @torch.no_grad()
     def run(self, index: int, calls: Calls, hooks: Iterable[tuple[str, Hook]] = ()) -> list[Any]:
@@ -166,17 +174,6 @@ class BlockwiseNetwork:
                 except Reached:
                     outputs.append(None)
         return outputs
-
-    def _resume(self, index: int) -> Iterator[Any]:
-        sample = self.batches[0][:1]
-        short = index > 0 and isinstance(self.outputs[0], torch.Tensor)
-        if short:
-            try:
-                short = _equal(self._forward(index, sample, self.outputs[0][:1]), self._forward(index, sample, None))
-            except Exception:  # of whatever kind, where the first dimension is not that of the images
-                short = False
-        outputs = self.outputs if short else [None] * len(self.batches)
-        return (self._forward(index, batch, out) for batch, out in zip(self.batches, outputs, strict=True))
 
     @torch.no_grad()
     def _forward(self, index: int, batch: torch.Tensor, output: torch.Tensor | None) -> Any:
@@ -231,14 +228,3 @@ def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
         for module, hook in hooks:
             undo.callback(module.register_forward_hook(hook).remove)
         yield
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two calls' arguments, or two outputs, are nearly the same."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    return bool(a == b)

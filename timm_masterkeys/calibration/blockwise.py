@@ -1,75 +1,58 @@
-"""The order of a calibration: block by block, each fed with the outputs of the calibrated blocks before it."""
+"""Calibrates a converted network block by block, each fed with the outputs of the calibrated blocks before it.
 
-import itertools
+From the top: the walk over the blocks; the three stages, each on one layer of a block; the block in both networks; and
+the forward hooks that observe a layer.
+"""
+
+from __future__ import annotations
+
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..conversion.table import number
 from ..layers import MasterKeyConv2d, ScaledKeyConv2d
-from .block_pair import BlockPair, MomentsObserver, RowsObserver
-from .blocks import BlockwiseNetwork, Hook, find_blocks
+from .blocks import BlockwiseNetwork, Hook, Reached, find_blocks
+from .least_squares import Gram, choose_keys, fit_ridge
 from .outputs import Output
-from .stages import absorb, match, project
 
 Stage = Literal["projection", "statistics", "absorption"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 OVER = "the time budget was over"
-ROWS = 100_000  # positions of all images together that a pointwise layer and a norm are fitted to,
-KERNEL_ROWS = 20_000  # and a kernel
+ROWS = 100_000  # positions, of all images together, to which a pointwise layer or a norm is fitted
+KERNEL_ROWS = 20_000  # positions to which a kernel is fitted
+IMAGES = 64  # images to which a layer is fitted at least, whatever its number of positions
+FOLDS = 4  # batches to which a layer is fitted at least; the ridge is chosen by so many folds
+DEAD = 1e-10  # a channel that varies less than this is left alone
 
 
-@dataclass(frozen=True)
+@dataclass
 class StageReport:
     """What one stage did.
 
     Attributes:
         name: The stage.
-        before: Squared error of a block's output relative to the variance of the dense one's, on held-out images,
-            before the stage; the mean over the blocks it worked on (NaN if there are none).
-        after: The same after it.
         changed: Names of the layers it changed: kernels, norms (by the layer before them), pointwise layers.
         left: Layers it left as they were, and why.
         seconds: Time spent.
     """
 
     name: str
-    before: float
-    after: float
-    changed: tuple[str, ...]
-    left: dict[str, str]
-    seconds: float
-
-    def cells(self) -> tuple[str, ...]:
-        """A row of the table in a CalibrationReport."""
-        counts = str(len(self.changed)), str(len(self.left))
-        return self.name, number(self.before), number(self.after), *counts, f"{self.seconds:.0f}"
-
-
-@dataclass
-class _Ledger:
-    """What a stage did so far."""
-
-    errors: list[tuple[float, float]] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def report(self, stage: str) -> StageReport:
-        errors = torch.tensor(self.errors or [(math.nan, math.nan)], dtype=torch.float64, device="cpu")
-        before, after = errors.nanmean(0).tolist()
-        return StageReport(stage, before, after, tuple(self.changed), self.left, self.seconds)
+    def cells(self) -> tuple[str, ...]:
+        """A row of the table in a CalibrationReport."""
+        return self.name, str(len(self.changed)), str(len(self.left)), f"{self.seconds:.0f}"
 
 
-Ledgers = dict[Stage, _Ledger]
 Outputs = Iterator[torch.Tensor]
 
 
@@ -84,8 +67,8 @@ def calibrate_blocks(
 ) -> tuple[tuple[StageReport, ...], Outputs, Outputs]:
     """Calibrates the converted network, block by block. In place.
 
-    The batches with the indices ``held_out`` are not fitted to, but give the reports' errors. After ``time_budget``
-    seconds the blocks still to come get their statistics only.
+    The batches with the indices ``held_out`` are not fitted to. After ``time_budget`` seconds the blocks still to come
+    get their statistics only.
 
     Returns:
         What each stage did; and the outputs of the converted and of the dense network, a batch each.
@@ -93,63 +76,353 @@ def calibrate_blocks(
     start = time.perf_counter()
     blocks, norms = find_blocks(model, batches[0][:2])
     converted, reference = (BlockwiseNetwork(network, blocks, batches, output) for network in (model, dense))
-    ledgers: Ledgers = {stage: _Ledger() for stage in STAGES if stage in stages}
+    reports = {stage: StageReport(stage) for stage in STAGES if stage in stages}
     found = {name for block in blocks for name in block.converted}
     unplaced = [n for n, m in model.named_modules() if isinstance(m, MasterKeyConv2d) and n not in found]
-    for ledger in ledgers.values():
-        ledger.left.update(dict.fromkeys(unplaced, "runs not at all or more than once"))
-    for index, block in enumerate(tqdm(blocks, desc="calibrate", unit="block", leave=False, disable=None)):
-        current = ledgers
-        if time_budget is not None and time.perf_counter() - start > time_budget:
-            for stage in ledgers.keys() - {"statistics"}:
-                names = [block.pointwise] if stage == "absorption" and block.pointwise else block.converted
-                ledgers[stage].left.update(dict.fromkeys(names, OVER))
-            current = {stage: ledger for stage, ledger in ledgers.items() if stage == "statistics"}
-        pair = BlockPair(index, converted, reference, norms, held_out)
-        converted.outputs = _calibrate_block(pair, current, held_out)
-        reference.outputs = pair.expected
-    reports = tuple(ledger.report(stage) for stage, ledger in ledgers.items())
-    return reports, converted.finish(), reference.finish()
+    for report in reports.values():
+        report.left.update(dict.fromkeys(unplaced, "runs not at all or more than once"))
+    for index in tqdm(range(len(blocks)), desc="calibrate", unit="block", leave=False, disable=None):
+        over = time_budget is not None and time.perf_counter() - start > time_budget
+        block = BlockPair(index, converted, reference, norms, held_out)
+        converted.outputs = _calibrate_block(block, reports, over)
+        reference.outputs = block.expected
+    return tuple(reports.values()), converted.resume(len(blocks)), reference.resume(len(blocks))
 
 
-def _calibrate_block(pair: BlockPair, ledgers: Ledgers, held_out: Sequence[int]) -> list[Any]:
+def _calibrate_block(block: BlockPair, reports: dict[Stage, StageReport], over: bool) -> list[Any]:
     """All stages of a block; returns the outputs of the converted one afterwards, a batch each."""
-    steps = _steps(pair, ledgers)
-    ran, errors = [stage for stage in ledgers if steps[stage]], []
-    for stage in ran:
-        start, ledger = time.perf_counter(), ledgers[stage]
-        errors.append(pair.error(held_out))
-        for name, step in steps[stage].items():
-            if why := step():
-                ledger.left[name] = why
+    layers = {stage: _layers(block, stage) for stage in reports}
+    if over:
+        for stage in layers.keys() - {"statistics"}:
+            reports[stage].left.update((pair.name, OVER) for pair in layers.pop(stage))
+    block.run_dense([pair for pairs in layers.values() for pair in pairs])
+    for stage, pairs in layers.items():
+        start, report = time.perf_counter(), reports[stage]
+        for pair in pairs:
+            if why := _STAGES[stage](pair):
+                report.left[pair.name] = why
             else:
-                ledger.changed.append(name)
-        ledger.seconds += time.perf_counter() - start
-    out = pair.run(range(len(pair.calls)))
-    errors.append(pair.error(held_out, out))
-    for stage, change in zip(ran, itertools.pairwise(errors), strict=True):
-        ledgers[stage].errors.append(change)
-    return out
+                report.changed.append(pair.name)
+        report.seconds += time.perf_counter() - start
+    return block.run(range(len(block.calls)))
 
 
-def _steps(pair: BlockPair, ledgers: Ledgers) -> dict[Stage, dict[str, Callable[[], str]]]:
-    """What is to be done in a block, by stage and layer, after the dense block ran under the observers for it."""
-    steps: dict[Stage, dict[str, Callable[[], str]]] = {stage: {} for stage in STAGES}
-    observed: list[tuple[str, list[int], Hook]] = []
-    for name in pair.block.converted:
-        if "statistics" in ledgers:
-            batches, moments = pair.batches_for(name, ROWS), MomentsObserver()
-            observed.append((name, batches, moments))
-            steps["statistics"][name] = partial(match, pair, name, batches, moments)
-        if "projection" in ledgers and not isinstance(pair.layer(name), ScaledKeyConv2d):
-            batches = pair.batches_for(name, KERNEL_ROWS)
-            rows = RowsObserver(None, KERNEL_ROWS // len(batches))
-            observed.append((name, batches, rows))
-            steps["projection"][name] = partial(project, pair, name, batches, rows)
-    if (name := pair.block.pointwise) and "absorption" in ledgers:
-        batches = pair.batches_for(name, ROWS)
-        rows = RowsObserver(pair.layer(name), ROWS // len(batches))
-        observed.append((name, batches, rows))
-        steps["absorption"][name] = partial(absorb, pair, name, batches, rows)
-    pair.run_dense(observed)
-    return steps
+def _layers(block: BlockPair, stage: Stage) -> list[LayerPair]:
+    """The layers of a block that a stage works on."""
+    if stage == "absorption":
+        return [LayerPair(block, name, ROWS) for name in filter(None, [block.parts.pointwise])]
+    if stage == "statistics":
+        return [LayerPair(block, name, ROWS, MomentsObserver()) for name in block.parts.converted]
+    pairs = [LayerPair(block, name, KERNEL_ROWS) for name in block.parts.converted]
+    return [pair for pair in pairs if not isinstance(pair.layer, ScaledKeyConv2d)]
+
+
+# The stages. Each returns why it changed nothing, or "".
+
+
+def _fit_kernels(pair: LayerPair) -> str:
+    """Chooses keys, scale and shift of a converted layer by its output, of each channel that comes nearer."""
+    layer, norm = pair.layer, pair.norm
+    entries = layer.key_index, layer.scale.view(layer.out_channels, -1), layer.shift, layer.r2, layer.bias
+    changed = [t for t in (*entries, *((norm.running_mean, norm.running_var) if norm else ())) if t is not None]
+    state, before = [tensor.clone() for tensor in changed], _error_variance(pair)
+    gram = _response_gram(pair)
+    mean = gram[:, :-1, -1] / gram[:, -1:, -1]
+    covariance = gram[:, :-1, :-1] / gram[:, -1:, -1:] - mean.unsqueeze(2) * mean.unsqueeze(1)
+    keys, scale, shift = choose_keys(covariance, layer.keys_per_kernel)
+    alive = (covariance[:, -1, -1] > DEAD) & (covariance[:, :-1, :-1].diagonal(dim1=1, dim2=2).amax(1) > DEAD)
+    layer.key_index[alive] = keys[alive].to(layer.key_index)
+    layer.scale.view(layer.out_channels, -1)[alive] = scale[alive].to(layer.scale.dtype)
+    layer.shift[alive] = shift[alive].to(layer.shift.dtype)
+    scales = scale.new_zeros(len(alive), len(layer.keys)).scatter_(1, keys, scale)
+    _shift_mean(pair, mean[:, -1], (torch.cat([shift.unsqueeze(1), scales], 1) * mean[:, :-1]).sum(1), alive)
+    _refit_r2(layer, pair.dense_layer, alive)
+    farther = _error_variance(pair) > before  # many keys cancel each other: rounding errors
+    for tensor, value in zip(changed, state, strict=True):
+        tensor[farther] = value[farther]
+    return "no channel comes nearer" if (farther | ~alive).all() else ""
+
+
+def _refit_r2(layer: Any, conv: Any, channels: torch.Tensor) -> None:
+    """Measures R2 of the layer's kernels anew."""
+    kernels = conv.weight.flatten(1).double()
+    missed = (kernels - layer.compose_weight().flatten(1)).square().sum(1)
+    fit = 1 - missed / (kernels - kernels.mean(1, keepdim=True)).square().sum(1)
+    channels = channels & fit.isfinite() & ~layer.constant_kernels()
+    layer.r2[channels] = fit[channels].clamp(0, 1).to(layer.r2.dtype)
+
+
+def _error_variance(pair: LayerPair) -> torch.Tensor:
+    """(C,), of the difference between the outputs of the layer and of the dense layer."""
+    targets, errors = iter(pair.observer.outputs), MomentsObserver()
+
+    def compare(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        error = pair.observer.pick(output) - next(targets)
+        errors(module, args, error.movedim(2, 1).unsqueeze(3))
+        raise Reached
+
+    pair.run(compare)
+    return errors.result()[1]
+
+
+def _response_gram(pair: LayerPair) -> torch.Tensor:
+    """(C, K + 3, K + 3), for each channel the sums of products over positions.
+
+    Of the responses to a kernel of ones and to the K keys, of the dense layer's output, and of 1.
+    """
+    layer, observer = pair.layer, pair.observer
+    kernels = torch.cat([torch.ones_like(layer.keys[:1]), layer.keys]).flatten(1)
+    count, per_input = len(kernels), layer.out_channels // layer.in_channels
+    targets = iter(observer.outputs)
+    grams: list[torch.Tensor] = []
+
+    def gather(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        target = next(targets).flatten(0, 1).T
+        positions = observer.positions(output[0, 0].numel(), len(output))
+        windows = layer.windows(args[0], positions.to(output.device)).flatten(0, 1)
+        responses = (kernels @ windows).permute(2, 0, 1)  # (in_channels, positions, kernels)
+        rows = responses.new_empty(layer.in_channels, per_input, len(target[0]), count + 2)
+        rows[..., :count] = responses.unsqueeze(1)
+        rows[..., count] = target.unflatten(0, (-1, per_input))
+        rows[..., count + 1] = 1
+        rows = rows.flatten(0, 1)
+        grams.append((rows.mT @ rows).double())
+        raise Reached
+
+    pair.run(gather)
+    return torch.stack(grams).sum(0)
+
+
+def _shift_mean(pair: LayerPair, expected: torch.Tensor, got: torch.Tensor, alive: torch.Tensor) -> None:
+    """Corrects the mean of a layer's output, which is ``got`` without its bias, by its norm or else its bias."""
+    layer, norm = pair.layer, pair.norm
+    if norm is not None:
+        bias = 0 if layer.bias is None else layer.bias
+        norm.running_mean[alive] = (pair.dense_norm.running_mean + got + bias - expected)[alive].to(
+            norm.running_mean.dtype
+        )
+        norm.running_var[alive] = pair.dense_norm.running_var[alive]
+    elif layer.bias is not None:
+        layer.bias[alive] = (expected - got)[alive].to(layer.bias.dtype)
+
+
+def _match_statistics(pair: LayerPair) -> str:
+    """Gives what follows a converted layer the mean (and variance) it has in the dense network."""
+
+    def stop(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        raise Reached
+
+    found = MomentsObserver()
+    pair.run(found, stop)
+    (mean, variance), (new_mean, new_variance) = pair.observer.result(), found.result()
+    layer, norm = pair.layer, pair.norm
+    if norm is not None:
+        alive = (variance > DEAD) & (new_variance > DEAD)
+        ratio = torch.where(alive, new_variance / variance.clamp_min(DEAD), 1.0).sqrt()
+        norm.running_mean.copy_(new_mean - (mean - pair.dense_norm.running_mean) * ratio)
+        norm.running_var.copy_(((pair.dense_norm.running_var + norm.eps) * ratio.square() - norm.eps).clamp_min(0))
+    elif layer.bias is not None:
+        layer.bias.add_((mean - new_mean).to(layer.bias.dtype))
+    else:
+        return "no BatchNorm follows and it has no bias"
+    return ""
+
+
+def _refit_pointwise(pair: LayerPair) -> str:
+    """Refits a block's last pointwise layer to the dense block's output, or else to the dense layer's."""
+    layer, norm = pair.layer, pair.norm
+    in_block = pair.block.parts.name != pair.name  # else the layer is all of the block
+    found = _factor(pair) if in_block else None  # the factors, and whether the output has channels last
+    factor = found[0] if found else layer.weight.new_ones(len(layer.weight))
+    folds = _residual_folds(pair, found)
+    solution = fit_ridge(folds, factor.square().double(), layer.bias is not None or norm is not None)
+    if solution is None:
+        return "no ridge helps on images it was not fitted to"
+    weight, bias = solution
+    to_itself = found is None and in_block  # does the block's output come nearer?
+    before = pair.block.error(pair.batches) if to_itself else math.nan
+    changed = [t for t in (layer.weight, layer.bias, norm and norm.running_mean) if t is not None]
+    state = [tensor.clone() for tensor in changed]
+    layer.weight.add_(weight.T.reshape(layer.weight.shape).to(layer.weight.dtype))
+    if norm is not None:
+        norm.running_mean.sub_(bias.to(norm.running_mean.dtype))
+    elif layer.bias is not None:
+        layer.bias.add_(bias.to(layer.bias.dtype))
+    if to_itself and pair.block.error(pair.batches) > before:
+        for tensor, value in zip(changed, state, strict=True):
+            tensor.copy_(value)
+        return "the block comes no nearer"
+    return ""
+
+
+def _residual_folds(pair: LayerPair, found: tuple[torch.Tensor, bool] | None) -> list[Gram]:
+    """The layer's inputs, with what the block's output lacks, or, without a factor, what the layer's own does."""
+    layer, norm = pair.layer, pair.norm
+    offset = 0 if norm is None else norm.running_mean - pair.dense_norm.running_mean  # of the norms' means
+    folds: dict[int, Gram] = {}
+    for k, (i, expected) in enumerate(zip(pair.batches, pair.observer.outputs, strict=True)):
+        rows = RowsObserver(layer, pair.observer.rows, inputs=True)
+        (out,) = pair.block.run([i], (pair.name, rows))
+        if found is None:
+            residual = expected - rows.outputs[0] + offset
+        else:
+            factor, channels_last = found
+            residual = rows.pick(pair.block.expected[i] - out, channels_last) / factor
+        gram = Gram.of(rows.inputs[0].flatten(0, 1), residual.flatten(0, 1))
+        folds[k % FOLDS] = folds[k % FOLDS] + gram if k >= FOLDS else gram
+    return list(folds.values())
+
+
+def _factor(pair: LayerPair) -> tuple[torch.Tensor, bool] | None:
+    """One factor a channel by which the block's output moves with the layer's, and whether it has channels last."""
+    nudges: list[torch.Tensor] = []
+
+    def nudge(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(output)
+        nudges.append(noise * output.std() / 8)
+        return output + nudges[-1]
+
+    (out,), (moved,) = pair.block.run([0]), pair.block.run([0], (pair.name, nudge))
+    if not isinstance(moved, torch.Tensor) or len(nudges) != 1:
+        return None
+    rows = RowsObserver(pair.layer, moved.numel())
+    cause = rows.pick(nudges[0])
+    for channels_last in (False, True):
+        effect = rows.pick(moved - out, channels_last)
+        if effect.shape != cause.shape:
+            continue
+        factor = (effect * cause).sum((0, 1)) / cause.square().sum((0, 1))
+        error = (effect - factor * cause).square().sum() / effect.square().sum().clamp_min(1e-30)
+        if error < 1e-3 and factor.abs().min() > 1e-6 * factor.abs().max() > 0:
+            return factor, channels_last
+    return None
+
+
+_STAGES: dict[Stage, Callable[[LayerPair], str]] = {
+    "projection": _fit_kernels,
+    "statistics": _match_statistics,
+    "absorption": _refit_pointwise,
+}
+
+
+class BlockPair:
+    """A block of the converted and of the dense network.
+
+    Attributes:
+        parts: Its name and layers.
+        calls: Its arguments in the converted network, a batch each.
+        expected: Its outputs in the dense network, a batch each; empty before ``run_dense``.
+        fitted: Indices of the batches to fit to.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        converted: BlockwiseNetwork,
+        dense: BlockwiseNetwork,
+        norms: dict[str, str],
+        held_out: Sequence[int],
+    ) -> None:
+        self.parts, self.norms = converted.blocks[index], norms
+        self.index, self.converted, self.dense = index, converted, dense
+        self.fitted = [i for i in range(len(converted.batches)) if i not in held_out]
+        self.calls = list(converted.resume(index))
+        self.expected: list[Any] = []
+
+    def run(self, batches: Iterable[int], *hooks: tuple[str, Hook]) -> list[Any]:
+        """The converted block's outputs for some of the batches; None where a hook raised ``Reached``."""
+        return self.converted.run(self.index, [self.calls[i] for i in batches], hooks)
+
+    def run_dense(self, observed: Sequence[LayerPair]) -> None:
+        """Runs the dense block on all batches, observing the layers in their batches; sets ``expected``."""
+        for i, call in enumerate(self.dense.resume(self.index)):
+            hooks = [(pair.name, pair.observer) for pair in observed if i in pair.batches]
+            self.expected += self.dense.run(self.index, [call], hooks)
+
+    def error(self, batches: Sequence[int]) -> float:
+        """Squared error of the converted block's outputs, over the variance of the expected.
+
+        NaN for outputs that are not single tensors, and for a layer with a norm after it, outside of the block.
+        """
+        pairs = list(zip(self.run(batches), [self.expected[i] for i in batches], strict=True))
+        if self.parts.name in self.norms or not all(isinstance(x, torch.Tensor) for pair in pairs for x in pair):
+            return math.nan
+        got, expected = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+        return float((got - expected).square().mean() / expected.var().clamp_min(1e-30))
+
+
+class LayerPair:
+    """A layer of a block in the converted and in the dense network, with the norms after it (None if there are none).
+
+    Attributes:
+        batches: Indices of the batches to fit to: as few, evenly spread, as have ``rows`` positions.
+        observer: What observes the dense layer in them: its moments if given, else its rows.
+    """
+
+    def __init__(self, block: BlockPair, name: str, rows: int, moments: MomentsObserver | None = None) -> None:
+        self.block, self.name, norm = block, name, block.norms.get(name)
+        modules, dense = block.converted.modules, block.dense.modules
+        self.layer: Any = modules[name]
+        self.dense_layer: Any = dense[name]
+        self.norm: Any = modules[norm] if norm else None
+        self.dense_norm: Any = dense[norm] if norm else None
+        images = max(IMAGES, rows / block.parts.positions[name])
+        every = sum(len(block.converted.batches[i]) for i in block.fitted) / images
+        self.batches = block.fitted[:: max(1, min(int(every), len(block.fitted) // FOLDS))]
+        self.observer: Any = moments or RowsObserver(self.layer, rows // len(self.batches))
+
+    def run(self, *hooks: Hook) -> None:
+        """Runs the converted block on its batches, with hooks on the layer."""
+        self.block.run(self.batches, *((self.name, hook) for hook in hooks))
+
+
+class RowsObserver:
+    """Keeps some positions of a layer's output (and input), a call each, as (images, positions, channels).
+
+    Args:
+        layer: The layer; a linear one has its channels last.
+        rows: Positions of a call at most, of all its images together.
+        inputs: Keep the inputs as well.
+    """
+
+    def __init__(self, layer: nn.Module, rows: int, inputs: bool = False) -> None:
+        self.channels_last = isinstance(layer, nn.Linear)
+        self.rows, self.with_inputs = rows, inputs
+        self.inputs: list[torch.Tensor] = []
+        self.outputs: list[torch.Tensor] = []
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        self.outputs.append(self.pick(output))
+        if self.with_inputs:
+            self.inputs.append(self.pick(args[0]))
+
+    def pick(self, tensor: torch.Tensor, channels_last: bool | None = None) -> torch.Tensor:
+        """The same random positions of every tensor of a size."""
+        last = self.channels_last if channels_last is None else channels_last
+        rows = tensor.unsqueeze(1).flatten(1, -2) if last else tensor.flatten(2).transpose(1, 2)
+        return rows[:, self.positions(rows.shape[1], len(rows)).to(rows.device)]
+
+    def positions(self, count: int, images: int) -> torch.Tensor:
+        """Which of ``count`` positions of an image are kept, in a call with so many images."""
+        most = max(1, self.rows // images)
+        if count <= most:
+            return torch.arange(count, device="cpu")
+        return torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")[:most]
+
+
+class MomentsObserver:
+    """Measures mean and variance of each channel of a convolution's output."""
+
+    def __init__(self) -> None:
+        self.sums: list[torch.Tensor] = []
+
+    def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        variance, mean = (value.double() for value in torch.var_mean(output, (0, 2, 3), correction=0))
+        count = mean.new_full(mean.shape, output[:, 0].numel())
+        self.sums.append(torch.stack([count, count * mean, count * (variance + mean.square())]))
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance over all calls."""
+        count, total, squares = torch.stack(self.sums).sum(0)
+        mean = total / count
+        return mean, (squares / count - mean.square()).clamp_min(0)

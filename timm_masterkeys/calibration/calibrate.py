@@ -21,12 +21,12 @@ from .blocks import is_pointwise
 from .blockwise import OVER, STAGES, Stage, StageReport, calibrate_blocks
 from .images import Images, Pixels, Size, origin_of, split_batches, split_images
 from .memory import check_memory, freed_memory_kept
-from .metrics import Figures, Metric, MetricLike, choose_metric, share_intervals
+from .metrics import Metric, MetricLike, choose_metric, share_intervals
 from .outputs import Output, gives_features, pick_output
 
 _logger = logging.getLogger(__name__)
 
-STAGE_TITLES = "stage", "error before", "error after", "changed", "left", "seconds"
+STAGE_TITLES = "stage", "changed", "left", "seconds"
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,18 @@ def calibrate_masterkeys(
             reports, *outputs = calibrate_blocks(model, dense, batches, others, stages, time_budget, output)
             after, expected = map(_held_out, (model, dense), outputs, (others, others))
             figures = chosen.measure(before, expected), chosen.measure(after, expected)
-            left_out = sum(why == OVER for stage in reports for why in stage.left.values())
-            counts = sum(map(len, batches)), len(expected)
-            measured = make_record(model, chosen.name, figures, counts, origin_of(images), left_out)
+            measured = CalibrationRecord(
+                chosen.name,
+                *figures,
+                images=sum(map(len, batches)),
+                held_out=len(expected),
+                origin=origin_of(images),
+                time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                versions={"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},
+                left_out=sum(why == OVER for stage in reports for why in stage.left.values()),
+                entries=entries_digest(model),
+                intervals=share_intervals(chosen.name, figures[1], len(expected)),
+            )
             report = CalibrationReport(measured, reports, time.perf_counter() - start)
             write_record(model, replace(record, calibration=measured))
         except BaseException:
@@ -180,31 +189,6 @@ def calibrate_masterkeys(
             raise
     _logger.info("Calibrated:\n%s", report)
     return report
-
-
-def make_record(
-    model: nn.Module,
-    metric: str,
-    figures: tuple[Figures, Figures],
-    images: tuple[int, int],
-    origin: str,
-    left_out: int,
-) -> CalibrationRecord:
-    """The record of a calibration of a model as it is now.
-
-    ``figures`` are those before and after it, ``images`` the numbers of all images and of those held out.
-    """
-    return CalibrationRecord(
-        metric,
-        *figures,
-        *images,
-        origin,
-        datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        {"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},
-        left_out,
-        entries_digest(model),
-        share_intervals(metric, figures[1], images[1]),
-    )
 
 
 def check_models(model: nn.Module, dense: nn.Module) -> None:
@@ -264,13 +248,13 @@ def _unexplained(model: nn.Module, dense: nn.Module) -> list[str]:
     A calibration changes pointwise layers and the biases of converted ones. A training may change all.
     """
     own, given = (dict(m.named_parameters()) for m in (model, dense))
-    names = own.keys() & given.keys()
-    records = {part: read_record(part) for part in model.modules()}
-    calibrated = [record for record in records.values() if record.was_calibrated]
-    if records[model].was_calibrated:  # as a whole, after its parts
-        calibrated = [records[model]]
+    records = [read_record(part) for part in model.modules()]
+    calibrated = [record for record in records if record.was_calibrated]
+    if records[0].was_calibrated:  # as a whole, after its parts
+        calibrated = records[:1]
     if any(record.calibration is None for record in calibrated):
         return []
+    names = own.keys() & given.keys()
     if calibrated:
         fitted = {n for n, m in model.named_modules() if is_pointwise(m) or isinstance(m, MasterKeyConv2d)}
         names = {name for name in names if name.rpartition(".")[0] not in fitted}

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ..conversion.wrapped import unwrapped
 from ..errors import CalibrationError
 from ..files import walk_files
+from .outputs import describe
 
 _logger = logging.getLogger(__name__)
 
@@ -59,8 +60,8 @@ FROM_CFG = Pixels()
 def prepare_for(model: nn.Module | PretrainedCfg | Mapping[str, Any], given: Pixels) -> dict[str, Any]:
     """The arguments of timm's ``create_transform`` for a model, with its channels, and mean and std of each.
 
-    They are those of its ``pretrained_cfg``, or of that of the one timm model inside it: of modules in one another that
-    have one, the outermost counts. What is given takes their place.
+    What is given comes before its ``pretrained_cfg``, or that of the one timm model inside it: of modules in one
+    another that have one, the outermost counts.
 
     Raises:
         CalibrationError: No ``pretrained_cfg``, or those of several models, and not all of mean, std and size.
@@ -91,7 +92,7 @@ def prepare_for(model: nn.Module | PretrainedCfg | Mapping[str, Any], given: Pix
 
 
 def _find_cfg(model: nn.Module) -> tuple[Any, nn.Module | None]:
-    """The cfg of a model or of the one in it that has one, and whose it is."""
+    """The cfg of a model or of the one in it that has one, and the model that it belongs to."""
     found: dict[str, nn.Module] = {}
     for name, module in unwrapped(model).named_modules():
         if getattr(module, "pretrained_cfg", None) and not any(not o or name.startswith(f"{o}.") for o in found):
@@ -142,7 +143,7 @@ def builtin_images(
         raise CalibrationError(f"count is {count}, expected at least 1.")
     config = prepare_for(model, Pixels(mean, std, size))
     channels, height, width = config["input_size"]
-    pictures = photographs()
+    pictures = list(photographs().values())
     if held_out is not None:
         pictures = [picture for i, picture in enumerate(pictures) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
     crops = draw_crops(pictures, (width, height), count, seed, interpolation=config["interpolation"])
@@ -151,12 +152,7 @@ def builtin_images(
     return (pixels.float() / 255 - centre) / spread
 
 
-def photographs() -> list[Image.Image]:
-    """The photographs, in the order of their names."""
-    return list(named_photographs().values())
-
-
-def named_photographs() -> dict[str, Image.Image]:
+def photographs() -> dict[str, Image.Image]:
     """The photographs by name, as in ``sources.csv`` without the suffix, in its order."""
     found = {}
     for path in _files():
@@ -187,17 +183,10 @@ def draw_crops(
     flips: bool = True,
     interpolation: str = "bicubic",
 ) -> Iterator[Image.Image]:
-    """Random crops, resized: of each picture one before any has two.
+    """Random crops, resized to ``size`` (width, height): of each picture one before any has two.
 
-    Args:
-        pictures: To crop from.
-        size: Width and height of a crop in the end.
-        count: How many.
-        seed: Of the crops.
-        area: Smallest and largest share of a picture.
-        ratio: Smallest and largest width to height, times that of ``size``; less where the picture ends.
-        flips: Mirror every other one, by chance.
-        interpolation: timm's name of it, "random" for bilinear.
+    ``area`` is the smallest and largest share of a picture, ``ratio`` that of width to height times that of ``size``
+    (less where the picture ends); ``flips`` mirrors each with a chance of one half.
     """
     draw = random.Random(str(seed))  # the same numbers in every version of Python; as a number, -1 would be 1
     filters = str_to_pil_interp("bilinear" if interpolation == "random" else interpolation)
@@ -263,15 +252,9 @@ def _is_builtin(images: Any) -> bool:
 def split_images(
     images: Images, held_out: Images | None, model: nn.Module, max_images: int, given: Pixels
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Images to fit to, and images to measure with; of the built-in ones, crops of other photographs.
-
-    Returns:
-        None for the second where a part of the first is to be held out.
-    """
+    """Images to fit to, and images to measure with, or None where a part of the first is to be held out."""
     if held_out is None and _is_builtin(images):
-        count, how = min(COUNT, max_images), given._asdict()
-        images, held_out = (builtin_images(model, count, held_out=part, **how) for part in (False, True))
-        given = FROM_CFG
+        return _split_builtin(model, max_images, min(COUNT, max_images), given)
     fitted = load_images(images, model, max_images, given)
     return fitted, None if held_out is None else load_images(held_out, model, max_images, given)
 
@@ -280,22 +263,26 @@ def split_for_choice(
     images: Images, dense: nn.Module, max_images: int = 300, given: Pixels = FROM_CFG
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Images to calibrate with, and images to judge by; of the built-in ones, crops of different photographs."""
-    if _is_builtin(images):
-        judges = 8 * (COUNT // HELD_OUT)  # many crops of each photograph, as they judge only
-        fitted, judging = (
-            builtin_images(dense, count, held_out=part, **given._asdict())
-            for count, part in ((min(COUNT, max_images), False), (judges, True))
-        )
-        return load_images(fitted, dense, max_images), load_images(judging, dense, judges)
+    if _is_builtin(images):  # many crops of each photograph, as they judge only
+        return _split_builtin(dense, max_images, 8 * (COUNT // HELD_OUT), given)
     least = HELD_OUT * FEWEST
-    most = max_images * HELD_OUT // (HELD_OUT - 1)
-    tensor = load_images(images, dense, most, given)
+    tensor = load_images(images, dense, max_images * HELD_OUT // (HELD_OUT - 1), given)
     if len(tensor) < least:
         raise CalibrationError(
             f"{len(tensor)} images, expected at least {least}, as every fourth is held out; some hundred are better."
         )
     held_out = torch.arange(len(tensor), device=tensor.device) % HELD_OUT == HELD_OUT - 1
     return tensor[~held_out], tensor[held_out]
+
+
+def _split_builtin(
+    model: nn.Module, max_images: int, held_out: int, given: Pixels
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Crops of three quarters of the photographs, and so many of the others."""
+    how = given._asdict()
+    fitted = builtin_images(model, min(COUNT, max_images), held_out=False, **how)
+    judging = builtin_images(model, held_out, held_out=True, **how)
+    return load_images(fitted, model, max_images), load_images(judging, model, held_out)
 
 
 def split_batches(
@@ -327,18 +314,13 @@ def _collect(batches: Iterable[Any], max_images: int) -> torch.Tensor:
         parts.append(batch[0] if isinstance(batch, (tuple, list)) else batch)
         if isinstance(parts[0], torch.Tensor) and sum(map(len, parts)) >= max_images:
             break
-    kinds = {tuple(part.shape[1:]) if isinstance(part, torch.Tensor) else _kind(part) for part in parts}
+    kinds = {tuple(part.shape[1:]) if isinstance(part, torch.Tensor) else describe(part) for part in parts}
     if len(kinds) > 1 or not all(isinstance(part, torch.Tensor) for part in parts):
         raise CalibrationError(
             f"images come as {', '.join(map(str, kinds))}, expected batches (N, channels, H, W) of one size, alone, "
             f"first in a tuple, or in a dictionary under one of {', '.join(BATCH_NAMES)}."
         )
     return torch.cat(parts)[:max_images] if parts else torch.empty(0, 3, 1, 1)
-
-
-def _kind(batch: Any) -> str:
-    keys = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
-    return f"a {type(batch).__name__}{keys}"
 
 
 def _load_folder(folder: str, model: nn.Module, max_images: int, config: dict[str, Any]) -> torch.Tensor:

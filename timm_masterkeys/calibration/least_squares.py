@@ -19,10 +19,10 @@ def choose_keys(covariance: torch.Tensor, keys_per_kernel: int) -> tuple[torch.T
     Args:
         covariance: (C, K + 2, K + 2) float64, for each channel of the responses to a kernel of ones and to the K keys,
             and of the expected output.
-        keys_per_kernel: r.
+        keys_per_kernel: How many each kernel gets.
 
     Returns:
-        Keys (C, r), scale (C, r), shift (C,).
+        Keys and scale (C, keys_per_kernel), shift (C,).
     """
     count, size = covariance.shape[0], covariance.shape[1] - 1
     matrix, right = covariance[:, :size, :size], covariance[:, :size, size]
@@ -98,10 +98,10 @@ def fit_ridge(folds: list[Gram], weight: torch.Tensor, intercept: bool) -> tuple
         D and b, fitted to all rows, or None if with every ridge the folds come no nearer than with nothing.
     """
     whole = sum(folds[1:], folds[0])
-    parts = [_centred(whole - fold, fold, intercept) for fold in folds]
+    centred = [_centred(whole - fold, fold, intercept) for fold in folds]
     best, least = 0.0, float((weight * whole.power).sum())
     for ridge in reversed(RIDGES):  # from the strongest down, for as long as it helps
-        error = sum(_ridge_error(ridge, weight.float(), *part) for part in parts)
+        error = sum(_ridge_error(ridge, weight.float(), *sums) for sums in centred)
         if not error < least:
             break
         best, least = ridge, error
@@ -114,23 +114,15 @@ def fit_ridge(folds: list[Gram], weight: torch.Tensor, intercept: bool) -> tuple
     return d, mean[len(d) :] - mean[: len(d)] @ d
 
 
-def _centred(fitted: Gram, test: Gram, intercept: bool) -> list[torch.Tensor]:
+def _centred(fitted: Gram, test: Gram, intercept: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Sums of both around the mean of ``fitted``; in float32, as they only choose among the ridges."""
     mean = fitted.mean if intercept else torch.zeros_like(fitted.mean)
-    matrix, right, _ = fitted.around(mean)
-    return [sums.float() for sums in (matrix, right, *test.around(mean))]
+    return [sums.float() for sums in fitted.around(mean)], [sums.float() for sums in test.around(mean)]
 
 
-def _ridge_error(
-    ridge: float,
-    weight: torch.Tensor,
-    matrix: torch.Tensor,
-    right: torch.Tensor,
-    test_matrix: torch.Tensor,
-    test_right: torch.Tensor,
-    power: torch.Tensor,
-) -> float:
+def _ridge_error(ridge: float, weight: torch.Tensor, fitted: list[torch.Tensor], test: list[torch.Tensor]) -> float:
     """The squared error on the rows of the test; infinite where the ridge is lost in rounding."""
+    (matrix, right, _), (test_matrix, test_right, power) = fitted, test
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     factor, failed = torch.linalg.cholesky_ex(matrix + ridge * _energy(matrix) * identity)
     if failed:

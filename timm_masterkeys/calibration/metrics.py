@@ -26,16 +26,30 @@ class Metric:
     Attributes:
         name: "classification", "dense prediction", "regression", "embedding", "features", or a callable's name.
         measure: Returns the figures, by name, of outputs and expected outputs.
-        distance: Returns one number, 0 for equal outputs, by which layers are compared.
-        score_name: The name of ``score``.
-        score: Returns the number that ``convert_to_agreement`` compares, of the figures; 1 for equal outputs.
+        by_default: The same for the metric that suits the outputs, whatever metric is given.
     """
 
     name: str
     measure: Callable[[torch.Tensor, torch.Tensor], Figures]
-    distance: Callable[[torch.Tensor, torch.Tensor], float]
-    score_name: str
-    score: Callable[[Mapping[str, float]], float]
+    by_default: Callable[[torch.Tensor, torch.Tensor], Figures]
+
+    def distance(self, out: torch.Tensor, expected: torch.Tensor) -> float:
+        """One number, 0 for equal outputs, by which layers are compared."""
+        figures = self.by_default(out, expected)
+        return figures["divergence" if self.by_default is classification_figures else "relative error"]
+
+    @property
+    def score_name(self) -> str:
+        """What ``score`` is called."""
+        if self.measure is classification_figures:
+            return "agreement"
+        return "R2" if self.measure is regression_figures else self.name
+
+    def score(self, figures: Mapping[str, float]) -> float:
+        """The number that ``convert_to_agreement`` compares; 1 for equal outputs."""
+        if self.measure is regression_figures:
+            return max(0.0, 1 - figures["relative error"])
+        return next(iter(figures.values()))
 
 
 def choose_metric(metric: MetricLike, expected: torch.Tensor, features: bool = False) -> Metric:
@@ -62,14 +76,14 @@ def choose_metric(metric: MetricLike, expected: torch.Tensor, features: bool = F
         by_shape = kinds.get(expected.ndim, "features")
     fitting = "embedding" if features else by_shape
     if callable(metric):
-        return _metric_of(metric, _METRICS[fitting].distance)
+        return _metric_of(metric, _FIGURES[fitting])
     name = fitting if metric is None else metric
-    if name not in _METRICS:
-        raise CalibrationError(f"metric is {metric!r}, expected a callable, or one of {', '.join(_METRICS)}.")
+    if name not in _FIGURES:
+        raise CalibrationError(f"metric is {metric!r}, expected a callable, or one of {', '.join(_FIGURES)}.")
     if name in kinds.values() and name != by_shape:
         shape = "(N, classes)" if name == kinds[2] else "(N, classes, H, W)"
         raise CalibrationError(f"metric is {name!r}, which is of {shape}; the model gives {tuple(expected.shape)}.")
-    return _METRICS[name]
+    return Metric(name, _FIGURES[name], _FIGURES[name])
 
 
 def classification_figures(out: torch.Tensor, expected: torch.Tensor) -> Figures:
@@ -137,15 +151,7 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
     return low if successes else 0.0, high if successes < count else 1.0
 
 
-def _first(figures: Mapping[str, float]) -> float:
-    return next(iter(figures.values()))
-
-
-def _explained(figures: Mapping[str, float]) -> float:
-    return max(0.0, 1 - figures["relative error"])
-
-
-def _metric_of(function: Any, distance: Callable[[torch.Tensor, torch.Tensor], float]) -> Metric:
+def _metric_of(function: Any, by_default: Callable[[torch.Tensor, torch.Tensor], Figures]) -> Metric:
     """A callable as a metric."""
     name = getattr(function, "__name__", type(function).__name__)
 
@@ -159,21 +165,10 @@ def _metric_of(function: Any, distance: Callable[[torch.Tensor, torch.Tensor], f
                 f"The metric {name} gives {found!r}, expected a number or numbers by name."
             ) from None
 
-    return Metric(name, measure, distance, name, _first)
+    return Metric(name, measure, by_default)
 
 
-def _divergence(out: torch.Tensor, expected: torch.Tensor) -> float:
-    return classification_figures(out, expected)["divergence"]
-
-
-def _relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    return regression_figures(out, expected)["relative error"]
-
-
-_METRICS = {
-    name: Metric(name, classification_figures, _divergence, "agreement", _first)
-    for name in ("classification", "dense prediction")
-} | {
-    name: Metric(name, regression_figures, _relative_error, "R2", _explained)
-    for name in ("regression", "embedding", "features")
+_FIGURES = {
+    **dict.fromkeys(("classification", "dense prediction"), classification_figures),
+    **dict.fromkeys(("regression", "embedding", "features"), regression_figures),
 }

@@ -10,8 +10,8 @@ from ..errors import CalibrationError
 
 Output = str | int | Callable[[Any], torch.Tensor] | None
 
-HEADS = ("logits", "out")  # of a head,
-FEATURES = ("image_embeds", "image_features", "last_hidden_state")  # of a model without one
+HEADS = ("logits", "out")  # names of the output of a head
+FEATURES = ("image_embeds", "image_features", "last_hidden_state")  # names of the output of a model without a head
 EMBEDDERS = ("open_clip",)  # libraries whose models return embeddings, as plain tensors
 
 
@@ -28,11 +28,13 @@ def pick_output(model: nn.Module, raw: Any, output: Output = None) -> torch.Tens
     try:
         found = _found(model, raw, output)
     except (LookupError, AttributeError, TypeError) as error:
-        raise CalibrationError(f"{type(model).__name__} returns {_kind(raw)}, without {output!r} ({error}).") from error
-    if not isinstance(found, torch.Tensor):
-        wanted = "a tensor in it" if output is None else f"a tensor at {output!r}, got {_kind(found)}"
         raise CalibrationError(
-            f"{type(model).__name__} returns {_kind(raw)}, expected {wanted}. output= says where it is: a key, an "
+            f"{type(model).__name__} returns {describe(raw)}, without {output!r} ({error})."
+        ) from error
+    if not isinstance(found, torch.Tensor):
+        expected = "a tensor in it" if output is None else f"a tensor at {output!r}, got {describe(found)}"
+        raise CalibrationError(
+            f"{type(model).__name__} returns {describe(raw)}, expected {expected}. output= says where it is: a key, an "
             "index, an attribute, or a callable on the model's output."
         )
     return found
@@ -49,11 +51,8 @@ def gives_features(model: nn.Module, raw: Any, out: torch.Tensor | None = None) 
         return True
     if getattr(model, "num_classes", None) == 0:
         return True
-    return not _has_any(raw, HEADS) and _has_any(raw, FEATURES)
-
-
-def _has_any(raw: Any, names: tuple[str, ...]) -> bool:
-    return any(_at(raw, name) is not None for name in names)
+    heads, features = ([_at(raw, name) is not None for name in names] for names in (HEADS, FEATURES))
+    return any(features) and not any(heads)
 
 
 def _is_normalised(out: torch.Tensor | None) -> bool:
@@ -87,7 +86,8 @@ def _at(raw: Any, name: str) -> Any:
     return raw.get(name) if isinstance(raw, Mapping) else getattr(raw, name, None)
 
 
-def _kind(raw: Any) -> str:
+def describe(raw: Any) -> str:
+    """The type of an output or a batch, with the keys of a mapping or the types of a sequence."""
     if isinstance(raw, Mapping):
         return f"a {type(raw).__name__} of {', '.join(map(repr, raw))}"
     if isinstance(raw, (list, tuple)):

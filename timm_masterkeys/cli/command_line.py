@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import MasterKeysError
 from ..version import __version__
 
-COMMANDS = ("list", "inspect", "convert", "discover", "plot", "compare", "publish", "zoo", "cache")
+COMMANDS = ("list", "inspect", "convert", "discover", "compare", "publish", "zoo", "cache")
 
 _WORDS = """words:
   kernel     the k x k weights of one channel of a depthwise convolution

@@ -2,16 +2,10 @@
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ..errors import MasterKeysError
 from .options import TRAINABLE, add_conversion, add_model, add_options, check_device, read_config
 from .outputs import check_folder
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ..conversion.config import MasterKeysConfig
 
 SUMMARY = "convert a model, calibrate it with images, and save it as a folder that timm loads"
 EXAMPLE = "convert convnext_tiny --pretrained --keys-per-kernel 4 --output out"
@@ -34,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument(
         "--calibrate",
         metavar="DIR",
-        help="a folder of images to calibrate with, without labels; some hundred of your own task are best. 'none': do "
-        "not calibrate (default: photographs that ship with timm_masterkeys)",
+        help="a folder of images to calibrate with, without labels; a few hundred images of your own task are best. "
+        "'none': do not calibrate (default: photographs that ship with timm_masterkeys)",
     )
     images.add_argument("--max-images", type=int, metavar="N", help="use at most so many images")
     images.add_argument(
@@ -62,11 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    import timm
+
     from ..conversion.convert import convert
+    from ..conversion.record import Source, read_record, write_record
     from ..conversion.report import conversion_report
     from ..hub.save import save_pretrained
     from ..hub.source import check_license
+    from ..timm_plugin.calibrated import convert_and_calibrate
     from ..timm_plugin.call import calibration_images
+    from ..timm_plugin.names import dense_name
     from .load_model import is_converted, load_model, require_weights
 
     require_weights(args, "There are no weights to convert.")
@@ -83,40 +82,19 @@ def run(args: argparse.Namespace) -> None:
             f"'{args.model}' is converted already. Inspect or publish it as it is, or convert the dense weights it was "
             "made from."
         )
-    model = _calibrated(dense, config, images, args) if images else convert(dense, config, "project")
-    _note_source(model, args)
+    if images:
+        size = args.size[0] if args.size and len(args.size) == 1 else args.size
+        given = {"max_images": args.max_images, "mean": args.mean, "std": args.std, "size": size}
+        options = {name: value for name, value in given.items() if value is not None}
+        model, figures = convert_and_calibrate(dense, config, images, **options)
+        if config.agreement is not None:
+            print(figures, end="\n\n")
+    else:
+        model = convert(dense, config, "project")
+    if args.pretrained and (cfg := timm.get_pretrained_cfg(dense_name(args.model))):  # the licence is inherited
+        write_record(model, replace(read_record(model), source=Source.from_cfg(cfg)))
     directory = save_pretrained(model.cpu(), args.output, license=args.license)
     print(conversion_report(model))
     print(f"\nsaved to {directory}: timm.create_model('local-dir:{directory}', pretrained=True) loads it")
     if not images:
         print("NOT calibrated, and of little use as it is: leave out --calibrate none, or fine-tune before use")
-
-
-def _calibrated(dense: "nn.Module", config: "MasterKeysConfig", images: str, args: argparse.Namespace) -> "nn.Module":
-    from ..calibration.agreement import convert_to_agreement
-    from ..calibration.calibrate import calibrate_masterkeys
-    from ..conversion.convert import convert
-
-    given = {"max_images": args.max_images, "mean": args.mean, "std": args.std, "size": args.size}
-    if args.size and len(args.size) == 1:
-        given["size"] = args.size[0]
-    options = {name: value for name, value in given.items() if value is not None}
-    if config.agreement is None:
-        model = convert(dense, config, "project")
-        calibrate_masterkeys(model, dense, images, **options)
-        return model
-    options |= {name: getattr(config, name) for name in ("bank", "include", "exclude", "trainable")}
-    model, budget = convert_to_agreement(dense, config.agreement, images, **options)
-    print(budget, end="\n\n")
-    return model
-
-
-def _note_source(model: "nn.Module", args: argparse.Namespace) -> None:
-    """Notes whose weights the model has, where they are timm's own, so that their licence is inherited."""
-    import timm
-
-    from ..conversion.record import Source, read_record, write_record
-    from ..timm_plugin.names import dense_name
-
-    if args.pretrained and (cfg := timm.get_pretrained_cfg(dense_name(args.model))):
-        write_record(model, replace(read_record(model), source=Source.from_cfg(cfg)))

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import MasterKeysError
 from .compare import describe_matches
 from .options import DEFAULT_BANK, add_options, check_device
-from .outputs import check_file, print_result, save_figure
+from .outputs import check_file, print_result
 
 SUMMARY = "search the depthwise kernels of some networks for the few keys that fit them best, and save these as a bank"
 EXAMPLE = "discover convnext_tiny mine.safetensors --hold-out mine.safetensors --output bank.safetensors"
@@ -31,12 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one of the networks, not to search but to measure the fit of the keys on; may be repeated",
     )
     add(
-        "--by-kernels",
-        action="store_true",
-        help="let every kernel count the same, so that large networks count more (default: every network counts the "
-        "same)",
-    )
-    add(
         "--method",
         default="autoencoder",
         choices=["autoencoder", "lines"],
@@ -52,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start of the random numbers; the same seed finds the same keys (default: 0)",
     )
     add("--output", required=True, metavar="FILE", help="the .safetensors file to write the bank to")
-    add("--plot", metavar="FILE", help="draw the fit by the number of keys, as .png, .svg or .pdf (needs matplotlib)")
     add_options(parser, "--device", "--json")
 
 
@@ -60,9 +53,6 @@ def run(args: argparse.Namespace) -> None:
     check_file(args.output, ".safetensors")
     if os.path.realpath(args.output) in map(os.path.realpath, args.sources):
         raise MasterKeysError(f"--output '{args.output}' is one of the sources: name another file.")
-    if args.plot:
-        check_file(args.plot, ".png", ".svg", ".pdf")
-        from ..study import plotting  # needs matplotlib: before the search, not after it
     from ..study.discovery import collect_kernels, discover_bank, match_banks
     from ..study.kernels import name_sources
 
@@ -73,15 +63,12 @@ def run(args: argparse.Namespace) -> None:
         collect_kernels(sources, args.kernel_size),
         keys=args.keys,
         held_out=[source if source in sources else os.path.basename(source) for source in args.hold_out],
-        equal_networks=not args.by_kernels,
         method=args.method,
         seed=args.seed,
         name=Path(args.output).stem,
         device=args.device,
     )
     found.bank.save(args.output)
-    if args.plot:
-        save_figure(plotting.plot_elimination(found), args.plot)
     matches = match_banks(found.bank, DEFAULT_BANK, (args.kernel_size, args.kernel_size))
     bank = {"name": found.bank.name, "keys": len(found.bank), "source": found.bank.source, "file": args.output}
     text = (

@@ -10,7 +10,7 @@ EXAMPLE = "inspect convnext_tiny --pretrained --json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser, kernel_files=True)
+    add_model(parser)
     add_conversion(parser)
     add_options(parser, "--json")
     parser.add_argument("--html", metavar="FILE", help="also write the fit as a page with pictures (needs matplotlib)")

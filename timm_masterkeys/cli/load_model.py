@@ -1,9 +1,8 @@
-"""The model that a command is about: a name, a saved folder, a checkpoint, or a file of kernels."""
+"""The model that a command is about: a name, with or without a checkpoint, or a saved folder."""
 
 import argparse
 import difflib
 import os
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,7 +12,6 @@ from torch import nn
 from ..conversion.apply import converted_layers
 from ..conversion.tags import is_masterkeys_tag
 from ..errors import CheckpointError, MasterKeysError
-from ..study.kernels import read_file
 from ..timm_plugin.names import dense_name
 from ..timm_plugin.published import list_architectures, published_source
 from .options import DEFAULT_BANK
@@ -25,8 +23,6 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     Raises:
         MasterKeysError: An unknown name, a file that is missing or damaged, or weights that do not fit.
     """
-    if _is_kernel_file(args):
-        return _model_of_kernels(args.model)
     classes = {} if args.num_classes is None else {"num_classes": args.num_classes}
     if _is_folder(args.model):
         return create(f"local-dir:{args.model}", pretrained=True, **classes)
@@ -40,7 +36,7 @@ def load_model(args: argparse.Namespace) -> nn.Module:
 
 def has_weights(args: argparse.Namespace) -> bool:
     """Whether the arguments say which weights to take; else a name stands for random ones."""
-    return bool(args.pretrained or args.checkpoint or _is_folder(args.model) or _is_kernel_file(args))
+    return bool(args.pretrained or args.checkpoint or _is_folder(args.model))
 
 
 def require_weights(args: argparse.Namespace, problem: str) -> None:
@@ -77,12 +73,14 @@ def check_name(name: str) -> None:
     if ":" in name or published_source(name):
         return
     if os.path.isfile(name):
-        raise MasterKeysError(f"'{name}' is a file. Name the architecture, and give the file with --checkpoint.")
+        hint = "Name its architecture, and give it with --checkpoint; `timm-masterkeys compare` takes a file alone."
+        raise MasterKeysError(f"'{name}' is a file. {hint}")
     if "/" in name:
         raise MasterKeysError(f"There is no folder '{name}'. If it is on the Hub, its name is 'hf-hub:{name}'.")
     arch, _, tag = name.partition(".")
     if not timm.is_model(arch):
-        raise MasterKeysError(f"There is no timm model '{arch}'.{_nearest(arch, timm.list_models())}")
+        near = _nearest(arch, timm.list_models())
+        raise MasterKeysError(f"There is no timm model '{arch}', and no such file or folder.{near}")
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError:  # no such tag
@@ -104,10 +102,6 @@ def _is_folder(name: str) -> bool:
     return os.path.isdir(name) and not timm.is_model(name)
 
 
-def _is_kernel_file(args: argparse.Namespace) -> bool:
-    return bool(getattr(args, "kernel_files", False)) and os.path.isfile(args.model)
-
-
 def _load_checkpoint(model: nn.Module, path: str) -> None:
     if not os.path.isfile(path):
         raise CheckpointError(f"There is no file '{path}'.")
@@ -117,23 +111,3 @@ def _load_checkpoint(model: nn.Module, path: str) -> None:
         raise CheckpointError(f"Cannot load '{path}': {error}") from error
     except Exception as error:  # a damaged file: unpickling may raise anything
         raise CheckpointError(f"'{path}' is not a checkpoint that can be read: {error!r}") from error
-
-
-def _model_of_kernels(path: str) -> nn.Module:
-    """Depthwise convolutions with the kernels of a file, under the names they have there."""
-    kernels = read_file(path)
-    if not kernels:
-        raise MasterKeysError(f"'{Path(path).name}' holds no depthwise kernels.")
-    model = nn.Module()
-    for name, weight in kernels.items():
-        channels, height, width = weight.shape
-        layer = nn.Conv2d(channels, channels, (height, width), groups=channels, bias=False)
-        layer.weight = nn.Parameter(weight.unsqueeze(1).float())
-        *folders, last = (name if path.endswith(".npz") else name.removesuffix(".weight")).split(".")
-        parent = model
-        for folder in folders:
-            if folder not in dict(parent.named_children()):
-                parent.add_module(folder, nn.Module())
-            parent = parent.get_submodule(folder)
-        parent.add_module(last, layer)
-    return model

@@ -31,7 +31,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--include": {
         "action": "append",
         "metavar": "PATTERN",
-        "help": "convert only the layers whose name matches, as 'stages.0.*'; may be repeated",
+        "help": "convert only the layers whose name matches, for example 'stages.0.*'; may be repeated",
     },
     "--exclude": {
         "action": "append",
@@ -48,7 +48,8 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--device": {"default": "cpu", "help": "where to compute, for example cuda (default: cpu)"},
     "--license": {
         "metavar": "NAME",
-        "help": "the licence of the weights, as apache-2.0; needed to publish weights whose licence timm does not know",
+        "help": "the licence of the weights, for example apache-2.0; needed to publish weights whose licence timm does "
+        "not know",
     },
     "--private": {"action": "store_true", "default": None, "help": "make a new repository private"},
     "--json": {"action": "store_true", "help": "print the result as JSON, and nothing else"},
@@ -66,13 +67,12 @@ def add_conversion(parser: argparse.ArgumentParser, *more: str) -> None:
     add_options(parser, "--bank", "--keys-per-kernel", "--include", "--exclude", *more)
 
 
-def add_model(parser: argparse.ArgumentParser, kernel_files: bool = False) -> None:
-    """Adds what ``load_model`` reads; the model may also be a file of kernels with ``kernel_files``."""
-    also = "; or a .safetensors or .npz file of kernels" if kernel_files else ""
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``load_model`` reads."""
     parser.add_argument(
         "model",
         help="a timm name, for example convnext_tiny.fb_in1k, with or without .mk8; a folder written by convert or by "
-        f"timm; a model on the Hub, as hf-hub:org/name{also}",
+        "timm; or a model on the Hub, for example hf-hub:org/name",
     )
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="load the pretrained weights of the name")
@@ -83,7 +83,6 @@ def add_model(parser: argparse.ArgumentParser, kernel_files: bool = False) -> No
         metavar="N",
         help="how many classes the checkpoint's classifier has (default: as many as timm's pretrained model)",
     )
-    parser.set_defaults(kernel_files=kernel_files)
 
 
 def read_config(args: argparse.Namespace) -> "MasterKeysConfig":

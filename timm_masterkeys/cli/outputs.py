@@ -1,25 +1,19 @@
 """Where commands write to: checked before the work, not after it."""
 
 import argparse
-import dataclasses
 import json
-import math
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import MasterKeysError
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-
-def check_file(path: str, *suffixes: str) -> None:
-    """Raises MasterKeysError unless the folder of a file exists, and its name ends in one of some suffixes."""
+def check_file(path: str, suffix: str = "") -> None:
+    """Raises MasterKeysError unless the folder of a file exists, and its name ends in a suffix."""
     folder = Path(path).absolute().parent
-    if suffixes and Path(path).suffix not in suffixes:
-        raise MasterKeysError(f"Cannot write '{path}': expected a name that ends in {', '.join(suffixes)}.")
+    if not path.endswith(suffix):
+        raise MasterKeysError(f"Cannot write '{path}': expected a name that ends in {suffix}.")
     if not folder.is_dir():
         raise MasterKeysError(f"Cannot write '{path}': there is no folder '{folder}'.")
 
@@ -36,26 +30,14 @@ def check_folder(path: str) -> None:
         raise MasterKeysError(f"Cannot write into '{path}': {error.strerror}: '{folder}'.") from error
 
 
-def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Writes a picture in the format that its name ends in; whole or not at all."""
-    from ..files import atomic_path
-
-    with atomic_path(path) as tmp:
-        figure.savefig(tmp, format=Path(path).suffix[1:], dpi=130)
-
-
 def print_result(args: argparse.Namespace, value: Any, text: Any) -> None:
-    """Prints a text, or with ``--json`` dataclasses, mappings and lists as JSON, null for what is no finite number."""
-    print(json.dumps(_as_json(value), indent=2) if args.json else text)
+    """Prints a text, or with ``--json`` dataclasses, mappings and lists as JSON; NaN and infinity become null."""
+    if args.json:
+        plain = json.loads(json.dumps(value, default=_plain), parse_constant=lambda name: None)
+        text = json.dumps(plain, indent=2)
+    print(text)
 
 
-def _as_json(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(name): _as_json(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+def _plain(value: Any) -> Any:
+    """What ``json`` does not know: a path as a string, a dataclass as a dictionary."""
+    return str(value) if isinstance(value, Path) else vars(value)

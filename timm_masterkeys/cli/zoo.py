@@ -11,7 +11,7 @@ SUMMARY = (
     "convert, calibrate, measure and publish every timm network that matches; the same command again continues where "
     "it ended"
 )
-EXAMPLE = "zoo 'convnext*' --org my-team --images photographs --evaluate imagenet/val --dry-run"
+EXAMPLE = "zoo 'convnext*' --org my-team --calibrate photographs --evaluate imagenet/val --dry-run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--org", required=True, help="user or organisation on the Hub; a network is published as ORG/ARCH.mk8_TAG")
     add_conversion(parser, "--agreement")
     add(
-        "--images",
+        "--calibrate",
         default="builtin",
         metavar="DIR",
         help="a folder of images to calibrate with, without labels (default: photographs that ship with "
@@ -61,41 +61,29 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..zoo.evaluate import find_labels
-    from ..zoo.results import TABLE
     from ..zoo.zoo import Zoo, make_zoo, plan_zoo
 
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = args.device or (gpu if torch.cuda.is_available() else "cpu")
     check_device(device)
     config, labels = read_config(args), find_labels(args.evaluate, args.class_map or "")
-    zoo = Zoo(
-        args.org,
-        labels,
-        Path(args.output),
-        images=args.images,
-        config=config,
-        dataset=args.dataset or "",
-        license=args.license,
-        private=args.private,
-        dry_run=args.dry_run,
-        keep_weights=args.keep_weights,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        device=device,
-    )
-    names, left = plan_zoo(args.pattern, labels.num_classes)
-    for name, reason in left.items():
+    given = {name: value for name, value in vars(args).items() if name in Zoo.__dataclass_fields__}
+    given |= {"labels": labels, "output": Path(args.output), "config": config, "device": device}
+    zoo = Zoo(**given)
+    names, left_out = plan_zoo(args.pattern, labels.num_classes)
+    for name, reason in left_out.items():
         print(f"{name}  left out: {reason}")
-    print(f"{len(names)} networks, {len(labels.files):,} images of {labels.classes:,} classes", flush=True)
+    classes = len({label for _, label in labels.files})
+    print(f"{len(names)} networks, {len(labels.files):,} images of {classes:,} classes", flush=True)
     failed = []
     for outcome in make_zoo(names, zoo):
         if outcome.fresh:
             print(outcome, flush=True)
         if outcome.error:
             failed.append(f"{outcome.name} ({outcome.error})")
-    print(f"{len(names) - len(failed)} of {len(names)} networks done, see {zoo.output / TABLE}")
+    print(f"{len(names) - len(failed)} of {len(names)} networks done, see {args.output}/results.csv")
     if failed:
         raise ZooError(
-            f"{len(failed)} of {len(names)} networks failed: {'; '.join(failed)}. What was done stays; the same "
-            f"command tries these once more. More in {zoo.output}/models/NAME/failure.txt."
+            f"{len(failed)} of {len(names)} networks failed: {'; '.join(failed)}. The others are kept. The same "
+            f"command tries the failed ones again. More in {args.output}/models/NAME/failure.txt."
         )

@@ -109,7 +109,7 @@ def converted_layers(model: nn.Module, required: bool = False) -> dict[str, Mast
 def describe(model: nn.Module) -> dict[str, LayerSettings]:
     """The settings of the converted layers of a model, by their names."""
     return {
-        name: LayerSettings(layer.bank, layer.keys_per_kernel, layer.trainable, isinstance(layer, ScaledKeyConv2d))
+        name: LayerSettings(layer.bank, layer.keys_per_kernel, layer.trainable, layer.has_sigmas)
         for name, layer in converted_layers(model).items()
     }
 

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..conversion.record import Source
 from ..conversion.report import ConversionReport
+from ..conversion.table import number
 from ..errors import ConversionError
 from .source import HUB_LICENSES
 
@@ -175,38 +176,21 @@ def _shared(layers: Mapping[str, Mapping[str, Any]], name: str) -> str:
 
 
 def _conversion(about: Mapping[str, Any], report: ConversionReport) -> str:
-    """The tables of the conversion: settings, fit, how often each key is used, layers."""
+    """The settings of the conversion, and its report."""
     total = report.total
-    most = max(*total.key_histogram, 1)
-    keys = "\n".join(
-        f"key {i + 1}  {n:>8,}  {'#' * round(40 * n / most)}".rstrip() for i, n in enumerate(total.key_histogram)
-    )
-    layers = "\n".join(
-        f"| {layer.name} | {layer.kernel_size[0]}x{layer.kernel_size[1]} | {layer.channels:,} | {layer.mean_r2:.3f} "
-        f"| {layer.worst_r2:.3f} | {' '.join(map(str, layer.key_histogram))} |"
-        for layer in report.layers
-    )
     return f"""| | |
 |---|---|
 | bank | {", ".join(f"{bank['name']} (SHA-256 {digest[:16]}...)" for digest, bank in about["banks"].items())} |
 | keys per kernel | {_shared(about["layers"], "keys_per_kernel")} |
 | trainable | {_shared(about["layers"], "trainable")} |
 | layers, kernels | {len(report.layers)}, {total.channels:,} |
-| R2 of the projection: mean, median, worst | {total.mean_r2:.3f}, {total.median_r2:.3f}, {total.worst_r2:.3f} |
-| kernels with R2 above 0.5, 0.9 | {total.above_50:.0%}, {total.above_90:.0%} |
-| trainable parameters, before and now | {report.trainable_before:,}, {report.trainable_after:,} |
-
-How many kernels have each key{", by its index in its bank" * (len(about["banks"]) > 1)}:
-
-```
-{keys}
-```
+| R2 of the fit: mean, median, worst | {", ".join(map(number, (total.mean_r2, total.median_r2, total.worst_r2)))} |
 
 <details><summary>Layer by layer</summary>
 
-| layer | kernel | channels | mean R2 | worst | kernels of each key |
-|---|---|---|---|---|---|
-{layers}
+```
+{report}
+```
 
 </details>"""
 

@@ -22,12 +22,9 @@ DEFAULT_BANK = "babaiee2025"
 COMPACT_BANK = "compact8"
 
 _FORMAT = "timm_masterkeys.bank.1"
-_VANISHED = 0.3  # a key that keeps less of its norm than this at a size has no shape left there
-_REPEATED = 0.98  # a key correlated more than this with an earlier one, sign apart, adds nothing there
-_TWIN = (
-    0.995  # the same for cropped keys: keys 7 and 8 of the scale-space banks, .98 alike at 3x3, are both worth having
-)
-
+# A key that keeps less of its norm than the first at a size has no shape left there; a key correlated more than the
+# second with an earlier one, sign apart, adds nothing. (Keys 7 and 8 of the scale-space banks, .98 alike at 3x3, stay.)
+_LIMITS = {"fold": (0.3, 0.98), "crop": (1e-6, 0.995)}
 
 _AtSize = tuple[np.ndarray, list[int], dict[int, str]]  # normalised keys, which are kept, why others are not
 
@@ -37,12 +34,12 @@ class KeyBank:
     """An immutable bank of master keys.
 
     Args:
-        name: How the bank is called in reports, configs and checkpoints.
+        name: Its name in reports, configs and checkpoints.
         keys: The keys at their own size, shape (K, kh, kw). Kept as a read-only float64 array, digit for digit.
         source: Where the keys come from: a paper, an address, or how they were made.
-        licence: The licence of the keys, as an SPDX name where there is one.
-        resize: How the keys come to smaller sizes: "fold" (see ``keys_for``), or "crop" to their centre, which keeps
-            independent random numbers independent, and sampled functions sampled.
+        licence: Of the keys, as an SPDX name where there is one.
+        resize: How keys are made smaller: "fold" (see ``keys_for``), or "crop" to their centre, which keeps random
+            numbers independent, and samples of a function what they are.
 
     Raises:
         BankError: The keys are not a finite (K, kh, kw) array, or one of them is constant.
@@ -65,7 +62,7 @@ class KeyBank:
         keys = np.array(given, dtype=np.float64)
         if keys.ndim != 3 or 0 in keys.shape:
             raise BankError(f"Bank '{self.name}' has keys of shape {keys.shape}, expected (keys, height, width).")
-        if self.resize not in ("fold", "crop"):
+        if self.resize not in _LIMITS:
             raise BankError(f"Bank '{self.name}' has resize='{self.resize}', expected 'fold' or 'crop'.")
         if not np.isfinite(keys).all():
             raise BankError(f"Bank '{self.name}' holds NaN or Inf; every key must be finite.")
@@ -97,7 +94,7 @@ class KeyBank:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of shape, values (little-endian float64) and rule, in hex: with one digest banks are the same."""
+        """SHA-256, in hex, of shape, values (little-endian float64) and ``resize``: equal for equal banks."""
         values = self.keys.astype("<f8")
         rule = "" if self.resize == "fold" else self.resize
         return hashlib.sha256(repr(values.shape).encode() + values.tobytes() + rule.encode()).hexdigest()
@@ -105,12 +102,12 @@ class KeyBank:
     def keys_for(self, kernel_size: tuple[int, int]) -> torch.Tensor:
         """The keys at a kernel size, each with mean 0 and norm 1.
 
-        The rule is the same for every size: a tap that falls outside a smaller window is added to the nearest tap
-        inside, half way between two taps it is shared; a larger window is filled with the mean level of the key's
-        edges. So a smaller key responds to an image that continues unchanged beyond its window as the key itself does,
-        and a larger one is the same filter, up to a constant. Of nine rules for smaller sizes this one fits the real
-        kernels of seven networks best; ``examples/compare_key_sizes.py`` prints the tables.
-        A key that vanishes or repeats an earlier one at this size is left out; ``kept`` and ``left_out`` say which.
+        A tap outside a smaller window is added to the nearest tap inside, or shared between two at equal distance; a
+        larger window is filled with the mean of the key's edges. So a smaller key responds as the key itself does to
+        an image that continues unchanged beyond its window, and a larger one is the same filter, up to a constant. Of
+        nine rules for smaller sizes this one fits the kernels of seven networks best
+        (``examples/compare_key_sizes.py``). A key that vanishes or repeats an earlier one at this size is left out; see
+        ``left_out``.
 
         Args:
             kernel_size: (height, width) in taps.
@@ -129,11 +126,11 @@ class KeyBank:
         return torch.from_numpy(keys[kept]).float()
 
     def kept(self, kernel_size: tuple[int, int]) -> tuple[int, ...]:
-        """Which keys of the bank ``keys_for(kernel_size)`` holds, by their index in the bank, in order."""
+        """The keys that ``keys_for(kernel_size)`` holds, by their index in the bank, in order."""
         return tuple(self._at(kernel_size)[1])
 
     def left_out(self, kernel_size: tuple[int, int]) -> dict[int, str]:
-        """Which keys are left out at a kernel size, with the reason.
+        """The keys left out at a kernel size, by their index in the bank, with the reason.
 
         Example:
             >>> get_bank("babaiee2025").left_out((1, 7))
@@ -161,7 +158,7 @@ class KeyBank:
             keys = keys - np.concatenate(edges, 1).mean(1)[:, None, None]
             keys = _fold(keys.shape[1], height) @ keys @ _fold(keys.shape[2], width).T
         keys, norms = _normalised(keys)
-        vanished, repeated = (_VANISHED, _REPEATED) if self.resize == "fold" else (1e-6, _TWIN)
+        vanished, repeated = _LIMITS[self.resize]
         flat = keys.reshape(len(keys), -1)
         kept: list[int] = []
         left_out: dict[int, str] = {}
@@ -183,14 +180,8 @@ class KeyBank:
         Raises:
             OSError: The folder does not exist or cannot be written.
         """
-        metadata = {
-            "format": _FORMAT,
-            "name": self.name,
-            "source": self.source,
-            "licence": self.licence,
-            "resize": self.resize,
-            "digest": self.digest,
-        }
+        names = ("name", "source", "licence", "resize", "digest")
+        metadata = {"format": _FORMAT, **{name: getattr(self, name) for name in names}}
         with atomic_path(path) as tmp:
             save_file({"keys": np.ascontiguousarray(self.keys)}, tmp, metadata)
 
@@ -213,17 +204,15 @@ class KeyBank:
         found = metadata.get("format", _FORMAT)
         if found != _FORMAT:
             raise BankError(f"'{path}' has format '{found}', this version reads '{_FORMAT}'. Upgrade timm_masterkeys.")
-        name = metadata.get("name", Path(path).stem)
-        bank = cls(
-            name, keys, metadata.get("source", str(path)), metadata.get("licence", ""), metadata.get("resize", "fold")
-        )
+        given = {name: metadata[name] for name in ("licence", "resize") if name in metadata}
+        bank = cls(metadata.get("name", Path(path).stem), keys, metadata.get("source", str(path)), **given)
         if metadata.get("digest", bank.digest) != bank.digest:
-            raise BankError(f"'{path}' does not match its digest: the file was altered. Get it again.")
+            raise BankError(f"'{path}' does not match its digest: the file was altered. Download it again.")
         return bank
 
 
 def list_banks() -> list[str]:
-    """The names ``get_bank`` knows; ``<seed>`` stands for any whole number."""
+    """The names of banks for ``get_bank``; ``<seed>`` stands for any whole number."""
     return [DEFAULT_BANK, COMPACT_BANK, *(f"scale-space-{method}" for method in SIGMAS), "random8:<seed>"]
 
 
@@ -231,13 +220,13 @@ Bank = str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray  # what ``ge
 
 
 def get_bank(bank: Bank = DEFAULT_BANK) -> KeyBank:
-    """Returns a bank by name, from a file, or from keys at hand.
+    """Returns a bank by name, from a file, or from a tensor.
 
     Args:
         bank: A name of ``list_banks()``, the path of a ``.safetensors`` file, a tensor or array (K, kh, kw), or a
-            KeyBank (returned as it is). ``compact8`` are eight keys discovered in four compact networks (see
-            ``discovery``); ``scale-space-a`` to ``-d2`` are the published keys' models, differences of discrete
-            Gaussians, sampled at each size; ``random8:<seed>`` are eight Gaussian random 7x7 keys: the control.
+            KeyBank (returned as it is). ``compact8`` are eight keys discovered in four compact networks;
+            ``scale-space-a`` to ``-d2`` are models of the published keys, differences of discrete Gaussians, sampled
+            at each size; ``random8:<seed>`` are eight Gaussian random 7x7 keys, a control.
 
     Raises:
         BankError: No such name, or a file or tensor that is no bank.
@@ -259,17 +248,17 @@ def get_bank(bank: Bank = DEFAULT_BANK) -> KeyBank:
     if name == COMPACT_BANK:
         with resources.as_file(resources.files(__package__).joinpath("data/compact8.safetensors")) as path:
             return KeyBank.load(path)
-    if name.removeprefix("scale-space-") in SIGMAS and name.startswith("scale-space-"):
+    method = name.removeprefix("scale-space-")
+    if method in SIGMAS and method != name:
         source = "Lindeberg et al., Modelling and analysis of the 8 filters, JMIV 68(3), 2026, arXiv:2509.12746"
-        return KeyBank(name, scale_space_keys(name.removeprefix("scale-space-")), source, "cc-by-4.0", resize="crop")
+        return KeyBank(name, scale_space_keys(method), source, "cc-by-4.0", resize="crop")
     control = re.fullmatch(r"random8:(\d+)", name)
     if control:
-        if int(control[1]) >= 2**32:
+        seed = int(control[1])
+        if seed >= 2**32:
             raise BankError(f"Bank '{name}' has a seed too large for numpy, expected less than {2**32}.")
-        keys = np.random.RandomState(int(control[1])).standard_normal((8, 7, 7))  # a stream numpy has frozen for good
-        return KeyBank(
-            name, keys, source=f"Gaussian random numbers, seed {control[1]}", licence="cc0-1.0", resize="crop"
-        )
+        keys = np.random.RandomState(seed).standard_normal((8, 7, 7))  # numpy never changes this stream
+        return KeyBank(name, keys, f"Gaussian random numbers, seed {control[1]}", "cc0-1.0", resize="crop")
     if name.endswith(".safetensors"):
         return KeyBank.load(name)
     raise BankError(f"Unknown bank '{name}'. Known: {', '.join(list_banks())}, or a path that ends in .safetensors.")
@@ -288,7 +277,7 @@ def _babaiee2025() -> KeyBank:
 
 
 def _fold(taps: int, window: int) -> np.ndarray:
-    """The (window, taps) matrix that moves each tap to its place in a window with the same centre, or its edge."""
+    """The (window, taps) matrix that adds each tap to its place in a window with the same centre, or to its edge."""
     place = np.clip(np.arange(taps) - (taps - 1) / 2 + (window - 1) / 2, 0, window - 1)
     low = np.floor(place).astype(int)
     fold = np.zeros((window, taps))

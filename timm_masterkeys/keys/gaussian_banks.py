@@ -18,8 +18,7 @@ SIGMAS = {
 def discrete_gaussian(sigma: float, taps: int = TAPS) -> np.ndarray:
     """The discrete analogue of the Gaussian, ``exp(-s^2) I_n(s^2)`` with the modified Bessel functions I_n.
 
-    The taps are the Fourier coefficients of ``exp(s^2 (cos(angle) - 1))``, summed at as many angles as make
-    the sum exact to rounding; sigma 0 gives a single one.
+    The taps are the Fourier coefficients of ``exp(s^2 (cos(angle) - 1))``, exact to rounding; sigma 0 gives one tap.
 
     Args:
         sigma: Standard deviation in taps, 0 or more.
@@ -37,6 +36,11 @@ def discrete_gaussian(sigma: float, taps: int = TAPS) -> np.ndarray:
     return np.fft.ifft(spectrum).real[np.abs(np.arange(taps) - taps // 2)]
 
 
+def neighbours(g: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The values at the left, right, upper and lower neighbours of each place."""
+    return tuple(np.roll(g, step, axis) for axis in (1, 0) for step in (1, -1))
+
+
 def scale_space_keys(method: str, taps: int = TAPS) -> np.ndarray:
     """The eight keys (8, taps, taps) of one of the paper's models, sampled; not normalised.
 
@@ -50,7 +54,7 @@ def scale_space_keys(method: str, taps: int = TAPS) -> np.ndarray:
     keys = []
     for number, (sigma_x, sigma_y) in enumerate(np.array(SIGMAS[method].split(), float).reshape(8, 2), start=1):
         g = np.outer(discrete_gaussian(sigma_y, taps + 2), discrete_gaussian(sigma_x, taps + 2))
-        left, right, above, below = (np.roll(g, step, axis) for axis in (1, 0) for step in (1, -1))
+        left, right, above, below = neighbours(g)
         key = {
             1: above - g,
             2: g - left,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..errors import ProjectionError
-from .gaussian_banks import discrete_gaussian
+from .gaussian_banks import discrete_gaussian, neighbours
 from .projection import constant_kernels
 
 OPERATORS = ("Gaussian", "DoG", "1st derivative", "2nd derivative")
@@ -19,15 +19,14 @@ _CHUNK = 4096  # kernels at a time
 
 @dataclass(frozen=True, eq=False)
 class OperatorFit:
-    """The operator that each of N kernels resembles most; constant kernels resemble none.
+    """The operator that each of N kernels resembles most.
 
     Attributes:
         operator: (N,) int64, indices into ``OPERATORS``; -1 for a kernel that is constant.
         r2: (N, 4), R^2 of the best fit ``a*x + b`` by each operator; NaN for a constant kernel.
-        sigma: (N,), the Gaussian's standard deviation in taps (the centre's, of a DoG); at the grid's ends, 0.25 and
-            4, it may be less or more.
+        sigma: (N,), the Gaussian's standard deviation in taps (of a DoG, the centre's), from 0.25 to 4.
         orientation: (N,), the direction of the derivative in degrees [0, 180), 0 to the right, 90 up; else NaN.
-        half_pixel: (N,), True for a first derivative taken half a tap aside, between a tap and its neighbours.
+        half_pixel: (N,), True for a first derivative half a tap aside, between a tap and its neighbours.
     """
 
     operator: torch.Tensor
@@ -41,16 +40,15 @@ class OperatorFit:
 def fit_operators(kernels: torch.Tensor) -> OperatorFit:
     """Fits Gaussians and their derivatives to kernels, each as ``a*x + b`` by least squares.
 
-    The Gaussian T is Lindeberg's discrete analogue (JMIV 68(3), 2026), at 25 sigmas from 0.25 to 4 taps, 12 % apart:
-    T itself; the DoG, T less T of 1.6 times the sigma; the first derivative, central differences of T, or one-sided
-    ones, which stand half a tap aside as master keys 1 to 4 do, its direction solved for exactly (it steers); and the
-    second derivative along one of 36 directions, 5 degrees apart.
+    With T Lindeberg's discrete Gaussian (JMIV 68(3), 2026) at 25 sigmas from 0.25 to 4 taps, 12 % apart, these are T
+    itself; the DoG, T minus T of 1.6 times the sigma; the first derivative in any direction, by central differences of
+    T, or by one-sided ones, half a tap aside as in master keys 1 to 4; and the second derivative in 36 directions.
 
     Args:
         kernels: (N, kh, kw) or (N, 1, kh, kw), finite.
 
     Returns:
-        Which operator fits best, and how well each does.
+        The best operator of each kernel, and the R2 of all.
 
     Raises:
         ProjectionError: Another shape, a single tap, or values that are not finite.
@@ -79,9 +77,12 @@ def fit_operators(kernels: torch.Tensor) -> OperatorFit:
     return OperatorFit(operator, r2, sigma[own], orientation[own], half_pixel[own])
 
 
+_Template = tuple[list[np.ndarray], float, float, bool]  # kernels that span it, sigma, orientation, half_pixel
+
+
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """Templates of one operator: an orthonormal basis each, and what their coefficients mean."""
+    """The T templates of one operator, an orthonormal basis each."""
 
     basis: torch.Tensor  # (T, taps, rank); a direction that vanishes at this size is 0
     steering: torch.Tensor | None  # (T, 2, rank): from the coefficients to those along x and y
@@ -112,73 +113,62 @@ def _best(kernels: torch.Tensor, tables: list[_Table]) -> tuple[torch.Tensor, ..
 
 
 def _isotropic(height: int, width: int, surround: bool) -> _Table:
-    side = max(height, width)
-    kernels = [_gaussian(s, side) - (_gaussian(SURROUND * s, side) if surround else 0) for s in SIGMAS]
-    return _table([[_cut(kernel, height, width)] for kernel in kernels], SIGMAS)
+    templates: list[_Template] = []
+    for sigma in SIGMAS:
+        g = _gaussian(sigma, max(height, width))
+        if surround:
+            g = g - _gaussian(SURROUND * sigma, max(height, width))
+        templates.append(([_cut(g, height, width)], sigma, np.nan, False))
+    return _table(templates)
 
 
 def _first(height: int, width: int) -> _Table:
-    columns, sigmas, half_pixel = [], [], []
+    templates: list[_Template] = []
     for sigma in SIGMAS:
         g = _gaussian(sigma, max(height, width))
-        left, right, above, below = _neighbours(g)
+        left, right, above, below = neighbours(g)
         pairs = [(right - left, above - below)]
         pairs += [(x, y) for x in (right - g, g - left) for y in (above - g, g - below)]
         for number, pair in enumerate(pairs):
-            columns.append([_cut(kernel, height, width) for kernel in pair])
-            sigmas.append(sigma)
-            half_pixel.append(number > 0)
-    return _table(columns, sigmas, half_pixel=half_pixel, steer=True)
+            templates.append(([_cut(kernel, height, width) for kernel in pair], sigma, np.nan, number > 0))
+    return _table(templates, steer=True)
 
 
 def _second(height: int, width: int) -> _Table:
-    columns, sigmas, angles = [], [], []
+    templates: list[_Template] = []
     for sigma in SIGMAS:
         g = _gaussian(sigma, max(height, width))
-        left, right, above, below = _neighbours(g)
-        _, _, right_above, right_below = _neighbours(right)
-        _, _, left_above, left_below = _neighbours(left)
+        left, right, above, below = neighbours(g)
+        _, _, right_above, right_below = neighbours(right)
+        _, _, left_above, left_below = neighbours(left)
         xx, yy = left + right - 2 * g, above + below - 2 * g
         xy = (right_above - right_below - left_above + left_below) / 4
         for angle in ANGLES:
             c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-            columns.append([_cut(c * c * xx + 2 * c * s * xy + s * s * yy, height, width)])
-            sigmas.append(sigma)
-            angles.append(angle)
-    return _table(columns, sigmas, orientation=angles)
+            along = c * c * xx + 2 * c * s * xy + s * s * yy
+            templates.append(([_cut(along, height, width)], sigma, float(angle), False))
+    return _table(templates)
 
 
-def _table(
-    columns: list[list[np.ndarray]],
-    sigmas: object,
-    orientation: object = None,
-    half_pixel: object = None,
-    steer: bool = False,
-) -> _Table:
-    stacked = torch.from_numpy(np.array(columns)).flatten(2).mT  # (T, taps, columns)
-    stacked = stacked - stacked.mean(1, keepdim=True)
-    left, size, right = torch.linalg.svd(stacked, full_matrices=False)
+def _table(templates: list[_Template], steer: bool = False) -> _Table:
+    kernels, sigmas, angles, half_pixel = zip(*templates, strict=True)
+    columns = torch.from_numpy(np.array(kernels)).flatten(2).mT  # (T, taps, columns)
+    columns = columns - columns.mean(1, keepdim=True)
+    left, size, right = torch.linalg.svd(columns, full_matrices=False)
     there = size > 1e-9
-    steering = right.mT / torch.where(there, size, torch.inf)[:, None]
-    count = len(columns)
     return _Table(
         basis=left * there[:, None],
-        steering=steering if steer else None,
-        sigma=torch.from_numpy(np.array(sigmas, float)),
-        orientation=torch.from_numpy(np.full(count, np.nan) if orientation is None else np.array(orientation, float)),
-        half_pixel=torch.from_numpy(np.zeros(count, bool) if half_pixel is None else np.array(half_pixel)),
+        steering=right.mT / torch.where(there, size, torch.inf)[:, None] if steer else None,
+        sigma=torch.tensor(sigmas, dtype=torch.float64),
+        orientation=torch.tensor(angles, dtype=torch.float64),
+        half_pixel=torch.tensor(half_pixel),
     )
 
 
 def _gaussian(sigma: float, side: int) -> np.ndarray:
-    """On a larger grid than the kernel's, so that differences have no border inside it."""
+    """A Gaussian on a larger grid than the kernel's, so that differences have no border inside it."""
     taps = discrete_gaussian(sigma, side // 2 * 2 + 7)
     return np.outer(taps, taps)
-
-
-def _neighbours(g: np.ndarray) -> tuple[np.ndarray, ...]:
-    """What is found at the left, right, upper and lower neighbours of each place."""
-    return tuple(np.roll(g, step, axis) for axis in (1, 0) for step in (1, -1))
 
 
 def _cut(g: np.ndarray, height: int, width: int) -> np.ndarray:

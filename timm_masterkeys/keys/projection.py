@@ -2,14 +2,12 @@
 
 import itertools
 import math
-import os
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..errors import ProjectionError
-from .banks import KeyBank, get_bank
+from .banks import DEFAULT_BANK, Bank, KeyBank, get_bank
 
 _TIE = 1e-12  # correlations closer than this, relative to the norm of the kernel, are a tie: the lower index wins
 _DEPENDENT = 1e-6  # a key of which less than this lies outside the span of the keys before it adds nothing but rounding
@@ -22,12 +20,12 @@ class Projection:
     """Kernels as affine images of keys: ``weight[c] ~ sum_j scale[c, j] * keys[key_index[c, j]] + shift[c]``.
 
     Attributes:
-        key_index: (C, r) int64, rows of ``bank.keys_for(kernel_size)``; of the set chosen, the most correlated first,
-            then the one most correlated with what is left.
+        key_index: (C, r) int64, rows of ``bank.keys_for(kernel_size)``; the most correlated first, then the one most
+            correlated with the rest.
         scale: (C, r), in the dtype of the weight. 0 for a constant kernel, and for keys a kernel does not need.
         shift: (C,), the constant added to every tap; the mean of the kernel.
-        r2: (C,) float32 in [0, 1], R2: the share of the kernel's variance over its taps that the fit explains. A
-            constant kernel has no variance, and its fit no error: 1.
+        r2: (C,) float32 in [0, 1]: the share of the kernel's variance over its taps that the fit explains; 1 for a
+            constant kernel.
         constant: (C,) bool, which kernels are constant, see ``constant_kernels``.
     """
 
@@ -39,19 +37,16 @@ class Projection:
 
 
 def unfilled_projection(weight: torch.Tensor, keys_per_kernel: int) -> Projection:
-    """The shapes and types of a fit, without values: what there is on the meta device."""
+    """The shapes and types of a fit on the meta device."""
     pairs = weight.new_empty(len(weight), keys_per_kernel)
     return Projection(pairs.long(), pairs, pairs[:, 0], pairs[:, 0].float(), pairs[:, 0].bool())
 
 
 @torch.no_grad()
 def constant_kernels(weight: torch.Tensor) -> torch.Tensor:
-    """Which kernels (C, ...) are constant, all taps equal but for the rounding of float64: they have no shape, no R2.
+    """(C,) bool: which kernels (C, ...) are constant up to the rounding of float64, so without a shape or an R2.
 
-    One definition for all that fits or counts kernels. Zeros are constant; a kernel with NaN or Inf is not.
-
-    Returns:
-        (C,) bool.
+    Zeros are constant; a kernel with NaN or Inf is not.
     """
     kernels = _in_units(weight)[0]
     centred = (kernels - kernels.mean(1, keepdim=True)).norm(dim=1)
@@ -59,11 +54,7 @@ def constant_kernels(weight: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def project_kernels(
-    weight: torch.Tensor,
-    bank: str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray = "babaiee2025",
-    keys_per_kernel: int = 1,
-) -> Projection:
+def project_kernels(weight: torch.Tensor, bank: Bank = DEFAULT_BANK, keys_per_kernel: int = 1) -> Projection:
     """Projects depthwise kernels on the nearest keys by least squares.
 
     With keys of mean 0 and norm 1 the best ``a*x + b`` of a kernel y has ``a = <x, y>`` and ``b = mean(y)``, so the
@@ -91,65 +82,40 @@ def project_kernels(
         (torch.Size([96, 1]), torch.Size([96, 1]), torch.Size([96]))
     """
     bank = get_bank(bank)
+    _check_kernels(weight)
+    check_keys_per_kernel(keys_per_kernel, bank)
+    keys = bank.keys_for((weight.shape[2], weight.shape[3]))
+    steps = min(keys_per_kernel, len(keys))
+    if weight.is_meta:
+        return unfilled_projection(weight, steps)
+    kernels, unit = _in_units(weight)
+    keys = keys.to(kernels).flatten(1)
+    shift, constant = kernels.mean(1), constant_kernels(weight)
+    centred = kernels - shift[:, None]
+    variance = centred.square().sum(1)
+    negligible = kernels.shape[1] * torch.finfo(kernels.dtype).eps * variance.sqrt()
+    span = torch.linalg.qr(keys.T.cpu()).Q.to(keys.device)
+    inside, keys = (centred @ span).where(~constant[:, None], 0), keys @ span  # orthonormal coordinates
+    few = 1 < steps < len(keys) and math.comb(len(keys), steps) <= _MOST_SUBSETS
+    sets = _best_sets(inside, keys, steps) if few else None
+    key_index, scale, residual = _matching_pursuit(inside, keys, sets, steps, negligible)
+    r2 = (inside.square().sum(1) - residual.square().sum(1)) / variance
+    return Projection(
+        key_index,
+        (scale * unit[:, None]).to(weight.dtype),
+        (shift * unit).to(weight.dtype),
+        r2.where(~constant, 1).clamp(0, 1).float(),
+        constant,
+    )
+
+
+def _check_kernels(weight: torch.Tensor) -> None:
     if weight.ndim != 4 or weight.shape[1] != 1 or 0 in weight.shape or not weight.is_floating_point():
         raise ProjectionError(
             f"Got a {weight.dtype} weight of shape {tuple(weight.shape)}, expected floating depthwise kernels "
             "(C, 1, kh, kw)."
         )
-    check_keys_per_kernel(keys_per_kernel, bank)
-    if weight.is_meta:
-        return unfilled_projection(weight, min(keys_per_kernel, len(bank.keys_for(_size(weight)))))
-    given = _coordinates(weight, bank)
-    steps = min(keys_per_kernel, len(given.keys))
-    sets = None if steps in (1, len(given.keys)) else _best_sets(given, steps)[0]
-    key_index, scale, residual = _matching_pursuit(given.inside, given.keys, sets, steps, given.negligible)
-    r2 = (given.inside.square().sum(1) - residual.square().sum(1)) / given.variance
-    return Projection(
-        key_index,
-        (scale * given.unit[:, None]).to(weight.dtype),
-        (given.shift * given.unit).to(weight.dtype),
-        r2.where(~given.constant, 1).clamp(0, 1).float(),
-        given.constant,
-    )
-
-
-@dataclass(frozen=True)
-class _Coordinates:
-    """Kernels without their mean, and keys, both in orthonormal coordinates: 8 keys see 8 numbers of a kernel.
-
-    Attributes:
-        inside: (C, n), of kernels that have a shape, else 0; in ``unit``.
-        keys: (K, n).
-        unit: (C,), see ``_in_units``.
-        shift: (C,), the mean, in ``unit``.
-        variance: (C,), the kernel's own, inside the keys' span and outside.
-        constant: (C,), whether the kernel has no shape.
-        negligible: (C,), noise is what is smaller.
-    """
-
-    inside: torch.Tensor
-    keys: torch.Tensor
-    unit: torch.Tensor
-    shift: torch.Tensor
-    variance: torch.Tensor
-    constant: torch.Tensor
-    negligible: torch.Tensor
-
-
-def _coordinates(weight: torch.Tensor, bank: KeyBank) -> _Coordinates:
-    kernels, unit = _in_units(weight)
-    if not unit.isfinite().all():
-        channel = int((~unit.isfinite()).nonzero()[0, 0])
-        raise ProjectionError(f"Channel {channel} of the weight holds NaN or Inf; fix the checkpoint first.")
-    keys = bank.keys_for(_size(weight)).to(weight.device, kernels.dtype).flatten(1)
-    span = torch.linalg.qr(keys.T.cpu()).Q.to(keys.device)
-    shift = kernels.mean(1)
-    shape = kernels - shift[:, None]
-    variance = shape.square().sum(1)
-    constant = constant_kernels(weight)
-    inside = (shape @ span).where(~constant[:, None], 0)
-    negligible = kernels.shape[1] * torch.finfo(kernels.dtype).eps * variance.sqrt()
-    return _Coordinates(inside, keys @ span, unit, shift, variance, constant, negligible)
+    check_finite(weight)
 
 
 def _in_units(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,8 +129,18 @@ def _in_units(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return kernels / unit[:, None], unit
 
 
-def _size(weight: torch.Tensor) -> tuple[int, int]:
-    return weight.shape[2], weight.shape[3]
+def first_not_finite(weight: torch.Tensor) -> int | None:
+    """The first channel of kernels (C, ...) with NaN or Inf; None if there is none, as on the meta device."""
+    if weight.is_meta or weight.isfinite().all():
+        return None
+    return int((~weight.flatten(1).isfinite().all(1)).nonzero()[0])
+
+
+def check_finite(weight: torch.Tensor) -> None:
+    """Raises ProjectionError if a kernel holds NaN or Inf."""
+    channel = first_not_finite(weight)
+    if channel is not None:
+        raise ProjectionError(f"Channel {channel} of the weight holds NaN or Inf; fix the checkpoint first.")
 
 
 def check_keys_per_kernel(keys_per_kernel: int, bank: KeyBank) -> None:
@@ -177,26 +153,21 @@ def check_keys_per_kernel(keys_per_kernel: int, bank: KeyBank) -> None:
         )
 
 
-def _best_sets(given: _Coordinates, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each kernel the set of ``steps`` keys that explains most of it (C, K), and how much of its variance (C,).
+def _best_sets(kernels: torch.Tensor, keys: torch.Tensor, steps: int) -> torch.Tensor:
+    """For each kernel the set of ``steps`` keys that explains most of its variance, (C, K) bool.
 
-    Sets that do equally well are a tie: the first in the order of their indices wins.
+    Of equally good sets, the first in the order of their indices wins.
     """
-    kernels, keys = given.inside, given.keys
-    none = torch.zeros(len(kernels), len(keys), dtype=torch.bool, device=kernels.device)
-    if math.comb(len(keys), steps) > _MOST_SUBSETS:
-        index, _, residual = _matching_pursuit(kernels, keys, None, steps, given.negligible)
-        return none.scatter(1, index, True), kernels.square().sum(1) - residual.square().sum(1)
     members = torch.tensor(list(itertools.combinations(range(len(keys)), steps)), device=keys.device)
     first, second = torch.triu_indices(kernels.shape[1], kernels.shape[1], device=keys.device)
     forms = _projectors(keys[members])[:, first, second] * (2.0 - (first == second).to(keys.dtype))
-    best, most = [], []
+    best = []
     for part in kernels.split(max(1, _BLOCK // len(members))):
         explained = (part[:, first] * part[:, second]) @ forms.T  # the quadratic forms of all sets
-        most.append(explained.amax(1))
-        tie = most[-1] - _TIE * part.square().sum(1)
-        best.append((explained >= tie[:, None]).to(torch.uint8).argmax(1))
-    return none.scatter(1, members[torch.cat(best)], True), torch.cat(most)
+        least = explained.amax(1) - _TIE * part.square().sum(1)
+        best.append((explained >= least[:, None]).to(torch.uint8).argmax(1))
+    none = torch.zeros(len(kernels), len(keys), dtype=torch.bool, device=kernels.device)
+    return none.scatter(1, members[torch.cat(best)], True)
 
 
 def _projectors(keys: torch.Tensor) -> torch.Tensor:

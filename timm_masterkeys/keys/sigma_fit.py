@@ -4,8 +4,7 @@ import math
 
 import torch
 
-from ..errors import ProjectionError
-from .projection import Projection, constant_kernels, unfilled_projection
+from .projection import Projection, check_finite, constant_kernels, unfilled_projection
 
 SMALLEST, LARGEST, STEPS = 0.1, 4.0, 24  # of the grid of sigmas a fit starts from, in taps
 FLATTEST = 10.0  # taps; a larger sigma counts as this one
@@ -70,8 +69,8 @@ def _windows(sigma: torch.Tensor, taps: int) -> torch.Tensor:
 def fit_scales(weight: torch.Tensor, operators: tuple[int, ...]) -> tuple[Projection, torch.Tensor]:
     """Least squares ``a * key(sigma_x, sigma_y) + b`` over operators and sigmas, kernel by kernel.
 
-    The best two operators on a grid (24 sigmas a direction, from .1 to 4 taps, 17 % apart), refined in three rounds to
-    half a percent in sigma; the better one.
+    The best two operators on a grid (24 sigmas a direction, from .1 to 4 taps, 17 % apart) are refined in three rounds
+    to half a percent in sigma; the better one is taken.
 
     Args:
         weight: (C, 1, kh, kw), the kernels.
@@ -85,9 +84,7 @@ def fit_scales(weight: torch.Tensor, operators: tuple[int, ...]) -> tuple[Projec
     """
     if weight.is_meta:
         return unfilled_projection(weight, 1), weight.new_empty(len(weight), 2)
-    if not weight.isfinite().all():
-        channel = int((~weight.flatten(1).isfinite().all(1)).nonzero()[0])
-        raise ProjectionError(f"channel {channel} holds NaN or Inf; fix the checkpoint first.")
+    check_finite(weight)
     height, width = weight.shape[2:]
     flat = weight.detach().double().flatten(1)
     shift = flat.mean(1)

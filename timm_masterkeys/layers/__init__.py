@@ -1,6 +1,6 @@
-"""Layers with frozen keys, and what says whether a convolution can become one."""
+"""Layers with frozen keys, and the check whether a convolution can become one."""
 
-from .masterkey import COMPACT_ENTRIES, MasterKeyConv2d, Trainable, check_trainable, obstacle
+from .masterkey import MasterKeyConv2d, Trainable, check_trainable, obstacle
 from .sigma_layer import ScaledKeyConv2d
 
-__all__ = ["COMPACT_ENTRIES", "MasterKeyConv2d", "ScaledKeyConv2d", "Trainable", "check_trainable", "obstacle"]
+__all__ = ["MasterKeyConv2d", "ScaledKeyConv2d", "Trainable", "check_trainable", "obstacle"]

@@ -1,7 +1,5 @@
-"""A convolution whose weight is computed: what reads the weight, refuses a parameter in its place, and the geometry."""
+"""A convolution whose weight is computed: reading and assigning it, the forward pass, and the geometry."""
 
-import copy
-import sys
 import warnings
 from typing import Any, ClassVar, NoReturn
 
@@ -13,70 +11,15 @@ from torch import nn
 from ..errors import ConversionError
 from .depthwise import autocast
 from .gpu_operators import any_gpu_kernel, convolve
+from .weight_guards import COMPUTED, ComputedWeight, state_of
 
 # Named here, as torch.jit.script fails on a mypy comment in a forward.
 _is_scripting: Any = torch.jit.is_scripting  # type: ignore[attr-defined]
 _is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
 
-_COMPUTED = (
-    "The weight of a MasterKeyConv2d is computed from frozen keys: it cannot be a parameter, be pruned, normalised, "
-    "parametrized, quantised, or get other data. fuse_masterkeys(model) gives ordinary convolutions for that; assign a "
-    "plain tensor (layer.weight = tensor) to project other kernels on the keys."
-)
-
-
-class _Weight(torch.Tensor):
-    """A computed weight as it is read: an ordinary tensor, but setting its ``data``, which would be lost, is an error.
-
-    What is computed from it, copied or saved is a plain tensor, and ``nn.Parameter(weight)`` a plain parameter.
-    """
-
-    __torch_function__: Any = torch._C._disabled_torch_function_impl
-
-    @property
-    def data(self) -> torch.Tensor:
-        return super().detach()
-
-    @data.setter
-    def data(self, value: torch.Tensor) -> NoReturn:
-        raise ConversionError(_COMPUTED)
-
-    def detach(self) -> torch.Tensor:
-        return super().detach().as_subclass(_Weight)  # of its own type, or nn.Parameter refuses it
-
-    @property
-    def _is_param(self) -> bool:
-        return False
-
-    @_is_param.setter
-    def _is_param(self, value: bool) -> None:  # nn.Parameter sets it, on what it makes of a tensor of another type
-        self.__class__ = nn.Parameter  # type: ignore[assignment]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        return copy.deepcopy(self.as_subclass(torch.Tensor), memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
-
-
-_Read = tuple[torch.Tensor, tuple[int, int]]
-
-
-def _state(weight: torch.Tensor) -> tuple[int, int]:
-    """What changes when a tensor is written to: its version, or through ``.data`` its memory, if it has its own."""
-    try:
-        return weight._version, weight.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # within vmap and grad, fake, on the meta device
-        return weight._version, 0
-
-
-def raise_no_weight() -> NoReturn:
-    """What is found where ``torch.nn.utils`` looks for the parameter "weight" that an ordinary convolution has."""
-    raise ConversionError(_COMPUTED)
-
 
 class ComputedConv2d(nn.Conv2d):
-    """An ``nn.Conv2d`` whose kernels come from ``compose_weight()``; who takes its weight for a parameter is refused.
+    """An ``nn.Conv2d`` whose kernels come from ``compose_weight()``; its weight cannot be used as a parameter.
 
     Attributes:
         weight: (out_channels, 1, kh, kw), computed at each access. Assigning a tensor of this shape projects it;
@@ -89,29 +32,29 @@ class ComputedConv2d(nn.Conv2d):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in cls.__jit_unused_properties__:  # torch.jit knows of a class's own alone
+        for name in cls.__jit_unused_properties__:  # torch.jit looks at a class's own properties only
             setattr(cls, name, getattr(ComputedConv2d, name))
 
     same_padding: bool
-    _read: _Read | None  # the weight last read, see _warn_if_written
+    _read: tuple[torch.Tensor, tuple[int, int]] | None  # the weight last read, see _warn_if_written
 
     def compose_weight(self) -> torch.Tensor:
         """The kernels (out_channels, 1, kh, kw), differentiable in what they are computed from."""
         raise NotImplementedError
 
     def project_weight(self, weight: torch.Tensor) -> None:
-        """Takes the nearest kernels to the given ones that can be computed. In place."""
+        """Takes the computable kernels nearest to the given ones. In place."""
         raise NotImplementedError
 
     def keep_kernels(self, weight: torch.Tensor) -> bool:
-        """Leaves out all kernels but the given ones; False, and nothing happens, if they are not some of its own."""
+        """Drops all kernels but the given ones; False, and nothing changes, if some of these are not the layer's."""
         raise NotImplementedError
 
     def check_values(self, input: torch.Tensor | None = None) -> None:
-        """Raises CheckpointError if what the kernels are computed from has no values, but the input, if given, has."""
+        """Raises CheckpointError if the kernels have no values, but the input, if given, has."""
 
     def _grad_forward(self, input: torch.Tensor) -> torch.Tensor:
-        """The convolution where gradients may be wanted; padding as timm's SAME is done."""
+        """The convolution with gradients, of an input already padded if ``same_padding``."""
         return self._conv_forward(input, self.compose_weight(), self.bias)
 
     @property
@@ -121,16 +64,14 @@ class ComputedConv2d(nn.Conv2d):
         self.check_values()
         try:
             weight = self.compose_weight()
-        except IndexError:  # of key indices that are whatever was in memory
+        except IndexError:  # key indices from uninitialised memory
             self.train(self.training)
             self.check_values()
             raise
-        if sys._getframe(1).f_globals["__name__"] == "torch.nn.utils.weight_norm":  # it deletes next, blindly
-            raise ConversionError(_COMPUTED)
         self._warn_if_written()
-        if not weight.is_inference():  # which have no version, and cannot be written to elsewhere
-            weight = weight.as_subclass(_Weight)
-            self._read = weight, _state(weight)
+        if not weight.is_inference():  # inference tensors have no version, and cannot be written to outside
+            weight = weight.as_subclass(ComputedWeight)
+            self._read = weight, state_of(weight)
         return weight
 
     @weight.setter
@@ -138,9 +79,9 @@ class ComputedConv2d(nn.Conv2d):
         self.project_weight(weight)
 
     def _warn_if_written(self) -> None:
-        """Warns if the tensor that ``weight`` gave last was written to, which changes nothing."""
+        """Warns if the tensor last read as ``weight`` was written to, which changes nothing."""
         read, self._read = self._read, None
-        if read is not None and _state(read[0]) != read[1]:
+        if read is not None and state_of(read[0]) != read[1]:
             warnings.warn(
                 "The weight of a MasterKeyConv2d was written to in place. It is computed, so the layer is unchanged: "
                 "assign the whole tensor (layer.weight = tensor) to project it on the keys, or call "
@@ -151,22 +92,22 @@ class ComputedConv2d(nn.Conv2d):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As for any module, but a weight, or what ``torch.nn.utils`` makes of one, is refused (ConversionError).
 
-        Taken is what Torch-Pruning leaves of the kernels, once it has lowered ``out_channels``.
+        Accepted are the kernels that Torch-Pruning keeps, after it has lowered ``out_channels``.
         """
         if name == "weight" and param is not None and self.keep_kernels(param):
             return
         if name.partition("_")[0] == "weight":
-            raise ConversionError(_COMPUTED)
+            raise ConversionError(COMPUTED)
         super().register_parameter(name, param)
 
     @property
     def parametrizations(self) -> NoReturn:
-        """What ``torch.nn.utils.parametrize`` and ``torch.ao.quantization`` look for first; see ``_COMPUTED``."""
-        raise ConversionError(_COMPUTED)
+        """``torch.nn.utils.parametrize`` and ``torch.ao.quantization`` look for this first."""
+        raise ConversionError(COMPUTED)
 
     def __dir__(self) -> list[str]:
         names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
-        return [name for name in names if name != "parametrizations"]  # for those who read whatever is here
+        return [name for name in names if name != "parametrizations"]  # for code that reads every attribute
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.same_padding:
@@ -185,13 +126,12 @@ class ComputedConv2d(nn.Conv2d):
             if not proxy:
                 self.check_values(input)
         if proxy and type(given.tracer).__module__.startswith("torch.ao.quantization"):
-            raise ConversionError(_COMPUTED)
+            raise ConversionError(COMPUTED)
         if proxy or input.ndim != 4:  # 3: an image without a batch
             return self._conv_forward(input, self.compose_weight(), self.bias)
         return self._grad_forward(input) if torch.is_grad_enabled() else self._no_grad_forward(input)
 
     def _no_grad_forward(self, input: torch.Tensor) -> torch.Tensor:
-        """The convolution without gradients, by the GPU kernel where that is taken."""
         weight = self.compose_weight()
         if not any_gpu_kernel("conv"):
             return self._conv_forward(input, weight, self.bias)
@@ -200,7 +140,7 @@ class ComputedConv2d(nn.Conv2d):
         return convolve(*given, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
 
     def windows(self, input: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """What the kernel sees at some positions of the output.
+        """The input under the kernel at some positions of the output.
 
         Args:
             input: (N, in_channels, H, W).
@@ -223,7 +163,7 @@ class ComputedConv2d(nn.Conv2d):
         return input.permute(0, 2, 3, 1)[:, rows[:, :, None], columns[:, None, :]].flatten(2, 3)
 
     def _padded(self, input: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """The input and the symmetric zero padding left to do; what is not of that kind is done here."""
+        """The input, with all padding but symmetric zeros done, and those zeros (height, width) still to add."""
         if self.padding_mode != "zeros":
             return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
         if not isinstance(self.padding, str):

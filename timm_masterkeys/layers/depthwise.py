@@ -17,8 +17,8 @@ Pair = tuple[int, int]
 Geometry = tuple[Pair, Pair, Pair, int]  # stride, padding, dilation, groups
 
 CACHED = 2 << 20  # bytes of input worked on at a time
-# Taps a side up to which the whole weight gradient gives the shift's; above, it is summed from windows of the input
-# (examples/benchmark_shift_gradient.py compares them).
+# Taps a side up to which the gradient of the shift comes from the whole weight gradient; above, from sums over windows
+# of the input (examples/benchmark_shift_gradient.py compares them).
 WHOLE_UP_TO = 3
 
 
@@ -59,7 +59,7 @@ class AffineDepthwise(torch.autograd.Function):
         return grad_input, None, *others, *[None] * 6
 
 
-# PyTorch asks for it at every call; computing it anew costs more than all else around the convolution.
+# PyTorch reads the signature at every call; computing it costs more than all else around the convolution.
 AffineDepthwise.forward.__signature__ = inspect.signature(AffineDepthwise.forward)  # type: ignore[attr-defined]
 
 
@@ -81,10 +81,9 @@ def affine_depthwise_conv2d(
 
     With ``W[c] = sum_j a[c, j] * x[key_index[c, j]] + b[c]``, dL/db[c] is the sum over the output of dL/dy times the
     sum of the input over the kernel's window, and dL/da[c, j] that of dL/dy times the input filtered with the key.
-    So the full weight gradient, most of a depthwise backward pass, is not computed where it is not the cheapest way
-    (it is for kernels of up to 3x3, and for scales of few taps or more than two keys); and where neither scale nor
-    shift needs a gradient, the input is not kept. Differentiable twice, and in forward mode. Under autocast it runs in
-    autocast's type, as conv2d.
+    So the full weight gradient, most of a depthwise backward pass, is computed only where that is cheapest: for kernels
+    of up to 3x3, and for scales with few taps or more than two keys. The input is kept only if scale or shift needs a
+    gradient. Differentiable twice, and in forward mode. Under autocast it runs in autocast's type, as conv2d.
 
     Args:
         input: (N, groups, H, W).
@@ -98,11 +97,11 @@ def affine_depthwise_conv2d(
         padding: (height, width) zeros on both sides.
         dilation: (height, width).
         groups: Input channels.
-        function: What computes it: in plain PyTorch, or ``gpu_operators.affine_function()``.
+        function: ``AffineDepthwise``, or ``gpu_operators.affine_function()``.
 
     Returns:
-        (N, C, H', W'), that of ``F.conv2d(input, weight, bias, stride, padding, dilation, groups)``: bit for bit,
-        unless a GPU kernel is taken, which adds up in another order.
+        (N, C, H', W'), bit for bit ``F.conv2d(input, weight, bias, stride, padding, dilation, groups)``, unless a GPU
+        kernel is used, which sums in another order.
     """
     input, weight, bias = autocast(input, weight, bias)
     if has_tangents(input, weight, bias):  # the composed kernels carry those of scale and shift
@@ -116,16 +115,16 @@ def affine_depthwise_conv2d(
 def autocast(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The arguments of a convolution in the type that autocast gives it, where it is on."""
+    """The arguments of a convolution, cast as autocast does where it is on."""
     device = input.device.type
     if input.is_meta or not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
-        return input, weight, bias  # torch refuses to answer for "meta"
+        return input, weight, bias  # torch has no autocast for "meta"
     dtype = torch.get_autocast_dtype(device)
     return input.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
 
 
 def has_tangents(*tensors: torch.Tensor | None) -> bool:
-    """Whether there is forward-mode differentiation, which torch.compile has not."""
+    """Whether any is differentiated in forward mode, which torch.compile cannot."""
     if torch.compiler.is_compiling():
         return False
     return any(t is not None and unpack_dual(t).tangent is not None for t in tensors)
@@ -145,9 +144,9 @@ def affine_gradients(
     needs_scale: bool,
     needs_shift: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of input, bias, scale and shift, those that are needed.
+    """The gradients of input, bias, scale and shift; None for those not needed.
 
-    ``saved`` is ``ctx.saved_tensors``, which gradient checkpointing lets a backward pass read only once.
+    ``saved`` is ``ctx.saved_tensors``, which a backward pass may read only once under gradient checkpointing.
     """
     input, weight, keys, key_index = saved
     size, keys_per_kernel = (keys.shape[1], keys.shape[2]), key_index.shape[1]
@@ -178,7 +177,7 @@ def affine_gradients(
 def convolution_backward(
     grad: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, geometry: Geometry, mask: list[bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of a convolution's input, weight and bias, those of the mask; the others are None."""
+    """The gradients of a convolution's input, weight and bias; None where the mask is False."""
     stride, padding, dilation, groups = geometry
     arguments = ([weight.shape[0]], stride, padding, dilation, False, (0, 0), groups, mask)
     gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -198,7 +197,7 @@ def _input_gradient(ctx: Any, input: torch.Tensor | None, weight: torch.Tensor, 
 
 
 def full_padding(weight: torch.Tensor, geometry: Geometry) -> list[int] | None:
-    """The padding with which the output gradient, convolved with turned kernels, is the input's; None if none does."""
+    """The padding with which the input gradient is the output gradient convolved with flipped kernels; None if none."""
     stride, padding, dilation, groups = geometry
     full = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
     return full if tuple(stride) == (1, 1) and weight.shape[0] == groups and min(full) >= 0 else None
@@ -207,7 +206,7 @@ def full_padding(weight: torch.Tensor, geometry: Geometry) -> list[int] | None:
 def key_sums(
     grad: torch.Tensor, input: torch.Tensor, keys: torch.Tensor, key_index: torch.Tensor, geometry: Geometry
 ) -> list[torch.Tensor]:
-    """The gradients of scales, r times (C,): sums of ``grad`` times the input filtered with each of the keys."""
+    """The gradients of scales, a list of r (C,): sums of ``grad`` times the input filtered with each key."""
 
     def filtered(kernels: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
         return F.conv2d(part, kernels.unsqueeze(1).to(part.dtype), None, *geometry)

@@ -1,8 +1,7 @@
-"""GPU kernels: a depthwise convolution, and in a like pass the gradients of shift and scale.
+"""GPU kernels: a depthwise convolution, and similarly the gradients of shift and scale.
 
-Imports Triton, so it is imported where one is about to run, never before (``gpu_operators.gpu_kernels_run``). Tested in
-Triton's interpreter, and compiled for GPUs that were not at hand: no figure of them was measured, and nothing takes
-them unless ``TIMM_MASTERKEYS_TRITON`` says so.
+It imports Triton, so it is imported only when a GPU kernel runs (``gpu_operators.gpu_kernels_run``). Tested in Triton's
+interpreter and compiled for several GPUs, but not measured on one; used only if ``TIMM_MASTERKEYS_TRITON`` is set.
 """
 
 import math
@@ -17,8 +16,8 @@ from .gpu_operators import output_shape
 
 Pair = tuple[int, int]
 
-# Places and channels that a program works on at a time, columns of them, by whether in channels_last. Neighbouring
-# threads read neighbouring columns of one channel, or in channels_last neighbouring channels.
+# The places, columns of places, and channels that a program works on at a time, by whether the layout is channels_last.
+# Neighbouring threads read neighbouring columns of one channel, or in channels_last neighbouring channels.
 CONVOLUTION = {  # a place is four rows of the output
     False: {"places": 256, "columns": 64, "channels": 1},
     True: {"places": 8, "columns": 8, "channels": 64},
@@ -31,28 +30,28 @@ WIDE = 2**31  # elements from which offsets take 64 bits
 
 
 def check_driver(device: str) -> None:
-    """Raises whatever Triton does unless it can run on such a device: an installed one need not."""
+    """Raises Triton's own error if it cannot run on a type of device, as without a driver."""
     if device == "cuda":
         triton.runtime.driver.active.get_current_device()
 
 
 @triton.jit
 def _load(at, there, position, size, stride, TOTAL: tl.constexpr):
-    """The elements at a position along one axis, (places, channels); 0 where the axis has none."""
+    """The elements at a position along one axis, (places, channels); 0 outside the axis."""
     inside = there & ((position >= 0) & (position < size))[:, None]
     return tl.load(at + (position * stride)[:, None], mask=inside, other=0.0).to(TOTAL)
 
 
 @triton.jit
 def _store(at, values, there, position, size, stride):
-    """Keeps what ``_load`` would load."""
+    """Writes values (places, channels) where ``_load`` would read them."""
     inside = there & (position < size)[:, None]
     tl.store(at + (position * stride)[:, None], values.to(at.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _times(at, values, there, position, size, stride, TOTAL: tl.constexpr):
-    """Values times what ``_load`` loads, where there is something: elsewhere they may not be finite."""
+    """Values times what ``_load`` reads; 0 outside, where the values may not be finite."""
     inside = there & (position < size)[:, None]
     return tl.where(inside, values * _load(at, there, position, size, stride, TOTAL), 0.0)
 
@@ -67,7 +66,7 @@ def _store_rows(at, y0, y1, y2, y3, there, row, height, stride):
 
 @triton.jit
 def _sum_rows(at, y0, y1, y2, y3, there, row, height, stride, TOTAL: tl.constexpr):
-    """The sums (channels,) of four rows times what ``_store_rows`` would overwrite."""
+    """The sums (channels,) of four rows times the elements that ``_store_rows`` would overwrite."""
     y0 = _times(at, y0, there, row, height, stride, TOTAL)
     y1 = _times(at, y1, there, row + 1, height, stride, TOTAL)
     y2 = _times(at, y2, there, row + 2, height, stride, TOTAL)
@@ -80,7 +79,7 @@ def _convolve(
     input,
     taps,  # (kh * kw, channels)
     bias,  # (channels,)
-    output,  # what is computed; or of SUMS the output gradient
+    output,  # written; with SUMS the output gradient, read
     sums,  # (chunks, channels)
     images,
     channels,
@@ -98,8 +97,8 @@ def _convolve(
     yw,
     SUMS: tl.constexpr,
     BIAS: tl.constexpr,
-    IN: tl.constexpr,  # channels to each of the input
-    OUT: tl.constexpr,  # channels to each of the output gradient
+    IN: tl.constexpr,  # channels per channel of the input
+    OUT: tl.constexpr,  # channels per channel of the output gradient
     KH: tl.constexpr,
     KW: tl.constexpr,
     SY: tl.constexpr,
@@ -117,9 +116,9 @@ def _convolve(
 ):
     """One program: some channels, images, rows and columns of the output.
 
-    A place is four rows of the output below one another. Column by column of the kernel, the input slides past them:
-    what is loaded once meets up to four taps in registers, so that kh + 3 loads make 4 * kh products. With a stride or
-    dilation between rows each product has a load of its own.
+    A place is four consecutive rows of the output. For each column of the kernel the input slides past them: an element
+    loaded once is multiplied by up to four taps in registers, so kh + 3 loads give 4 * kh products. With a stride or
+    dilation between rows each product needs its own load.
     """
     program = tl.program_id(0)
     channel_blocks = tl.cdiv(channels, CHANNELS)
@@ -220,8 +219,8 @@ def _window_sums(
 ):
     """One program: some channels, images and rows of the input, all columns.
 
-    The sum over taps (i, k) of grad[y - i, x] * input[y, x + k] is taken with y a row of the *input*: so a tap's row
-    shifts only the gradient, its column only the input, the two sums come apart, and a place takes kh + kw loads.
+    In the sum over taps (i, k) of grad[y - i, x] * input[y, x + k], y is a row of the *input*: so a tap's row shifts
+    only the gradient, its column only the input, the sum is a product of two sums, and a place needs kh + kw loads.
     """
     program = tl.program_id(0)
     channel_blocks = tl.cdiv(channels, CHANNELS)
@@ -262,7 +261,7 @@ def _window_sums(
 def depthwise_conv2d(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Pair, padding: Pair, dilation: Pair
 ) -> torch.Tensor:
-    """What ``gpu_operators.depthwise_conv2d`` gives, summed in float32 or float64."""
+    """``gpu_operators.depthwise_conv2d``, summed in float32 or float64."""
     shape = output_shape(input, weight, stride, padding, dilation)
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout(input))
     if output.numel():
@@ -279,15 +278,15 @@ def affine_sums(
     padding: Pair,
     dilation: Pair,
 ) -> torch.Tensor:
-    """What ``gpu_operators.affine_sums`` gives. Equal from call to call: nothing is added atomically."""
+    """``gpu_operators.affine_sums``. Deterministic: nothing is added atomically."""
     (images, channels, *_), in_height = grad.shape, input.shape[2]
     dtype = torch.promote_types(grad.dtype, torch.float32)
     if not grad.numel():
         return grad.new_zeros(channels, 1 + key_index.shape[1], dtype=dtype)
     form = layout(input)
-    if form is not layout(grad):  # read across its layout it would cost more than a copy
+    if form is not layout(grad):  # a copy costs less than reads across the layout
         grad = grad.contiguous(memory_format=form)
-    # Rows that divide the height; a program goes down several times as many.
+    # Rows that divide the height; a program works down several times as many.
     sizes = _blocks(grad.shape, in_height & -in_height, WINDOWS[form is torch.channels_last])
     rows = max(32, 8 * sizes["ROWS"])
     chunks = triton.cdiv(images, sizes["IMAGES"]) * triton.cdiv(in_height, rows)
@@ -326,9 +325,9 @@ def _launch_convolution(
     geometry: tuple[Pair, Pair, Pair],
     sums: bool = False,
 ) -> torch.Tensor:
-    """Fills the output; or gives the sums of what it would be times what it is, a gradient: (chunks, C * r).
+    """Writes the output; with ``sums``, the output is a gradient, and sums of it times the result are returned.
 
-    Kernels are (C * r, [1,] kh, kw): r to each channel of the output.
+    The sums are (chunks, C * r). Kernels are (C * r, [1,] kh, kw), r per channel of the output.
     """
     images, _, height, width = output.shape
     channels, dtype = len(kernels), torch.promote_types(input.dtype, torch.float32)
@@ -365,7 +364,7 @@ def _launch_convolution(
 
 
 def _blocks(output: torch.Size, rows: int, block: dict[str, int]) -> dict[str, int]:
-    """How a program's places are spread: over columns first, then so many rows at most, a power of 2, then images."""
+    """How a program's places are divided: columns first, then at most ``rows`` (a power of 2), then images."""
     columns = min(triton.next_power_of_2(output[3]), block["columns"])
     rows = min(rows, block["places"] // columns)
     images = min(block["places"] // (columns * rows), triton.next_power_of_2(output[0]))
@@ -373,7 +372,7 @@ def _blocks(output: torch.Size, rows: int, block: dict[str, int]) -> dict[str, i
 
 
 def _types(total: torch.dtype, *tensors: torch.Tensor) -> dict[str, Any]:
-    """The types that a GPU kernel sums in and that it counts offsets in, which are wide where a tensor needs it."""
+    """The types of a GPU kernel's sums and of its offsets: 64 bits where a tensor needs them."""
     spans = [sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors]
     return {
         "TOTAL": tl.float64 if total == torch.float64 else tl.float32,

@@ -1,4 +1,4 @@
-"""Where a depthwise layer takes GPU kernels, and the operators that have them. Imports no Triton before one runs."""
+"""Chooses where depthwise layers use GPU kernels, and registers those. Triton is imported only when one runs."""
 
 import inspect
 import logging
@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Case(NamedTuple):
-    """What a GPU kernel is to do, as far as its speed depends on it."""
+    """What the speed of a GPU kernel depends on, but for the size of the input."""
 
     operation: str  # "conv", a convolution or its input gradient; or "sums", the gradients of shift and scales
     kernel_size: Pair
@@ -39,18 +39,18 @@ class Case(NamedTuple):
     scales: int = 0  # keys per kernel with a scale that trains
 
 
-# Where a GPU kernel was measured to be faster at every size that examples/benchmark_train.py tries: nowhere yet.
+# The cases in which a GPU kernel was faster at every size that examples/benchmark_train.py measures: none yet.
 MEASURED: frozenset[Case] = frozenset()
-# "1" takes the GPU kernels wherever they run, "conv" or "sums" that one alone, "0" none, "" where MEASURED says so.
-# Global, as torch.compile compiles anew where it has changed. (Before PyTorch 2.7 what is compiled takes none.)
+# "1" uses both GPU kernels wherever they run, "conv" or "sums" that one alone, "0" none, "" those in MEASURED.
+# A global, as torch.compile compiles again when it changes. (Before PyTorch 2.7 compiled code uses no GPU kernel.)
 TRITON = os.environ.get("TIMM_MASTERKEYS_TRITON", "")
-_runs: dict[str, bool] = {}  # the GPU kernels, by kind of device
+_runs: dict[str, bool] = {}  # whether GPU kernels run, by type of device
 _registering = threading.Lock()
-_TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")  # an older PyTorch only says that it compiles
+_TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")  # an older PyTorch cannot tell export from compilation
 
 
 class _GpuAffineDepthwise(AffineDepthwise):
-    """As ``AffineDepthwise``, each of its parts by the GPU kernel where that is taken."""
+    """``AffineDepthwise`` with GPU kernels for the operations that use one."""
 
     @staticmethod
     def forward(*inputs: Any) -> torch.Tensor:  # as for AffineDepthwise
@@ -62,21 +62,21 @@ class _GpuAffineDepthwise(AffineDepthwise):
         saved = input, weight, keys, key_index = ctx.saved_tensors
         needs_input, _, needs_bias, needs_scale, needs_shift, *_ = ctx.needs_input_grad
         case, scales = (ctx.memory_format, weight, ctx.geometry), key_index.shape[1] if needs_scale else 0
-        sums_taken = (needs_scale or needs_shift) and takes_gpu_kernel("sums", grad, *case, scales)
-        conv_taken = needs_input and takes_gpu_kernel("conv", grad, *case)
-        full = full_padding(weight, ctx.geometry) if conv_taken else None
+        sums_used = (needs_scale or needs_shift) and uses_gpu_kernel("sums", grad, *case, scales)
+        conv_used = needs_input and uses_gpu_kernel("conv", grad, *case)
+        full = full_padding(weight, ctx.geometry) if conv_used else None
         own_input = own_scale = own_shift = None
         if full is not None:
             grad = grad.contiguous(memory_format=ctx.memory_format)
             own_input = depthwise_conv2d(grad, weight.flip(2, 3), None, (1, 1), full, ctx.geometry[2])
-        if sums_taken:
+        if sums_used:
             sums = affine_sums(grad, input, keys, key_index[:, :scales], *ctx.geometry[:3])
             own_scale = sums[:, 1:].flatten().to(ctx.types[0]) if needs_scale else None
             own_shift = sums[:, 0].to(ctx.types[1]) if needs_shift else None
-        needs = needs_input and full is None, needs_bias, needs_scale and not sums_taken, needs_shift and not sums_taken
+        needs = needs_input and full is None, needs_bias, needs_scale and not sums_used, needs_shift and not sums_used
         grad_input, grad_bias, grad_scale, grad_shift = affine_gradients(ctx, saved, grad, *needs)
         grad_input = grad_input if full is None else own_input
-        grad_scale, grad_shift = (own_scale, own_shift) if sums_taken else (grad_scale, grad_shift)
+        grad_scale, grad_shift = (own_scale, own_shift) if sums_used else (grad_scale, grad_shift)
         return grad_input, None, grad_bias, grad_scale, grad_shift, *[None] * 6
 
 
@@ -84,7 +84,7 @@ _GpuAffineDepthwise.forward.__signature__ = inspect.signature(AffineDepthwise.fo
 
 
 def affine_function() -> type[AffineDepthwise]:
-    """The function for ``affine_depthwise_conv2d``, with GPU kernels where one may be taken."""
+    """The function for ``affine_depthwise_conv2d``: with GPU kernels if any may be used."""
     return _GpuAffineDepthwise if any_gpu_kernel("conv") or any_gpu_kernel("sums") else AffineDepthwise
 
 
@@ -97,8 +97,8 @@ def convolve(
     dilation: Pair,
     groups: int,
 ) -> torch.Tensor:
-    """``F.conv2d``, by the GPU kernel where that is taken; PyTorch says what is wrong with its arguments."""
-    if takes_gpu_kernel("conv", input, layout(input), weight, (stride, padding, dilation, groups)):
+    """``F.conv2d`` by the GPU kernel, if it is used and the arguments are right; else by PyTorch, which checks them."""
+    if uses_gpu_kernel("conv", input, layout(input), weight, (stride, padding, dilation, groups)):
         sizes = *input.shape[1:], *output_shape(input, weight, stride, padding, dilation)[2:]
         types = {t.dtype for t in (input, weight, bias) if t is not None}
         if input.shape[1] == groups and len(types) == 1 and min(sizes) > 0 and not has_tangents(input, weight, bias):
@@ -107,11 +107,11 @@ def convolve(
 
 
 def any_gpu_kernel(operation: str) -> bool:
-    """Whether an operation may be left to a GPU kernel at all: cheap, as it is asked at every call."""
+    """Whether an operation uses a GPU kernel in any case; fast, as every call asks this."""
     return TRITON in ("1", operation) or (TRITON == "" and len(MEASURED) > 0)
 
 
-def takes_gpu_kernel(
+def uses_gpu_kernel(
     operation: str,
     input: torch.Tensor,
     memory_format: torch.memory_format,
@@ -119,19 +119,19 @@ def takes_gpu_kernel(
     geometry: Geometry,
     scales: int = 0,
 ) -> bool:
-    """Whether an operation is left to the GPU kernel; ``input`` may be any tensor of the same type and device."""
+    """Whether an operation uses its GPU kernel; of ``input`` only the type and device count."""
     if not any_gpu_kernel(operation) or (torch.compiler.is_compiling() and not _TELLS_EXPORTS):
         return False
     stride, _, dilation, groups = geometry
-    channels, _, height, width = map(index, weight.shape)  # constants where it is compiled for sizes that change
+    channels, _, height, width = map(index, weight.shape)  # constants, also when compiled for dynamic shapes
     rest = channels // groups, memory_format is torch.channels_last, input.dtype, index(scales)
-    return _case_takes_gpu_kernel(input.device.type, operation, height, width, tuple(stride), tuple(dilation), *rest)
+    return _case_uses_gpu_kernel(input.device.type, operation, height, width, tuple(stride), tuple(dilation), *rest)
 
 
-def _case_takes_gpu_kernel(device: str, operation: str, height: int, width: int, *rest: Any) -> bool:
-    """As ``takes_gpu_kernel``, by what ``Case`` holds; decided once where it is compiled.
+def _case_uses_gpu_kernel(device: str, operation: str, height: int, width: int, *rest: Any) -> bool:
+    """``uses_gpu_kernel`` by the fields of ``Case``; a constant in compiled code.
 
-    vmap and its like get the plain way, and so does what is exported, which runs where this package is not.
+    False within vmap and the like, and in exported programs, which run without this package.
     """
     if TRITON == "" and Case(operation, (height, width), *rest) not in MEASURED:
         return False
@@ -140,11 +140,11 @@ def _case_takes_gpu_kernel(device: str, operation: str, height: int, width: int,
     return gpu_kernels_run(device)
 
 
-torch.compiler.assume_constant_result(_case_takes_gpu_kernel)
+torch.compiler.assume_constant_result(_case_uses_gpu_kernel)
 
 
 def gpu_kernels_run(device: str) -> bool:
-    """Registers the GPU kernels for a kind of device, once, if Triton is installed and, another thing, runs there."""
+    """Whether Triton runs on a type of device; the first call registers the GPU kernels for it."""
     with _registering:  # autograd has a thread for each GPU
         if device not in _runs:
             _runs[device] = _registered(device)
@@ -158,8 +158,8 @@ def _registered(device: str) -> bool:
         from . import gpu_kernels
 
         gpu_kernels.check_driver(device)
-    except (ImportError, RuntimeError, OSError) as error:  # not installed; no driver; one that Triton does not know
-        _logger.warning("Triton does not run here, so depthwise layers take no GPU kernels: %s", error)
+    except (ImportError, RuntimeError, OSError) as error:  # not installed, no driver, or an unknown one
+        _logger.warning("Triton does not run here, so depthwise layers use no GPU kernels: %s", error)
         return False
     affine_sums.register_kernel(device, gpu_kernels.affine_sums)
     depthwise_conv2d.register_kernel(device, gpu_kernels.depthwise_conv2d)
@@ -180,9 +180,9 @@ def plain_sums(
     return torch.stack([shift, *key_sums(grad, input, keys, key_index, geometry)], 1)
 
 
-# The gradients of shift and scales, (C, 1 + r), from an output gradient (N, C, H', W') and an input: per output channel
-# the sum of the gradient times the input summed over the window, then, key by key, times the input filtered with the
-# key; in float32, or float64. ``key_index`` is (C, r); with r = 0, the shifts' gradient alone.
+# The gradients of shift and scales, (C, 1 + r), from an output gradient (N, C, H', W') and an input: for each output
+# channel the sum of the gradient times the input summed over the window, then times the input filtered with each of
+# its keys; in float32 or float64. ``key_index`` is (C, r); with r = 0 only the gradient of the shifts.
 affine_sums = torch.library.custom_op(
     "timm_masterkeys::affine_sums",
     plain_sums,
@@ -204,7 +204,7 @@ def _setup_sums(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None
 
 
 def _sums_backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The sums are linear in either: a convolution with the kernels of which ``cotangent`` is shift and scales."""
+    """The sums are linear in each argument: a convolution with kernels composed from ``cotangent``."""
     grad, input, keys, key_index = ctx.saved_tensors
     geometry = (ctx.stride, ctx.padding, ctx.dilation, input.shape[1])
     kernels = cotangent[:, 0, None, None] + (cotangent[:, 1:, None, None] * keys[key_index]).sum(1)
@@ -222,7 +222,7 @@ def _plain_depthwise_conv2d(
     return F.conv2d(input, weight, bias, stride, padding, dilation, input.shape[1])
 
 
-# ``F.conv2d`` of (N, C, H, W) with one or more kernels (1, kh, kw) a channel; all of one type.
+# ``F.conv2d`` of (N, C, H, W) with one or more kernels (1, kh, kw) per channel; all tensors of one type.
 depthwise_conv2d = torch.library.custom_op(
     "timm_masterkeys::depthwise_conv2d",
     _plain_depthwise_conv2d,
@@ -232,7 +232,7 @@ depthwise_conv2d = torch.library.custom_op(
 
 
 def output_shape(input: torch.Tensor, weight: torch.Tensor, *geometry: Pair) -> tuple[int, int, int, int]:
-    """That of a depthwise convolution with a stride, padding and dilation."""
+    """The shape of a depthwise convolution's output; geometry is stride, padding and dilation."""
     height, width = (
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(input.shape[2:], weight.shape[2:], *geometry, strict=True)

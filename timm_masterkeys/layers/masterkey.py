@@ -1,38 +1,35 @@
 """The depthwise convolution whose kernels are affine images of frozen keys. Knows nothing of models."""
 
-import os
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-import numpy as np
 import torch
 from timm.layers import Conv2dSame
 from torch import nn
 
-from ..errors import CheckpointError, ConversionError, ProjectionError
-from ..keys.banks import DEFAULT_BANK, KeyBank, get_bank
-from ..keys.projection import Projection, check_keys_per_kernel, project_kernels
-from .computed import ComputedConv2d, raise_no_weight
+from ..errors import CheckpointError, ConversionError
+from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
+from ..keys.projection import Projection, check_finite, check_keys_per_kernel, project_kernels
+from .computed import ComputedConv2d
 from .depthwise import affine_depthwise_conv2d
 from .gpu_operators import affine_function
 from .state import entries_to_load, index_problem, state_problems
+from .weight_guards import parameters_without_weight
 
 Trainable = Literal["none", "shift", "affine", "scales"]
 
 Layer = TypeVar("Layer", bound="MasterKeyConv2d")
 
-COMPACT_ENTRIES = ("keys", "key_index", "scale", "shift", "r2")
-RANDOM, CONSTANT = -1.0, -2.0  # in the place of an R2
+RANDOM, CONSTANT = -1.0, -2.0  # in place of an R2
 
 _LIBRARIES = (
     "A library that adds layers of the class it finds, as PEFT's LoRA does, wants ordinary ones: call "
     "fuse_masterkeys(model) first, or target other layers than the depthwise ones."
 )
-_ENTRIES = (*COMPACT_ENTRIES, "log_sigma")
+_ENTRIES = ("keys", "key_index", "scale", "shift", "r2", "log_sigma")
 _ATTRIBUTES = ("bank", "keys_per_kernel", "trainable", "frozen", "same_padding", "operators", "_read", "_empty")
-_NO_KEY = 0.1  # what differs more from a key than this was never one: averages of keys and half precision are nearer
+_NO_KEY = 0.1  # a tensor that differs more from the keys holds none: averages and half precision are nearer
 
 _NO_VALUES = (
     "A MasterKeyConv2d has no values: it was made empty (on the meta device, or by to_empty), and what was loaded "
@@ -53,14 +50,10 @@ class MasterKeyConv2d(ComputedConv2d):
         in_channels: Channels, all depthwise (``groups == in_channels``).
         out_channels: A multiple of ``in_channels``.
         kernel_size: Taps, as for ``nn.Conv2d``; more than one in all.
-        stride: As for ``nn.Conv2d``.
+        stride, dilation, padding_mode, device, dtype: As for ``nn.Conv2d``.
         padding: As for ``nn.Conv2d``, or ``"same_dynamic"`` for timm's TensorFlow-like SAME padding (``Conv2dSame``).
-        dilation: As for ``nn.Conv2d``.
         groups: ``in_channels``, or None for the same.
         bias: Adds a trainable bias.
-        padding_mode: As for ``nn.Conv2d``.
-        device: As for ``nn.Conv2d``.
-        dtype: As for ``nn.Conv2d``.
         bank: Anything ``get_bank`` takes.
         keys_per_kernel: Keys per kernel, r; fewer where the bank has fewer at this kernel size.
         trainable: ``"none"``, ``"shift"`` (one constant per kernel, as in the paper) or ``"affine"`` (scale and shift);
@@ -68,15 +61,13 @@ class MasterKeyConv2d(ComputedConv2d):
 
     Attributes:
         weight: (out_channels, 1, kh, kw), computed at each access; see ``ComputedConv2d``.
-        keys: Buffer (K, kh, kw), the bank at this kernel size: its digits in every dtype, whatever casts and averages
-            came before.
-        key_index: Buffer (out_channels, r) float32, whole numbers: rows of ``keys``. Floats, as averages of weights cut
-            integers off, which would change keys; ``key_rows()`` gives int64.
+        keys: Buffer (K, kh, kw), the bank at this kernel size: its own digits, also after casts and averages.
+        key_index: Buffer (out_channels, r) float32, whole numbers: rows of ``keys``. Floats, as averages of weights
+            truncate integers; ``key_rows()`` gives int64.
         scale: (out_channels * r,), channel by channel; a parameter if trainable is "affine", else a buffer.
         shift: (out_channels,); a parameter unless trainable is "none", else a buffer.
-        r2: Buffer (out_channels,) float32, the R2 of each kernel when it was fitted; or a mark where there is none:
-            ``RANDOM`` (-1) of random initialisation, ``CONSTANT`` (-2) where the dense kernel is constant. See
-            ``random_kernels`` and ``constant_kernels``.
+        r2: Buffer (out_channels,) float32, the R2 of each kernel when it was fitted; or ``RANDOM`` (-1) for random
+            initialisation, ``CONSTANT`` (-2) where the dense kernel is constant.
         frozen: Whether the dense weight is frozen, for ``fuse`` where neither scale nor shift is a parameter.
         bank: The KeyBank.
 
@@ -91,7 +82,13 @@ class MasterKeyConv2d(ComputedConv2d):
         torch.Size([1, 96, 14, 14])
     """
 
-    compact_entries: ClassVar[tuple[str, ...]] = COMPACT_ENTRIES
+    compact_entries: ClassVar[tuple[str, ...]] = ("keys", "key_index", "scale", "shift", "r2")
+    has_sigmas: ClassVar[bool] = False  # whether keys have sigmas, see ScaledKeyConv2d
+    trained_entries: ClassVar[dict[str, tuple[str, ...]]] = {  # the parameters, by what ``trainable`` may be
+        "none": (),
+        "shift": ("shift",),
+        "affine": ("scale", "shift"),
+    }
 
     keys: torch.Tensor
     key_index: torch.Tensor
@@ -116,7 +113,7 @@ class MasterKeyConv2d(ComputedConv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        bank: str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray = DEFAULT_BANK,
+        bank: Bank = DEFAULT_BANK,
         keys_per_kernel: int = 1,
         trainable: Trainable = "shift",
     ) -> None:
@@ -132,7 +129,7 @@ class MasterKeyConv2d(ComputedConv2d):
     def from_conv(
         cls: type[Layer],
         conv: nn.Conv2d,
-        bank: str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray = DEFAULT_BANK,
+        bank: Bank = DEFAULT_BANK,
         keys_per_kernel: int = 1,
         trainable: Trainable = "shift",
         *,
@@ -160,25 +157,21 @@ class MasterKeyConv2d(ComputedConv2d):
             >>> layer = MasterKeyConv2d.from_conv(nn.Conv2d(96, 96, 7, padding=3, groups=96))
         """
         layer = cls.empty_from_conv(conv, bank, keys_per_kernel, trainable)
-        if not fit:
-            layer.reset_parameters(conv.weight)
-        else:
+        if fit:
             layer._set_kernels(conv.weight)
+        else:
+            layer.reset_parameters(conv.weight)
         return layer
 
     @classmethod
     def empty_from_conv(
         cls: type[Layer],
         conv: nn.Conv2d,
-        bank: str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray = DEFAULT_BANK,
+        bank: Bank = DEFAULT_BANK,
         keys_per_kernel: int = 1,
         trainable: Trainable = "shift",
     ) -> Layer:
-        """As ``from_conv``, with kernels of zeros and an ``r2`` of ``RANDOM``, for compact entries to be loaded.
-
-        Raises:
-            BankError, ProjectionError, ConversionError: As for ``from_conv``, whose other arguments it takes.
-        """
+        """As ``from_conv``, with kernels of zeros and an ``r2`` of ``RANDOM``, for compact entries to be loaded."""
         layer = cls.__new__(cls)
         layer._copy_from(conv, get_bank(bank), keys_per_kernel, trainable)
         layer.r2.fill_(RANDOM)
@@ -194,62 +187,63 @@ class MasterKeyConv2d(ComputedConv2d):
         check_keys_per_kernel(keys_per_kernel, bank)
         weight = conv.weight
         keys = bank.keys_for((weight.shape[2], weight.shape[3])).to(weight.device, weight.dtype)
-        rows = min(keys_per_kernel, len(keys))
         self.__dict__.update(conv.__dict__)  # hooks stay the same objects, so handles to them keep working
-        # torch.compile does not look into a class of our own here.
-        self._parameters = defaultdict(raise_no_weight, {n: p for n, p in conv._parameters.items() if n != "weight"})
+        self._parameters = parameters_without_weight(conv)
         self._buffers = dict(conv._buffers)
         self._non_persistent_buffers_set = set(conv._non_persistent_buffers_set)
         self.bank = bank
-        self.keys_per_kernel = rows
+        self.keys_per_kernel = min(keys_per_kernel, len(keys))
         self.same_padding = type(conv).forward is Conv2dSame.forward
         self._read = None
-        self.register_buffer("keys", keys)
-        index = torch.zeros(self.out_channels, rows, device=weight.device, dtype=torch.float32)
-        self.register_buffer("key_index", index)
-        self.register_buffer("scale", weight.new_zeros(self.out_channels * rows))
-        self.register_buffer("shift", weight.new_zeros(self.out_channels))
-        self.register_buffer("r2", torch.ones(self.out_channels, device=weight.device, dtype=torch.float32))
+        self._make_entries(weight, keys)
         self.set_trainable(trainable, requires_grad=weight.requires_grad)
 
+    def _make_entries(self, weight: torch.Tensor, keys: torch.Tensor) -> None:
+        """Registers the compact entries, all as buffers, in the dtype and on the device of a dense weight."""
+        channels, rows = self.out_channels, self.keys_per_kernel
+        self.register_buffer("keys", keys)
+        self.register_buffer("key_index", weight.new_zeros(channels, rows, dtype=torch.float32))
+        self.register_buffer("scale", weight.new_zeros(channels * rows))
+        self.register_buffer("shift", weight.new_zeros(channels))
+        self.register_buffer("r2", weight.new_ones(channels, dtype=torch.float32))
+
     def set_trainable(self, trainable: Trainable, requires_grad: bool = True) -> None:
-        """Chooses what trains: makes scale and shift parameters or buffers, values unchanged. In place.
+        """Chooses what trains: makes scale, shift and sigmas parameters or buffers, values unchanged. In place.
 
         Make the optimiser afterwards: parameters made here are new ones.
 
         Args:
             trainable: "none", "shift" or "affine"; for a ``ScaledKeyConv2d`` also "scales".
-            requires_grad: Of the parameters made; where there are none, of the weight that ``fuse`` gives.
+            requires_grad: Of the parameters made; where there are none, of the weight that ``fuse`` returns.
 
         Raises:
             ConversionError: Unknown ``trainable``, or scales to train where there are none.
         """
         check_trainable(trainable)
-        if trainable == "scales" and "log_sigma" not in self.compact_entries:
+        if trainable not in self.trained_entries:
             raise ConversionError(
                 "A MasterKeyConv2d has no scales to train: a ScaledKeyConv2d has. Convert the dense model with "
                 "trainable='scales'."
             )
         self.trainable: Trainable = trainable
         self.frozen = not requires_grad
-        self._register_entry("scale", trainable == "affine", requires_grad)
-        self._register_entry("shift", trainable != "none", requires_grad)
-
-    def _register_entry(self, name: str, trains: bool, requires_grad: bool) -> None:
-        value = getattr(self, name).detach()
-        self._parameters.pop(name, None)
-        self._buffers.pop(name, None)
-        if trains:
-            self.register_parameter(name, nn.Parameter(value, requires_grad=requires_grad))
-        else:
-            self.register_buffer(name, value)
+        for name in ("scale", "shift", "log_sigma"):
+            if name not in self.compact_entries:
+                continue
+            value = getattr(self, name).detach()
+            self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
+            if name in self.trained_entries[trainable]:
+                self.register_parameter(name, nn.Parameter(value, requires_grad=requires_grad))
+            else:
+                self.register_buffer(name, value)
 
     @torch.no_grad()
     def reset_parameters(self, weight: torch.Tensor | None = None) -> None:
         """Random initialisation, for training from scratch: keys uniform over the bank, shift 0. In place.
 
-        Numbers come from torch's generator. Scales are Gaussian over a kernel's keys (with one key: its sign), and give
-        every kernel the mean norm that the stock initialisation gives the layer's kernels (of mean 0).
+        Numbers come from torch's generator. Scales are Gaussian over a kernel's keys (with one key: its sign); every
+        kernel has the mean norm of kernels of the stock initialisation without their means.
 
         Args:
             weight: (out_channels, 1, kh, kw), kernels of the stock initialisation; made here if None.
@@ -257,15 +251,15 @@ class MasterKeyConv2d(ComputedConv2d):
         Raises:
             ProjectionError: The given kernels hold NaN or Inf.
         """
-        if weight is not None and not weight.is_meta and not weight.isfinite().all():
-            raise ProjectionError("The kernels to take the norm from hold NaN or Inf; fix the checkpoint first.")
-        if weight is None:
+        if weight is not None:
+            check_finite(weight)
+        else:
             weight = torch.empty(self.out_channels, 1, *self.kernel_size, device=self.keys.device)
             nn.init.kaiming_uniform_(weight, a=5**0.5)
             if self.bias is not None:
                 bound = self.keys[0].numel() ** -0.5
                 nn.init.uniform_(self.bias, -bound, bound)
-        self.keys.copy_(self.own_keys())  # empty after meta, to_empty()
+        self.keys.copy_(self.own_keys())  # without values after to_empty()
         order = torch.rand(self.out_channels, len(self.keys), device=self.keys.device)
         self.key_index.copy_(order.topk(self.keys_per_kernel).indices)
         norm = (weight - weight.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1).mean()
@@ -276,11 +270,11 @@ class MasterKeyConv2d(ComputedConv2d):
         self.r2.fill_(RANDOM)
 
     def fitted(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The compact entries but the keys, fitted to kernels (out_channels, 1, kh, kw)."""
+        """The compact entries without the keys, fitted to kernels (out_channels, 1, kh, kw)."""
         return fitted_entries(project_kernels(weight, self.bank, self.keys_per_kernel))
 
     def own_keys(self) -> torch.Tensor:
-        """The bank's own digits of ``keys``, in its dtype on the CPU."""
+        """``keys`` as the bank has them, float32 on the CPU."""
         return self.bank.keys_for(self.kernel_size)  # type: ignore[arg-type]  # nn.Conv2d's is (int, int)
 
     def project_weight(self, weight: torch.Tensor) -> None:
@@ -311,23 +305,23 @@ class MasterKeyConv2d(ComputedConv2d):
         taps = self.keys.flatten(1)
         weight = self.shift.unsqueeze(1)
         scale = self.scale.view(-1, self.keys_per_kernel)
-        for j in range(self.keys_per_kernel):  # no slice of scale: Torch-Pruning would take it for one of channels
+        for j in range(self.keys_per_kernel):  # no slice of scale: Torch-Pruning would count it as one of channels
             weight = torch.addcmul(weight, scale[:, j, None], taps.index_select(0, rows[:, j]))
         return weight.view(-1, 1, self.kernel_size[0], self.kernel_size[1])
 
     def random_kernels(self) -> torch.Tensor:
-        """(out_channels,) bool: which kernels have keys of random initialisation, not fitted ones."""
-        return (self.r2 - RANDOM).abs() < 0.5  # averages of weights round
+        """(out_channels,) bool: which kernels have randomly initialised keys, not fitted ones."""
+        return (self.r2 - RANDOM).abs() < 0.5  # averages of weights round it
 
     def constant_kernels(self) -> torch.Tensor:
-        """(out_channels,) bool: which kernels are constant in the dense model, whatever calibration made of them."""
+        """(out_channels,) bool: which kernels are constant in the dense model; calibration does not change this."""
         return (self.r2 - CONSTANT).abs() < 0.5
 
     @torch.no_grad()
     def keep_kernels(self, weight: torch.Tensor) -> bool:
-        """Leaves out all kernels but the given ones, where those are some of the layer's own, in their order.
+        """Drops all kernels but the given ones, if these are some of the layer's own, in their order.
 
-        ``out_channels`` says already how many they are. All entries stay what they are, bit for bit.
+        ``out_channels`` is their number already. All entries stay the same, bit for bit.
         """
         own, left = self.compose_weight().flatten(1), weight.detach().flatten(1)
         if weight.is_meta or not len(left) == self.out_channels < len(own) or own.shape[1] != left.shape[1]:
@@ -386,7 +380,7 @@ class MasterKeyConv2d(ComputedConv2d):
         """Raises CheckpointError if the layer was made empty, and nothing was loaded since.
 
         Args:
-            input: If given, a layer on the meta device has no values for it either, unless it is there too.
+            input: If given and not on the meta device, neither may the layer be there.
         """
         if self._is_empty() or (input is not None and self.keys.is_meta and not input.is_meta):
             raise CheckpointError(_NO_VALUES)
@@ -398,12 +392,12 @@ class MasterKeyConv2d(ComputedConv2d):
 
     @torch.no_grad()
     def _make_empty(self) -> None:
-        """Marks that there are no values, so that whatever memory holds is not taken for some."""
+        """Marks that there are no values, so that uninitialised memory does not pass for some."""
         self.key_index.fill_(torch.nan)
         self._empty = True
 
     def train(self, mode: bool = True) -> "MasterKeyConv2d":
-        """As for any module; also ``check_keys``, if there are any."""
+        """As for any module; also ``check_keys``, if the layer has values."""
         self._restore_keys()
         if not self._is_empty():
             self.check_keys()
@@ -414,7 +408,7 @@ class MasterKeyConv2d(ComputedConv2d):
         keys, key_index = self.keys, self.key_index
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        except NotImplementedError as error:  # torch's, as there is nothing to copy
+        except NotImplementedError as error:  # from torch: there is nothing to copy
             if not any(value.is_meta for value in self.state_dict().values()):
                 raise
             raise CheckpointError(_NO_VALUES) from error
@@ -428,19 +422,20 @@ class MasterKeyConv2d(ComputedConv2d):
 
     @torch.no_grad()
     def _restore_keys(self) -> None:
-        """The bank's own digits in the keys' dtype."""
-        if not self.keys.is_meta:
-            keys = self.own_keys().to(self.keys)
-            if not torch.equal(keys, self.keys):
-                if not (keys - self.keys).abs().max() < _NO_KEY:
-                    self._make_empty()
-                self.keys.copy_(keys)
+        """Writes the bank's own digits over keys that differ from them; keys far off mean an empty layer."""
+        if self.keys.is_meta:
+            return
+        keys = self.own_keys().to(self.keys)
+        if not torch.equal(keys, self.keys):
+            if not (keys - self.keys).abs().max() < _NO_KEY:
+                self._make_empty()
+            self.keys.copy_(keys)
 
     def fuse(self) -> nn.Conv2d:
         """The ordinary convolution with these kernels: a new module that shares bias and hooks; this one is unchanged.
 
-        The output is the same bit for bit. The weight trains where scale and shift do; with ``trainable="none"``, where
-        it did in the dense model. timm's ``reparameterize_model`` and its scripts' ``--reparam`` call this.
+        The output is the same bit for bit. The weight trains if scale and shift do; with ``trainable="none"``, if it
+        did in the dense model. timm's ``reparameterize_model`` and its scripts' ``--reparam`` call this.
 
         Raises:
             ConversionError: Networks with different keys were averaged.
@@ -472,8 +467,8 @@ class MasterKeyConv2d(ComputedConv2d):
     def check_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> list[str]:
         """What is wrong with this layer's entries of a state dict, as messages; an empty list if they can be loaded.
 
-        Either a dense ``weight`` (it will be projected) or the compact entries, of this bank, kernel size and channel
-        count. Entries that are missing altogether are left to ``load_state_dict(strict=...)``.
+        Either a dense ``weight`` (it is projected) or all compact entries, of this bank, kernel size and channel count.
+        ``load_state_dict(strict=...)`` decides where there is none of them.
         """
         return state_problems(self, state_dict, prefix)
 
@@ -498,7 +493,7 @@ class MasterKeyConv2d(ComputedConv2d):
 
 
 def fitted_entries(projection: Projection) -> dict[str, torch.Tensor]:
-    """The entries of a layer but its keys, from a fit of its kernels."""
+    """The entries of a layer, without its keys, from a fit of its kernels."""
     return {
         "key_index": projection.key_index,
         "scale": projection.scale.flatten(),
@@ -508,7 +503,7 @@ def fitted_entries(projection: Projection) -> dict[str, torch.Tensor]:
 
 
 def obstacle(conv: nn.Conv2d) -> str:
-    """Why no layer with frozen keys can stand in for a convolution; empty if one can. Its groups are not looked at."""
+    """Why no layer with frozen keys can replace a convolution, groups aside; empty if one can."""
     kind = type(conv)
     if "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__:
         return "its forward is replaced"

@@ -1,6 +1,6 @@
 """The layer that learns a scale for each of its kernels, as in the scale-space paper."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -10,7 +10,8 @@ from ..errors import ConversionError
 from ..keys.banks import KeyBank, get_bank
 from ..keys.gaussian_banks import SIGMAS
 from ..keys.sigma_fit import SMALLEST, fit_scales, scaled_kernels
-from .masterkey import COMPACT_ENTRIES, MasterKeyConv2d, Trainable, fitted_entries
+from .computed import ComputedConv2d
+from .masterkey import MasterKeyConv2d, Trainable, fitted_entries
 
 
 class ScaledKeyConv2d(MasterKeyConv2d):
@@ -38,7 +39,9 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         >>> conv.log_sigma.exp().view(96, 2)  # sigma_x, sigma_y
     """
 
-    compact_entries: ClassVar[tuple[str, ...]] = (*COMPACT_ENTRIES, "log_sigma")
+    compact_entries = (*MasterKeyConv2d.compact_entries, "log_sigma")
+    has_sigmas = True
+    trained_entries: ClassVar = {**MasterKeyConv2d.trained_entries, "scales": ("log_sigma", "shift")}
 
     log_sigma: torch.Tensor
     operators: list[int]
@@ -59,16 +62,12 @@ class ScaledKeyConv2d(MasterKeyConv2d):
 
     def _copy_from(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
         self.check_settings(bank, keys_per_kernel)
-        super()._copy_from(conv, bank, keys_per_kernel, "none")
+        super()._copy_from(conv, bank, keys_per_kernel, trainable)
         self.operators = list(bank.kept(self.kernel_size))  # type: ignore[arg-type]
-        self.register_buffer("log_sigma", self.scale.new_zeros(2 * self.out_channels))
-        self.set_trainable(trainable, requires_grad=conv.weight.requires_grad)
 
-    def set_trainable(self, trainable: Trainable, requires_grad: bool = True) -> None:
-        """As for a MasterKeyConv2d; "scales" trains sigmas and shift, the others leave the sigmas as they are."""
-        super().set_trainable(trainable, requires_grad)
-        if "log_sigma" in self._parameters or "log_sigma" in self._buffers:  # not yet while it is made
-            self._register_entry("log_sigma", trainable == "scales", requires_grad)
+    def _make_entries(self, weight: torch.Tensor, keys: torch.Tensor) -> None:
+        super()._make_entries(weight, keys)
+        self.register_buffer("log_sigma", weight.new_zeros(2 * self.out_channels))
 
     @torch.no_grad()
     def reset_parameters(self, weight: torch.Tensor | None = None) -> None:
@@ -79,15 +78,6 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         nominal = sigmas.clamp_min(SMALLEST).log().view(8, 2)[self.operators]
         self.log_sigma.copy_(nominal[self.key_rows()[:, 0]].flatten())
 
-    def check_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> list[str]:
-        """As for a MasterKeyConv2d; entries of a layer with fixed scales, or sigmas that are not finite, do not fit."""
-        log_sigma = state_dict.get(prefix + "log_sigma")
-        if log_sigma is None and all(prefix + name in state_dict for name in COMPACT_ENTRIES):
-            return [f"{prefix}log_sigma: missing, not made with trainable='scales'; load the dense weights."]
-        if log_sigma is not None and not log_sigma.is_meta and not log_sigma.isfinite().all():
-            return [f"{prefix}log_sigma: holds NaN or Inf; fix the checkpoint first."]
-        return super().check_state_dict(state_dict, prefix)
-
     def fitted(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         projection, log_sigma = fit_scales(weight, tuple(self.operators))
         return {**fitted_entries(projection), "log_sigma": log_sigma.flatten()}
@@ -97,6 +87,4 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         keys = scaled_kernels(operator, self.log_sigma.view(-1, 2), self.kernel_size[0], self.kernel_size[1])
         return (keys * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)).unsqueeze(1)
 
-    def _grad_forward(self, input: torch.Tensor) -> torch.Tensor:
-        # The sigmas' gradient needs the whole weight gradient, so autograd it is.
-        return self._conv_forward(input, self.compose_weight(), self.bias)
+    _grad_forward = ComputedConv2d._grad_forward  # the sigmas' gradient needs the whole weight gradient

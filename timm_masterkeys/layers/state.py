@@ -1,19 +1,21 @@
-"""What a converted layer takes from a state dict, and what it refuses."""
+"""The entries of a state dict that a converted layer loads or refuses."""
 
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..keys.projection import first_not_finite
+
 if TYPE_CHECKING:
     from .masterkey import MasterKeyConv2d
 
-_DRIFT = 1e-3  # of equal keys in thousands of updates of an average, which are saved before train() or eval()
-_WHOLE = 0.05  # an average of equal key indices is a whole number up to rounding, far nearer than this
+_DRIFT = 1e-3  # of equal keys after thousands of updates of an average, if it is saved before train() or eval()
+_WHOLE = 0.05  # an average of equal key indices is much nearer to a whole number than this
 
 
 def state_problems(layer: "MasterKeyConv2d", state_dict: dict[str, Any], prefix: str) -> list[str]:
     """See ``MasterKeyConv2d.check_state_dict``."""
-    here = f"{prefix}" if prefix else "layer "
+    here = prefix or "layer "
     given = [name for name in layer.compact_entries if prefix + name in state_dict]
     dense = state_dict.get(prefix + "weight")
     if dense is not None and given:
@@ -24,9 +26,11 @@ def state_problems(layer: "MasterKeyConv2d", state_dict: dict[str, Any], prefix:
     if dense is not None:
         problem = _dense_problem(dense, (layer.out_channels, 1, *layer.kernel_size))
         return [f"{here}weight: {problem}"] if problem else []
-    if "log_sigma" not in layer.compact_entries and prefix + "log_sigma" in state_dict:
+    if not layer.has_sigmas and prefix + "log_sigma" in state_dict:
         return [f"{here}log_sigma: made with trainable='scales'; convert with that, or load the dense weights."]
     missing = [name for name in layer.compact_entries if name not in given]
+    if missing == ["log_sigma"]:
+        return [f"{here}log_sigma: missing, not made with trainable='scales'; load the dense weights."]
     if given and missing:
         return [f"{here}{given[0]}: given without {', '.join(missing)}. The compact entries belong together."]
     return [here + problem for problem in _compact_problems(layer, {n: state_dict[prefix + n] for n in given})]
@@ -35,14 +39,14 @@ def state_problems(layer: "MasterKeyConv2d", state_dict: dict[str, Any], prefix:
 def entries_to_load(
     layer: "MasterKeyConv2d", state_dict: dict[str, Any], prefix: str, assign: bool
 ) -> dict[str, torch.Tensor]:
-    """A layer's entries to load, of a state dict without problems: dense kernels projected, keys its bank's."""
+    """The layer's entries from a state dict without problems: dense kernels projected, keys from the bank."""
     entries = {name: value.detach() for name, value in state_dict.items() if name.startswith(prefix)}
     dense = entries.pop(prefix + "weight", None)
     if dense is not None:
         dtype = dense.dtype if assign else torch.promote_types(dense.dtype, layer.keys.dtype)
         entries |= {prefix + name: value for name, value in layer.fitted(dense.to(dtype)).items()}
     if prefix + "scale" in entries:
-        # Keys rounded to half precision or by an average, or none at all in a dense file: the bank's own digits.
+        # The bank's own digits, as keys are rounded in half precision and averages, and absent from a dense file.
         target = entries[prefix + "scale"] if assign else layer.keys
         entries[prefix + "keys"] = layer.own_keys().to(target.device, target.dtype)
         entries[prefix + "key_index"] = entries[prefix + "key_index"].round().float()
@@ -52,8 +56,8 @@ def entries_to_load(
 def _dense_problem(weight: torch.Tensor, shape: tuple[int, ...]) -> str:
     if tuple(weight.shape) != shape:
         return f"got shape {tuple(weight.shape)}, expected {shape}."
-    if not weight.is_meta and not weight.isfinite().all():
-        channel = int((~weight.flatten(1).isfinite().all(1)).nonzero()[0])
+    channel = first_not_finite(weight)
+    if channel is not None:
         return f"channel {channel} holds NaN or Inf; fix the checkpoint first."
     return ""
 
@@ -66,8 +70,8 @@ def _compact_problems(layer: "MasterKeyConv2d", given: dict[str, torch.Tensor]) 
             problems.append(f"{name}: got shape {got}, expected {own} (another bank, size or channel count).")
     if problems or not given or given["keys"].is_meta:
         return problems
-    for name in ("scale", "shift"):
-        if not given[name].isfinite().all():
+    for name in ("scale", "shift", "log_sigma"):
+        if name in given and not given[name].isfinite().all():
             problems.append(f"{name}: holds NaN or Inf; fix the checkpoint first.")
     keys, own_keys = given["keys"].cpu().double(), layer.own_keys().double()
     if not torch.allclose(keys, own_keys, rtol=0, atol=max(2 * torch.finfo(given["keys"].dtype).eps, _DRIFT)):
@@ -80,7 +84,7 @@ def _compact_problems(layer: "MasterKeyConv2d", given: dict[str, torch.Tensor]) 
 
 
 def index_problem(key_index: torch.Tensor, keys: int) -> str:
-    """What is wrong with the key indices of a layer of so many keys; empty if nothing is."""
+    """What is wrong with key indices into so many keys; empty if nothing is."""
     index = key_index.cpu().double()
     low, high = index.round().aminmax()
     if not (index - index.round()).abs().max() < _WHOLE:  # NaN is refused too

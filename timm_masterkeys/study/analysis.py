@@ -44,6 +44,13 @@ class ComparedKernels:
     above_90: float
     key_histogram: tuple[int, ...]
 
+    def cells(self) -> list[str]:
+        """The cells of a row of the table."""
+        size = "x".join(map(str, self.kernel_size))
+        figures = number(self.mean_r2), share(self.above_50), share(self.above_90)
+        histogram = " ".join(map(str, self.key_histogram))
+        return [self.network, size, f"{self.kernels:,}", self.bank, *figures, histogram]
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -51,47 +58,13 @@ class Comparison:
 
     rows: tuple[ComparedKernels, ...]
 
-    def overlap(self, first: str, second: str, kernel_size: tuple[int, int], bank: str = DEFAULT_BANK) -> float:
-        """How alike two networks use the keys at a size: 1 if in the same shares, 0 if they have no key in common.
-
-        Raises:
-            BankError: One of them has no such row.
-        """
-        histograms = {r.network: r.key_histogram for r in self.rows if (r.kernel_size, r.bank) == (kernel_size, bank)}
-        for name in (first, second):
-            if name not in histograms:
-                raise BankError(f"'{name}' has no kernels of {kernel_size} compared with bank '{bank}'.")
-        counts = torch.tensor([histograms[first], histograms[second]], dtype=torch.float64, device="cpu")
-        return float((counts / counts.sum(1, keepdim=True).clamp_min(1)).amin(0).sum())
-
     def __str__(self) -> str:
         titles = ("network", "kernel", "kernels", "bank", "mean R2", "R2>.5", "R2>.9", "kernels by key")
-        lines = [R2_MEANS, table(titles, (_cells(row) for row in self.rows), "<>><>>><")]
+        lines = [R2_MEANS, table(titles, (row.cells() for row in self.rows), "<>><>>><")]
         left_out = {(row.network, row.kernel_size): row.left_out for row in self.rows}
         if sum(left_out.values()):
             lines.append(f"left out: {sum(left_out.values()):,} kernels that are constant, or hold NaN or Inf")
-        names = list(dict.fromkeys(row.network for row in self.rows))
-        if len(names) == 2:
-            first, second = ({row.kernel_size for row in self.rows if row.network == name} for name in names)
-            bank = self.rows[0].bank
-            for size in sorted(first & second):
-                alike = self.overlap(names[0], names[1], size, bank)
-                lines.append(f"{size[0]}x{size[1]}: the two use the keys of {bank} {alike:.0%} alike")
         return "\n".join(lines)
-
-
-def _cells(row: ComparedKernels) -> list[str]:
-    """The cells of one row of the table."""
-    return [
-        row.network,
-        "x".join(map(str, row.kernel_size)),
-        f"{row.kernels:,}",
-        row.bank,
-        number(row.mean_r2),
-        share(row.above_50),
-        share(row.above_90),
-        " ".join(map(str, row.key_histogram)),
-    ]
 
 
 def compare_networks(

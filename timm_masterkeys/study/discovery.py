@@ -12,11 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..calibration.images import builtin_images
-from ..conversion.apply import converted_layers
-from ..conversion.convert import convert_to_masterkeys
-from ..conversion.copies import copy_model
-from ..conversion.plan import plan_conversion
 from ..conversion.table import number, table
 from ..errors import BankError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
@@ -25,7 +20,6 @@ from .kernels import CONTROL_BANK, Kernels, collect_kernels
 __all__ = [
     "Discovery",
     "Kernels",
-    "agreement_score",
     "collect_kernels",
     "discover_bank",
     "eliminate",
@@ -34,8 +28,7 @@ __all__ = [
     "match_banks",
 ]
 
-Score = Callable[[torch.Tensor], float]
-Found = tuple[dict[int, torch.Tensor], dict[int, float]]  # keys (count, taps) and their score, by count
+Found = tuple[dict[int, torch.Tensor], dict[int, float]]  # keys (count, taps) and their mean R2, by count
 
 CODES = 50  # candidates along the autoencoder's code
 LOCAL = 10  # candidates whose neighbourhoods the second round samples
@@ -52,7 +45,7 @@ class Discovery:
 
     Attributes:
         bank: The keys, most used first, with where they come from.
-        curve: Score by number of keys, in the last round of elimination.
+        curve: Mean R2 by number of keys, on the kernels searched, in the last round of elimination.
         elbow: The number of keys at which the curve bends most.
         r2: Mean R2 of the nearest key, on the kernels held out (on those searched where none are), by bank: the one
             found; as many lines fitted directly to the kernels searched; the published keys; random keys; and the
@@ -73,15 +66,15 @@ class Discovery:
     non_finite: int
 
     def __str__(self) -> str:
-        lines = [f"{len(self.bank)} keys from {self.searched:,} kernels; the curve of scores bends at {self.elbow}"]
+        lines = [f"{len(self.bank)} keys from {self.searched:,} kernels; the curve of R2 bends at {self.elbow}"]
         if self.constant or self.non_finite:
             lines.append(f"left out: {self.constant:,} constant kernels, {self.non_finite:,} with NaN or Inf")
         measured = f"{self.held_out:,} kernels held out" if self.held_out else "the same kernels"
         lines += ["", f"on {measured}, the share of a kernel's variance that its nearest key explains:"]
         lines += [table(("fitted by", "mean R2"), [(name, number(value)) for name, value in self.r2.items()]), ""]
         shown = sorted(count for count in self.curve if count <= max(2 * self.elbow, len(self.bank)))
-        scores = ["score", *(number(self.curve[count]) for count in shown)]
-        return "\n".join([*lines, table(("keys", *map(str, shown)), [scores])])
+        curve = ["mean R2", *(number(self.curve[count]) for count in shown)]
+        return "\n".join([*lines, table(("keys", *map(str, shown)), [curve])])
 
 
 def discover_bank(
@@ -91,7 +84,6 @@ def discover_bank(
     held_out: str | Sequence[str] = (),
     equal_networks: bool = True,
     method: Literal["autoencoder", "lines"] = "autoencoder",
-    score: Score | None = None,
     seed: int = 0,
     name: str = "discovered",
     device: str | torch.device = "cpu",
@@ -99,21 +91,19 @@ def discover_bank(
     """Searches a bank of keys that fit kernels as ``a*x + b``; a kernel and its negative count as one.
 
     ``"autoencoder"`` is the paper's search (Babaiee et al., NeurIPS 2025, section 3). An autoencoder whose code is one
-    number is trained with a cosine loss. Of 50 candidates along the code, the one without which the score is best is
+    number is trained with a cosine loss. Of 50 candidates along the code, the one that costs least mean R2 is
     removed, again and again; then the same among candidates sampled finely around the last ten.
     ``"lines"`` fits lines through the origin directly (``fit_lines``): about the best that so many keys can do.
 
     Args:
         kernels: From ``collect_kernels``.
-        keys: How many, 1 to 25; None takes the elbow of the scores of 1 to 25 keys (``find_elbow``).
+        keys: How many, 1 to 25; None takes the elbow of the curve of 1 to 25 keys (``find_elbow``).
         held_out: Network(s) to measure on instead of searching them.
         equal_networks: Every network counts the same, else every kernel.
         method: See above.
-        score: Of a set of keys (K, kh, kw), the larger the better; weighted mean R2 on the kernels searched if None.
-            ``agreement_score`` makes one of a network. ``"autoencoder"`` calls it some 3,000 times, ``"lines"`` 25.
         seed: Of the training and the starts; the same seed gives the same bank on the same device.
         name: Of the bank. At smaller kernel sizes the bank is cropped: such keys fit real kernels better than folded.
-        device: Where the search computes; kernels, the keys given to ``score`` and the bank stay on the CPU.
+        device: Where the search computes; kernels and bank stay on the CPU.
 
     Raises:
         BankError: An unknown network or method, too few kernels, keys out of range, or a device without float64.
@@ -127,16 +117,14 @@ def discover_bank(
     _check_search(keys, method, device)
     searched, apart = (part.to(device) for part in _split(kernels, names))
     weights = searched.weights(equal_networks)
-    flat_score = None if score is None else (lambda flat: score(flat.cpu().unflatten(1, kernels.kernel_size)))
     search = _search_lines if method == "lines" else _search_autoencoder
-    sets, curve = search(searched, weights, seed, flat_score)
+    sets, curve = search(searched, weights, seed)
     elbow = find_elbow({count: value for count, value in curve.items() if count <= MOST})
     best = sets[keys or elbow]
     use = _by_group(weights, searched.fit_keys(best)[1], len(best)).sum(0)
     best = best[use.argsort(descending=True, stable=True)]
     lines = best if method == "lines" else fit_lines(searched.values, weights, len(best), seed)
     how = f"{method}, seed {seed}, all {'networks' if equal_networks else 'kernels'} count the same"
-    how += "" if score is None else ", by a score of its own"
     networks = ", ".join(network for network in kernels.names if network not in names)
     source = f"discovered ({how}) in {len(searched):,} kernels of {networks}"
     source += f"; held out: {', '.join(names)}" if names else ""
@@ -185,62 +173,47 @@ def _measure(
     return {title: float(weights @ measured.fit_keys(keys.to(best))[0]) for title, keys in banks.items()}
 
 
-def _search_lines(kernels: Kernels, weights: torch.Tensor, seed: int, score: Score | None) -> Found:
+def _search_lines(kernels: Kernels, weights: torch.Tensor, seed: int) -> Found:
     """Lines fitted anew for every number of keys."""
-    score = score or (lambda lines: float(weights @ kernels.fit_keys(lines)[0]))
     counts = tqdm(range(1, MOST + 1), desc="lines", leave=False, disable=None, delay=2)
     sets = {count: fit_lines(kernels.values, weights, count, seed) for count in counts}
-    return sets, {count: score(lines) for count, lines in sets.items()}
+    return sets, {count: float(weights @ kernels.fit_keys(lines)[0]) for count, lines in sets.items()}
 
 
-def _search_autoencoder(kernels: Kernels, weights: torch.Tensor, seed: int, score: Score | None) -> Found:
+def _search_autoencoder(kernels: Kernels, weights: torch.Tensor, seed: int) -> Found:
     """Elimination along the code, then around the last ones removed."""
     decode = _train_autoencoder(kernels.values, weights, seed)
     codes = torch.linspace(0, 1, CODES, dtype=torch.float64, device=weights.device)
-    order, _ = eliminate(kernels.values, weights, decode(codes), score)
+    order, _ = eliminate(kernels.values, weights, decode(codes))
     near = torch.linspace(-0.5, 0.5, CODES // LOCAL + 1, dtype=torch.float64, device=weights.device) / (CODES - 1)
     candidates = decode((codes[order[-LOCAL:], None] + near).flatten().clamp(0, 1).unique())
-    order, curve = eliminate(kernels.values, weights, candidates, score)
+    order, curve = eliminate(kernels.values, weights, candidates)
     return {count: candidates[order[-count:]] for count in curve}, curve
 
 
 @torch.no_grad()
 def eliminate(
-    kernels: torch.Tensor, weights: torch.Tensor, candidates: torch.Tensor, score: Score | None = None
+    kernels: torch.Tensor, weights: torch.Tensor, candidates: torch.Tensor
 ) -> tuple[list[int], dict[int, float]]:
-    """Removes candidates one by one, each time the one without which the score is best (greedy backward elimination).
+    """Removes candidates (K, taps) one by one, each time the one that costs least R2 (greedy backward elimination).
 
-    Args:
-        kernels: (N, taps), mean 0 and norm 1.
-        weights: (N,) of sum 1.
-        candidates: (K, taps), mean 0 and norm 1.
-        score: Of a set of candidates (K', taps); weighted mean R2 of the nearest one if None.
-
-    Returns:
-        The candidates in the order of removal (the last one is never removed), and the score by how many are left.
+    Returns the candidates in the order of removal (the last one is never removed), and the mean R2 of the kernels
+    (N, taps), weighted, by how many are left.
     """
     left, removed = list(range(len(candidates))), []
     fits = (kernels @ candidates.T).square()
-    curve = {len(left): float(weights @ fits.amax(1)) if score is None else score(candidates)}
+    curve = {len(left): float(weights @ fits.amax(1))}
     for count in tqdm(range(len(left) - 1, 0, -1), desc="eliminate", leave=False, disable=None, delay=2):
-        if score is None:
-            scores = _scores_without(fits[:, left], weights, curve[count + 1])
-        else:
-            scores = [score(candidates[left[:place] + left[place + 1 :]]) for place in range(len(left))]
-        curve[count] = max(scores)
-        removed.append(left.pop(scores.index(curve[count])))
+        best = fits[:, left].topk(2, 1)  # a kernel whose nearest candidate goes takes the second nearest
+        lost = weights * (best.values[:, 0] - best.values[:, 1])
+        means = (curve[count + 1] - _by_group(lost, best.indices[:, 0], len(left)).sum(0)).tolist()
+        curve[count] = max(means)
+        removed.append(left.pop(means.index(curve[count])))
     return [*removed, *left], curve
 
 
-def _scores_without(fits: torch.Tensor, weights: torch.Tensor, score: float) -> list[float]:
-    """The mean R2 without each of the candidates, of the fits (N, K) by each and the mean R2 with all of them."""
-    best = fits.topk(2, 1)  # a kernel whose nearest candidate goes takes the second nearest
-    lost = weights * (best.values[:, 0] - best.values[:, 1])
-    return (score - _by_group(lost, best.indices[:, 0], fits.shape[1]).sum(0)).tolist()
-
-
 def find_elbow(curve: Mapping[int, float]) -> int:
-    """The number of keys at which a curve of scores lies farthest above the straight line between its ends."""
+    """The number of keys at which a curve lies farthest above the straight line between its ends."""
     counts = sorted(curve)
     low, high = counts[0], counts[-1]
     slope = (curve[high] - curve[low]) / max(1, high - low)
@@ -277,19 +250,19 @@ def _start(kernels: torch.Tensor, weights: torch.Tensor, count: int, generator: 
 
 def _improve(lines: torch.Tensor, kernels: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Lines after as many steps as raise their mean R2, and that."""
-    before = score = -1.0
+    before = r2 = -1.0
     for _ in range(1000):
         projected = kernels @ lines.T
         nearest = projected.abs().argmax(1)
         own = projected.gather(1, nearest[:, None])[:, 0]
-        score = float(weights @ own.square())
-        if score < before + 1e-7:
+        r2 = float(weights @ own.square())
+        if r2 < before + 1e-7:
             break
-        before = score
+        before = r2
         step = _by_group(weights * own, nearest, len(lines)).T @ kernels
         norm = step.norm(dim=1, keepdim=True)
         lines = torch.where(norm > 0, step / norm.clamp_min(1e-30), lines)
-    return lines, score
+    return lines, r2
 
 
 def _sample(
@@ -328,44 +301,6 @@ def match_banks(bank: Bank, other: Bank, kernel_size: tuple[int, int] = (7, 7)) 
     rows, columns = linear_sum_assignment(correlation, maximize=True)
     pairs = [(kept[i], others_kept[j], float(correlation[i, j])) for i, j in zip(rows, columns, strict=True)]
     return sorted(pairs, key=lambda pair: -pair[2])
-
-
-def agreement_score(model: nn.Module, images: torch.Tensor | Literal["builtin"]) -> Score:
-    """A score for ``discover_bank``: the share of images that the converted network and the dense model class alike.
-
-    Args:
-        model: A dense model with depthwise convolutions that returns logits. Not changed.
-        images: (N, 3, H, W), normalised, on the model's device; or "builtin": ``builtin_images(model)``.
-
-    Returns:
-        A function of keys (K, kh, kw) to [0, 1]; 0 where some layer cannot be converted with these keys.
-
-    Raises:
-        BankError: The model is converted already.
-
-    Example:
-        >>> found = discover_bank(kernels, score=agreement_score(model, images))
-    """
-    if converted_layers(model):
-        raise BankError(f"The {type(model).__name__} is a converted model. Give the dense model it was made from.")
-    model = copy_model(model).eval()
-    shown = images if isinstance(images, torch.Tensor) else builtin_images(model)
-
-    @torch.inference_mode()
-    def classes(network: nn.Module) -> torch.Tensor:
-        return torch.cat([network(batch).argmax(1) for batch in shown.split(50)])
-
-    expected = classes(model)
-    layers = len(plan_conversion(model).converted)
-
-    def score(keys: torch.Tensor) -> float:
-        bank = KeyBank("candidates", keys.numpy(), resize="crop")
-        if len(plan_conversion(model, bank).converted) < layers:  # all of these keys vanish at some layer's size
-            return 0.0
-        converted = convert_to_masterkeys(model, bank=bank).eval()
-        return float((classes(converted) == expected).double().mean())
-
-    return score
 
 
 def _train_autoencoder(

@@ -184,9 +184,9 @@ def plot_coverage(reports: ConversionReport | Mapping[str, ConversionReport]) ->
 
 
 def plot_elimination(found: Discovery) -> Figure:
-    """The score by number of keys in a search, and where it bends."""
+    """Mean R2 by number of keys in a search, and where it bends."""
     counts = sorted(count for count in found.curve if count <= 25)
-    figure, axis = _curves(xlabel="keys", ylabel="score", title=f"Search of {found.searched:,} kernels")
+    figure, axis = _curves(xlabel="keys", ylabel="mean R²", title=f"Search of {found.searched:,} kernels")
     axis.plot(counts, [found.curve[count] for count in counts], ".-", color=BLUE)
     ends = [counts[0], counts[-1]]
     axis.plot(ends, [found.curve[end] for end in ends], ":", color="0.5", label="chord")

@@ -94,7 +94,7 @@ def calibrated(call: Call, state: Mapping[str, Any] | None, images: str) -> Iter
 
 
 def convert_and_calibrate(
-    dense: nn.Module, config: MasterKeysConfig, images: str, flat_names: bool = False
+    dense: nn.Module, config: MasterKeysConfig, images: str, flat_names: bool = False, **options: Any
 ) -> tuple[nn.Module, CalibrationReport | KeyBudget]:
     """A calibrated network as described, made of a dense one, which stays as it is; and the figures.
 
@@ -103,15 +103,16 @@ def convert_and_calibrate(
         config: The conversion.
         images: "builtin", or the path of a folder.
         flat_names: As for ``convert``.
+        **options: As for ``calibrate_masterkeys`` and ``convert_to_agreement``, such as ``max_images``.
 
     Raises:
         MasterKeysError: As ``calibrate_masterkeys`` and ``convert_to_agreement``.
     """
     if config.agreement is not None:
         settings = {name: getattr(config, name) for name in ("bank", "include", "exclude", "trainable")}
-        return convert_to_agreement(dense, config.agreement, images, **settings)
+        return convert_to_agreement(dense, config.agreement, images, **settings, **options)
     model = convert(dense, config, "project", flat_names=flat_names)
-    return model, calibrate_masterkeys(model, dense, images)
+    return model, calibrate_masterkeys(model, dense, images, **options)
 
 
 def _key(

@@ -20,7 +20,7 @@ from ..conversion.report import conversion_report
 from ..errors import CheckpointError, ConversionError
 from ..hub.files import DENSE_NAME, Compact, names_in, restore_layers
 from ..hub.load import SavedModel, find_saved, load_layers
-from ..layers import COMPACT_ENTRIES
+from ..layers import MasterKeyConv2d, ScaledKeyConv2d
 from . import compat
 from .calibrated import calibrated
 from .call import Call, read_call
@@ -142,7 +142,7 @@ def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
 def _compact_entries(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
     """The entries of the converted layers in a state dict, by the name of the layer."""
     names = [name.removesuffix(".key_index") for name in state if name.endswith(".key_index")]
-    entries = (*COMPACT_ENTRIES, "log_sigma")
+    entries = ScaledKeyConv2d.compact_entries
     return {name: {e: state[f"{name}.{e}"] for e in entries if f"{name}.{e}" in state} for name in names}
 
 
@@ -170,7 +170,7 @@ def _load_checkpoint(call: Call, state: Mapping[str, Any], entries: Mapping[str,
 
 def _layer_settings(call: Call, name: str, entries: Mapping[str, torch.Tensor]) -> LayerSettings:
     """The settings of a layer in a checkpoint: those of the call, where the checkpoint does not determine them."""
-    missing = [entry for entry in COMPACT_ENTRIES if entry not in entries]
+    missing = [entry for entry in MasterKeyConv2d.compact_entries if entry not in entries]
     if missing:
         raise CheckpointError(f"The checkpoint lacks {', '.join(missing)} of {name}: the entries belong together.")
     keys = call.config.keys_per_kernel if "keys_per_kernel" in call.given else entries["key_index"].shape[-1]

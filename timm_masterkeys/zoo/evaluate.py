@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
 from timm.data.readers.class_map import load_class_map
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -32,31 +31,19 @@ class Labels:
 
     folder: Path  # it holds a folder of images for each class
     files: tuple[tuple[str, int], ...]  # paths, each with the index of its class in the network's outputs
-    num_classes: int  # that a network must have
+    num_classes: int  # how many classes a network must have
     sha256: str  # of the files' names, sizes and labels
-
-    @property
-    def classes(self) -> int:
-        """How many classes have images."""
-        return len({label for _, label in self.files})
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Percent of the images whose label is the highest output, and among the five highest."""
-
-    top1: float
-    top5: float
 
 
 @dataclass(frozen=True)
 class Measurement:
     """The accuracy of some networks on the same images."""
 
-    accuracies: tuple[Accuracy, ...]  # one for each network
-    images: int  # that can be read
-    classes: int  # that these images are of
-    img_size: int  # width of the images, as the networks took them
+    top1: tuple[float, ...]  # of each network: percentage of images whose label has the highest output
+    top5: tuple[float, ...]  # of each network: percentage of images whose label is among the five highest outputs
+    images: int  # how many could be read
+    classes: int  # how many classes these images have
+    img_size: int  # width of the images that the networks took, in pixels
     crop_pct: float  # share of an image's sides that was taken, from its middle
     interpolation: str  # how images were resized
 
@@ -66,12 +53,12 @@ def find_labels(folder: str | os.PathLike[str], class_map: str | os.PathLike[str
 
     timm numbers the folders it finds, so that the labels shift where a class is missing. Here a folder's name says its
     class: it is in the class map, or without one it is an ImageNet-1k synset (n01440764) or class index (0 to 999), the
-    same kind for all. Classes may lack images.
+    same kind for all. Classes may have no images.
 
     Args:
         folder: An ImageFolder, or one whose ``validation`` or ``val`` folder is one, as timm takes them.
-        class_map: A file as timm's ``--class-map``: a class name a line, in the order of the network's outputs, or a
-            pickled dict of names to indices. It must name every class. None if it is empty.
+        class_map: A file as for timm's ``--class-map``: a class name a line, in the order of the network's outputs, or
+            a pickled dict of names to indices. It must name every class. Empty for ImageNet-1k.
 
     Raises:
         ZooError: No images, folders that name no class, or a class map that cannot be read or leaves out classes.
@@ -79,46 +66,46 @@ def find_labels(folder: str | os.PathLike[str], class_map: str | os.PathLike[str
     if not os.path.isdir(folder):
         raise ZooError(f"There is no folder '{os.fspath(folder)}' to evaluate with.")
     try:
-        root = Path(create_dataset("", root=os.fspath(folder), split="validation").reader.root)
+        reader = create_dataset("", root=os.fspath(folder), split="validation").reader
     except RuntimeError as error:  # timm found no images
         raise ZooError(str(error)) from None
-    found, names = find_images_and_targets(str(root))
-    class_to_idx = _class_map(root, class_map) if class_map else _imagenet(root, names)
-    unknown = sorted(set(names) - set(class_to_idx))
-    if unknown:
-        raise ZooError(f"'{root}' has images in folders that '{class_map}' does not name: {_some(unknown)}.")
+    root, names = Path(reader.root), reader.class_to_idx
+    class_to_idx = _read_class_map(root, class_map) if class_map else _imagenet_classes(root, names)
+    if unknown := sorted(set(names) - set(class_to_idx)):
+        raise ZooError(f"'{root}' has images in folders that '{class_map}' does not name: {_first_five(unknown)}.")
     folders = {index: name for name, index in names.items()}
-    files = tuple((path, class_to_idx[folders[label]]) for path, label in found)
+    files = tuple((path, class_to_idx[folders[label]]) for path, label in reader.samples)
     listing = [(os.path.relpath(path, root), os.path.getsize(path), label) for path, label in files]
     return Labels(root, files, len(class_to_idx), hashlib.sha256(json.dumps(listing).encode()).hexdigest())
 
 
-def _class_map(root: Path, path: str | os.PathLike[str]) -> dict[str, int]:
+def _read_class_map(root: Path, path: str | os.PathLike[str]) -> dict[str, int]:
     try:
-        given = {str(name): int(index) for name, index in load_class_map(os.fspath(path), str(root)).items()}
-    except Exception as error:  # a file that is none: timm asserts, unpickling may raise anything
+        found = {str(name): int(index) for name, index in load_class_map(os.fspath(path), str(root)).items()}
+    except Exception as error:  # not a class map: timm asserts, unpickling may raise anything
         raise ZooError(f"The class map '{os.fspath(path)}' cannot be read: {error}.") from None
-    if not given or sorted(given.values()) != list(range(len(given))):
+    if not found or sorted(found.values()) != list(range(len(found))):
         raise ZooError(
-            f"The class map '{os.fspath(path)}' gives {len(given)} names the indices {_some(sorted(given.values()))}, "
-            f"expected 0 to {len(given) - 1}, each once: it names every class of the network, and none twice."
+            f"The class map '{os.fspath(path)}' gives {len(found)} names the indices "
+            f"{_first_five(sorted(found.values()))}, expected 0 to {len(found) - 1}, each once: it names every class "
+            "of the network, and none twice."
         )
-    return given
+    return found
 
 
-def _imagenet(root: Path, names: Mapping[str, int]) -> dict[str, int]:
+def _imagenet_classes(root: Path, names: Mapping[str, int]) -> dict[str, int]:
+    """The indices of ImageNet-1k's classes by synset or by number, whichever the folders' names are."""
     kinds = [{name: i for i, name in enumerate(ImageNetInfo().label_names())}, {str(i): i for i in range(IMAGENET)}]
-    for kind in kinds:
-        if set(names) <= set(kind):
-            return kind
-    unknown = sorted(set(names) - set(min(kinds, key=lambda kind: len(set(names) - set(kind)))))
-    raise ZooError(
-        f"'{root}' has images in folders that name no class: {_some(unknown)}. Expected ImageNet-1k synsets "
-        f"(n01440764) or class indices (0 to {IMAGENET - 1}), or give a class map (--class-map FILE)."
-    )
+    kind = min(kinds, key=lambda kind: len(set(names) - set(kind)))
+    if unknown := sorted(set(names) - set(kind)):
+        raise ZooError(
+            f"'{root}' has images in folders that name no class: {_first_five(unknown)}. Expected ImageNet-1k synsets "
+            f"(n01440764) or class indices (0 to {IMAGENET - 1}), or give a class map (--class-map FILE)."
+        )
+    return kind
 
 
-def _some(names: Sequence[Any]) -> str:
+def _first_five(names: Sequence[Any]) -> str:
     shown = ", ".join(f"'{name}'" for name in names[:5])
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
@@ -132,13 +119,13 @@ def measure(
     workers: int = 4,
     device: torch.device | str = "cpu",
 ) -> Measurement:
-    """Measures networks that take the same images, in one pass over these.
+    """Measures networks that take the same images, in one pass over the images.
 
     The images are prepared by the first network's ``pretrained_cfg``, at its test size if it has one; in float32. One
     that cannot be read is named in a warning and left out. (timm's ImageDataset counts another image in its place.)
 
     Args:
-        models: On the device. Their modes come back as they were.
+        models: On the device. Their training modes are restored afterwards.
         labels: From ``find_labels``.
         batch_size: Images at a time.
         workers: Processes that read images; 0 for none.
@@ -152,34 +139,30 @@ def measure(
         raise ZooError(f"The network has {first.num_classes} classes, the labels are of {labels.num_classes}.")
     config = resolve_data_config(model=first, use_test_size=True)
     names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    preparation = {name: config[name] for name in names}
-    dataset = _Images(labels.files, "RGB" if config["input_size"][0] == 3 else "L")
     loader = create_loader(
-        dataset, batch_size=batch_size, num_workers=workers, device=torch.device(device), **preparation
+        _Images(labels.files, "RGB" if config["input_size"][0] == 3 else "L"),
+        batch_size=batch_size,
+        num_workers=workers,
+        device=torch.device(device),
+        **{name: config[name] for name in names},
     )
-    hits = torch.zeros(len(models), 2, dtype=torch.long)
+    hits = torch.zeros(2, len(models), dtype=torch.long)
     seen: list[int] = []  # labels, in the order of the files
     with evaluating(*models):
         for images, targets in loader:
             seen += targets.tolist()
             for i, model in enumerate(models):
                 highest = model(images).topk(min(5, labels.num_classes), 1).indices == targets[:, None]
-                hits[i] += torch.stack([highest[:, 0].sum(), highest.sum()]).cpu()
+                hits[:, i] += torch.stack([highest[:, 0].sum(), highest.sum()]).cpu()
     for (path, _), label in zip(labels.files, seen, strict=True):
         if label == UNREADABLE:
             _logger.warning("'%s' cannot be read and is left out.", path)
     counted = [label for label in seen if label != UNREADABLE]
     if not counted:
         raise ZooError(f"None of the {len(seen)} images in '{labels.folder}' can be read.")
-    share = (100 * hits.double() / len(counted)).tolist()
-    return Measurement(
-        tuple(Accuracy(round(top1, 4), round(top5, 4)) for top1, top5 in share),
-        len(counted),
-        len(set(counted)),
-        config["input_size"][-1],
-        config["crop_pct"],
-        config["interpolation"],
-    )
+    top1, top5 = (tuple(round(share, 4) for share in row) for row in (100 * hits.double() / len(counted)).tolist())
+    about = config["input_size"][-1], config["crop_pct"], config["interpolation"]
+    return Measurement(top1, top5, len(counted), len(set(counted)), *about)
 
 
 class _Images(Dataset[tuple[Any, int]]):

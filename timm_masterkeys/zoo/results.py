@@ -1,9 +1,9 @@
-"""The files of a zoo: what was measured of each model, the table of all, and the list of names for ``use_weights``."""
+"""The files of a zoo: the figures of each network, the table of all, and the list of names for ``use_weights``."""
 
 import csv
 import json
 import math
-from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -42,20 +42,20 @@ class Result:
     uncalibrated_top5: float
     keys: float  # keys per kernel, the mean over all kernels that could be converted; a dense k x k kernel counts k * k
     bank: str
-    agreement: float | None  # percent of the held-out images with the dense network's top class
+    agreement: float | None  # percentage of the held-out images with the dense network's top class
     divergence: float | None  # Kullback-Leibler divergence from the dense network's outputs in nats, same images
     calibration_images: int  # as the calibration's record counts them
     held_out_images: int  # that agreement and divergence were measured on
     images: int  # labelled images that the accuracies were measured on: all that can be read
-    classes: int  # that these images are of
+    classes: int  # how many classes these images have
     seconds: float  # for download, conversion, calibration and measurement
     source: str  # the name of the dense network in timm
     repo: str  # where it is published, or would be
     sha: str = ""  # the commit it is published in; empty if it is not
 
-    def metrics(self, dataset: str) -> list[EvalResult]:
-        """The published network's accuracy for the model-index of its card."""
-        return [
+    def card_entries(self, dataset: str) -> dict[str, Any]:
+        """Arguments of ``save_pretrained`` and ``push_to_hub``: accuracies for the card, figures for config.json."""
+        metrics = [
             EvalResult(
                 task_type="image-classification",
                 task_name="Image Classification",
@@ -71,21 +71,18 @@ class Result:
                 ("top-5-accuracy", "Top 5 Accuracy", self.top5),
             )
         ]
-
-    def measured(self) -> dict[str, object]:
-        """What was measured, for config.json: also of the dense network, and before calibration."""
-        return {name: value for name, value in asdict(self).items() if name not in ("seconds", "repo", "sha")}
+        figures = {name: value for name, value in asdict(self).items() if name not in ("seconds", "repo", "sha")}
+        return {"repo_id": self.repo, "metrics": metrics, "config": {"evaluation": {"dataset": dataset, **figures}}}
 
 
 def timm_columns(name: str, model: nn.Module, measured: Measurement) -> dict[str, Any]:
     """The columns of timm's results files, of the first network that was measured."""
-    accuracy = measured.accuracies[0]
     return {
         "model": name,
-        "top1": accuracy.top1,
-        "top1_err": round(100 - accuracy.top1, 4),
-        "top5": accuracy.top5,
-        "top5_err": round(100 - accuracy.top5, 4),
+        "top1": measured.top1[0],
+        "top1_err": round(100 - measured.top1[0], 4),
+        "top5": measured.top5[0],
+        "top5_err": round(100 - measured.top5[0], 4),
         "param_count": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
         "img_size": measured.img_size,
         "crop_pct": measured.crop_pct,
@@ -93,32 +90,48 @@ def timm_columns(name: str, model: nn.Module, measured: Measurement) -> dict[str
     }
 
 
-def keys_per_kernel(model: nn.Module, dense: nn.Module, config: MasterKeysConfig) -> float:
-    """The mean over all kernels that could be converted; a kernel that stayed dense counts as many keys as weights."""
-    layers, planned = converted_layers(model), resolve(config, dense).converted
+def make_result(
+    name: str, calibrated: nn.Module, dense: nn.Module, config: MasterKeysConfig, measured: Measurement, **given: Any
+) -> Result:
+    """The row of a calibrated network.
+
+    Args:
+        name: Its ``.mk8`` name.
+        calibrated: The network.
+        dense: What it was converted from.
+        config: The conversion.
+        measured: The accuracies of the calibrated, the dense and the uncalibrated network, in this order.
+        **given: The columns seconds, source and repo.
+    """
+    record = read_record(calibrated).calibration
+    assert record is not None
+    agreement, divergence = (record.after.get(name) for name in ("agreement", "divergence"))
+    layers, plans = converted_layers(calibrated), resolve(config, dense).converted
     keys = kernels = 0
-    for plan in planned:
+    for plan in plans:
         per_kernel = layers[plan.name].keys_per_kernel if plan.name in layers else math.prod(plan.kernel_size)
         keys += per_kernel * plan.out_channels
         kernels += plan.out_channels
-    return round(keys / kernels, 2)
-
-
-def calibration_columns(model: nn.Module) -> dict[str, Any]:
-    """The figures of the calibration's record, as columns."""
-    record = read_record(model).calibration
-    assert record is not None
-    agreement, divergence = (record.after.get(name) for name in ("agreement", "divergence"))
-    return {
-        "agreement": None if agreement is None else round(100 * agreement, 2),
-        "divergence": None if divergence is None else round(divergence, 4),
-        "calibration_images": record.images,
-        "held_out_images": record.held_out,
-    }
+    return Result(
+        **timm_columns(name, calibrated, measured),
+        dense_top1=measured.top1[1],
+        dense_top5=measured.top5[1],
+        uncalibrated_top1=measured.top1[2],
+        uncalibrated_top5=measured.top5[2],
+        keys=round(keys / kernels, 2),
+        bank=config.bank.name,
+        agreement=None if agreement is None else round(100 * agreement, 2),
+        divergence=None if divergence is None else round(divergence, 4),
+        calibration_images=record.images,
+        held_out_images=record.held_out,
+        images=measured.images,
+        classes=measured.classes,
+        **given,
+    )
 
 
 def read_result(path: Path) -> Result | None:
-    """Reads what ``write_result`` wrote; None if there is nothing."""
+    """Reads what ``write_result`` wrote; None if there is no file."""
     if not path.is_file():
         return None
     try:
@@ -128,28 +141,32 @@ def read_result(path: Path) -> Result | None:
 
 
 def write_result(path: Path, result: Result) -> None:
-    """Writes what was measured of a model; whole or not at all."""
+    """Writes what was measured of a network, atomically."""
     with atomic_path(path) as tmp:
         tmp.write_text(json.dumps(asdict(result), indent=2), encoding="utf-8")
 
 
-def write_table(path: Path, results: Iterable[Result]) -> None:
-    """Writes results.csv, the best first as in timm's results files."""
-    with atomic_path(path) as tmp, tmp.open("w", newline="", encoding="utf-8") as file:
+def write_tables(output: Path) -> None:
+    """Writes results.csv and names.txt anew from all ``models/NAME/result.json`` of the output folder.
+
+    The table has the best network first, as timm's results files. The names are what ``use_weights`` reads: every
+    published network, and ``<arch>.mk8`` for the one with timm's default weights.
+    """
+    results: list[Result] = []
+    for path in output.glob("models/*/result.json"):
+        with suppress(ZooError):  # a damaged result is that network's failure
+            results += filter(None, [read_result(path)])
+    with atomic_path(output / TABLE) as tmp, tmp.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(result) for result in sorted(results, key=lambda r: (-r.top1, r.model)))
-
-
-def write_names(path: Path, results: Iterable[Result]) -> None:
-    """Writes the list that ``use_weights`` reads: every published network, and ``<arch>.mk8`` for timm's default."""
-    lines = []
+    names = {}
     for result in results:
         if result.sha:
+            names[result.model] = f"{result.repo}@{result.sha}"
             arch = result.source.partition(".")[0]
-            names = {result.model}
             if timm.get_pretrained_cfg(arch) == timm.get_pretrained_cfg(result.source):
-                names.add(f"{arch}.mk8")
-            lines += [f"{name}={result.repo}@{result.sha}" for name in names]
-    with atomic_path(path) as tmp:
-        tmp.write_text("".join(f"{line}\n" for line in sorted(lines)), encoding="utf-8")
+                names[f"{arch}.mk8"] = names[result.model]
+    with atomic_path(output / NAMES) as tmp:
+        lines = sorted(f"{name}={address}\n" for name, address in names.items())
+        tmp.write_text("".join(lines), encoding="utf-8")

@@ -1,8 +1,8 @@
 """A zoo: many timm networks converted, calibrated, measured and published, by one process or several, in several runs.
 
-All that is known lies in the output folder, in files that appear whole: ``models/NAME/result.json`` once a network is
-measured and saved (``weights`` beside it), with a ``sha`` once it is published. So a run goes on where the last one
-ended, however that was. Whoever works on a network holds a lock on it, which ends with the process.
+The state is in the output folder, in files that are written atomically: ``models/NAME/result.json`` once a network is
+measured and saved (``weights`` beside it), with a ``sha`` once it is published. So a run continues where the last one
+ended, however it ended. A process holds a lock on the network that it works on; the lock ends with the process.
 """
 
 import copy
@@ -11,8 +11,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,18 +37,7 @@ from ..timm_plugin.calibrated import convert_and_calibrate
 from ..timm_plugin.published import list_architectures
 from ..version import __version__
 from .evaluate import Labels, measure
-from .results import (
-    NAMES,
-    TABLE,
-    Result,
-    calibration_columns,
-    keys_per_kernel,
-    read_result,
-    timm_columns,
-    write_names,
-    write_result,
-    write_table,
-)
+from .results import Result, make_result, read_result, write_result, write_tables
 
 SETTINGS = "zoo.json"
 
@@ -61,13 +49,13 @@ class Zoo:
     org: str  # user or organisation on the Hub; a network is published as ``org/<arch>.mk8_<tag>``
     labels: Labels  # images to measure with
     output: Path  # folder to work in, and for the results
-    images: str = BUILTIN  # to calibrate with: a folder, or "builtin"
+    calibrate: str = BUILTIN  # images to calibrate with: a folder, or "builtin"
     config: MasterKeysConfig = field(default_factory=MasterKeysConfig)
-    dataset: str = ""  # the labelled images' name on model cards; the folder's name if empty
-    license: str | None = None  # for weights of which timm does not know the licence; without it, those fail
+    dataset: str | None = None  # the labelled images' name on model cards; their folder's name if None
+    license: str | None = None  # of weights whose licence timm does not know; without it, these networks fail
     private: bool | None = None  # new repositories are private
     dry_run: bool = False  # everything but publishing: the Hub is read, nothing is changed there
-    keep_weights: bool = False  # keep downloads, in timm's usual cache, and the saved networks
+    keep_weights: bool = False  # keep downloads, in timm's usual cache, and the networks that are published
     batch_size: int = 64  # images at a time when measuring
     workers: int = 4  # processes that read images
     device: str = "cpu"
@@ -80,24 +68,15 @@ class Zoo:
         """Where a network is published, by its timm name."""
         return f"{self.org}/{_converted_name(name)}"
 
-    def settings(self) -> dict[str, Any]:
-        """What results depend on, as JSON data: it must not differ within one table."""
-        return {
-            "images": photographs_sha256() if self.images == BUILTIN else folder_sha256(self.images),
-            "labels": self.labels.sha256,
-            "conversion": self.config.to_dict(),
-            "versions": {"timm_masterkeys": __version__, "timm": timm.__version__},
-        }
-
 
 @dataclass(frozen=True)
 class Outcome:
     """The state of a network after a run."""
 
-    name: str  # timm's name of the dense one
+    name: str  # of the dense network in timm
     result: Result | None  # None if it was not measured
-    error: str = ""  # what went wrong in this run, in a line
-    fresh: bool = True  # this process did it now
+    error: str = ""  # of this run, in one line
+    fresh: bool = True  # this process has worked on it; else an earlier run or another process has
 
     def __str__(self) -> str:
         parts = [self.name]
@@ -121,30 +100,30 @@ def plan_zoo(patterns: Sequence[str], num_classes: int) -> tuple[list[str], dict
         ZooError: None that could be made.
     """
     convertible = set(list_architectures())
-    names, left = [], {}
+    names, left_out = [], {}
     for name in timm.list_models(list(patterns), pretrained=True):
         arch, _, tag = name.partition(".")
         cfg: Any = timm.get_pretrained_cfg(name)
         if is_masterkeys_tag(tag):
             continue
         if arch not in convertible:
-            left[name] = "no depthwise convolutions"
+            left_out[name] = "no depthwise convolutions"
         elif cfg.num_classes != num_classes:
-            left[name] = f"{cfg.num_classes} classes, the labels are of {num_classes}"
+            left_out[name] = f"{cfg.num_classes} classes, the labels are of {num_classes}"
         else:
             names.append(name)
     if not names:
-        why = "".join(f" {name}: {reason}." for name, reason in list(left.items())[:3])
+        why = "".join(f" {name}: {reason}." for name, reason in list(left_out.items())[:3])
         raise ZooError(f"No timm network with weights to make of {', '.join(patterns)}; see timm.list_models.{why}")
-    return names, left
+    return names, left_out
 
 
 def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
     """Makes every network that is not made yet, and yields the outcome of each when it is done or has failed.
 
-    Several processes may do this at once, in one output folder: RANK and WORLD_SIZE, as of torchrun, say with which
-    networks each begins, and one that is done helps the others. Each ends when all networks are done, and yields all.
-    results.csv and names.txt are up to date after each.
+    Several processes may do this at once, in one output folder. RANK and WORLD_SIZE, which torchrun sets, tell each
+    process which networks to begin with; after these it takes those of other processes. Each process ends when all
+    networks are done, and yields all outcomes. results.csv and names.txt are up to date after each network.
 
     Args:
         names: From ``plan_zoo``.
@@ -152,7 +131,7 @@ def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
 
     Raises:
         ZooError: An option out of range, results of other settings in the output folder, or an account that may not
-            publish. Nothing was done.
+            publish. Nothing was changed.
     """
     started = time.time()
     _check_options(zoo)
@@ -161,19 +140,20 @@ def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
     (zoo.output / "models").mkdir(parents=True, exist_ok=True)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     pending = [*names[rank::world], *(name for i, name in enumerate(names) if i % world != rank)]
-    for wait in (False, True):  # networks that others work on come last: by then they are done, or free
+    for wait in (False, True):  # networks that other processes work on come last
         for name in pending.copy():
             with locked(zoo.output / f".{name}.lock", wait) as held:
                 if not held:
                     continue
-                outcome = _one(name, zoo, started)
+                outcome = _finish_network(name, zoo, started)
                 pending.remove(name)
-            _write_tables(zoo.output)
+            with locked(zoo.output / ".zoo.lock"):
+                write_tables(zoo.output)
             yield outcome
 
 
 def _check_options(zoo: Zoo) -> None:
-    """Raises ZooError for what would fail with every network."""
+    """Raises ZooError for options with which every network would fail."""
     try:
         validate_repo_id(f"{zoo.org}/name")
     except HFValidationError as error:
@@ -182,22 +162,30 @@ def _check_options(zoo: Zoo) -> None:
         raise ZooError(f"batch_size is {zoo.batch_size} and workers {zoo.workers}, expected at least 1 and at least 0.")
     if zoo.license:
         check_license(zoo.license)
-    if zoo.images != BUILTIN:
-        if not os.path.isdir(zoo.images):
-            raise ZooError(f"There is no folder '{zoo.images}' of images to calibrate with.")
-        count = sum(is_img_extension(path.suffix.lower()) for path in walk_files(zoo.images))
+    if zoo.calibrate != BUILTIN:
+        if not os.path.isdir(zoo.calibrate):
+            raise ZooError(f"There is no folder '{zoo.calibrate}' of images to calibrate with.")
+        count = sum(is_img_extension(path.suffix.lower()) for path in walk_files(zoo.calibrate))
         if count < FEWEST:
-            raise ZooError(f"There are {count} images in '{zoo.images}' to calibrate with, expected {FEWEST} or more.")
+            raise ZooError(
+                f"There are {count} images in '{zoo.calibrate}' to calibrate with, expected {FEWEST} or more."
+            )
 
 
 def _check_settings(zoo: Zoo, write: bool = False) -> None:
-    """Raises ZooError if the output folder has results of other settings; notes the settings of its first result."""
-    path, settings = zoo.output / SETTINGS, json.loads(json.dumps(zoo.settings()))
+    """Raises ZooError if the output folder has results of other settings; with ``write``, notes those of the first."""
+    settings = {
+        "calibrate": photographs_sha256() if zoo.calibrate == BUILTIN else folder_sha256(zoo.calibrate),
+        "evaluate": zoo.labels.sha256,
+        "conversion": zoo.config.to_dict(),
+        "versions": {"timm_masterkeys": __version__, "timm": timm.__version__},
+    }
+    path, text = zoo.output / SETTINGS, json.dumps(settings, indent=2)
     if write and not path.exists():
         with atomic_path(path) as tmp:
-            tmp.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
-    differing = [name for name in settings if noted.get(name) != settings[name]]
+            tmp.write_text(text, encoding="utf-8")
+    noted, given = json.loads(path.read_text(encoding="utf-8") if path.exists() else text), json.loads(text)
+    differing = [name for name in given if noted.get(name) != given[name]]
     if differing:
         raise ZooError(
             f"'{zoo.output}' holds a zoo with other settings ({', '.join(differing)}), see {SETTINGS} there: their "
@@ -206,7 +194,7 @@ def _check_settings(zoo: Zoo, write: bool = False) -> None:
 
 
 def _check_account(zoo: Zoo) -> None:
-    """Raises ZooError unless the account of the token may publish to ``org``."""
+    """Raises ZooError unless the account of the token may publish to ``org``; a dry run needs no token and no Hub."""
     if not get_token():
         if zoo.dry_run:
             return
@@ -215,9 +203,9 @@ def _check_account(zoo: Zoo) -> None:
         )
     try:
         account = HfApi().whoami()
-    except Exception as error:  # the Hub's, or the network's
+    except Exception as error:  # of the Hub, or of the network
         if zoo.dry_run:
-            return  # each network's check says more
+            return  # each network is measured, and its check says more
         raise ZooError(f"The Hub does not say whose token this is: {' '.join(str(error).split())[:200]}") from None
     own = [account["name"], *(org["name"] for org in account.get("orgs", ()))]
     scoped = account.get("auth", {}).get("accessToken", {}).get("role") == "fineGrained"  # has rights of its own
@@ -225,19 +213,17 @@ def _check_account(zoo: Zoo) -> None:
         raise ZooError(f"The account may not publish to '{zoo.org}', only to {', '.join(own)}.")
 
 
-def _one(name: str, zoo: Zoo, started: float) -> Outcome:
-    """Makes and publishes a network as far as that is not done. Only here whatever goes wrong is caught."""
+def _finish_network(name: str, zoo: Zoo, started: float) -> Outcome:
+    """Makes and publishes a network as far as that is not done yet. Every error is caught here, and only here."""
     folder = zoo.folder(name)
     folder.mkdir(exist_ok=True)
     failure, checked = folder / "failure.txt", folder / "checked.txt"
     result = None
     try:
         result = read_result(folder / "result.json")
-        if result and result.repo != zoo.repo(name):  # the org was another
-            published, result = result.sha, replace(result, repo=zoo.repo(name), sha="")
-            if not published:
-                write_result(folder / "result.json", result)
-        if (result and result.sha) or (zoo.dry_run and result and _is_new(checked, started)):
+        if result and result.repo != zoo.repo(name):  # an earlier run had another org
+            result = replace(result, repo=zoo.repo(name), sha="")
+        if result and (result.sha or (zoo.dry_run and _is_new(checked, started))):
             return Outcome(name, result, fresh=False)
         if _is_new(failure, started):  # another process has just tried
             return Outcome(name, result, failure.read_text(encoding="utf-8").partition("\n")[0], fresh=False)
@@ -274,27 +260,15 @@ def _make(name: str, zoo: Zoo) -> Result:
         raise ZooError("The licence of the source weights is not known. Find it out and pass it: --license.")
     cache = None if zoo.keep_weights else folder / "download"
     dense = timm.create_model(name, pretrained=True, cache_dir=cache).eval().to(zoo.device)
-    calibrated, _ = convert_and_calibrate(dense, zoo.config, zoo.images)
+    calibrated, _ = convert_and_calibrate(dense, zoo.config, zoo.calibrate)
     uncalibrated = apply(copy.deepcopy(dense), describe(calibrated))
     models = [calibrated, dense, uncalibrated]
     measured = measure(models, zoo.labels, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device)
-    result = Result(
-        **timm_columns(_converted_name(name), calibrated, measured),
-        dense_top1=measured.accuracies[1].top1,
-        dense_top5=measured.accuracies[1].top5,
-        uncalibrated_top1=measured.accuracies[2].top1,
-        uncalibrated_top5=measured.accuracies[2].top5,
-        keys=keys_per_kernel(calibrated, dense, zoo.config),
-        bank=zoo.config.bank.name,
-        **calibration_columns(calibrated),
-        images=measured.images,
-        classes=measured.classes,
-        seconds=round(time.perf_counter() - start, 1),
-        source=name,
-        repo=zoo.repo(name),
-    )
+    about = {"seconds": round(time.perf_counter() - start, 1), "source": name, "repo": zoo.repo(name)}
+    result = make_result(_converted_name(name), calibrated, dense, zoo.config, measured, **about)
     write_record(calibrated, replace(read_record(calibrated), source=Source.from_cfg(cfg)))
-    save_pretrained(calibrated.cpu(), folder / "weights", license=license, **_card_entries(result, zoo))
+    entries = result.card_entries(zoo.dataset or zoo.labels.folder.name)
+    save_pretrained(calibrated.cpu(), folder / "weights", license=license, **entries)
     with locked(zoo.output / ".zoo.lock"):
         _check_settings(zoo, write=True)
     write_result(folder / "result.json", result)
@@ -307,36 +281,15 @@ def _converted_name(name: str) -> str:
 
 
 def _publish(name: str, result: Result, zoo: Zoo) -> Result:
-    """Publishes what ``_make`` saved, and notes the commit."""
+    """Publishes what ``_make`` saved, if it is no dry run, and notes the repository and the commit."""
     folder = zoo.folder(name)
-    model = timm.create_model(f"local-dir:{folder / 'weights'}", pretrained=True)
-    done = push_to_hub(
-        model,
+    published = push_to_hub(
+        timm.create_model(f"local-dir:{folder / 'weights'}", pretrained=True),
         private=zoo.private,
         dry_run=zoo.dry_run,
         commit_message=f"Publish {result.model}",
-        **_card_entries(result, zoo),
+        **result.card_entries(zoo.dataset or zoo.labels.folder.name),
     )
-    if zoo.dry_run:
-        return result
-    result = replace(result, sha=done.sha or "")
+    result = replace(result, sha="" if zoo.dry_run else published.sha or "")
     write_result(folder / "result.json", result)
     return result
-
-
-def _card_entries(result: Result, zoo: Zoo) -> Mapping[str, Any]:
-    """The measurement for the card and config.json, the same when saved and when published."""
-    dataset = zoo.dataset or zoo.labels.folder.name
-    evaluation = {"dataset": dataset, **result.measured()}
-    return {"repo_id": result.repo, "metrics": result.metrics(dataset), "config": {"evaluation": evaluation}}
-
-
-def _write_tables(output: Path) -> None:
-    """Writes results.csv and names.txt anew from the networks' own files."""
-    with locked(output / ".zoo.lock"):
-        results: list[Result] = []
-        for path in sorted((output / "models").glob("*/result.json")):
-            with suppress(ZooError):  # a damaged result is that network's failure
-                results += filter(None, [read_result(path)])
-        write_table(output / TABLE, results)
-        write_names(output / NAMES, results)

@@ -1,0 +1,82 @@
+"""Errors for code that uses a computed weight as a parameter, whose changes would be lost."""
+
+import copy
+from collections import defaultdict
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from ..errors import ConversionError
+
+COMPUTED = (
+    "The weight of a MasterKeyConv2d is computed from frozen keys: it cannot be a parameter, be pruned, normalised, "
+    "parametrized, quantised, or get other data. fuse_masterkeys(model) gives ordinary convolutions for that; assign a "
+    "plain tensor (layer.weight = tensor) to project other kernels on the keys."
+)
+
+
+class ComputedWeight(torch.Tensor):
+    """A computed weight: an ordinary tensor, but setting its ``data``, which would be lost, is an error.
+
+    Whatever is computed from it, copied or saved is a plain tensor, and ``nn.Parameter(weight)`` a plain parameter.
+    """
+
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> torch.Tensor:
+        return super().detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> NoReturn:
+        raise ConversionError(COMPUTED)
+
+    def detach(self) -> torch.Tensor:
+        return super().detach().as_subclass(ComputedWeight)  # of its own type, or nn.Parameter refuses it
+
+    @property
+    def _is_param(self) -> bool:
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:  # nn.Parameter sets it on the tensor it returns
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return copy.deepcopy(self.as_subclass(torch.Tensor), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
+
+
+def state_of(weight: torch.Tensor) -> tuple[int, int]:
+    """What changes when a tensor is written to: its version, or through ``.data`` its memory."""
+    try:
+        return weight._version, weight.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # within vmap and grad, fake, on the meta device
+        return weight._version, 0
+
+
+def raise_no_weight() -> NoReturn:
+    """Raises where ``torch.nn.utils`` looks for the parameter "weight"."""
+    raise ConversionError(COMPUTED)
+
+
+class _Parameters(defaultdict[str, nn.Parameter | None]):
+    """The parameters of a layer: to read or to delete one named "weight" is an error."""
+
+    def __delitem__(self, name: str) -> None:
+        if name == "weight":
+            raise_no_weight()
+        super().__delitem__(name)
+
+
+def parameters_without_weight(conv: nn.Conv2d) -> dict[str, nn.Parameter | None]:
+    """The parameters of a convolution for a layer that computes its weight.
+
+    On torch 2.5, where torch.compile traces no class of our own here, the old ``torch.nn.utils.weight_norm``, which
+    deletes the parameter unseen, raises a bare KeyError.
+    """
+    kind = defaultdict if torch.__version__ < "2.6" else _Parameters
+    return kind(raise_no_weight, {name: value for name, value in conv._parameters.items() if name != "weight"})
