@@ -382,7 +382,8 @@ class Call:
     def _whoami(self):
         if self.caller is None:
             raise HubError(401, "Invalid username or password.")
-        return _json({"type": "user", "id": self.caller, "name": self.caller, "orgs": []})
+        orgs = [{"type": "org", "name": org} for org, members in self.hub.orgs.items() if self.caller in members]
+        return _json({"type": "user", "id": self.caller, "name": self.caller, "orgs": orgs})
 
     @_route("POST", "/api/repos/create")
     def _create_repo(self):
