@@ -9,8 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torchvision", "PIL.Image", "safetensors.torch"])
@@ -27,11 +26,10 @@ def enter(env):
     torch.set_num_threads(1)  # outputs of two processes are compared bit for bit
 
 
-def _main(option, what, arguments, env, pipes):
+def _main(option, what, arguments, env, files):
     os.setsid()  # so that it can be killed with all it starts
-    for number, pipe in enumerate(pipes, 1):
-        os.dup2(pipe.fileno(), number)
-        pipe.close()
+    for number, path in enumerate(files, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     enter(env)
     sys.argv = [what if option == "-m" else option, *arguments]
     if option == "-m":
@@ -41,19 +39,15 @@ def _main(option, what, arguments, env, pipes):
 
 
 class Python:
-    """``python -c CODE ...`` or ``python -m MODULE ...`` as a ``subprocess.Popen`` whose output is read as text."""
+    """``python -c CODE ...`` or ``python -m MODULE ...``; what it writes is read from ``stdout`` and ``stderr``."""
 
     def __init__(self, option, what, *arguments, env=None):
-        ends = [FORKS.Pipe(duplex=False) for _ in "oe"]
+        files = [tempfile.NamedTemporaryFile("r") for _ in "oe"]
         given = (option, what, list(map(str, arguments)), dict(os.environ if env is None else env))
-        self._process = FORKS.Process(target=_main, args=(*given, [writer for _, writer in ends]))
+        self._process = FORKS.Process(target=_main, args=(*given, [file.name for file in files]))
         self._process.start()
         _running.append(self)
-        for _, writer in ends:
-            writer.close()
-        self.stdout, self.stderr = (os.fdopen(os.dup(reader.fileno())) for reader, _ in ends)
-        for reader, _ in ends:
-            reader.close()
+        self.stdout, self.stderr = files
 
     def poll(self):
         """The exit code; None while the process runs."""
@@ -73,19 +67,15 @@ class Python:
         Raises:
             subprocess.TimeoutExpired: It was killed as it took longer.
         """
-        late = threading.Event()
-        timer = threading.Timer(timeout, lambda: (late.set(), self.kill()))
-        timer.daemon = True
-        timer.start()
-        try:
-            with ThreadPoolExecutor() as pool, self.stdout, self.stderr:
-                written = tuple(pool.map(lambda stream: stream.read(), (self.stdout, self.stderr)))
-            self._process.join()
-        finally:
-            timer.cancel()
+        self._process.join(timeout)
+        late = self.poll() is None
+        self.kill()
+        self._process.join()
         _running.remove(self)
         self.returncode = self.poll()
-        if late.is_set():
+        with self.stdout, self.stderr:
+            written = self.stdout.read(), self.stderr.read()
+        if late:
             raise subprocess.TimeoutExpired("python", timeout, *written)
         return written
 

@@ -12,17 +12,18 @@ import logging
 import pytest
 import timm
 import torch
+from compare import layers
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import timm_masterkeys as mk
 
 REAL = 40e6
-QUICK = ["convnext_atto", "ghostnet_050", "mobilenetv3_small_050", "test_resnet"]
+QUICK = ["convnext_atto", "test_resnet"]
 
 
 @pytest.fixture(autouse=True)
-def _quiet(monkeypatch):
+def _quiet():
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -85,13 +86,12 @@ def test_architecture(name):
 
     device = "cpu" if sum(p.numel() for p in meta.parameters()) <= REAL else "meta"
     assert timm.is_model(f"{name}.mk8") and timm.get_pretrained_cfg(f"{name}.mk8").tag == "mk8"
-    scratch = build(name, "meta", ".mk8")
-    assert sum(isinstance(m, mk.MasterKeyConv2d) for m in scratch.modules()) == len(spatial)
+    assert len(layers(build(name, "meta", ".mk8"))) == len(spatial)
     torch.manual_seed(0)
     model = build(name, device)
     model = mk.convert_to_masterkeys(model, inplace=True).eval()
-    layers = [m for m in model.modules() if isinstance(m, mk.MasterKeyConv2d)]
-    assert len(layers) == len(spatial)
+    converted = layers(model).values()
+    assert len(converted) == len(spatial)
     x = inputs(model, device)
     with torch.no_grad():
         torch.manual_seed(1)
@@ -99,8 +99,7 @@ def test_architecture(name):
         outs = out if isinstance(out, tuple) else (out,)
 
         fused = mk.fuse_masterkeys(model)
-        assert not any(isinstance(m, mk.MasterKeyConv2d) for m in fused.modules())
-        assert fused.state_dict().keys() == meta.state_dict().keys()
+        assert not layers(fused) and fused.state_dict().keys() == meta.state_dict().keys()
         again = copy.deepcopy(model)
         again.load_state_dict(model.state_dict())
         from_dense = copy.deepcopy(model)
@@ -117,6 +116,5 @@ def test_architecture(name):
     model.train()
     out = run(model, x)
     sum(o.float().square().mean() for o in (out if isinstance(out, tuple) else (out,))).backward()
-    with_gradient = [layer for layer in layers if layer.shift.grad is not None]
-    assert len(with_gradient) == len(layers)
-    assert device == "meta" or all(torch.isfinite(layer.shift.grad).all() for layer in layers)
+    assert all(layer.shift.grad is not None for layer in converted)
+    assert device == "meta" or all(torch.isfinite(layer.shift.grad).all() for layer in converted)

@@ -83,6 +83,3 @@ def test_the_settings_of_a_converted_model(given):
     (settings,) = describe(model).values()
     assert settings == config.layer
     assert LayerSettings.from_dict(json.loads(json.dumps(settings.to_dict())), banks) == settings
-    for name, value in {"bank": "0", "keys_per_kernel": "1", "trainable": "all"}.items():
-        with pytest.raises(mk.CheckpointError, match="no settings that this version knows"):
-            LayerSettings.from_dict({**settings.to_dict(), name: value}, banks)

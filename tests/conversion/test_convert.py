@@ -7,9 +7,8 @@ import threading
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from compare import layers, same
 from timm.layers import Conv2dSame
-from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -21,7 +20,6 @@ from timm_masterkeys import (
     ProjectionError,
     convert_to_masterkeys,
     fuse_masterkeys,
-    get_bank,
     initialize_masterkeys,
     plan_conversion,
     project_kernels,
@@ -58,46 +56,8 @@ class Net(nn.Module):
 NET_LAYERS = ["blocks.0.dw", "blocks.1.dw", "down"]
 
 
-class Strange(nn.Module):
-    """One convolution of every kind."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3)
-        self.grouped = nn.Conv2d(8, 8, 3, groups=2)
-        self.pointwise = nn.Conv2d(8, 8, 1)
-        self.gain = nn.Conv2d(8, 8, 1, groups=8)
-        self.single = nn.Conv2d(1, 4, 3)
-        self.dw = nn.Conv2d(8, 8, (1, 7), groups=8)
-        self.same = Conv2dSame(8, 16, 2, groups=8)
-        self.conv1d = nn.Conv1d(8, 8, 3, groups=8)
-        self.conv3d = nn.Conv3d(8, 8, 3, groups=8)
-        self.transposed = nn.ConvTranspose2d(8, 8, 3, groups=8)
-        self.subclass = type("Renamed", (nn.Conv2d,), {})(8, 8, 3, groups=8)
-        self.odd = type("Odd", (nn.Conv2d,), {"forward": lambda self, x: x})(8, 8, 3, groups=8)
-        self.odder = type("Odder", (Conv2dSame,), {"_conv_forward": lambda self, x, *_: x})(8, 8, 3, groups=8)
-        self.replaced = nn.Conv2d(8, 8, 3, groups=8)
-        self.replaced.forward = lambda x: x
-        self.named = nn.Conv2d(8, 8, 3, groups=8)
-        self.named.scale = 2.0
-        self.parametrized = weight_norm(nn.Conv2d(8, 8, 3, groups=8))
-        self.tied = nn.Conv2d(8, 8, (1, 7), groups=8)
-        self.tied.weight = self.dw.weight
-        self.done = MasterKeyConv2d(8, 8, 3, bank="random8:1")
-
-
-def masterkeys(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
-
-
 def snapshot(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same_state(state, other):
-    return list(state) == list(other) and all(
-        state[name].dtype == other[name].dtype and torch.equal(state[name], other[name]) for name in state
-    )
 
 
 def fingerprint(model):
@@ -108,39 +68,41 @@ def fingerprint(model):
     return modules, tensors, hooks, {name: value.tolist() for name, value in model.state_dict().items()}
 
 
-def timm_model(name, **kwargs):
-    """A model with batch statistics worth folding."""
-    model = timm.create_model(name, pretrained=False, **kwargs).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.1, 0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model
+def conv(kind=nn.Conv2d, kernel_size=3, out=8, **attributes):
+    """A depthwise convolution of eight channels."""
+    module = kind(8, out, kernel_size, groups=8)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
 
 
 def test_plan_gives_a_reason_for_every_convolution():
-    plan = plan_conversion(Strange())
-    reasons = {layer.name: layer.reason for layer in plan.layers}
-    reasons.pop("dw")  # the first of the two that share a weight
-    assert reasons == {
-        "stem": "not depthwise (groups 1)",
-        "grouped": "not depthwise (groups 2)",
-        "pointwise": "not depthwise (groups 1)",
-        "gain": "1x1 kernel has no spatial structure",
-        "single": "not depthwise (groups 1)",
-        "same": "",
-        "conv1d": "not a Conv2d",
-        "conv3d": "not a Conv2d",
-        "transposed": "not a Conv2d",
-        "subclass": "",
-        "odd": "Odd has a forward of its own",
-        "odder": "Odder has a forward of its own",
-        "replaced": "its forward is replaced",
-        "named": "its attribute 'scale' has the name of one that the layer needs",
-        "parametrized": "its weight is computed (a parametrization)",
-        "tied": "shares its weight with dw",
-        "done": "converted already (bank random8:1)",
+    first, ignored = conv(kernel_size=(1, 7)), lambda self, x, *_: x
+    kinds = {
+        "stem": (nn.Conv2d(3, 8, 3), "not depthwise (groups 1)"),
+        "grouped": (nn.Conv2d(8, 8, 3, groups=2), "not depthwise (groups 2)"),
+        "pointwise": (nn.Conv2d(8, 8, 1), "not depthwise (groups 1)"),
+        "gain": (conv(kernel_size=1), "1x1 kernel has no spatial structure"),
+        "single": (nn.Conv2d(1, 4, 3), "not depthwise (groups 1)"),
+        "same": (conv(Conv2dSame, 2, 16), ""),
+        "conv1d": (conv(nn.Conv1d), "not a Conv2d"),
+        "conv3d": (conv(nn.Conv3d), "not a Conv2d"),
+        "transposed": (conv(nn.ConvTranspose2d), "not a Conv2d"),
+        "subclass": (conv(type("Renamed", (nn.Conv2d,), {})), ""),
+        "odd": (conv(type("Odd", (nn.Conv2d,), {"forward": ignored})), "Odd has a forward of its own"),
+        "odder": (conv(type("Odder", (Conv2dSame,), {"_conv_forward": ignored})), "Odder has a forward of its own"),
+        "replaced": (conv(forward=lambda x: x), "its forward is replaced"),
+        "named": (conv(scale=2.0), "its attribute 'scale' has the name of one that the layer needs"),
+        "parametrized": (weight_norm(conv()), "its weight is computed (a parametrization)"),
+        "dw": (first, "shares its weight with tied"),
+        "tied": (conv(kernel_size=(1, 7), weight=first.weight), "shares its weight with dw"),
+        "done": (MasterKeyConv2d(8, 8, 3, bank="random8:1"), "converted already (bank random8:1)"),
     }
+    model = nn.Module()
+    for name, (module, _) in kinds.items():
+        model.add_module(name, module)
+    plan = plan_conversion(model)
+    assert {layer.name: layer.reason for layer in plan.layers} == {name: reason for name, (_, reason) in kinds.items()}
     assert sorted([*plan.converted, *plan.skipped], key=plan.layers.index) == list(plan.layers)
     same = next(layer for layer in plan.layers if layer.name == "same")
     assert (same.kind, same.kernel_size, same.in_channels, same.out_channels) == ("Conv2dSame", (2, 2), 8, 16)
@@ -149,18 +111,17 @@ def test_plan_gives_a_reason_for_every_convolution():
 def test_plan_is_a_dry_run_and_a_table():
     model = Net()
     before = fingerprint(model)
-    plan = plan_conversion(model, exclude="blocks.1*")
+    plan = plan_conversion(model, include=["*.dw", "do*"], exclude="blocks.1*")
     assert fingerprint(model) == before
     assert [layer.name for layer in plan.converted] == ["blocks.0.dw", "down"]
+    assert {layer.name: layer.reason for layer in plan.skipped}["stem"] == "not depthwise (groups 1)"
     lines = str(plan).splitlines()
-    assert len(lines) == 1 + 6 + 1
     rows = {line.split()[0]: line for line in lines}
-    assert rows["blocks.1.dw"].endswith("stays dense: excluded by 'blocks.1*'")
+    assert len(lines) == 1 + 6 + 1 and rows["blocks.1.dw"].endswith("stays dense: excluded by 'blocks.1*'")
     assert rows["down"].split() == ["down", "Conv2dSame", "3x3", "8", "->", "16", "convert"]
     assert lines[-1] == "2 of 6 convolutions to convert, 24 kernels"
-    action = lines[0].index("action")
-    assert {line[action - 1] for line in lines[1:-1]} == {" "}
-    assert {line[action:].split()[0] for line in lines[1:-1]} == {"convert", "stays"}
+    reasons = {layer.name: layer.reason for layer in plan_conversion(model, include="*.dw").layers}
+    assert (reasons["down"], reasons["blocks.0.dw"]) == ("not included", "")
 
 
 @pytest.mark.parametrize(
@@ -177,27 +138,27 @@ def test_plan_is_a_dry_run_and_a_table():
 def test_patterns(patterns, converted):
     model = Net()
     assert [layer.name for layer in plan_conversion(model, **patterns).converted] == converted
-    assert list(masterkeys(convert_to_masterkeys(model, **patterns))) == converted
-    assert list(masterkeys(initialize_masterkeys(model, **patterns))) == converted
-
-
-def test_reasons_of_patterns():
-    reasons = {layer.name: layer.reason for layer in plan_conversion(Net(), include="*.dw", exclude="*.1.*").layers}
-    assert (reasons["down"], reasons["blocks.0.dw"]) == ("not included", "")
-    assert (reasons["blocks.1.dw"], reasons["stem"]) == ("excluded by '*.1.*'", "not depthwise (groups 1)")
+    assert list(layers(convert_to_masterkeys(model, **patterns))) == converted
+    assert list(layers(initialize_masterkeys(model, **patterns))) == converted
 
 
 @pytest.mark.parametrize(  # depthwise convolutions with more than one tap, counted by hand in timm 1.0.31
     ("name", "count"),
     [
-        ("convnext_atto", 12),
         ("mobilenetv3_small_050", 11),
-        ("inception_next_atto", 36),
-        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [("fastvit_t8", 28), ("repvit_m0_9", 26)]),
+        ("convnext_atto", 12),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in [("inception_next_atto", 36), ("fastvit_t8", 28), ("repvit_m0_9", 26)]
+        ),
     ],
 )
 def test_timm_models_convert_and_fuse(name, count):
-    model = timm_model(name)
+    model = timm.create_model(name).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # statistics that are worth folding
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
     before = snapshot(model)
     plan = plan_conversion(model)
     convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
@@ -205,12 +166,12 @@ def test_timm_models_convert_and_fuse(name, count):
     assert [layer.name for layer in plan.layers] == list(convs)
     assert [layer.name for layer in plan.converted] == expected and len(expected) == count
     converted = convert_to_masterkeys(model)
-    assert same_state(model.state_dict(), before) and not masterkeys(model)
-    assert list(masterkeys(converted)) == expected
-    for layer_name, layer in masterkeys(converted).items():
+    same(model, before)
+    assert not layers(model) and list(layers(converted)) == expected
+    for layer_name, layer in layers(converted).items():
         assert torch.equal(layer.key_rows(), project_kernels(model.get_submodule(layer_name).weight).key_index)
     others = {k: v for k, v in converted.state_dict().items() if k in before}
-    assert all(torch.equal(value, before[key]) for key, value in others.items())
+    same(others, {k: before[k] for k in others})
 
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -221,23 +182,7 @@ def test_timm_models_convert_and_fuse(name, count):
 
     loaded = initialize_masterkeys(model)
     loaded.load_state_dict(before)  # the stock weights
-    assert same_state(loaded.state_dict(), converted.state_dict())
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["tf_efficientnet_lite0", "repghostnet_050"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("repvit_m0_9", "mobileone_s0", "shvit_s1")],
-)
-def test_reparameterize_model(name):
-    converted = convert_to_masterkeys(timm_model(name, num_classes=10))
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        expected = converted(x)
-        merged = reparameterize_model(converted)
-        assert not masterkeys(merged)
-        torch.testing.assert_close(merged(x), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-        assert torch.equal(converted(x), expected)
+    same(loaded, converted)
 
 
 def test_inplace_or_not():
@@ -249,36 +194,36 @@ def test_inplace_or_not():
 
     kept = {name: module for name, module in model.named_modules() if name not in NET_LAYERS}
     assert convert_to_masterkeys(model, inplace=True) is model
-    assert list(masterkeys(model)) == NET_LAYERS
+    assert list(layers(model)) == NET_LAYERS
     assert {name: m for name, m in model.named_modules() if name not in NET_LAYERS} == kept
-    assert same_state(snapshot(model), snapshot(out))
+    same(model, out)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items() if name in state)
 
     converted = fingerprint(model)
     fused = fuse_masterkeys(model)
     assert fused is not model and fingerprint(model) == converted
     assert fuse_masterkeys(model, inplace=True) is model
-    assert same_state(snapshot(fused), snapshot(model)) and list(model.state_dict()) == list(state)
+    same(fused, model)
+    assert list(model.state_dict()) == list(state)
     assert {name: type(m) for name, m in model.named_modules()} == {name: type(m) for name, m in Net().named_modules()}
-
-
-def test_a_bank_given_as_a_tensor():
-    layers = masterkeys(convert_to_masterkeys(Net(), get_bank("random8:5").keys)).values()
-    (digest,) = {layer.bank.digest for layer in layers}
-    assert {layer.bank.name for layer in layers} == {f"custom-{digest[:8]}"}
+    dense = fingerprint(model)
+    for inplace in (True, False):
+        with pytest.raises(ConversionError, match="Net holds no MasterKeyConv2d"):
+            fuse_masterkeys(model, inplace=inplace)
+    assert fingerprint(model) == dense
 
 
 def test_a_second_call_for_other_layers():
     model = convert_to_masterkeys(Net(), include="blocks.*")
-    first = masterkeys(model)
+    first = layers(model)
     convert_to_masterkeys(model, "random8:0", keys_per_kernel=2, trainable="none", inplace=True)
-    layers = masterkeys(model)
-    assert list(layers) == NET_LAYERS and all(layers[name] is layer for name, layer in first.items())
-    assert layers["down"].bank.name == "random8:0" and not list(layers["down"].named_parameters())
+    found = layers(model)
+    assert list(found) == NET_LAYERS and all(found[name] is layer for name, layer in first.items())
+    assert found["down"].bank.name == "random8:0" and not list(found["down"].named_parameters())
     before = fingerprint(model)
     with pytest.raises(ConversionError, match=r"2 converted already \(bank babaiee2025\).*fuse_masterkeys"):
         convert_to_masterkeys(model, inplace=True)
-    assert fingerprint(model) == before and not masterkeys(fuse_masterkeys(model))
+    assert fingerprint(model) == before and not layers(fuse_masterkeys(model))
     state = snapshot(model)
     state["blocks.0.dw.key_index"][0] = 99
     with pytest.raises(CheckpointError, match=r"blocks.0.dw.key_index: holds"):
@@ -289,9 +234,7 @@ def test_a_second_call_for_other_layers():
 def test_nothing_to_convert(call):
     for patterns in ({"include": "stages.*"}, {"exclude": ["down", "stages.*"]}):
         for function in (call, plan_conversion):
-            with pytest.raises(
-                ConversionError, match=r"'stages\.\*' matches none of the 6 convolutions.*blocks\.0\.dw"
-            ):
+            with pytest.raises(ConversionError, match=r"'stages\.\*' matches none of the 6 .*blocks\.0\.dw"):
                 function(Net(), **patterns)
     for model, patterns, message in (
         (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv1d(8, 8, 3, groups=8)), {}, "1 not depthwise .*, 1 not a Conv2d"),
@@ -299,9 +242,7 @@ def test_nothing_to_convert(call):
         (Net(), {"exclude": "*"}, "3 excluded by"),
         (Net(), {"include": "stem"}, "3 not included"),
     ):
-        with pytest.raises(
-            ConversionError, match=f"{type(model).__name__} has nothing to convert.*groups ==.*{message}"
-        ):
+        with pytest.raises(ConversionError, match=f"{type(model).__name__} has nothing to convert.*{message}"):
             call(model, **patterns)
     assert "0 of 0 convolutions" in str(plan_conversion(nn.Linear(3, 3)))
 
@@ -334,40 +275,28 @@ def test_a_failure_in_the_last_layer_leaves_the_model_as_it_was(value, inplace):
     convert_to_masterkeys(model, exclude="down", inplace=inplace)
 
 
-def test_fuse_refuses_an_ordinary_model():
-    model = Net()
-    before = fingerprint(model)
-    for inplace in (True, False):
-        with pytest.raises(ConversionError, match="Net holds no MasterKeyConv2d"):
-            fuse_masterkeys(model, inplace=inplace)
-    assert fingerprint(model) == before
-
-
 @INPLACE
 def test_hooks_survive_and_can_be_removed(inplace):
     model, calls = Net(), []
-    conv = model.blocks[0].dw
+    conv, x = model.blocks[0].dw, torch.randn(1, 3, 9, 9)
     handles = [
-        conv.register_forward_pre_hook(lambda module, args: calls.append(("pre", type(module)))),
-        conv.register_forward_hook(lambda module, args, output: calls.append(("post", type(module)))),
-        conv.register_full_backward_hook(lambda module, grads, outputs: calls.append(("back", type(module)))),
+        conv.register_forward_pre_hook(lambda module, *_: calls.append(type(module))),
+        conv.register_forward_hook(lambda module, *_: calls.append(type(module))),
+        conv.register_full_backward_hook(lambda module, *_: calls.append(type(module))),
     ]
     converted = convert_to_masterkeys(model, inplace=inplace)
-    x = torch.randn(1, 3, 9, 9)
-    expected = [(when, MasterKeyConv2d) for when in ("pre", "post", "back")]
     converted(x).sum().backward()
-    assert calls == expected
     fuse_masterkeys(converted)(x).sum().backward()
-    assert calls[3:] == [(when, nn.Conv2d) for when, _ in expected]
-    calls.clear()
+    assert calls == [MasterKeyConv2d] * 3 + [nn.Conv2d] * 3
     for handle in handles:
         handle.remove()
     (converted if inplace else model)(x).sum().backward()  # a deep copy has hooks of its own
-    assert calls == []
+    assert len(calls) == 6
 
 
-def test_modes_and_requires_grad_survive():
-    model = Net().train()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_modes_requires_grad_and_dtype_survive(dtype):
+    model = Net().train().to(dtype)
     for module in (model.blocks[0], model.down):
         module.eval()
     for module in (model.stem, model.blocks[1].dw):
@@ -377,46 +306,37 @@ def test_modes_and_requires_grad_survive():
     converted = convert_to_masterkeys(model)
     assert {name: module.training for name, module in converted.named_modules()} == modes
     assert all(p.requires_grad == grads[n.replace(".shift", ".weight")] for n, p in converted.named_parameters())
-    fused = fuse_masterkeys(converted)
+    for layer in layers(converted).values():
+        assert {layer.keys.dtype, layer.scale.dtype, layer.shift.dtype, layer.weight.dtype} == {dtype}
+    fused, x = fuse_masterkeys(converted), torch.randn(1, 3, 8, 8, dtype=dtype)
     assert {name: module.training for name, module in fused.named_modules()} == modes
     assert not fused.stem.weight.requires_grad and not fused.blocks[1].dw.bias.requires_grad
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_dtype_survives(dtype):
-    model = convert_to_masterkeys(Net().to(dtype))
-    for layer in masterkeys(model).values():
-        assert {layer.keys.dtype, layer.scale.dtype, layer.shift.dtype, layer.weight.dtype} == {dtype}
-    x = torch.randn(1, 3, 8, 8, dtype=dtype)
-    assert torch.equal(fuse_masterkeys(model)(x), model(x))
+    assert torch.equal(fused.eval()(x), converted.eval()(x))
 
 
 def test_meta_device_survives():
     with torch.device("meta"):
-        model = Net()
-    converted = convert_to_masterkeys(model)
+        converted = convert_to_masterkeys(Net())
     assert all(t.is_meta for t in converted.state_dict().values())
     assert converted(torch.empty(1, 3, 8, 8, device="meta")).shape == (1, 5)
-    stock = Net()
-    reference = convert_to_masterkeys(stock)
-    for state in (stock.state_dict(), reference.state_dict()):
+    dense = Net()
+    expected = convert_to_masterkeys(dense)
+    for state in (dense.state_dict(), expected.state_dict()):
         loaded = copy.deepcopy(converted).to_empty(device="cpu")
         loaded.load_state_dict(state)
-        assert same_state(loaded.state_dict(), reference.state_dict())
+        same(loaded, expected)
         loaded = copy.deepcopy(converted)
         loaded.load_state_dict(state, assign=True)
-        assert same_state(loaded.state_dict(), reference.state_dict())
+        same(loaded, expected)
 
 
 def test_channels_last_survives():
-    model = Net().eval()
-    layout, x = torch.channels_last, torch.randn(2, 3, 9, 9)
-    converted = convert_to_masterkeys(model.to(memory_format=layout))
+    layout = torch.channels_last
+    converted = convert_to_masterkeys(Net().eval().to(memory_format=layout))
+    x = torch.randn(2, 3, 9, 9).contiguous(memory_format=layout)
     assert converted.stem.weight.is_contiguous(memory_format=layout)
-    x = x.contiguous(memory_format=layout)
     assert converted.blocks[0].dw(converted.stem(x)).is_contiguous(memory_format=layout)
     assert torch.equal(fuse_masterkeys(converted)(x), converted(x))
-    torch.testing.assert_close(converted.to(memory_format=torch.contiguous_format)(x.contiguous()), converted(x))
 
 
 @INPLACE
@@ -425,23 +345,18 @@ def test_a_module_used_in_several_places(inplace):
     model = nn.ModuleDict({"a": nn.Sequential(conv, nn.ReLU(), conv), "b": nn.ModuleList([block, conv, block])})
     names = list(model.state_dict())
     converted = convert_to_masterkeys(model, inplace=inplace)
-    assert list(masterkeys(converted)) == ["a.0", "b.0.dw"]
-    assert converted["a"][0] is converted["a"][2] is converted["b"][1]
-    assert converted["b"][0] is converted["b"][2]
-    assert isinstance(converted["a"][2], MasterKeyConv2d)
-    x = torch.randn(1, 8, 9, 9)
-    fused = fuse_masterkeys(converted)
-    assert torch.equal(fused["a"](x), converted["a"](x))
-    assert type(fused["a"][0]) is nn.Conv2d
-    assert fused["a"][0] is fused["a"][2] is fused["b"][1]
-    assert list(fused.state_dict()) == names
+    assert list(layers(converted)) == ["a.0", "b.0.dw"]
+    fused, x = fuse_masterkeys(converted), torch.randn(1, 8, 9, 9)
+    for made, kind in ((converted, MasterKeyConv2d), (fused, nn.Conv2d)):
+        assert type(made["a"][0]) is kind and made["a"][0] is made["a"][2] is made["b"][1]
+        assert made["b"][0] is made["b"][2]
+    assert torch.equal(fused["a"](x), converted["a"](x)) and list(fused.state_dict()) == names
 
-    state = snapshot(converted)
+    before, state = snapshot(converted), snapshot(converted)
     state["a.2.key_index"] = state["a.2.key_index"] + 99  # seen though a.0 is the same layer
-    before = snapshot(converted)
     with pytest.raises(CheckpointError, match=r"a\.2\.key_index"):
         converted.load_state_dict(state)
-    assert same_state(converted.state_dict(), before)
+    same(converted, before)
 
 
 @INPLACE
@@ -449,14 +364,10 @@ def test_a_model_that_is_a_convolution(inplace):
     conv = nn.Conv2d(8, 8, 5, groups=8)
     weight = conv.weight
     layer = convert_to_masterkeys(conv, inplace=inplace)
-    assert type(layer) is MasterKeyConv2d
-    assert type(conv) is nn.Conv2d
-    assert conv.weight is weight
-    assert (layer.bias is conv.bias) == inplace
-    x = torch.randn(1, 8, 9, 9)
-    fused = fuse_masterkeys(layer, inplace=inplace)
-    assert type(fused) is nn.Conv2d
-    assert torch.equal(fused(x), layer(x))
+    assert type(layer) is MasterKeyConv2d and type(conv) is nn.Conv2d
+    assert conv.weight is weight and (layer.bias is conv.bias) == inplace
+    fused, x = fuse_masterkeys(layer, inplace=inplace), torch.randn(1, 8, 9, 9)
+    assert type(fused) is nn.Conv2d and torch.equal(fused(x), layer(x))
     with torch.no_grad():
         conv.weight.fill_(torch.nan)
     with pytest.raises(ProjectionError, match=r"^Conv2d: Channel 0"):
@@ -464,31 +375,27 @@ def test_a_model_that_is_a_convolution(inplace):
 
 
 def test_fx_graph_module():
-    model = nn.Sequential(Block(8), Block(8)).eval()
+    model, x = nn.Sequential(Block(8), Block(8)).eval(), torch.randn(1, 8, 9, 9)
     converted = convert_to_masterkeys(torch.fx.symbolic_trace(model))
-    assert isinstance(converted, torch.fx.GraphModule)
-    assert list(masterkeys(converted)) == ["0.dw", "1.dw"]
-    x = torch.randn(1, 8, 9, 9)
+    assert isinstance(converted, torch.fx.GraphModule) and list(layers(converted)) == ["0.dw", "1.dw"]
     assert torch.equal(converted(x), convert_to_masterkeys(model)(x))
     assert torch.equal(fuse_masterkeys(converted)(x), converted(x))
 
 
 @pytest.mark.parametrize("pickled", [False, True])
 def test_copies_still_check_what_they_load(pickled):
-    model = convert_to_masterkeys(Net()).eval()
+    model, x = convert_to_masterkeys(Net()).eval(), torch.randn(1, 3, 9, 9)
     twin = pickle.loads(pickle.dumps(model)) if pickled else copy.deepcopy(model)
-    x = torch.randn(1, 3, 9, 9)
     assert torch.equal(twin(x), model(x))
-    assert same_state(twin.state_dict(), model.state_dict())
+    same(twin, model)
     del model
     before = snapshot(twin)
-    bad = snapshot(convert_to_masterkeys(Net(), "random8:0"))
     with pytest.raises(CheckpointError, match="another bank than 'babaiee2025'"):
-        twin.load_state_dict(bad)
-    assert same_state(twin.state_dict(), before)
-    stock = Net()
-    twin.load_state_dict(stock.state_dict())
-    assert same_state(twin.state_dict(), convert_to_masterkeys(stock).state_dict())
+        twin.load_state_dict(snapshot(convert_to_masterkeys(Net(), "random8:0")))
+    same(twin, before)
+    dense = Net()
+    twin.load_state_dict(dense.state_dict())
+    same(twin, convert_to_masterkeys(dense))
 
 
 @INPLACE
@@ -504,50 +411,36 @@ def test_a_fused_model_knows_nothing_of_this_package(inplace):
     fused.load_state_dict(timm.create_model("test_convnext").state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
-def test_script_and_trace():
-    model = convert_to_masterkeys(Net().eval(), keys_per_kernel=2)
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        for made in (torch.jit.script(model), torch.jit.trace(model, x)):
-            torch.testing.assert_close(made(x), model(x), rtol=1e-5, atol=1e-6)
+def entry(name, index, value):
+    """A change of one number of a state dict."""
+
+    def change(state):
+        state = snapshot(Net()) if name == "down.weight" else state
+        state[name][index] = value
+        return state
+
+    return change
 
 
-def key_of_no_bank(state):
-    state["down.key_index"][15] = 8
-    return state
-
-
-def nan_in_channel_3(state):
-    state = snapshot(Net())
-    state["down.weight"][3, 0, 0, 0] = torch.nan
-    return state
-
-
-def another_size(state):
-    return state | {f"down.{k}": v for k, v in MasterKeyConv2d(8, 16, 5, bias=False).state_dict().items()}
-
-
-BREAKS = [  # a state dict made wrong, and the message; wrapped and assign
+BREAKS = [  # what makes a state dict wrong, and the message; wrapped and assign
     (lambda state: snapshot(convert_to_masterkeys(Net(), "random8:0")), "another bank than 'babaiee2025'", 0, 0),
-    (key_of_no_bank, r"down\.key_index: holds \d to 8, the bank has 8 keys", 1, 0),
-    (another_size, r"down\.keys: got shape \(8, 5, 5\), expected \(8, 3, 3\)", 0, 1),
+    (entry("down.key_index", 15, 8), r"down\.key_index: holds \d to 8, the bank has 8 keys", 1, 0),
+    (entry("down.weight", (3, 0, 0, 0), torch.nan), r"down\.weight: channel 3 holds NaN", 0, 1),
     (
-        lambda state: snapshot(convert_to_masterkeys(Net(16))),
-        r"key_index: got shape \(16, 1\), expected \(8, 1\)",
-        1,
+        lambda state: state | {f"down.{k}": v for k, v in MasterKeyConv2d(8, 16, 5, bias=False).state_dict().items()},
+        r"down\.keys: got shape \(8, 5, 5\), expected \(8, 3, 3\)",
+        0,
         1,
     ),
-    (
-        lambda state: state | {"down.weight": torch.randn(16, 1, 3, 3)},
-        r"down\.weight: given together with keys, ",
-        0,
-        0,
-    ),
+    (lambda state: snapshot(convert_to_masterkeys(Net(16))), r"key_index: got shape \(16, 1\)", 1, 1),
+    (lambda state: state | {"down.weight": torch.randn(16, 1, 3, 3)}, r"down\.weight: given together with keys", 0, 0),
     (lambda state: (state.pop("blocks.1.dw.shift"), state)[1], r"blocks\.1\.dw\.keys: given without shift", 1, 0),
-    (nan_in_channel_3, r"down\.weight: channel 3 holds NaN", 0, 1),
     (lambda state: snapshot(Net()) | {"down.weight": torch.randn(16, 1, 5, 5)}, r"down\.weight: got shape", 1, 1),
 ]
+
+
+def prefixed(state):
+    return {f"module.{name}": value for name, value in state.items()}
 
 
 @pytest.mark.parametrize(("spoil", "message", "wrapped", "assign"), BREAKS)
@@ -555,7 +448,7 @@ def test_a_bad_checkpoint_changes_no_tensor(spoil, message, wrapped, assign):
     model = convert_to_masterkeys(Net())
     state = spoil(snapshot(convert_to_masterkeys(Net())))
     if wrapped:
-        model, state = nn.DataParallel(model), {f"module.{name}": value for name, value in state.items()}
+        model, state = nn.DataParallel(model), prefixed(state)
     before = fingerprint(model)
     for strict in (True, False):
         with pytest.raises(CheckpointError, match=rf"nothing was loaded.\n(.*\n)*.*{message}"):
@@ -565,28 +458,19 @@ def test_a_bad_checkpoint_changes_no_tensor(spoil, message, wrapped, assign):
 
 def test_many_problems_are_counted():
     model = convert_to_masterkeys(timm.create_model("test_convnext"))
-    state = snapshot(convert_to_masterkeys(timm.create_model("test_convnext"), "random8:0"))
-    with pytest.raises(CheckpointError) as caught:
-        model.load_state_dict(state)
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 7
-    assert lines[-1] == "... and 4 more"
+    other = convert_to_masterkeys(timm.create_model("test_convnext"), "random8:0")
+    with pytest.raises(CheckpointError, match=r"(.*\n){6}\.\.\. and 4 more$"):
+        model.load_state_dict(other.state_dict())
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_whole_models_round_trip(tmp_path, wrapped):
-    def prefixed(state):
-        return {f"module.{name}": value for name, value in state.items()} if wrapped else state
-
+def test_a_wrapped_model_round_trips():
     source, model = (convert_to_masterkeys(Net(), keys_per_kernel=2, trainable="affine") for _ in "ab")
-    target = nn.DataParallel(model) if wrapped else model
-    save_file(source.state_dict(), tmp_path / "model.safetensors")
-    target.load_state_dict(prefixed(load_file(tmp_path / "model.safetensors")))
-    assert same_state(model.state_dict(), source.state_dict())
-    stock = Net().state_dict()
-    target.load_state_dict(prefixed(stock))
-    assert torch.equal(model.down.key_rows(), project_kernels(stock["down.weight"], keys_per_kernel=2).key_index)
-    assert torch.equal(model.stem.weight, stock["stem.weight"])
+    wrapped, dense = nn.DataParallel(model), Net().state_dict()
+    wrapped.load_state_dict(prefixed(source.state_dict()))
+    same(model, source)
+    wrapped.load_state_dict(prefixed(dense))
+    assert torch.equal(model.down.key_rows(), project_kernels(dense["down.weight"], keys_per_kernel=2).key_index)
+    assert torch.equal(model.stem.weight, dense["stem.weight"])
 
 
 def test_missing_entries():
@@ -596,31 +480,28 @@ def test_missing_entries():
         model.load_state_dict(state)
     down = snapshot(model.down)
     result = model.load_state_dict(state, strict=False)
-    assert set(result.missing_keys) == {f"down.{name}" for name in down}
-    assert result.unexpected_keys == []
-    assert same_state(model.down.state_dict(), down)
+    assert set(result.missing_keys) == {f"down.{name}" for name in down} and not result.unexpected_keys
+    same(model.down, down)
     assert torch.equal(model.stem.weight, state["stem.weight"])
     assert torch.equal(model.blocks[0].dw.shift, project_kernels(state["blocks.0.dw.weight"]).shift)
 
 
 def test_initialize_is_seeded_and_exact():
-    stock = Net(64)
-    models = []
+    dense, models = Net(64), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        models.append(initialize_masterkeys(stock))
-    assert same_state(models[0].state_dict(), models[1].state_dict())
+        models.append(initialize_masterkeys(dense))
+    same(models[0], models[1])
     assert not torch.equal(models[0].down.key_index, models[2].down.key_index)
-    for name, layer in masterkeys(models[0]).items():
-        conv = stock.get_submodule(name)
-        projection = project_kernels(layer.weight)
+    for name, layer in layers(models[0]).items():
+        conv, projection = dense.get_submodule(name), project_kernels(layer.weight)
         torch.testing.assert_close(projection.r2, torch.ones(layer.out_channels))
         assert torch.equal(projection.key_index, layer.key_rows()) and not layer.shift.any()
         norm = (conv.weight - conv.weight.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1).mean()
         torch.testing.assert_close(layer.weight.flatten(1).norm(dim=1), norm.expand(layer.out_channels))
         assert conv.bias is layer.bias is None or torch.equal(layer.bias, conv.bias)
-    assert torch.equal(models[0].stem.weight, stock.stem.weight)
-    counts = sum(layer.key_rows().flatten().bincount(minlength=8) for layer in masterkeys(models[0]).values())
+    assert torch.equal(models[0].stem.weight, dense.stem.weight)
+    counts = sum(layer.key_rows().flatten().bincount(minlength=8) for layer in layers(models[0]).values())
     assert counts.sum() == 64 + 64 + 128
     assert 10 < counts.min() <= counts.max() < 60  # 32 each, give or take five deviations
 
@@ -630,7 +511,7 @@ def test_fused_before_it_is_cast_a_model_keeps_its_kernels(r, dtype):
     """Eight keys at 3x3 have scales up to a thousand times the kernel, which half precision would round."""
     model = convert_to_masterkeys(Net(), keys_per_kernel=r)
     fused = fuse_masterkeys(model).to(dtype)
-    for name, layer in masterkeys(model).items():
+    for name, layer in layers(model).items():
         error = (fused.get_submodule(name).weight.float() - layer.weight).abs().amax((1, 2, 3))
         assert (error <= torch.finfo(dtype).eps * layer.weight.abs().amax((1, 2, 3))).all()
 
@@ -656,17 +537,6 @@ def test_networks_that_keep_computed_tensors_are_copied(inplace):
         copied = model.kept["bias"][0]
         assert torch.equal(copied, kept) and copied.is_leaf and copied.data_ptr() != kept.data_ptr()
     assert torch.equal(fuse_masterkeys(model, inplace=inplace)(x), model(x))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny_vit_5m_224", "efficientformerv2_s0"])
-def test_timms_networks_that_keep_attention_biases(name):
-    dense = timm.create_model(name).eval()
-    x = torch.randn(1, 3, 224, 224)
-    expected = dense(x)
-    model = convert_to_masterkeys(dense)
-    assert torch.equal(dense(x), expected)
-    assert torch.equal(fuse_masterkeys(model)(x), model(x))
 
 
 def test_what_cannot_be_copied_is_named():

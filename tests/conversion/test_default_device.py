@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 import timm_masterkeys as mk
-from timm_masterkeys.calibration.calibrate import STAGES
 from timm_masterkeys.conversion.report import _chance
 from timm_masterkeys.keys.operators import _tables
 from timm_masterkeys.study.discovery import collect_kernels, discover_bank
@@ -34,7 +33,7 @@ def both(request):
     return run
 
 
-def same(a, b):
+def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -48,7 +47,7 @@ def dense():
 def test_projection(bank, r, both):
     weight, keys = torch.randn(20, 1, 5, 5), torch.randn(20, 5, 5)
     one, other = both(lambda: vars(mk.project_kernels(weight, keys if bank == "keys" else bank, r)))
-    assert same(one, other)
+    assert equal(one, other)
 
 
 @pytest.mark.parametrize("trainable", ["none", "affine", "scales"])
@@ -62,39 +61,26 @@ def test_layers(dense, trainable, both):
         grads = {name: p.grad for name, p in model.named_parameters()}
         again = copy.deepcopy(scratch)
         again.load_state_dict(dense.state_dict())
-        fused = mk.fuse_masterkeys(again)
         assert {p.device.type for p in [*model.parameters(), *scratch.buffers()]} == {"cpu"}
-        return [model.state_dict(), grads, again.state_dict(), fused.state_dict(), scratch.state_dict()], str(
-            mk.conversion_report(model, dense)
-        )
+        states = [m.state_dict() for m in (model, again, mk.fuse_masterkeys(again))]
+        return [*states, grads], str(mk.conversion_report(model, dense))
 
     (one, report), (other, text) = both(work)
-    assert all(map(same, one[:-1], other[:-1])) and report == text
+    assert all(map(equal, one, other)) and report == text
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_calibration(dense, stage, both):
-    x = torch.randn(15, 3, 32, 32)
-
-    def work():
-        model = mk.convert_to_masterkeys(dense, keys_per_kernel=2)
-        return model.state_dict(), mk.calibrate_masterkeys(model, dense, x, stages=stage)
-
-    (one, report), (other, again) = both(work)
-    assert same(one, other) and report.after == again.after
-
-
-def test_images_of_a_folder(dense, tmp_path, both):
+def test_calibration(dense, both, tmp_path):
+    """By every stage, with images of a folder; with a tensor: tests/calibration."""
     for i in range(12):
         noise = np.random.default_rng(i).integers(0, 256, (40, 40, 3)).astype(np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{i}.png")
 
     def work():
-        model = mk.convert_to_masterkeys(dense)
-        mk.calibrate_masterkeys(model, dense, tmp_path, stages="statistics", max_images=11)
-        return model.state_dict()
+        model = mk.convert_to_masterkeys(dense, keys_per_kernel=2)
+        return model.state_dict(), mk.calibrate_masterkeys(model, dense, tmp_path, max_images=11).after
 
-    assert same(*both(work))
+    (one, after), (other, again) = both(work)
+    assert equal(one, other) and after == again
 
 
 def test_kernels_for_a_search(dense, both):

@@ -8,6 +8,7 @@ import copy
 import pytest
 import timm
 import torch
+from compare import all_equal, assert_near, same
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch._dynamo.utils import counters
@@ -27,28 +28,25 @@ def kernel(request, monkeypatch, cuda):
     monkeypatch.setattr(gpu_operators, "TRITON", request.param)
 
 
+def layout(channels_last):
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def build(device, trainable="affine", channels_last=True):
     torch.manual_seed(0)
     dense = timm.create_model(MODEL, num_classes=4)
     for module in dense.modules():
         if isinstance(getattr(module, "gamma", None), torch.nn.Parameter):
             torch.nn.init.constant_(module.gamma, 0.5)  # LayerScale, nearly off before training
-    model = mk.convert_to_masterkeys(dense, trainable=trainable)
-    return model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format).train()
+    return mk.convert_to_masterkeys(dense, trainable=trainable).to(device, memory_format=layout(channels_last)).train()
 
 
 def batch(device, channels_last=True):
-    x = torch.randn(4, 3, 64, 64, device=device)
-    return x.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return torch.randn(4, 3, 64, 64, device=device).to(memory_format=layout(channels_last))
 
 
 def gradients(f, model, x):
     return torch.autograd.grad(f(x).square().sum(), [p for p in model.parameters() if p.requires_grad])
-
-
-def assert_near(got, wanted, tolerance=1e-3):
-    for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()) + 1e-7)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
@@ -131,8 +129,7 @@ def test_deterministic_algorithms(channels_last, kernel, cuda, monkeypatch):
     torch.use_deterministic_algorithms(True)
     try:
         model, x = build(cuda, channels_last=channels_last), batch(cuda, channels_last)
-        for a, b in zip(gradients(model, model, x), gradients(model, model, x), strict=True):
-            assert torch.equal(a, b)
+        assert all_equal(gradients(model, model, x), gradients(model, model, x))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -147,13 +144,12 @@ def test_saved_on_one_device_loaded_on_the_other(cuda, tmp_path):
     other.load_state_dict(torch.load(tmp_path / "model.pt", map_location="cpu", weights_only=True))
     loaded = mk.fuse_masterkeys(model)
     mk.load_compact(loaded, tmp_path / "compact.safetensors")
+    for network in (again, other, loaded):
+        same(copy.deepcopy(network).cpu(), copy.deepcopy(model).cpu())
     with torch.no_grad():
-        wanted = model(x.to(cuda)).cpu()
-        for network in (again, other, copy.deepcopy(loaded).cpu(), mk.fuse_masterkeys(model).cpu()):
-            torch.testing.assert_close(network.eval()(x), wanted, rtol=1e-3, atol=1e-4)
-    for name, value in model.state_dict().items():
-        for state in (again.state_dict(), other.state_dict(), loaded.state_dict()):
-            assert torch.equal(state[name].cpu(), value.cpu()), name
+        expected = model(x.to(cuda)).cpu()
+        for network in (again, other, loaded.cpu(), mk.fuse_masterkeys(model).cpu()):
+            torch.testing.assert_close(network.eval()(x), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_calibration(cuda):
@@ -176,13 +172,12 @@ def test_calibration(cuda):
 def test_discovery(cuda):
     torch.manual_seed(0)
     dense = timm.create_model(MODEL, num_classes=4)
-    kernels, moved = (collect_kernels({"a": copy.deepcopy(dense).to(device)}) for device in ("cpu", cuda))
+    there = copy.deepcopy(dense).to(cuda)
+    kernels, moved = (collect_kernels({"a": network}) for network in (dense, there))
     assert torch.equal(kernels.values, moved.values)
     one, other = (discover_bank(kernels, keys=3, method="lines", device=d).bank for d in ("cpu", cuda))
     torch.testing.assert_close(torch.tensor(other.keys), torch.tensor(one.keys), rtol=0, atol=1e-5)
     first, second = (discover_bank(kernels, keys=3, device=cuda).bank.keys for _ in "ab")
     assert (first == second).all()
-    report, there = (
-        mk.conversion_report(mk.convert_to_masterkeys(d), d) for d in (dense, copy.deepcopy(dense).to(cuda))
-    )
-    assert str(report) == str(there)
+    one, other = (str(mk.conversion_report(mk.convert_to_masterkeys(d), d)) for d in (dense, there))
+    assert one == other

@@ -18,23 +18,11 @@ rank, port = int(sys.argv[1]), int(sys.argv[2])
 store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, timeout=datetime.timedelta(seconds=60))
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 
-def differing(model):
+def differing(model, of_keys=False):
     states = [None, None]
     dist.all_gather_object(states, dict(model.state_dict()))
-    assert list(states[0]) == list(states[1])
-    return {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
-
-def of_keys(names):
-    return {name for name in names if "conv_dw" in name and not name.endswith("bias")}
-
-def train(model, parameters, after=lambda: None):
-    optimizer = torch.optim.SGD(parameters, 0.1)
-    for step in range(2):
-        torch.manual_seed(10 * step + rank)
-        optimizer.zero_grad()
-        model(torch.randn(2, 3, 64, 64)).square().mean().backward()
-        optimizer.step()
-        after()
+    names = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+    return {name for name in names if "conv_dw" in name and not name.endswith("bias")} if of_keys else names
 
 torch.manual_seed(rank)
 for settings in sys.argv[3:]:
@@ -42,17 +30,23 @@ for settings in sys.argv[3:]:
     model = mk.initialize_masterkeys(timm.create_model("test_convnext", num_classes=4), **arguments)
     layers = [m for m in model.modules() if isinstance(m, mk.MasterKeyConv2d)]
     assert layers and all(layer.random_kernels().all() for layer in layers)
-    assert differing(model) and not of_keys(differing(model)), settings  # the dense layers await DDP
+    assert differing(model) and not differing(model, of_keys=True), settings  # the dense layers await DDP
     ema = ModelEmaV3(model, decay=0.9)  # before DDP, as train.py has it
     parallel = DistributedDataParallel(model, broadcast_buffers=False)
-    train(parallel, [p for p in model.parameters() if p.requires_grad], lambda: ema.update(model))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for step in range(2):
+        torch.manual_seed(10 * step + rank)
+        optimizer.zero_grad()
+        parallel(torch.randn(2, 3, 64, 64)).square().mean().backward()
+        optimizer.step()
+        ema.update(model)
     assert not differing(model), settings
     for name, value in ema.module.state_dict().items():
         if name.endswith("key_index"):
             assert torch.equal(value, value.round()) and torch.equal(value, model.state_dict()[name]), name
 
 named = timm.create_model("test_convnext.mk8", num_classes=4)
-assert not of_keys(differing(named))
+assert not differing(named, of_keys=True)
 with torch.device("meta"):
     mk.initialize_masterkeys(timm.create_model("test_convnext"))
 lone = mk.MasterKeyConv2d(8, 8, 7) if rank == 0 else None  # waits for nobody

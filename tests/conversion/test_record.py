@@ -31,17 +31,9 @@ def net(seed=0):
 def model():
     """A converted model with a source and a calibration."""
     model = mk.convert_to_masterkeys(net())
-    calibration = CalibrationRecord(
-        "classification",
-        {"agreement": 0.2, "divergence": 2.0},
-        {"agreement": 0.75, "divergence": 0.5},
-        100,
-        20,
-        "builtin",
-        "2026-11-29T00:00:00+00:00",
-        {"torch": "2"},
-        entries=entries_digest(model),
-    )
+    figures = {"agreement": 0.2, "divergence": 2.0}, {"agreement": 0.75, "divergence": 0.5}
+    calibration = CalibrationRecord("classification", *figures, 100, 20, "builtin", "2026-11-29", {})
+    calibration = replace(calibration, entries=entries_digest(model))
     source = Source("timm/net.in1k", None, "0" * 64, "apache-2.0")
     write_record(model, replace(read_record(model), source=source, calibration=calibration))
     return model

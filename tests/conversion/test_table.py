@@ -7,26 +7,13 @@ import pytest
 from timm_masterkeys.conversion.table import number, share, table
 
 
-@pytest.mark.parametrize(
-    ("header", "rows", "align", "lines"),
-    [
-        (
-            ("layer", "R2"),
-            [("a", "0.91"), ("stem.conv", "1")],
-            "",
-            ["layer        R2", "a          0.91", "stem.conv     1"],
-        ),
-        (("n", "why"), [("10", "it is"), ("9", "")], "><", [" n  why", "10  it is", " 9"]),
-        (("a", "b"), [], "", ["a  b"]),
-    ],
-)
-def test_table(header, rows, align, lines):
-    assert table(header, rows, align).splitlines() == lines
-
-
-def test_a_row_has_as_many_cells_as_the_header():
+def test_columns_are_aligned_as_asked():
+    text = table(("layer", "R2"), [("a", "0.91"), ("stem.conv", "1")])
+    assert text.splitlines() == ["layer        R2", "a          0.91", "stem.conv     1"]
+    assert table(("n", "why"), [("10", "it is"), ("9", "")], "><").splitlines() == [" n  why", "10  it is", " 9"]
+    assert table(("a", "b"), []) == "a  b"
     for row in (("a",), ("a", "b", "c")):
-        with pytest.raises(ValueError, match="zip"):
+        with pytest.raises(ValueError):
             table(("a", "b"), [row])
 
 

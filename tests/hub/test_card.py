@@ -13,8 +13,6 @@ from timm_masterkeys.conversion.record import Source
 from timm_masterkeys.hub.source import HUB_LICENSES, require_license, saved_source
 from timm_masterkeys.timm_plugin import compat
 
-UNMEASURED = "**Not calibrated: unless it was trained since its conversion, this network is of little use as it is.**"
-
 
 @pytest.fixture(scope="module")
 def dense():
@@ -48,10 +46,7 @@ def test_another_licence_is_published_with_its_name(model, tmp_path):
     assert data.license_link == "https://huggingface.co/me/dense"
 
 
-@pytest.mark.parametrize(
-    ("given", "likely"),
-    [("apache2", "apache-2.0"), ("cc-by-nc-4", "cc-by-nc-4.0")],
-)
+@pytest.mark.parametrize(("given", "likely"), [("apache2", "apache-2.0"), ("cc-by-nc-4", "cc-by-nc-4.0")])
 def test_a_typo_is_refused(model, tmp_path, given, likely):
     with pytest.raises(ConversionError, match=f"Did you mean '{likely}'"):
         card(model, tmp_path / "out", license=given)
@@ -76,53 +71,40 @@ def test_no_licence_of_timms_is_taken_for_a_typo():
 
 
 def test_a_network_that_nothing_was_measured_of_says_so_first(model, tmp_path, caplog):
-    saved = card(model, tmp_path)
-    assert first_line(saved).startswith(UNMEASURED)
+    """In the card and in the log; until results of it are in the README."""
+    assert first_line(card(model, tmp_path)).startswith("**Not calibrated: ")
     (warning,) = caplog.records
-    assert warning.levelno == logging.WARNING
-    assert warning.getMessage().startswith(f"{tmp_path}: not calibrated. Unless it was trained")
+    assert warning.levelno == logging.WARNING and f"{tmp_path}: not calibrated" in warning.getMessage()
+    caplog.clear()
+    for metrics in ([EvalResult("image-classification", "imagenet-1k", "ImageNet", "accuracy", 71.2)], None):
+        saved = card(model, tmp_path, **({"metrics": metrics} if metrics else {}))
+        assert "Not calibrated" not in saved.text and not caplog.records
 
 
-def measured(model, dense):
-    return model, {"metrics": [EvalResult("image-classification", "imagenet-1k", "ImageNet", "accuracy", 71.2)]}
-
-
-def calibrated(model, dense):
+def calibrated(dense):
     model = mk.convert_to_masterkeys(dense)
     mk.calibrate_masterkeys(model, dense, torch.randn(10, 3, 64, 64))
-    return model, {}
+    return model
 
 
-def calibrated_then_trained(model, dense):
+def calibrated_then_trained(dense):
     """The figures are of other weights; but it is not a network in one shot either."""
-    model, _ = calibrated(model, dense)
+    model = calibrated(dense)
     model.head.fc.weight.data.mul_(2)
-    return model, {}
+    return model
 
 
-def from_scratch(model, dense):
-    return mk.initialize_masterkeys(dense), {}
-
-
-def measured_before(model, dense):
-    """Its results are in the README that is there."""
-    return model, {}
-
-
-@pytest.mark.parametrize("made", [measured, measured_before, calibrated, calibrated_then_trained, from_scratch])
-def test_others_do_not(model, dense, tmp_path, caplog, made):
-    if made is measured_before:
-        card(model, tmp_path, **measured(model, dense)[1])
-    other, kwargs = made(model, dense)
-    saved = card(other, tmp_path, **kwargs)
+@pytest.mark.parametrize("made", [calibrated, calibrated_then_trained, mk.initialize_masterkeys])
+def test_others_do_not(dense, tmp_path, caplog, made):
+    model = made(dense)
+    saved = card(model, tmp_path)
     assert first_line(saved).startswith("A timm `test_convnext3`") and not caplog.records
-    assert UNMEASURED not in saved.text
+    assert "Not calibrated" not in saved.text
     assert ("Calibrated (" in saved.text) == (made is calibrated)
     if made is calibrated:
-        summary = mk.conversion_report(other).calibration.summary()
-        assert (
-            summary.startswith("on 10 images: agreement ") and f"Calibrated (classification) {summary}." in saved.text
-        )
+        summary = mk.conversion_report(model).calibration.summary()
+        assert summary.startswith("on 10 images: agreement ")
+        assert f"Calibrated (classification) {summary}." in saved.text
 
 
 def test_settings_are_told_for_each_value(dense, tmp_path):

@@ -19,20 +19,14 @@ import timm_masterkeys as mk
 pytestmark = pytest.mark.timm_tests
 
 # One of each family that has small members: 3x3 to 7x7, strips, SAME padding, re-parameterised, attention beside it.
-NAMES = [
-    "convnext_atto",
-    "convnextv2_atto",
-    "edgenext_xx_small",
-    "efficientvit_b0",
-    "fastvit_t8",
-    "ghostnet_050",
-    "inception_next_atto",
-    "mobilenetv3_small_050",
-    "mobileone_s0",
-    "repvit_m0_9",
-    "starnet_s1",
-    "tf_efficientnet_lite0",
-]
+NAMES = """
+convnext_atto convnextv2_atto edgenext_xx_small efficientvit_b0 fastvit_t8 ghostnet_050 inception_next_atto
+mobilenetv3_small_050 mobileone_s0 repvit_m0_9 starnet_s1 tf_efficientnet_lite0
+""".split()
+FUNCTIONS = """
+forward backward default_cfgs forward_torchscript forward_features forward_intermediates
+forward_intermediates_features forward_fx backward_fx forward_fx_torchscript
+""".split()
 
 # Tests over timm's list of names: forward, backward, cfg, features, fx, torchscript, pruning.
 OVER_NAMES = f"""
@@ -124,18 +118,7 @@ def test_over_timms_list_of_names(tests, tmp_path):
     ran = Counter(name.partition(".mk8")[0].rpartition("-")[2] for name in outcomes["passed"] if "[1-" in name)
     assert set(ran) == set(NAMES) and min(ran.values()) >= 7, ran
     functions = {name.partition("[")[0] for name in outcomes["passed"]}
-    assert functions >= {
-        "test_model_forward",
-        "test_model_backward",
-        "test_model_default_cfgs",
-        "test_model_forward_torchscript",
-        "test_model_forward_features",
-        "test_model_forward_intermediates",
-        "test_model_forward_intermediates_features",
-        "test_model_forward_fx",
-        "test_model_backward_fx",
-        "test_model_forward_fx_torchscript",
-    }
+    assert functions >= {f"test_model_{name}" for name in FUNCTIONS}
 
 
 def test_with_names_of_their_own(tests, tmp_path):
