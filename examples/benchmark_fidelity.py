@@ -31,8 +31,19 @@ from torch import nn
 import timm_masterkeys as mk
 from timm_masterkeys.calibration.calibrate import STAGES
 
-TITLES = ["network", "bank", "keys", "calibration", "top-1", "agreement", "KL", "R2", "seconds"]
-COLUMNS = ["network", "bank", "keys", "repair", "draw", "top1", "agreement", "kl", "r2", "seconds"]  # of the file
+TITLES = ["network", "bank", "keys", "stages", "top-1", "agreement", "divergence", "R2", "seconds"]
+COLUMNS = [
+    "network",
+    "bank",
+    "keys",
+    "stages",
+    "split",
+    "top1",
+    "agreement",
+    "divergence",
+    "r2",
+    "seconds",
+]  # of the file
 
 
 def network(name: str) -> nn.Module:
@@ -70,9 +81,9 @@ class Images:
         self.x = torch.stack([transform(Image.open(path).convert("RGB")) for path in files])
         self.y = torch.tensor([labels.get(str(path.relative_to(folder)), -1) for path in files])
 
-    def halves(self, draw: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def halves(self, split: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices of the images to calibrate with, and of those to measure with."""
-        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(draw))
+        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(split))
         return order[: len(order) // 2], order[len(order) // 2 :]
 
 
@@ -98,10 +109,10 @@ class Benchmark:
         return 100 * top1, 100 * agreement, float(kl)
 
     def run(
-        self, bank: str, keys: int, stages: tuple[Any, ...], draw: int, count: int | None = None
+        self, bank: str, keys: int, stages: tuple[Any, ...], split: int, count: int | None = None
     ) -> tuple[float, float, float, float, float]:
         """Top-1, agreement, divergence on the other half; mean R2 of the kernels; seconds of the calibration."""
-        chosen, others = self.images.halves(draw)
+        chosen, others = self.images.halves(split)
         model = mk.convert_to_masterkeys(self.dense, bank, keys_per_kernel=keys)
         start = time.perf_counter()
         if stages:
@@ -110,19 +121,19 @@ class Benchmark:
         r2 = mk.conversion_report(model).total.mean_r2
         return (*self.measure(self.outputs(model, others), others), r2, seconds)
 
-    def table(self, banks: list[str], keys: list[int], draws: int) -> None:
+    def table(self, banks: list[str], keys: list[int], splits: int) -> None:
         """Every bank, number of keys and stage."""
         print()
         print_head(TITLES)
         measured = [
-            self.measure(self.expected[half], half) for half in (self.images.halves(d)[1] for d in range(draws))
+            self.measure(self.expected[half], half) for half in (self.images.halves(s)[1] for s in range(splits))
         ]
         self.row("", "", "dense", [(*values, math.nan, math.nan) for values in measured])
         calibrations: dict[str, tuple[Any, ...]] = {
             "none": (),
-            **{stage: (stage,) for stage in ("statistics", "absorption")},
-            "projection, statistics": ("projection", "statistics"),
-            "statistics, absorption": ("statistics", "absorption"),
+            **{stage: (stage,) for stage in ("norms", "pointwise")},
+            "kernels, norms": ("kernels", "norms"),
+            "norms, pointwise": ("norms", "pointwise"),
             "all three": STAGES,
         }
         for bank in banks:
@@ -130,14 +141,14 @@ class Benchmark:
                 for name, stages in calibrations.items():
                     every = bank == mk.get_bank().name and r == keys[0]
                     if every or not stages or stages == STAGES:
-                        self.row(bank, r, name, [self.run(bank, r, stages, draw) for draw in range(draws)])
+                        self.row(bank, r, name, [self.run(bank, r, stages, split) for split in range(splits)])
 
     def row(self, bank: str, keys: int | str, calibration: str, results: list[tuple[float, ...]]) -> None:
-        """Prints mean and range over draws; adds each draw to the file of results."""
+        """Prints mean and range over splits; adds each split to the file of results."""
         if self.results is not None:
-            for draw, values in enumerate(results):
+            for split, values in enumerate(results):
                 figures = (f"{value:.4f}" for value in values)
-                append_row(self.results, COLUMNS, [self.name, bank, keys, calibration, draw, *figures])
+                append_row(self.results, COLUMNS, [self.name, bank, keys, calibration, split, *figures])
         top1, agreement, kl, r2, seconds = zip(*results, strict=True)
         cells = [
             self.name,
@@ -151,13 +162,13 @@ class Benchmark:
         ]
         print_row(cells)
 
-    def growth(self, bank: str, keys: int, draws: int) -> None:
+    def growth(self, bank: str, keys: int, splits: int) -> None:
         """More and more images."""
         half = len(self.images.x) // 2
         print()
-        print_head(["network", "images", "top-1, draw by draw", "agreement", "KL"])
+        print_head(["network", "images", "top-1, split by split", "agreement", "divergence"])
         for count in sorted({max(10, half * part // 5) for part in (1, 2, 3, 5)}):
-            results = [self.run(bank, keys, STAGES, draw, count) for draw in range(draws)]
+            results = [self.run(bank, keys, STAGES, split, count) for split in range(splits)]
             rows = zip(list(zip(*results, strict=True))[:3], (1, 1, 2), strict=True)
             columns = [" / ".join(f"{value:.{places}f}" for value in column) for column, places in rows]
             print_row([self.name, count, *columns])
@@ -170,16 +181,16 @@ def main() -> None:
     parser.add_argument("--network", nargs="+", default=["lite0"], help="lite0, a timm name, or FILE.safetensors")
     parser.add_argument("--bank", nargs="+", default=["babaiee2025", "scale-space-b", "random8:0"])
     parser.add_argument("--keys-per-kernel", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--draws", type=int, default=1, help="splits of the images")
-    parser.add_argument("--results", type=Path, metavar="CSV", help="a row a draw is added to it")
+    parser.add_argument("--splits", type=int, default=1, help="random splits of the images")
+    parser.add_argument("--results", type=Path, metavar="CSV", help="a row for each split is added to it")
     parser.add_argument("--only", choices=["table", "images"])
     args = parser.parse_args()
     for name in args.network:
         benchmark = Benchmark(name, args.folder, args.results)
         if args.only in (None, "table"):
-            benchmark.table(args.bank, args.keys_per_kernel, args.draws)
+            benchmark.table(args.bank, args.keys_per_kernel, args.splits)
         if args.only in (None, "images"):
-            benchmark.growth(args.bank[0], args.keys_per_kernel[0], max(args.draws, 3))
+            benchmark.growth(args.bank[0], args.keys_per_kernel[0], max(args.splits, 3))
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ COLUMNS = [
     "keys",
     "per kernel",
     "agreement held out",
-    "kl held out",
+    "divergence held out",
     "top1",
     "agreement",
-    "kl",
+    "divergence",
     "s",
 ]
 

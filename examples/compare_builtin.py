@@ -24,7 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import timm_masterkeys as mk
 from timm_masterkeys.calibration.images import AREA, COUNT, RATIO, draw_crops, photographs
 
-COLUMNS = ["network", "keys", "setting", "seed", "images", "top1", "agreement", "kl", "seconds"]
+COLUMNS = ["network", "keys", "setting", "seed", "images", "top1", "agreement", "divergence", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def main() -> None:
                 rows.append(dict(zip(COLUMNS, map(str, cells), strict=True)))
                 writer.writerow(rows[-1])
                 file.flush()
-    print_head(["network", "keys", "setting", "seeds", "top-1", "agreement", "KL"])
+    print_head(["network", "keys", "setting", "seeds", "top-1", "agreement", "divergence"])
     for group in dict.fromkeys(tuple(row[name] for name in COLUMNS[:3]) for row in rows):
         values = [
             [float(row[name]) for row in rows if tuple(row[c] for c in COLUMNS[:3]) == group] for name in COLUMNS[5:8]

@@ -45,7 +45,7 @@ ARMS = {
     "shift": "keys, learned shift",
     "none": "keys alone",
     "scale-space": "scale-space-b, learned shift",
-    "scales": "scale-space-b, learned scales and shift",
+    "scales": "scale-space-b, learned sigmas and shift",
     "random8": "eight random keys, learned shift",
     "random": "random kernels, frozen",
     "transfer": "keys, scales and shifts of a network trained on other images, learned shift",
@@ -130,7 +130,7 @@ def arm_model(arm: str, classes: int, small: bool, seed: int, source: nn.Module 
             model.get_submodule(name).load_state_dict(layer.state_dict())
     elif arm != "dense":
         bank = {"scale-space": "scale-space-b", "scales": "scale-space-b", "random8": f"random8:{seed}"}
-        trainable: Any = arm if arm in ("none", "scales") else "shift"
+        trainable: Any = {"none": "none", "scales": "sigmas"}.get(arm, "shift")
         model = mk.initialize_masterkeys(model, bank.get(arm, "babaiee2025"), trainable=trainable)
     return model.to(DEVICE)
 

@@ -56,7 +56,7 @@ def written(values, digits):
 
 def figures(found, digits=(1, 1, 2)):
     """The means of accuracy, agreement and divergence of some rows, as the tables have them."""
-    columns = zip(("top1", "agreement", "kl"), digits, strict=True)
+    columns = zip(("top1", "agreement", "divergence"), digits, strict=True)
     return [f"{mean(float(row[name]) for row in found):.{places}f}" for name, places in columns]
 
 
@@ -94,31 +94,31 @@ def test_the_front_door_says_what_was_measured():
 
 def test_built_in_photographs_say_what_was_measured():
     for key, draws in groups("builtin_images.csv", "network", "keys", "setting", "images").items():
-        columns = ([float(row[name]) for row in draws] for name in ("top1", "agreement", "kl"))
+        columns = ([float(row[name]) for row in draws] for name in ("top1", "agreement", "divergence"))
         assert_row(section("Built-in photographs"), key[1], *map(written, columns, (1, 1, 2)))
 
 
 def test_fidelity_says_what_was_measured():
-    text, names = section("Fidelity"), {"all in closed form": "all three"}
-    for (*_, keys, way), draws in groups("repair_ablation.csv", "network", "bank", "keys", "repair").items():
+    text = section("Fidelity")
+    for (*_, keys, way), draws in groups("compact8.csv", "network", "bank", "keys", "stages").items():
         if way == "dense":
             assert f"dense\n{figures(draws)[0]} %" in text
         else:
-            assert_row(text, keys, names.get(way, way), *figures(draws))
-    for (_, keys, way), draws in groups("layernorm.csv", "bank", "keys", "repair").items():
+            assert_row(text, keys, way, *figures(draws))
+    for (_, keys, way), draws in groups("layernorm.csv", "bank", "keys", "stages").items():
         if way != "dense":
-            assert_row(text, keys, names.get(way, way), *figures(draws))
-    for (_, bank, keys, way), found in groups("fidelity.csv", "network", "bank", "keys", "repair").items():
+            assert_row(text, keys, way, *figures(draws))
+    for (_, bank, keys, way), found in groups("fidelity.csv", "network", "bank", "keys", "stages").items():
         if way != "dense":
             kept = {"babaiee2025": keys, "random8:0": f"{keys}, `{bank}` (control)"}.get(bank, f"{keys}, `{bank}`")
-            assert_row(text, kept, names.get(way, way), *figures(found))
+            assert_row(text, kept, way, *figures(found))
 
 
 def test_discovered_keys_say_what_was_measured():
-    text, calibrated = section("Discovery"), "all in closed form"
+    text, calibrated = section("Discovery"), "all three"
     names = {"babaiee2025": "published", "autoencoder.safetensors": "discovered (paper's search)"}
     names["lines.safetensors"] = "discovered (lines)"
-    found = groups("discovered.csv", "network", "bank", "keys", "repair")
+    found = groups("discovered.csv", "network", "bank", "keys", "stages")
     for bank, name in names.items():
         cells = [figures(found["proxyless_w025_r112", bank, "1", "none"])[0]]
         for keys in "14":

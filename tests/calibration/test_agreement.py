@@ -179,13 +179,13 @@ def test_bad_input_is_found_before_the_work(images, monkeypatch):
         (mk.CalibrationError, "39 images, expected at least 40", {"images": images[:39]}),
         (mk.CalibrationError, "20 images, expected at least 40", {"images": images, "max_images": 15}),
         (mk.CalibrationError, "cannot work with images", {"images": images[:, :2]}),
-        (mk.ConversionError, "one key per kernel", {"images": images, "trainable": "scales", "bank": "scale-space-a"}),
+        (mk.ConversionError, "one key per kernel", {"images": images, "trainable": "sigmas", "bank": "scale-space-a"}),
         (mk.ConversionError, "matches none", {"images": images, "include": "nothing"}),
         (mk.BankError, "nothing", {"images": images, "bank": "nothing"}),
     ):
         with pytest.raises(error, match=match):
             mk.convert_to_agreement(dense, 0.9, **arguments)
-    with pytest.raises(mk.CalibrationError, match="expected the Conv2d that was converted"):
+    with pytest.raises(mk.CalibrationError, match="converted too, as at"):
         mk.convert_to_agreement(mk.convert_to_masterkeys(dense, BANK, include="1"), 0.9, images, bank=BANK)
     with pytest.raises(mk.ConversionError, match="DataParallel"):
         mk.convert_to_agreement(nn.DataParallel(dense), 0.9, images)

@@ -348,8 +348,8 @@ def test_calibrate_takes_the_photographs_and_holds_out_some():
     dense = timm.create_model("test_efficientnet", in_chans=1, num_classes=10)
     models = [mk.convert_to_masterkeys(dense) for _ in range(2)]
     fitted, held_out = (mk.builtin_images(dense, 10, held_out=part, size=32) for part in (False, True))
-    report = mk.calibrate_masterkeys(models[0], dense, fitted, held_out=held_out, stages=["statistics"])
-    named = mk.calibrate_masterkeys(models[1], dense, BUILTIN, stages=["statistics"], max_images=10, size=32)
+    report = mk.calibrate_masterkeys(models[0], dense, fitted, held_out=held_out, stages=["norms"])
+    named = mk.calibrate_masterkeys(models[1], dense, BUILTIN, stages=["norms"], max_images=10, size=32)
     assert report.record.images == named.record.images == 20 and named.record.origin == BUILTIN
     assert report.record.held_out == 10 and report.after == named.after and same(*models)
 

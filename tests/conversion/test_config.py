@@ -18,7 +18,7 @@ from timm_masterkeys.conversion.plan import resolve
 DESCRIPTIONS = [
     {},
     {"bank": "random8:3", "keys_per_kernel": 3, "trainable": "affine"},
-    {"bank": "scale-space-b", "trainable": "scales"},
+    {"bank": "scale-space-b", "trainable": "sigmas"},
     {"include": "stages.0.*", "exclude": ["*.1.conv_dw", "head*"]},
     {"agreement": 0.95, "trainable": "none"},
     {"bank": torch.arange(50.0).sin().view(2, 5, 5), "keys_per_kernel": 2},
@@ -51,12 +51,12 @@ def test_a_bank_that_is_not_the_one_described():
         ({"keys_per_kernel": 9}, mk.ProjectionError, "keys_per_kernel is 9, expected a whole number from 1 to 8"),
         ({"keys_per_kernel": True}, mk.ProjectionError, "keys_per_kernel is True"),
         ({"trainable": "all"}, mk.ConversionError, "trainable is 'all', expected one of none, shift"),
-        ({"trainable": "scales"}, mk.ConversionError, "'babaiee2025' has no scales to learn"),
+        ({"trainable": "sigmas"}, mk.ConversionError, "'babaiee2025' has no sigmas to train"),
         ({"include": [3]}, mk.ConversionError, "include is [3], expected a pattern"),
         ({"agreement": 95}, mk.ConversionError, "agreement is 95, expected more than 0, at most 1"),
         ({"agreement": True}, mk.ConversionError, "agreement is True"),
         ({"agreement": 0.9, "keys_per_kernel": 2}, mk.ConversionError, "drop keys_per_kernel"),
-        ({"agreement": 0.9, "bank": "scale-space-a", "trainable": "scales"}, mk.ConversionError, "one key per kernel"),
+        ({"agreement": 0.9, "bank": "scale-space-a", "trainable": "sigmas"}, mk.ConversionError, "one key per kernel"),
     ],
     ids=str,
 )

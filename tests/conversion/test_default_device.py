@@ -50,9 +50,9 @@ def test_projection(bank, r, both):
     assert equal(one, other)
 
 
-@pytest.mark.parametrize("trainable", ["none", "affine", "scales"])
+@pytest.mark.parametrize("trainable", ["none", "affine", "sigmas"])
 def test_layers(dense, trainable, both):
-    bank, x = "scale-space-b" if trainable == "scales" else "babaiee2025", torch.randn(2, 3, 32, 32)
+    bank, x = "scale-space-b" if trainable == "sigmas" else "babaiee2025", torch.randn(2, 3, 32, 32)
 
     def work():
         model = mk.convert_to_masterkeys(dense, bank, trainable=trainable)

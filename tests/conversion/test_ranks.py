@@ -59,7 +59,7 @@ SETTINGS = [
     {},
     {"trainable": "none"},
     {"trainable": "affine", "keys_per_kernel": 2},
-    {"trainable": "scales", "bank": "scale-space-b"},
+    {"trainable": "sigmas", "bank": "scale-space-b"},
 ]
 
 

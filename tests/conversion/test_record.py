@@ -87,7 +87,7 @@ def test_the_same_after_json(model):
     assert CalibrationRecord(**data["calibration"]) == record.calibration
     assert asdict(record.calibration)["after"] == {"agreement": 0.75, "divergence": 0.5}
     summary = record.calibration.summary()
-    assert summary.startswith("on 100 images") and summary.endswith("(classification, 20 held-out images)")
+    assert summary.startswith("with 80 images") and summary.endswith("(classification, 20 held-out images)")
 
 
 def test_digests_see_every_value(model):

@@ -71,17 +71,17 @@ def test_torch_pruning_prunes_as_in_the_dense_model(name, settings):
 
 def test_learned_sigmas_are_pruned_once_they_are_fixed():
     x = torch.randn(2, 3, 64, 64)
-    model = converted("test_convnext", bank="scale-space-b", trainable="scales")
+    model = converted("test_convnext", bank="scale-space-b", trainable="sigmas")
     for layer in layers(model):
         layer.set_trainable("none")  # Torch-Pruning follows every path of autograd: those of sigmas have no end
     dense = prune(mk.fuse_masterkeys(model), x)
     assert torch.equal(prune(model, x)(x), dense(x))
     for layer in layers(model):
-        layer.set_trainable("scales")
+        layer.set_trainable("sigmas")
         assert len(layer.log_sigma) == 2 * layer.out_channels
 
 
-@pytest.mark.parametrize("settings", [{}, {"bank": "scale-space-b", "trainable": "scales"}])
+@pytest.mark.parametrize("settings", [{}, {"bank": "scale-space-b", "trainable": "sigmas"}])
 def test_lora_on_a_depthwise_layer_is_refused_and_nothing_is_changed(settings):
     import peft
 

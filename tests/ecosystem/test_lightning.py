@@ -60,7 +60,7 @@ def test_a_folder_is_prepared_for_as_its_timm_model_wants_it(dense, folder):
     records = []
     for images in (folder, by_hand):
         model = mk.convert_to_masterkeys(dense)
-        records.append(mk.calibrate_masterkeys(model, dense, images, stages="statistics").record)
+        records.append(mk.calibrate_masterkeys(model, dense, images, stages="norms").record)
     assert records[0].origin == folder.name and records[0].images == 20
     assert (records[0].before, records[0].after) == (records[1].before, records[1].after)
 

@@ -43,7 +43,7 @@ def test_a_folder_is_prepared_for_as_told_or_as_its_timm_encoder_is(tmp_path):
     with pytest.raises(mk.CalibrationError, match="mean=, std=, size="):
         mk.calibrate_masterkeys(model, dense, "builtin")
     how = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "size": 64}
-    report = mk.calibrate_masterkeys(model, dense, "builtin", max_images=16, stages="statistics", **how)
+    report = mk.calibrate_masterkeys(model, dense, "builtin", max_images=16, stages="norms", **how)
     assert report.record.origin == "builtin"
 
 

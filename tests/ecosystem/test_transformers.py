@@ -133,7 +133,7 @@ def test_the_wrapped_network_converts_and_is_prepared_for_by_the_timm_model_in_i
     _, folder = saved
     wrapped = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
     model = mk.convert_to_masterkeys(wrapped)
-    report = mk.calibrate_masterkeys(model, wrapped, "builtin", max_images=24, stages="statistics")
+    report = mk.calibrate_masterkeys(model, wrapped, "builtin", max_images=24, stages="norms")
     assert report.record.metric == "classification" and report.record.origin == "builtin"
     mk.fuse_masterkeys(model).save_pretrained(tmp_path)
     again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
@@ -200,5 +200,5 @@ def test_embeddings_of_a_vision_tower_are_no_classes():
     )
     tower = transformers.CLIPVisionModelWithProjection(config).eval()
     dense = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, groups=3), tower).eval()
-    report = mk.calibrate_masterkeys(mk.convert_to_masterkeys(dense), dense, photographs(20), stages="statistics")
+    report = mk.calibrate_masterkeys(mk.convert_to_masterkeys(dense), dense, photographs(20), stages="norms")
     assert report.record.metric == "embedding"

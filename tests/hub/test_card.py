@@ -88,7 +88,7 @@ def calibrated(dense):
 
 
 def calibrated_then_trained(dense):
-    """The figures are of other weights; but it is not a network in one shot either."""
+    """The figures are of other weights; but it was calibrated all the same."""
     model = calibrated(dense)
     model.head.fc.weight.data.mul_(2)
     return model
@@ -103,7 +103,7 @@ def test_others_do_not(dense, tmp_path, caplog, made):
     assert ("Calibrated (" in saved.text) == (made is calibrated)
     if made is calibrated:
         summary = mk.conversion_report(model).calibration.summary()
-        assert summary.startswith("on 10 images: agreement ")
+        assert summary.startswith("with 8 images: agreement ")
         assert f"Calibrated (classification) {summary}." in saved.text
 
 

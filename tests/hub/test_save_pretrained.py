@@ -128,24 +128,24 @@ def test_trainable_can_be_chosen(model, folder, tmp_path):
     same(again, model)
     assert {layer.trainable for layer in layers(again).values()} == {"none"}
     for settings, message in (
-        ({"mk_trainable": "scales"}, "has no scales"),
+        ({"mk_trainable": "sigmas"}, "has no sigmas"),
         ({"mk_trainable": "all"}, "trainable is 'all'"),
         ({"mk_exclude": "a", "mk_keys_per_kernel": 2}, "^mk_exclude, mk_keys_per_kernel cannot change a saved"),
     ):
         with pytest.raises(ConversionError, match=message):
             load(folder, **settings)
-    sigmas = converted(mk_bank="scale-space-b", mk_keys_per_kernel=1, mk_trainable="scales")
+    sigmas = converted(mk_bank="scale-space-b", mk_keys_per_kernel=1, mk_trainable="sigmas")
     mk.save_pretrained(load(mk.save_pretrained(sigmas, tmp_path), mk_trainable="shift"), tmp_path)
     assert {layer.trainable for layer in layers(load(tmp_path)).values()} == {"shift"}
-    again = load(tmp_path, mk_trainable="scales")
+    again = load(tmp_path, mk_trainable="sigmas")
     same(again, sigmas)
-    assert {layer.trainable for layer in layers(again).values()} == {"scales"}
+    assert {layer.trainable for layer in layers(again).values()} == {"sigmas"}
 
 
 def test_without_the_compact_file_the_dense_weights_are_projected(tmp_path, caplog):
     mk.save_pretrained(converted(mk_keys_per_kernel=1), tmp_path)
     (tmp_path / "masterkeys.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"missing beside '.*', which speaks of it: the exact conversion is lost"):
+    with pytest.raises(CheckpointError, match=r"missing in '.*', though config.json there lists it"):
         load(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "masterkeys"}))

@@ -32,7 +32,7 @@ def test_format_1(expected):
     assert settings == [
         ("babaiee2025", 1, "shift", False),
         ("mine", 2, "affine", False),
-        ("scale-space-b", 1, "scales", True),
+        ("scale-space-b", 1, "sigmas", True),  # "scales" in the file
         ("babaiee2025", 3, "none", False),
     ]
     record = read_record(model)

@@ -80,7 +80,7 @@ def assert_fitted(layer, projection):
 
 
 def kind_and_bank(trainable):
-    return (ScaledKeyConv2d, "scale-space-b") if trainable == "scales" else (MasterKeyConv2d, BANK)
+    return (ScaledKeyConv2d, "scale-space-b") if trainable == "sigmas" else (MasterKeyConv2d, BANK)
 
 
 TRAINED = {"none": set(), "shift": {"shift"}, "affine": {"scale", "shift"}}

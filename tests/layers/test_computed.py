@@ -124,13 +124,13 @@ def test_assigning_a_weight_projects_it():
     assert same_state(snapshot(layer), state)
 
 
-@pytest.mark.parametrize(("trainable", "multiplier"), [("none", 2), ("shift", 1), ("affine", 2), ("scales", 1)])
+@pytest.mark.parametrize(("trainable", "multiplier"), [("none", 2), ("shift", 1), ("affine", 2), ("sigmas", 1)])
 def test_kernels_can_be_left_out_as_torch_pruning_does(trainable, multiplier):
     kind, bank = kind_and_bank(trainable)
     conv = nn.Conv2d(6, 6 * multiplier, 5, groups=6)
     conv.weight.data[2] = 0.5
     conv.weight.data[5] = conv.weight.data[0]
-    layer = kind.from_conv(conv, bank, 1 if trainable == "scales" else 2, trainable)
+    layer = kind.from_conv(conv, bank, 1 if trainable == "sigmas" else 2, trainable)
     whole, entries, kept = layer.weight.detach(), snapshot(layer), [0, 2, 5]
     rows = [multiplier * channel + i for channel in kept for i in range(multiplier)]
     layer.in_channels = layer.groups = 3

@@ -99,7 +99,7 @@ def test_any_bank():
     ("arguments", "error", "message"),
     [
         ({"trainable": "all"}, ConversionError, "trainable is 'all', expected one of none, shift, affine"),
-        ({"trainable": "scales"}, ConversionError, "no scales to train"),
+        ({"trainable": "sigmas"}, ConversionError, "no sigmas to train"),
         ({"keys_per_kernel": 0}, ProjectionError, "keys_per_kernel is 0"),
         ({"keys_per_kernel": 9}, ProjectionError, "expected a whole number from 1 to 8"),
         ({"keys_per_kernel": 1.0}, ProjectionError, "keys_per_kernel is 1.0"),
@@ -241,7 +241,7 @@ THROUGH = {
 
 @pytest.mark.parametrize(
     ("trainable", "through"),
-    [("none", "itself"), ("none", "pickle"), ("shift", "deepcopy"), ("affine", "pickle"), ("scales", "deepcopy")],
+    [("none", "itself"), ("none", "pickle"), ("shift", "deepcopy"), ("affine", "pickle"), ("sigmas", "deepcopy")],
 )
 @pytest.mark.parametrize("frozen", [False, True])
 def test_fuse_gives_back_what_was_frozen(trainable, frozen, through):
@@ -439,7 +439,7 @@ def test_a_name_that_is_taken_is_refused(name):
         MasterKeyConv2d.from_conv(conv)
 
 
-@pytest.mark.parametrize("trainable", ["affine", "scales"])
+@pytest.mark.parametrize("trainable", ["affine", "sigmas"])
 def test_constant_kernels_stay_known(trainable):
     conv = nn.Conv2d(8, 8, 5, groups=8)
     with torch.no_grad():

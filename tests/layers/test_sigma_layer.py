@@ -23,7 +23,7 @@ def nominal(method):
     return torch.tensor([float(s) for s in SIGMAS[method].split()], dtype=torch.float64).view(8, 2)
 
 
-def layer(trainable="scales", size=7, channels=12, **settings):
+def layer(trainable="sigmas", size=7, channels=12, **settings):
     torch.manual_seed(0)
     return mk.ScaledKeyConv2d(channels, channels, size, padding=size // 2, bank=BANK, trainable=trainable, **settings)
 
@@ -102,7 +102,7 @@ def test_conversion_fits_better_than_fixed_scales_and_trains_only_scales_and_shi
     torch.manual_seed(0)
     dense = timm.create_model("test_convnext3")
     fixed = mk.convert_to_masterkeys(dense, BANK)
-    model = mk.convert_to_masterkeys(dense, BANK, trainable="scales")
+    model = mk.convert_to_masterkeys(dense, BANK, trainable="sigmas")
     assert mk.conversion_report(model).total.mean_r2 > mk.conversion_report(fixed).total.mean_r2
     conv = model.stages[0].blocks[0].conv_dw
     assert isinstance(conv, mk.ScaledKeyConv2d)
@@ -126,7 +126,7 @@ def test_conversion_fits_better_than_fixed_scales_and_trains_only_scales_and_shi
 
 def test_from_scratch_starts_at_the_banks_sigmas_and_the_stock_norm():
     torch.manual_seed(3)
-    model = timm.create_model("test_convnext.mk8", mk_bank=BANK, mk_trainable="scales")
+    model = timm.create_model("test_convnext.mk8", mk_bank=BANK, mk_trainable="sigmas")
     torch.manual_seed(3)
     fixed = timm.create_model("test_convnext.mk8", mk_bank=BANK)
     for learned, own in zip(model.modules(), fixed.modules(), strict=True):
@@ -169,10 +169,10 @@ def test_half_precision_autocast_and_ema():
     torch.testing.assert_close(ema.module.log_sigma, conv.log_sigma.detach() - 0.5)
 
 
-@pytest.mark.parametrize("mode", ["scales", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["sigmas", pytest.param("none", marks=pytest.mark.slow)])
 def test_compact_and_dense_files(tmp_path, mode):
     torch.manual_seed(0)
-    settings = {"mk_bank": BANK, "mk_trainable": "scales", "mk_include": "stages.[01].*"}
+    settings = {"mk_bank": BANK, "mk_trainable": "sigmas", "mk_include": "stages.[01].*"}
     model = timm.create_model("test_convnext.mk8", **settings).eval()
     with torch.no_grad():
         for module in model.modules():
@@ -186,7 +186,7 @@ def test_compact_and_dense_files(tmp_path, mode):
         assert torch.equal(again(x), model(x))
     convs = [m for m in again.modules() if isinstance(m, mk.ScaledKeyConv2d)]
     assert convs and all(conv.trainable == mode for conv in convs)
-    assert all(("log_sigma" in dict(conv.named_parameters())) == (mode == "scales") for conv in convs)
+    assert all(("log_sigma" in dict(conv.named_parameters())) == (mode == "sigmas") for conv in convs)
     other = timm.create_model("test_convnext.mk8", **settings).eval()
     other.load_state_dict(mk.fuse_masterkeys(model).state_dict())  # dense kernels are fitted
     with torch.no_grad():
@@ -199,16 +199,16 @@ def test_compact_and_dense_files(tmp_path, mode):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bank": "babaiee2025"}, "'babaiee2025' has no scales to learn"),
-        ({"bank": mk.KeyBank("scale-space-b", torch.randn(8, 7, 7))}, "has no scales to learn"),
-        ({"bank": BANK, "keys_per_kernel": 2}, "expected 1 where scales are learned"),
+        ({"bank": "babaiee2025"}, "'babaiee2025' has no sigmas to train"),
+        ({"bank": mk.KeyBank("scale-space-b", torch.randn(8, 7, 7))}, "has no sigmas to train"),
+        ({"bank": BANK, "keys_per_kernel": 2}, "expected 1 with trainable='sigmas'"),
     ],
 )
 def test_errors(settings, message):
     model = timm.create_model("test_convnext")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(mk.ConversionError, match=message):
-        mk.convert_to_masterkeys(model, trainable="scales", inplace=True, **settings)
+        mk.convert_to_masterkeys(model, trainable="sigmas", inplace=True, **settings)
     assert model.state_dict().keys() == before.keys()
 
 
@@ -216,19 +216,19 @@ def test_errors(settings, message):
 def test_calibration_leaves_keys_and_scales(tmp_path):
     torch.manual_seed(0)
     dense = timm.create_model("test_efficientnet").eval()
-    model = mk.convert_to_masterkeys(dense, BANK, trainable="scales")
+    model = mk.convert_to_masterkeys(dense, BANK, trainable="sigmas")
     kept = [m.log_sigma.clone() for m in model.modules() if isinstance(m, mk.ScaledKeyConv2d)]
     mk.calibrate_masterkeys(model, dense, torch.randn(40, 3, 64, 64))
     now = [m.log_sigma for m in model.modules() if isinstance(m, mk.ScaledKeyConv2d)]
     assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
 
 
-@pytest.mark.parametrize("trains", ["scales", "shift"])
+@pytest.mark.parametrize("trains", ["sigmas", "shift"])
 def test_fixed_and_learned_scales_are_not_mixed_up(trains):
     model = timm.create_model("test_convnext.mk8", mk_bank=BANK, mk_trainable=trains)
-    other = timm.create_model("test_convnext.mk8", mk_bank=BANK, mk_trainable={"scales": "shift"}.get(trains, "scales"))
+    other = timm.create_model("test_convnext.mk8", mk_bank=BANK, mk_trainable={"sigmas": "shift"}.get(trains, "sigmas"))
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(mk.CheckpointError, match=r"log_sigma: .*made with trainable='scales'.*dense weights"):
+    with pytest.raises(mk.CheckpointError, match=r"log_sigma: .*made with trainable='sigmas'.*dense weights"):
         other.load_state_dict(model.state_dict(), strict=False)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
@@ -243,7 +243,7 @@ def test_autocast_does_not_round_the_kernels():
 def test_meta_kernels_have_shapes():
     with torch.device("meta"):
         model = timm.create_model("test_convnext")
-    converted = mk.convert_to_masterkeys(model, BANK, trainable="scales")
+    converted = mk.convert_to_masterkeys(model, BANK, trainable="sigmas")
     convs = [m for m in converted.modules() if isinstance(m, mk.ScaledKeyConv2d)]
     assert convs and all(conv.log_sigma.is_meta for conv in convs)
 
@@ -262,7 +262,7 @@ def test_a_bank_computed_elsewhere_is_the_same(tmp_path):
     other = mk.KeyBank(BANK, np.nextafter(own.keys, 1), own.source, own.licence, own.resize)
     assert other.digest != own.digest
     model = mk.convert_to_masterkeys(
-        timm.create_model("test_convnext"), other, include="stages.0.*", trainable="scales"
+        timm.create_model("test_convnext"), other, include="stages.0.*", trainable="sigmas"
     )
     model.eval()
     again = timm.create_model(f"local-dir:{mk.save_pretrained(model, tmp_path / 'out')}", pretrained=True).eval()
@@ -284,6 +284,6 @@ def test_the_report_counts_stored_sigmas():
     model = timm.create_model("test_convnext")
     settings = {"bank": BANK, "include": "stages.0.*"}
     fixed, learned = (
-        mk.conversion_report(mk.convert_to_masterkeys(model, trainable=t, **settings)) for t in ("shift", "scales")
+        mk.conversion_report(mk.convert_to_masterkeys(model, trainable=t, **settings)) for t in ("shift", "sigmas")
     )
     assert learned.stored_after - fixed.stored_after == 2 * learned.total.channels

@@ -75,7 +75,7 @@ def calibrations(monkeypatch):
 
     def calibrate(model, dense, *args):
         seen.append(copy.deepcopy(dense))
-        return mk.calibrate_masterkeys(model, dense, *args, stages="statistics")
+        return mk.calibrate_masterkeys(model, dense, *args, stages="norms")
 
     monkeypatch.setattr(calibrated, "calibrate_masterkeys", calibrate)
     return seen
@@ -132,7 +132,7 @@ def calls(files):
         "another tensor": partial(create, dense, mk_bank=torch.arange(98.0).cos().view(2, 7, 7)),
         "two keys": partial(create, dense, mk_keys_per_kernel=2),
         "affine": partial(create, dense, mk_trainable="affine"),
-        "sigmas": partial(create, dense, mk_bank="scale-space-b", mk_trainable="scales"),
+        "sigmas": partial(create, dense, mk_bank="scale-space-b", mk_trainable="sigmas"),
         "excluded": partial(create, dense, mk_exclude="stages.0.*"),
         "not calibrated": partial(create, dense, mk_calibrate=False),
     }
@@ -280,7 +280,7 @@ def test_a_stale_variable_matters_where_images_are_needed(files, tmp_path, monke
 
 def test_a_dense_checkpoint_in_a_converted_model_is_a_warning(files, caplog):
     timm.create_model(NAME, checkpoint_path=files["pth"])
-    assert "dense kernels for 4 converted layers" in caplog.text and "One-shot conversion costs accuracy" in caplog.text
+    assert "dense kernels for 4 converted layers" in caplog.text and "That alone costs accuracy" in caplog.text
 
 
 # --- Claims belong to weights
@@ -290,7 +290,7 @@ def claims(model, path):
     """Whether report, config.json and card all claim a calibration."""
     mk.save_pretrained(model, path)
     about = json.loads((path / "config.json").read_text())["masterkeys"]
-    claimed = "Calibrated (classification) on" in (path / "README.md").read_text()
+    claimed = "Calibrated (classification) with" in (path / "README.md").read_text()
     assert claimed == (about["calibration"] is not None) == (mk.conversion_report(model).calibration is not None)
     return claimed
 

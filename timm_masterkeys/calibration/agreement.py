@@ -79,7 +79,7 @@ class KeyBudget:
         interval = record.intervals.get(self.score_name)
         note = f" (95 % interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else ""
         return (
-            f"on {record.images - record.held_out} images: {self.chosen.keys:,} keys for {kernels:,} kernels give "
+            f"with {record.images - record.held_out} images: {self.chosen.keys:,} keys for {kernels:,} kernels give "
             f"{self.score_name} {self.chosen.score:.1%}{note} with the dense network on {record.held_out} held-out "
             f"images, {self.target:.1%} asked for"
         )

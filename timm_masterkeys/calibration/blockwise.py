@@ -21,7 +21,7 @@ from .blocks import BlockwiseNetwork, Hook, Reached, find_blocks
 from .least_squares import Gram, choose_keys, fit_ridge
 from .outputs import Output
 
-Stage = Literal["projection", "statistics", "absorption"]
+Stage = Literal["kernels", "norms", "pointwise"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 OVER = "the time budget was over"
@@ -93,7 +93,7 @@ def _calibrate_block(block: BlockPair, reports: dict[Stage, StageReport], over: 
     """All stages of a block; returns the outputs of the converted one afterwards, a batch each."""
     layers = {stage: _layers(block, stage) for stage in reports}
     if over:
-        for stage in layers.keys() - {"statistics"}:
+        for stage in layers.keys() - {"norms"}:
             reports[stage].left.update((pair.name, OVER) for pair in layers.pop(stage))
     block.run_dense([pair for pairs in layers.values() for pair in pairs])
     for stage, pairs in layers.items():
@@ -109,9 +109,9 @@ def _calibrate_block(block: BlockPair, reports: dict[Stage, StageReport], over: 
 
 def _layers(block: BlockPair, stage: Stage) -> list[LayerPair]:
     """The layers of a block that a stage works on."""
-    if stage == "absorption":
+    if stage == "pointwise":
         return [LayerPair(block, name, ROWS) for name in filter(None, [block.parts.pointwise])]
-    if stage == "statistics":
+    if stage == "norms":
         return [LayerPair(block, name, ROWS, MomentsObserver()) for name in block.parts.converted]
     pairs = [LayerPair(block, name, KERNEL_ROWS) for name in block.parts.converted]
     return [pair for pair in pairs if not isinstance(pair.layer, ScaledKeyConv2d)]
@@ -206,7 +206,7 @@ def _shift_mean(pair: LayerPair, expected: torch.Tensor, got: torch.Tensor, aliv
         layer.bias[alive] = (expected - got)[alive].to(layer.bias.dtype)
 
 
-def _match_statistics(pair: LayerPair) -> str:
+def _match_norms(pair: LayerPair) -> str:
     """Gives what follows a converted layer the mean (and variance) it has in the dense network."""
 
     def stop(module: nn.Module, args: Any, output: torch.Tensor) -> None:
@@ -237,7 +237,7 @@ def _refit_pointwise(pair: LayerPair) -> str:
     folds = _residual_folds(pair, found)
     solution = fit_ridge(folds, factor.square().double(), layer.bias is not None or norm is not None)
     if solution is None:
-        return "no ridge helps on images it was not fitted to"
+        return "a refit does not help on images it was not fitted to"
     weight, bias = solution
     to_itself = found is None and in_block  # does the block's output come nearer?
     before = pair.block.error(pair.batches) if to_itself else math.nan
@@ -299,9 +299,9 @@ def _factor(pair: LayerPair) -> tuple[torch.Tensor, bool] | None:
 
 
 _STAGES: dict[Stage, Callable[[LayerPair], str]] = {
-    "projection": _fit_kernels,
-    "statistics": _match_statistics,
-    "absorption": _refit_pointwise,
+    "kernels": _fit_kernels,
+    "norms": _match_norms,
+    "pointwise": _refit_pointwise,
 }
 
 

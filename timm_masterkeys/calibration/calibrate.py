@@ -55,7 +55,7 @@ class CalibrationReport:
 
     def summary(self) -> str:
         """The figures in one line."""
-        refitted = sum(len(stage.changed) for stage in self.stages if stage.name == "absorption")
+        refitted = sum(len(stage.changed) for stage in self.stages if stage.name == "pointwise")
         return f"{self.record.summary()}, {refitted} pointwise layers refitted"
 
     def __str__(self) -> str:
@@ -92,15 +92,15 @@ def calibrate_masterkeys(
     Walks both networks block by block, in the order of execution; each block is fed with the outputs of the calibrated
     blocks before it. In each block, in this order:
 
-    - ``"projection"``: keys, scales and shifts are chosen anew, by least squares on the *outputs* of the layer instead
+    - ``"kernels"``: keys, scales and shifts are chosen anew, by least squares on the *outputs* of the layer instead
       of its kernels: the nearest key under the second moments of the layer's inputs.
-    - ``"statistics"``: the BatchNorm after a converted layer gets the mean and variance that give its output the mean
+    - ``"norms"``: the BatchNorm after a converted layer gets the mean and variance that give its output the mean
       and variance it has in the dense network; without a BatchNorm, the layer's bias gets the mean.
-    - ``"absorption"``: the block's last pointwise layer (and every pointwise layer outside of blocks, such as the
+    - ``"pointwise"``: the block's last pointwise layer (and every pointwise layer outside of blocks, such as the
       classifier) is refitted by ridge least squares, so that the block's output, with all the drift of its skip path,
       is that of the dense network. A layer for which no ridge helps on images it was not fitted to stays.
 
-    Keys never change; without ``"absorption"`` only the converted layers and their norms do. How a block's output
+    Keys never change; without ``"pointwise"`` only the converted layers and their norms do. How a block's output
     depends on its last pointwise layer is measured, not known by family: where it is not one factor a channel, the
     layer is fitted to its own output in the dense network. Each ridge is chosen by four folds of the images; the
     held-out images give the report's figures only. The same call on the same machine with as many threads gives the
@@ -195,7 +195,10 @@ def check_models(model: nn.Module, dense: nn.Module) -> None:
     """Raises CalibrationError unless a converted model can be calibrated with a dense one."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MasterKeyConv2d)}
     if not layers:
-        raise CalibrationError(f"{type(model).__name__} holds no converted layer; convert_to_masterkeys comes first.")
+        raise CalibrationError(
+            f"The first model, a {type(model).__name__}, holds no converted layer. The order is (converted, dense); "
+            "convert_to_masterkeys makes the converted one."
+        )
     if is_sharded(model) or is_sharded(dense):
         raise CalibrationError("The parameters are sharded, expected whole ones. Calibrate first, then shard.")
     if entry := quantised_entry(model) or quantised_entry(dense):
@@ -203,11 +206,13 @@ def check_models(model: nn.Module, dense: nn.Module) -> None:
     others = dict(dense.named_modules())
     for name, layer in layers.items():
         other = others.get(name)
+        if isinstance(other, MasterKeyConv2d):
+            raise CalibrationError(f"The second model is converted too, as at {name}: give the dense one.")
         kind, shape = type(other).__name__, getattr(getattr(other, "weight", None), "shape", None)
-        if not isinstance(other, nn.Conv2d) or isinstance(other, MasterKeyConv2d) or shape != layer.weight.shape:
+        if not isinstance(other, nn.Conv2d) or shape != layer.weight.shape:
             raise CalibrationError(
-                f"The dense model has {kind} ({shape}) at {name}, expected the Conv2d that was converted "
-                f"({layer.weight.shape})."
+                f"The dense model has a {kind} with a weight of {shape} at {name}, expected the Conv2d that was "
+                f"converted, {layer.weight.shape}."
             )
     missing = [name for name, _ in model.named_modules() if name not in others]
     if missing:
@@ -215,8 +220,8 @@ def check_models(model: nn.Module, dense: nn.Module) -> None:
     _check_parameters(model, dense)
     if changed := _unexplained(model, dense):
         _logger.warning(
-            "%d parameters beside the kernels differ from the dense model's, as %s. The dense model should be the one "
-            "that this model was converted from.",
+            "Parameters beside the kernels differ from the dense model's (%d of them, for example %s). The dense model "
+            "should be the one that this model was converted from.",
             len(changed),
             min(changed),
         )
@@ -258,7 +263,7 @@ def _unexplained(model: nn.Module, dense: nn.Module) -> list[str]:
     if calibrated:
         fitted = {n for n, m in model.named_modules() if is_pointwise(m) or isinstance(m, MasterKeyConv2d)}
         names = {name for name in names if name.rpartition(".")[0] not in fitted}
-    return [name for name in names if not torch.equal(own[name], given[name])]
+    return [name for name in names if not torch.allclose(own[name], given[name], rtol=0, atol=0, equal_nan=True)]
 
 
 def _held_out(model: nn.Module, outputs: Iterable[torch.Tensor], batches: Sequence[int]) -> torch.Tensor:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="shift",
         choices=TRAINABLE,
         help="what later training may change of each kernel: nothing, its shift, its scale and shift (affine), or, for "
-        "scale-space banks, its shift and its Gaussians' widths (scales) (default: shift)",
+        "scale-space banks, its shift and its Gaussians' widths (sigmas) (default: shift)",
     )
     add("--output", required=True, metavar="DIR", help="the folder to write")
     add_options(parser, "--license", "--device")

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ..conversion.config import MasterKeysConfig
 
 DEFAULT_BANK = "babaiee2025"  # as keys.banks has it, which imports torch
-TRAINABLE = ("none", "shift", "affine", "scales")  # as layers has it
+TRAINABLE = ("none", "shift", "affine", "sigmas")  # as layers has it
 
 _SHARED: dict[str, dict[str, Any]] = {
     "sources": {

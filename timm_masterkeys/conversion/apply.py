@@ -149,12 +149,12 @@ def _check_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str
     if problems:
         shown = problems[:5] + [f"... and {len(problems) - 5} more"] * (len(problems) > 5)
         raise CheckpointError(
-            "\n".join(["The checkpoint does not fit the converted layers; into this model nothing was loaded.", *shown])
+            "\n".join(["The checkpoint does not fit the converted layers. Nothing was loaded.", *shown])
         )
     dense = [name for name in layers if f"{name}weight" in state_dict]
     if dense:
         _logger.warning(
-            "The checkpoint has dense kernels for %d converted layers, which are projected on the keys. One-shot "
-            "conversion costs accuracy: calibrate_masterkeys(model, dense_model, images), or fine-tune.",
+            "The checkpoint has dense kernels for %d converted layers, which are projected on the keys. That "
+            "alone costs accuracy: calibrate_masterkeys(model, dense_model, images), or fine-tune.",
             len(dense),
         )

@@ -11,6 +11,8 @@ from ..layers import ScaledKeyConv2d, Trainable, check_trainable
 
 Patterns = str | Sequence[str] | None
 
+_RENAMED = {"scales": "sigmas"}  # values of ``trainable`` in saved files of the first format
+
 
 @dataclass(frozen=True)
 class LayerSettings:
@@ -34,7 +36,7 @@ class LayerSettings:
     def from_dict(cls, data: Mapping[str, Any], banks: Mapping[str, KeyBank]) -> "LayerSettings":
         """The settings from what ``to_dict`` gave, with the banks by digest; CheckpointError for unknown values."""
         try:
-            settings = cls(banks[data["bank"]], data["keys_per_kernel"], data["trainable"], data["sigmas"])
+            settings = cls(banks[data["bank"]], data["keys_per_kernel"], _renamed(data["trainable"]), data["sigmas"])
             check_trainable(settings.trainable)
             check_keys_per_kernel(settings.keys_per_kernel, settings.bank)
         except (LookupError, TypeError, ValueError) as error:
@@ -49,7 +51,7 @@ class MasterKeysConfig:
     Args:
         bank: Anything ``get_bank`` takes; kept as a KeyBank.
         keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where fewer have a shape.
-        trainable: What of each kernel trains afterwards: "none", "shift", "affine" or "scales".
+        trainable: What of each kernel trains afterwards: "none", "shift", "affine" or "sigmas".
         include: fnmatch pattern(s) on module names: only layers that match one are converted. Kept as a tuple.
         exclude: fnmatch pattern(s) on module names: layers that match one stay dense. Kept as a tuple.
         agreement: In (0, 1]: choose the keys of each layer by ``convert_to_agreement``; None to give every layer
@@ -85,7 +87,7 @@ class MasterKeysConfig:
         bank = get_bank(bank)
         check_keys_per_kernel(keys_per_kernel, bank)
         check_trainable(trainable)
-        if trainable == "scales":
+        if trainable == "sigmas":
             ScaledKeyConv2d.check_settings(bank, keys_per_kernel)
         _check_agreement(agreement, keys_per_kernel, trainable)
         patterns = _as_tuple("include", include), _as_tuple("exclude", exclude)
@@ -96,7 +98,7 @@ class MasterKeysConfig:
     @property
     def layer(self) -> LayerSettings:
         """The settings of each layer that is converted."""
-        return LayerSettings(self.bank, self.keys_per_kernel, self.trainable, self.trainable == "scales")
+        return LayerSettings(self.bank, self.keys_per_kernel, self.trainable, self.trainable == "sigmas")
 
     def to_dict(self) -> dict[str, Any]:
         """The description as JSON data; the bank by name and digest."""
@@ -123,11 +125,16 @@ class MasterKeysConfig:
         bank = at_hand or get_bank(data["bank"]["name"])
         if bank.digest != digest:
             raise CheckpointError(f"Bank '{bank.name}' is not the one described ({digest[:12]}...): give that bank.")
-        return cls(bank, **{name: value for name, value in data.items() if name != "bank"})
+        return cls(**{**data, "bank": bank, "trainable": _renamed(data["trainable"])})
+
+
+def _renamed(trainable: Any) -> Any:
+    return _RENAMED.get(trainable, trainable)
 
 
 def _as_tuple(name: str, patterns: Patterns) -> tuple[str, ...]:
-    given = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+    given = (patterns,) if isinstance(patterns, str) else patterns or ()
+    given = tuple(given) if isinstance(given, Iterable) else (given,)
     if not all(isinstance(pattern, str) for pattern in given):
         raise ConversionError(f"{name} is {patterns!r}, expected a pattern on module names, or a list of such.")
     return given
@@ -140,5 +147,5 @@ def _check_agreement(agreement: Any, keys_per_kernel: int, trainable: Trainable)
         raise ConversionError(f"agreement is {agreement!r}, expected more than 0, at most 1 (0.95 for 95 %).")
     if keys_per_kernel != 1:
         raise ConversionError("agreement chooses the keys of each layer: drop keys_per_kernel.")
-    if trainable == "scales":
-        raise ConversionError("trainable is 'scales', which has one key per kernel: agreement has no number to choose.")
+    if trainable == "sigmas":
+        raise ConversionError("trainable is 'sigmas', which has one key per kernel: agreement has no number to choose.")

@@ -32,7 +32,7 @@ def convert_to_masterkeys(
     """Replaces the depthwise convolutions of a model by MasterKeyConv2d, kernels projected on the nearest keys.
 
     Everything else survives as it is: other layers, hooks, training mode, requires_grad, dtype, device, and modules
-    used in several places. One-shot conversion costs accuracy, of compact networks nearly all of it: read
+    used in several places. Conversion alone costs accuracy, of compact networks nearly all of it: read
     ``conversion_report(model)``, then calibrate or fine-tune. Layers converted before are left alone, so several calls
     can give different layers different settings; a call that finds nothing left to convert is refused.
 
@@ -44,7 +44,7 @@ def convert_to_masterkeys(
         exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
         keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where fewer have a shape. All eight at
             3x3 cancel each other with large scales: fuse such a model before it is cast to half precision.
-        trainable: What of each kernel trains afterwards: "none", "shift" (as in the paper) or "affine"; "scales", for
+        trainable: What of each kernel trains afterwards: "none", "shift" (as in the paper) or "affine"; "sigmas", for
             the ``scale-space-*`` banks, fits each kernel's sigmas too and trains them with the shift.
         inplace: Change ``model`` itself; else a deep copy is converted and ``model`` stays as it is.
 
@@ -54,7 +54,7 @@ def convert_to_masterkeys(
     Raises:
         BankError: No such bank.
         ProjectionError: NaN or Inf in a kernel (named by layer and channel), or keys_per_kernel out of range.
-        ConversionError: Nothing to convert, a pattern that matches nothing, an unknown ``trainable``, scales to learn
+        ConversionError: Nothing to convert, a pattern that matches nothing, an unknown ``trainable``, sigmas to train
             with another bank or several keys, a model that is wrapped or sharded already, or that cannot be copied.
         In every case ``model`` is left as it was.
 
@@ -94,7 +94,7 @@ def fuse_masterkeys(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Replaces every MasterKeyConv2d by the ordinary convolution with its kernels; outputs are equal bit for bit.
 
     Args:
-        model: A converted model; out of a wrapper it is taken, unless in place.
+        model: A converted model. A wrapped one is unwrapped first, unless ``inplace``.
         inplace: Change ``model`` itself; else a deep copy is fused and ``model`` stays as it is.
 
     Raises:
@@ -134,11 +134,11 @@ def convert(
     plan = resolve(config, model, flat_names=flat_names)
     if not plan.converted:
         found = Counter(layer.reason for layer in plan.layers)
-        reasons = ", ".join(f"{count} {reason}" for reason, count in found.most_common(4)) or "no convolution at all"
+        reasons = ", ".join(f"{count} {reason}" for reason, count in found.most_common(4)) or "none"
         raise ConversionError(
             f"{type(model).__name__} has nothing to convert. Looked for Conv2d with groups == in_channels > 1 and a "
-            f"kernel larger than 1x1; found {reasons}. plan_conversion(model) lists them all; fuse_masterkeys(model) "
-            "undoes a conversion."
+            f"kernel larger than 1x1; its convolutions: {reasons}. plan_conversion(model) lists them all. "
+            "Layers converted before stay as they are: for other settings, convert the dense model."
         )
     if not inplace:
         model = copy_model(model)

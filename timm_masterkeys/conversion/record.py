@@ -58,8 +58,8 @@ class CalibrationRecord:
         before: Figures before calibration, by name; shares are in [0, 1], divergences in nats. "sure agreement" is the
             agreement where the dense network is sure: where it gives its class a probability above one half.
         after: The same figures after it.
-        images: Images given.
-        held_out: Those of them that gave the figures.
+        images: All images, those held out included.
+        held_out: Those of them that gave the figures; the others were fitted to.
         origin: What the images were: "builtin", the name of a folder, or "tensor".
         time: When, in UTC, as ISO 8601.
         versions: Of timm_masterkeys, timm and torch.
@@ -84,7 +84,7 @@ class CalibrationRecord:
         """The figures and their metric in one line; those where the dense network is sure come first."""
         names = sorted(self.after, key=lambda name: name != "sure agreement")
         figures = ", ".join(self._figure(name) for name in names if name not in ("sure images", "sure positions"))
-        return f"on {self.images} images: {figures} ({self.metric}, {self.held_out} held-out images)"
+        return f"with {self.images - self.held_out} images: {figures} ({self.metric}, {self.held_out} held-out images)"
 
     def _figure(self, name: str) -> str:
         """One figure before and after, with what it is of and its interval."""
@@ -132,7 +132,7 @@ class Record:
 
 
 def read_record(model: nn.Module) -> Record:
-    """The record of a model, without the claims that are of other weights than it has."""
+    """What of a model's record still holds for the weights it has now."""
     record = getattr(model, ATTRIBUTE, None)
     if not isinstance(record, Record):
         return Record()

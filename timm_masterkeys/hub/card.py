@@ -41,7 +41,7 @@ measured what the conversion does to its accuracy. Calibrate it, or fine-tune it
 
 _LOADING = """## Load it
 
-With the plugin: the keys frozen, bit for bit as published.
+With the plug-in: the keys frozen, bit for bit as published.
 
 ```python
 import timm, timm_masterkeys

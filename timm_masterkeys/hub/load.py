@@ -32,13 +32,13 @@ class SavedModel:
         return self.folder / DENSE_NAME
 
     def check(self, *names: str) -> None:
-        """Raises CheckpointError unless these files are those that ``config.json`` speaks of."""
+        """Raises CheckpointError unless these files are those that ``config.json`` lists."""
         for name in names:
             path = self.folder / name
             if not path.is_file():
                 raise CheckpointError(
-                    f"{name} is missing beside '{self.folder / 'config.json'}', which speaks of it: the exact "
-                    "conversion is lost. Get it again, or save the model again."
+                    f"{name} is missing in '{self.folder}', though config.json there lists it. Get it again, or save "
+                    "the model again."
                 )
             try:
                 expected = self.about["files"][name]
@@ -46,7 +46,7 @@ class SavedModel:
                 raise CheckpointError(f"'{self.folder / 'config.json'}' is damaged ({error!r}).") from None
             if file_sha256(path) != expected:
                 raise CheckpointError(
-                    f"'{path}' is not the file that config.json speaks of (its SHA-256 differs): damaged, altered, or "
+                    f"'{path}' is not the file that config.json lists (its SHA-256 differs): damaged, altered, or "
                     "the files are not of one conversion. Get all of them again, or save the model again."
                 )
 

@@ -159,9 +159,9 @@ def _table(templates: list[_Template], steer: bool = False) -> _Table:
     return _Table(
         basis=left * there[:, None],
         steering=right.mT / torch.where(there, size, torch.inf)[:, None] if steer else None,
-        sigma=torch.tensor(sigmas, dtype=torch.float64),
-        orientation=torch.tensor(angles, dtype=torch.float64),
-        half_pixel=torch.tensor(half_pixel),
+        sigma=torch.tensor(sigmas, dtype=torch.float64, device="cpu"),  # whatever the default device is
+        orientation=torch.tensor(angles, dtype=torch.float64, device="cpu"),
+        half_pixel=torch.tensor(half_pixel, device="cpu"),
     )
 
 

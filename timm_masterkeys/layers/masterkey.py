@@ -17,7 +17,7 @@ from .gpu_operators import affine_function
 from .state import entries_to_load, index_problem, state_problems
 from .weight_guards import parameters_without_weight
 
-Trainable = Literal["none", "shift", "affine", "scales"]
+Trainable = Literal["none", "shift", "affine", "sigmas"]
 
 Layer = TypeVar("Layer", bound="MasterKeyConv2d")
 
@@ -57,7 +57,7 @@ class MasterKeyConv2d(ComputedConv2d):
         bank: Anything ``get_bank`` takes.
         keys_per_kernel: Keys per kernel, r; fewer where the bank has fewer at this kernel size.
         trainable: ``"none"``, ``"shift"`` (one constant per kernel, as in the paper) or ``"affine"`` (scale and shift);
-            ``"scales"`` is that of ``ScaledKeyConv2d``.
+            ``"sigmas"`` is that of ``ScaledKeyConv2d``.
 
     Attributes:
         weight: (out_channels, 1, kh, kw), computed at each access; see ``ComputedConv2d``.
@@ -144,7 +144,7 @@ class MasterKeyConv2d(ComputedConv2d):
                 ``groups == in_channels``.
             bank: Anything ``get_bank`` takes.
             keys_per_kernel: Keys per kernel.
-            trainable: "none", "shift" or "affine"; for ``ScaledKeyConv2d.from_conv`` also "scales".
+            trainable: "none", "shift" or "affine"; for ``ScaledKeyConv2d.from_conv`` also "sigmas".
             fit: Project the kernels of ``conv``; else random initialisation (``reset_parameters``).
 
         Raises:
@@ -213,17 +213,17 @@ class MasterKeyConv2d(ComputedConv2d):
         Make the optimiser afterwards: parameters made here are new ones.
 
         Args:
-            trainable: "none", "shift" or "affine"; for a ``ScaledKeyConv2d`` also "scales".
+            trainable: "none", "shift" or "affine"; for a ``ScaledKeyConv2d`` also "sigmas".
             requires_grad: Of the parameters made; where there are none, of the weight that ``fuse`` returns.
 
         Raises:
-            ConversionError: Unknown ``trainable``, or scales to train where there are none.
+            ConversionError: Unknown ``trainable``, or sigmas to train where there are none.
         """
         check_trainable(trainable)
         if trainable not in self.trained_entries:
             raise ConversionError(
-                "A MasterKeyConv2d has no scales to train: a ScaledKeyConv2d has. Convert the dense model with "
-                "trainable='scales'."
+                "A MasterKeyConv2d has no sigmas to train: a ScaledKeyConv2d has. Convert the dense model with "
+                "trainable='sigmas'."
             )
         self.trainable: Trainable = trainable
         self.frozen = not requires_grad

@@ -18,9 +18,9 @@ class ScaledKeyConv2d(MasterKeyConv2d):
     """A MasterKeyConv2d whose keys have a scale of their own in each channel, learned as in the scale-space paper.
 
     Each channel keeps one of the eight operators of the ``scale-space-*`` banks (Lindeberg et al., JMIV 68(3), 2026)
-    and its scale; with ``trainable="scales"`` it learns sigma_x, sigma_y and shift. The sigmas are positive by
+    and its scale; with ``trainable="sigmas"`` it learns sigma_x, sigma_y and shift. The sigmas are positive by
     construction, the key is normalised (mean 0, norm 1) at any of them, and gamma of key 7 stays 1/2.
-    ``convert_to_masterkeys`` makes these layers for ``trainable="scales"``, the sigmas fitted to each kernel by least
+    ``convert_to_masterkeys`` makes these layers for ``trainable="sigmas"``, the sigmas fitted to each kernel by least
     squares, or, for training from scratch, as in the bank.
 
     Args:
@@ -28,20 +28,20 @@ class ScaledKeyConv2d(MasterKeyConv2d):
 
     Attributes:
         log_sigma: (out_channels * 2,), the logarithms of sigma_x and sigma_y in taps, channel by channel; a parameter
-            if trainable is "scales", else a buffer.
+            if trainable is "sigmas", else a buffer.
         operators: Which of the eight keys, from 0, each row of ``keys`` is.
 
     Raises:
         ConversionError: Another bank, or several keys per kernel.
 
     Example:
-        >>> conv = ScaledKeyConv2d(96, 96, 7, padding=3, bank="scale-space-b", trainable="scales")
+        >>> conv = ScaledKeyConv2d(96, 96, 7, padding=3, bank="scale-space-b", trainable="sigmas")
         >>> conv.log_sigma.exp().view(96, 2)  # sigma_x, sigma_y
     """
 
     compact_entries = (*MasterKeyConv2d.compact_entries, "log_sigma")
     has_sigmas = True
-    trained_entries: ClassVar = {**MasterKeyConv2d.trained_entries, "scales": ("log_sigma", "shift")}
+    trained_entries: ClassVar = {**MasterKeyConv2d.trained_entries, "sigmas": ("log_sigma", "shift")}
 
     log_sigma: torch.Tensor
     operators: list[int]
@@ -54,11 +54,10 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         # The keys are computed: another numpy's differ in the last digit.
         if bank.keys.shape != keys.shape or not np.allclose(bank.keys, keys, rtol=0, atol=1e-9):
             raise ConversionError(
-                f"Bank '{bank.name}' has no scales to learn, expected bank (mk_bank) one of {', '.join(names)}; or "
-                "convert without trainable='scales'; fuse_masterkeys(model) gives layers without a bank."
+                f"Bank '{bank.name}' has no sigmas to train: trainable='sigmas' needs one of {', '.join(names)}."
             )
         if keys_per_kernel != 1:
-            raise ConversionError(f"keys_per_kernel is {keys_per_kernel}, expected 1 where scales are learned.")
+            raise ConversionError(f"keys_per_kernel is {keys_per_kernel}, expected 1 with trainable='sigmas'.")
 
     def _copy_from(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
         self.check_settings(bank, keys_per_kernel)

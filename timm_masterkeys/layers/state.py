@@ -27,10 +27,10 @@ def state_problems(layer: "MasterKeyConv2d", state_dict: dict[str, Any], prefix:
         problem = _dense_problem(dense, (layer.out_channels, 1, *layer.kernel_size))
         return [f"{here}weight: {problem}"] if problem else []
     if not layer.has_sigmas and prefix + "log_sigma" in state_dict:
-        return [f"{here}log_sigma: made with trainable='scales'; convert with that, or load the dense weights."]
+        return [f"{here}log_sigma: made with trainable='sigmas'; convert with that, or load the dense weights."]
     missing = [name for name in layer.compact_entries if name not in given]
     if missing == ["log_sigma"]:
-        return [f"{here}log_sigma: missing, not made with trainable='scales'; load the dense weights."]
+        return [f"{here}log_sigma: missing, not made with trainable='sigmas'; load the dense weights."]
     if given and missing:
         return [f"{here}{given[0]}: given without {', '.join(missing)}. The compact entries belong together."]
     return [here + problem for problem in _compact_problems(layer, {n: state_dict[prefix + n] for n in given})]
@@ -67,7 +67,8 @@ def _compact_problems(layer: "MasterKeyConv2d", given: dict[str, torch.Tensor]) 
     for name, value in given.items():
         got, own = tuple(value.shape), tuple(getattr(layer, name).shape)
         if got != own:
-            problems.append(f"{name}: got shape {got}, expected {own} (another bank, size or channel count).")
+            reasons = "another number of keys per kernel, bank, size or channel count"
+            problems.append(f"{name}: got shape {got}, expected {own} ({reasons}).")
     if problems or not given or given["keys"].is_meta:
         return problems
     for name in ("scale", "shift", "log_sigma"):

@@ -10,9 +10,9 @@ from torch import nn
 from ..errors import ConversionError
 
 COMPUTED = (
-    "The weight of a MasterKeyConv2d is computed from frozen keys: it cannot be a parameter, be pruned, normalised, "
-    "parametrized, quantised, or get other data. fuse_masterkeys(model) gives ordinary convolutions for that; assign a "
-    "plain tensor (layer.weight = tensor) to project other kernels on the keys."
+    "The weight of a MasterKeyConv2d is computed from frozen keys: it cannot be a parameter or be changed in "
+    "place (pruning, weight_norm, parametrizations, quantisation). fuse_masterkeys(model) gives ordinary convolutions "
+    "for that; assign a plain tensor (layer.weight = tensor) to project other kernels on the keys."
 )
 
 

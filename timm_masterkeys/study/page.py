@@ -46,7 +46,7 @@ tr.total td { font-weight: 600; border-top: 2px solid #666; }
 """
 
 _ONE_SHOT = (
-    "<p class=warning>These kernels were converted in one shot, and nothing has measured what that does to the "
+    "<p class=warning>These kernels were converted and not calibrated, and nothing has measured what that does to the "
     "network's accuracy. Calibrate, or fine-tune, before use.</p>"
 )
 _NO_DENSE = (

@@ -147,7 +147,7 @@ def _key(
 def _shared_config(call: Call) -> MasterKeysConfig:
     """The conversion of an entry: what trains is chosen when it is loaded, but for sigmas, which are fitted."""
     trainable = call.config.trainable
-    return replace(call.config, trainable=trainable if trainable == "scales" else "shift")
+    return replace(call.config, trainable=trainable if trainable == "sigmas" else "shift")
 
 
 def _as_json(value: Any) -> Any:

@@ -115,7 +115,7 @@ def read_call(arch: str, stock: compat.Entrypoint, pretrained: bool, given: Mapp
     """Sorts the arguments of a call, given as for ``create.create``; the cfg may be a tag, a dict or a PretrainedCfg.
 
     Raises:
-        MasterKeysError: A name that is pointed at weights of another architecture.
+        MasterKeysError: An unknown setting, or a name that is pointed at weights of another architecture.
     """
     kwargs = dict(given)
     cfg, overlay = kwargs.pop("pretrained_cfg"), kwargs.pop("pretrained_cfg_overlay", None)
@@ -128,6 +128,10 @@ def read_call(arch: str, stock: compat.Entrypoint, pretrained: bool, given: Mapp
         resolved = _published_cfg(arch, published, resolved, registered, kwargs)
     settings = {setting: kwargs.pop(f"mk_{setting}") for setting in _SETTINGS if f"mk_{setting}" in kwargs}
     calibrate = kwargs.pop("mk_calibrate", None)
+    unknown = [argument for argument in kwargs if argument.startswith("mk_")]
+    if unknown:
+        known = ", ".join(f"mk_{setting}" for setting in (*_SETTINGS, "calibrate"))
+        raise ConversionError(f"{name}: there is no {unknown[0]}; the settings of a .mk8 name are {known}.")
     if isinstance(kwargs.get("pretrained_model_args"), dict):  # a published model's own arguments
         arguments = kwargs["pretrained_model_args"].items()
         kwargs["pretrained_model_args"] = {n: value for n, value in arguments if not n.startswith("mk_")}

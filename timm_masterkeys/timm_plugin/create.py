@@ -85,7 +85,7 @@ def _convert_only(call: Call) -> nn.Module:
     if not any(parameter.is_meta for parameter in model.parameters()):
         report = conversion_report(model)
         _logger.warning(
-            "%s: %s kernels of %d layers projected on bank %s, mean R2 %.2f, and NOT calibrated. One-shot conversion "
+            "%s: %s kernels of %d layers projected on bank %s, mean R2 %.2f, and NOT calibrated, which "
             "costs accuracy: calibrate_masterkeys(model, dense_model, images), or fine-tune.",
             call.name,
             f"{report.total.channels:,}",
@@ -99,8 +99,8 @@ def _convert_only(call: Call) -> nn.Module:
 def _refuse_agreement(call: Call) -> None:
     if call.config.agreement is not None:
         raise ConversionError(
-            "mk_agreement chooses keys by calibrating dense weights: it needs pretrained=True, a name without "
-            "published weights, and images (no mk_calibrate=False)."
+            "mk_agreement chooses keys by calibrations: it needs pretrained=True, weights that are still dense, and "
+            "images (no mk_calibrate=False)."
         )
 
 
@@ -174,5 +174,5 @@ def _layer_settings(call: Call, name: str, entries: Mapping[str, torch.Tensor]) 
     if missing:
         raise CheckpointError(f"The checkpoint lacks {', '.join(missing)} of {name}: the entries belong together.")
     keys = call.config.keys_per_kernel if "keys_per_kernel" in call.given else entries["key_index"].shape[-1]
-    sigmas = "log_sigma" in entries or call.config.trainable == "scales"
+    sigmas = "log_sigma" in entries or call.config.trainable == "sigmas"
     return LayerSettings(call.config.bank, keys, call.config.trainable, sigmas)
