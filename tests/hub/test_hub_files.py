@@ -157,7 +157,7 @@ def settings(**changed):
     return lambda t, a: a["layers"][LAYER].update(changed)
 
 
-DISAGREES = f"disagrees with the dense weights of {LAYER}"
+DISAGREES = f"disagrees with the model's weights of {LAYER}"
 DAMAGE = {  # what is done to the tensors and to what is said of them
     "newer version": (lambda t, a: a.update(format_version=2), "has format version 2, this one reads up to 1. Upgrade"),
     "no version": (lambda t, a: a.pop("format_version"), "has format version None"),

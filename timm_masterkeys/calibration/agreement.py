@@ -22,7 +22,7 @@ from ..errors import CalibrationError, ConversionError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank
 from ..layers import MasterKeyConv2d, Trainable
 from .blocks import hooked
-from .calibrate import calibrate_masterkeys, check_models, probe
+from .calibrate import calibrate_masterkeys, check_models, find_metric
 from .images import BUILTIN, Images, Pixels, Size, origin_of, split_for_choice
 from .memory import check_memory
 from .metrics import Figures, Metric, MetricLike, share_intervals
@@ -172,7 +172,7 @@ def convert_to_agreement(
     layers = {name: _choices(dense.get_submodule(name), config.bank) for name in kernels}
     options = {"metric": metric, "output": output, "batch_size": batch_size, "time_budget": time_budget}
     with evaluating(dense):
-        chosen_metric = probe(dense, fitted[:2], metric, output)
+        chosen_metric = find_metric(dense, fitted[:2], metric, output)
         check_memory(dense, fitted)
     search = _Search(dense, config, kernels, layers, fitted, held_out, origin_of(images), chosen_metric, options)
     steps = order_steps(kernels, search.distances(fitted[:: max(1, len(fitted) // JUDGES)]))

@@ -158,20 +158,21 @@ def calibrate_masterkeys(
     model, dense = unwrapped(model), unwrapped(dense)
     check_models(model, dense)
     fitted, judging = split_images(images, held_out, model, max_images, Pixels(mean, std, size))
-    batches, others = split_batches(fitted, judging, batch_size)
+    batches, held = split_batches(fitted, judging, batch_size)
     state, record = copy.deepcopy(model.state_dict()), read_record(model)
     full_precision = torch.autocast(fitted.device.type, enabled=False)
     with evaluating(model, dense), full_precision, freed_memory_kept():
-        chosen = probe(dense, batches[0][:2], metric, output)
-        probe(model, batches[0][:2], metric, output)
+        judge = find_metric(dense, batches[0][:2], metric, output)
+        find_metric(model, batches[0][:2], metric, output)  # raises if the converted one cannot work with such images
         check_memory(dense, torch.cat(batches))
         try:
-            before = torch.cat([_finite(model, pick_output(model, model(batches[i]), output)) for i in others])
-            reports, *outputs = calibrate_blocks(model, dense, batches, others, stages, time_budget, output)
-            after, expected = map(_held_out, (model, dense), outputs, (others, others))
-            figures = chosen.measure(before, expected), chosen.measure(after, expected)
+            before = torch.cat([_finite(model, pick_output(model, model(batches[i]), output)) for i in held])
+            reports, outputs, dense_outputs = calibrate_blocks(model, dense, batches, held, stages, time_budget, output)
+            after = _held_out(model, outputs, held)
+            expected = _held_out(dense, dense_outputs, held)
+            figures = judge.measure(before, expected), judge.measure(after, expected)
             measured = CalibrationRecord(
-                chosen.name,
+                judge.name,
                 *figures,
                 images=sum(map(len, batches)),
                 held_out=len(expected),
@@ -180,7 +181,7 @@ def calibrate_masterkeys(
                 versions={"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},
                 left_out=sum(why == OVER for stage in reports for why in stage.left.values()),
                 entries=entries_digest(model),
-                intervals=share_intervals(chosen.name, figures[1], len(expected)),
+                intervals=share_intervals(judge.name, figures[1], len(expected)),
             )
             report = CalibrationReport(measured, reports, time.perf_counter() - start)
             write_record(model, replace(record, calibration=measured))
@@ -277,7 +278,7 @@ def _finite(model: nn.Module, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def probe(model: nn.Module, images: torch.Tensor, metric: MetricLike = None, output: Output = None) -> Metric:
+def find_metric(model: nn.Module, images: torch.Tensor, metric: MetricLike = None, output: Output = None) -> Metric:
     """The metric for a model's outputs; raises CalibrationError if the model cannot work with such images."""
     try:
         raw = model(images)

@@ -31,13 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder of images to calibrate with, without labels; a few hundred images of your own task are best. "
         "'none': do not calibrate (default: photographs that ship with timm_masterkeys)",
     )
-    images.add_argument("--max-images", type=int, metavar="N", help="use at most so many images")
+    images.add_argument(
+        "--max-images", type=int, metavar="N", help="use at most so many images (default: 400; 300 with --agreement)"
+    )
     images.add_argument(
         "--mean",
         type=float,
         nargs="+",
         metavar="X",
-        help="the mean that is subtracted from each channel of images; 1 is white (default: the model's own)",
+        help="the mean that is subtracted from each channel, for pixels from 0 to 1 (default: the model's own)",
     )
     images.add_argument(
         "--std",

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SOURCE",
-        help="one of the networks, not to search but to measure the fit of the keys on; may be repeated",
+        help="one of the networks, to measure the fit of the keys on; it is left out of the search. May be repeated",
     )
     add(
         "--method",

@@ -76,7 +76,9 @@ def check_name(name: str) -> None:
         hint = "Name its architecture, and give it with --checkpoint; `timm-masterkeys compare` takes a file alone."
         raise MasterKeysError(f"'{name}' is a file. {hint}")
     if "/" in name:
-        raise MasterKeysError(f"There is no folder '{name}'. If it is on the Hub, its name is 'hf-hub:{name}'.")
+        on_hub = name.count("/") == 1 and name[0] not in "/."
+        hint = f" If it is on the Hub, its name is 'hf-hub:{name}'." if on_hub else ""
+        raise MasterKeysError(f"There is no folder '{name}'.{hint}")
     arch, _, tag = name.partition(".")
     if not timm.is_model(arch):
         near = _nearest(arch, timm.list_models())

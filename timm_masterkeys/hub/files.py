@@ -1,4 +1,4 @@
-"""The two weight files of a converted model: dense for stock timm, compact for the exact conversion.
+"""The two weight files of a converted model: fused for stock timm, compact for the exact conversion.
 
 A compact file is a safetensors file. Its tensors are ``<layer>.<entry>`` for each entry of each converted layer
 (``keys``, ``key_index``, ``scale``, ``shift``, ``r2``, and ``log_sigma`` where kernels have sigmas) and
@@ -27,7 +27,7 @@ from ..files import atomic_path
 from ..keys.banks import KeyBank
 from ..layers import MasterKeyConv2d, Trainable
 
-DENSE_NAME = "model.safetensors"
+FUSED_NAME = "model.safetensors"
 COMPACT_NAME = "masterkeys.safetensors"
 FORMAT_VERSION = 1
 
@@ -84,13 +84,13 @@ def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trai
     """Turns the layers of a dense model that a compact file lists into MasterKeyConv2d, bit for bit. In place.
 
     Args:
-        model: A model that holds the dense weights saved with the file; also its ``features_only`` form.
+        model: A dense model that holds the fused weights saved with the file; also its ``features_only`` form.
         path: A file written by ``save_compact``.
         trainable: Overrides the saved mode.
 
     Raises:
         CheckpointError: Not such a file, a newer format, layers the model lacks, or kernels that disagree with the
-            model's dense ones. The model is then as it was.
+            model's own. The model is then as it was.
         ConversionError: A ``trainable`` that the file's layers do not have, or a wrapped or sharded model.
 
     Example:
@@ -104,7 +104,8 @@ def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trai
         for here, layer in new.items():
             if not _agree(layer, model.get_submodule(here).weight.detach(), coarsest):  # type: ignore[operator]
                 raise CheckpointError(
-                    f"It disagrees with the dense weights of {here}: the two are not of one conversion. Get both again."
+                    f"It disagrees with the model's weights of {here}: the two are not of one conversion. Get both "
+                    "again."
                 )
     except CheckpointError as error:
         raise CheckpointError(f"'{path}' does not fit. {error}") from None

@@ -14,7 +14,7 @@ from ..conversion.record import restore_record
 from ..errors import CheckpointError
 from ..files import file_sha256
 from ..layers import Trainable
-from .files import COMPACT_NAME, DENSE_NAME, check_version, read_compact, restore_layers
+from .files import COMPACT_NAME, FUSED_NAME, check_version, read_compact, restore_layers
 
 SECTION = "masterkeys"  # of config.json
 
@@ -27,9 +27,9 @@ class SavedModel:
     about: Mapping[str, Any]
 
     @property
-    def dense(self) -> Path:
-        """The file of the dense weights."""
-        return self.folder / DENSE_NAME
+    def fused(self) -> Path:
+        """The file of the fused weights."""
+        return self.folder / FUSED_NAME
 
     def check(self, *names: str) -> None:
         """Raises CheckpointError unless these files are those that ``config.json`` lists."""
@@ -57,7 +57,7 @@ def find_saved(cfg: Mapping[str, Any], cache_dir: Any = None, weights: bool = Tr
     Args:
         cfg: With ``source`` "local-dir" and ``file``, or "hf-hub" and ``hf_hub_id``; timm has just read it.
         cache_dir: The Hub's cache.
-        weights: The dense weights are needed too.
+        weights: The fused weights are needed too.
 
     Raises:
         CheckpointError: A file that is missing, damaged, or of another conversion; or the Hub does not answer.
@@ -67,7 +67,7 @@ def find_saved(cfg: Mapping[str, Any], cache_dir: Any = None, weights: bool = Tr
     about = read_section(folder / "config.json")
     if about is None:
         return None
-    names = (COMPACT_NAME, DENSE_NAME) if weights else (COMPACT_NAME,)
+    names = (COMPACT_NAME, FUSED_NAME) if weights else (COMPACT_NAME,)
     if not local:
         _download(cfg["hf_hub_id"].partition("@")[0], names, folder, cache_dir)
     saved = SavedModel(folder, about)
@@ -114,7 +114,7 @@ def _download(repo_id: str, names: Iterable[str], folder: Path, cache_dir: Any) 
 def load_layers(
     model: nn.Module, saved: SavedModel, trainable: Trainable | None = None, *, random: bool = False
 ) -> nn.Module:
-    """Converts a dense model, which has the saved dense weights, as it was saved; see ``restore_layers``. In place."""
+    """Converts a dense model, which has the fused weights, as it was saved; see ``restore_layers``. In place."""
     compact = read_compact(saved.folder / COMPACT_NAME)
     restore_layers(model, compact, trainable, random)
     if not random:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,8 @@ def push_to_hub(
     """
     model = unwrapped(model)
     cfg = timm_cfg(model)
+    if not re.fullmatch(r"[^/@]+/[^/@]+", repo_id):
+        raise HubError(f"Got repo_id '{repo_id}', expected 'org/name', with a user or an organisation.")
     known = require_license(saved_source(read_record(model).source, license, base_model), cfg)
     if create_pr and revision:
         raise HubError("create_pr opens a pull request to the default branch; leave revision out.")
@@ -196,7 +199,8 @@ def _commit(api: HfApi, found: Publication, message: str, directory: Path, creat
         status = getattr(getattr(error, "response", None), "status_code", 500)
         if isinstance(error, HfHubHTTPError) and status < 500 and status != 429:  # the Hub refused it
             raise HubError(f"Nothing was committed to {repo_id}: {reason}") from None
-        with _hub_errors(unclear := f"No clear answer to the commit to {repo_id} ({reason}). Run again"):
+        unclear = f"No clear answer to the commit to {repo_id} ({reason}). Run again"
+        with _hub_errors(unclear):
             refs = _list_pull_requests(api, repo_id) - pulls if create_pr else {branch}
             made = [(ref, _read_repository(api, repo_id, ref)) for ref in refs]
             holds = [(info.sha, ref) for ref, info in made if info and not _changed(_compare_files(directory, info))]

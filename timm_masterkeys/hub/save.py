@@ -28,12 +28,12 @@ from ..errors import ConversionError
 from ..files import atomic_path, file_sha256, os_errors, work_folder
 from ..version import __version__
 from .card import make_card, read_readme
-from .files import COMPACT_NAME, DENSE_NAME, describe_layers, read_compact, restore_layers, save_compact
+from .files import COMPACT_NAME, FUSED_NAME, describe_layers, read_compact, restore_layers, save_compact
 from .source import saved_source
 
 _logger = logging.getLogger(__name__)
 
-FILES = (DENSE_NAME, COMPACT_NAME, "README.md", "config.json")  # config.json last: without it nothing loads
+FILES = (FUSED_NAME, COMPACT_NAME, "README.md", "config.json")  # config.json last: without it nothing loads
 
 # What the model itself gives config.json; other entries (label names, a user's own) can be added.
 OWN_ENTRIES = (
@@ -61,9 +61,9 @@ def save_pretrained(
     metrics: Sequence[EvalResult] = (),
     config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Saves a converted timm model: dense and compact safetensors, config.json and a model card.
+    """Saves a converted timm model: fused and compact safetensors, config.json and a model card.
 
-    Stock timm loads the dense weights; with this package ``timm.create_model("local-dir:DIR", pretrained=True)`` gives
+    Stock timm loads the fused weights; with this package ``timm.create_model("local-dir:DIR", pretrained=True)`` gives
     the converted model bit for bit, which is checked before a file in the directory is touched.
 
     Args:
@@ -185,7 +185,7 @@ def _write(
 ) -> dict[str, Any]:
     """Writes both weight files and config.json; returns the latter."""
     # The file name is pinned: without it timm takes a pickle if the Hub does not answer for the safetensors.
-    config = {**config, "pretrained_cfg": {"hf_hub_filename": DENSE_NAME}}
+    config = {**config, "pretrained_cfg": {"hf_hub_filename": FUSED_NAME}}
     args = {name: _as_json(name, value) for name, value in get_model_args(dense).items()}
     with os_errors():
         save_for_hf(dense, str(folder), model_config=config, model_args=args, safe_serialization=True)
@@ -194,7 +194,7 @@ def _write(
     # The section has the settings; what the top level has, transformers refuses to read twice.
     args = saved.get("model_args", {})
     saved["model_args"] = {n: v for n, v in args.items() if not n.startswith("mk_") and n != "num_classes"}
-    files = {name: file_sha256(folder / name) for name in (DENSE_NAME, COMPACT_NAME)}
+    files = {name: file_sha256(folder / name) for name in (FUSED_NAME, COMPACT_NAME)}
     saved["masterkeys"] = {**section, "files": files}
     (folder / "config.json").write_text(json.dumps(saved, indent=2))
     return saved
@@ -227,7 +227,7 @@ def _check_reload(model: nn.Module, folder: Path, saved: Mapping[str, Any]) -> N
         with torch.random.fork_rng(devices=[]):
             del cfg["tag"]  # dense, as stock timm makes it
             again = timm.create_model(saved["architecture"], pretrained_cfg=cfg, **saved["model_args"])
-        again.load_state_dict(load_file(folder / DENSE_NAME))
+        again.load_state_dict(load_file(folder / FUSED_NAME))
         restore_layers(again, read_compact(folder / COMPACT_NAME))
     except OSError:
         raise

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..conversion.apply import converted_layers
 from ..conversion.tags import is_masterkeys_tag
 from ..errors import BankError
-from ..hub.files import COMPACT_NAME, DENSE_NAME
+from ..hub.files import COMPACT_NAME, FUSED_NAME
 from ..keys.banks import Bank, get_bank
 from ..keys.projection import constant_kernels
 
@@ -196,9 +196,9 @@ def read_file(path: str) -> dict[str, torch.Tensor]:
     return _stacks(state)
 
 
-def _is_converted_folder(folder: Path, file: str = DENSE_NAME) -> bool:
+def _is_converted_folder(folder: Path, file: str = FUSED_NAME) -> bool:
     """Whether a folder holds a converted model as ``save_pretrained`` writes it, of which the file is a part."""
-    if os.path.basename(file) != DENSE_NAME:
+    if os.path.basename(file) != FUSED_NAME:
         return False
     try:
         return "masterkeys" in json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -33,7 +33,7 @@ from ..conversion.convert import convert, fuse_masterkeys
 from ..conversion.record import read_record, write_record
 from ..errors import CheckpointError
 from ..files import file_sha256, folder_sha256, os_errors, tensors_sha256
-from ..hub.files import COMPACT_NAME, DENSE_NAME, describe_layers, save_compact
+from ..hub.files import COMPACT_NAME, FUSED_NAME, describe_layers, save_compact
 from ..hub.load import SECTION, SavedModel, read_section
 from .cache import MARK, cache_folder, cached_folder
 from .call import Call
@@ -48,7 +48,7 @@ _READING = ("custom_load", "first_conv", "classifier")  # how timm reads the wei
 
 
 @contextmanager
-def calibrated(call: Call, state: Mapping[str, Any] | None, images: str) -> Iterator[SavedModel]:
+def calibrated_entry(call: Call, state: Mapping[str, Any] | None, images: str) -> Iterator[SavedModel]:
     """The calibrated network of a call's dense weights, as a saved model; made first if it is not in the cache.
 
     Args:
@@ -201,7 +201,7 @@ def _save(key: Any, model: nn.Module, folder: Path) -> None:
     """Writes an entry: a saved model without a cfg, which is the call's matter."""
     dense = fuse_masterkeys(model).to(memory_format=torch.contiguous_format)
     with os_errors():
-        save_file(dense.state_dict(), folder / DENSE_NAME)
+        save_file(dense.state_dict(), folder / FUSED_NAME)
     save_compact(model, folder / COMPACT_NAME)
     section = {**describe_layers(describe(model)), **read_record(model).to_dict(), "crc32": _checksums(folder)}
     about = {"made_by": MARK, "key": key, SECTION: section}
@@ -220,7 +220,7 @@ def _usable(folder: Path) -> bool:
 def _checksums(folder: Path) -> dict[str, int]:
     """The CRC-32 of an entry's weight files: it shows damage, in a third of the time that SHA-256 takes."""
     checksums = {}
-    for name in (DENSE_NAME, COMPACT_NAME):
+    for name in (FUSED_NAME, COMPACT_NAME):
         checksums[name] = 0
         with open(folder / name, "rb") as file:
             while chunk := file.read(1 << 18):

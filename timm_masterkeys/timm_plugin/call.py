@@ -122,10 +122,10 @@ def read_call(arch: str, stock: compat.Entrypoint, pretrained: bool, given: Mapp
     name = f"{arch}.{tag_of(cfg)}"
     published = published_source(name) if pretrained or tag_of(cfg) not in compat.cfgs(arch) else None
     resolved = resolve_pretrained_cfg(arch, cfg, overlay)
-    registered = timm.get_pretrained_cfg(name)
-    usual = registered is not None and _location(resolved) == _location(registered)
-    if pretrained and published and usual:
-        resolved = _published_cfg(arch, published, resolved, registered, kwargs)
+    own = timm.get_pretrained_cfg(name)
+    registered = own is not None and _location(resolved) == _location(own)
+    if pretrained and published and registered:
+        resolved, registered = _published_cfg(arch, published, resolved, own, kwargs), False
     settings = {setting: kwargs.pop(f"mk_{setting}") for setting in _SETTINGS if f"mk_{setting}" in kwargs}
     calibrate = kwargs.pop("mk_calibrate", None)
     unknown = [argument for argument in kwargs if argument.startswith("mk_")]
@@ -135,7 +135,7 @@ def read_call(arch: str, stock: compat.Entrypoint, pretrained: bool, given: Mapp
     if isinstance(kwargs.get("pretrained_model_args"), dict):  # a published model's own arguments
         arguments = kwargs["pretrained_model_args"].items()
         kwargs["pretrained_model_args"] = {n: value for n, value in arguments if not n.startswith("mk_")}
-    return Call(arch, stock, resolved, usual, settings, calibrate, kwargs)
+    return Call(arch, stock, resolved, registered, settings, calibrate, kwargs)
 
 
 def tag_of(cfg: Any) -> str | None:

@@ -18,11 +18,11 @@ from ..conversion.plan import resolve
 from ..conversion.record import Record, write_record
 from ..conversion.report import conversion_report
 from ..errors import CheckpointError, ConversionError
-from ..hub.files import DENSE_NAME, Compact, names_in, restore_layers
+from ..hub.files import FUSED_NAME, Compact, names_in, restore_layers
 from ..hub.load import SavedModel, find_saved, load_layers
 from ..layers import MasterKeyConv2d, ScaledKeyConv2d
 from . import compat
-from .calibrated import calibrated
+from .calibrated import calibrated_entry
 from .call import Call, read_call
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def create(arch: str, stock: compat.Entrypoint, pretrained: bool, kwargs: Mappin
     if state and (entries := _compact_entries(state)):
         return _load_checkpoint(call, state, entries)
     if (call.cfg.has_weights or call.cfg.state_dict) and not call.cfg.source and (images := call.images()):
-        with calibrated(call, state, images) as entry:
+        with calibrated_entry(call, state, images) as entry:
             return _load(call, entry)
     return _convert_only(call)
 
@@ -73,7 +73,7 @@ def _load_saved(call: Call, saved: SavedModel, pretrained: bool) -> nn.Module:
 
 def _load(call: Call, saved: SavedModel) -> nn.Module:
     """The network with saved weights: timm builds the dense one with them, then its layers are converted as saved."""
-    return load_layers(call.build(True, file=str(saved.dense)), saved, call.given.get("trainable"))
+    return load_layers(call.build(True, file=str(saved.fused)), saved, call.given.get("trainable"))
 
 
 def _convert_only(call: Call) -> nn.Module:
@@ -107,19 +107,21 @@ def _refuse_agreement(call: Call) -> None:
 def _own_weights(call: Call) -> Mapping[str, Any] | None:
     """The state dict of weights that are not timm's own, wherever they are; on the meta device if shapes are enough."""
     cfg = call.cfg
+    if call.registered and not cfg.file:
+        return None  # timm's own
     if cfg.state_dict and not cfg.source:
         return _unwrapped(cfg.state_dict)
-    if cfg.url and not (cfg.file or cfg.hf_hub_id or cfg.source or cfg.custom_load or call.registered):
+    if cfg.url and not (cfg.file or cfg.hf_hub_id or cfg.source or cfg.custom_load):
         where = {"model_dir": call.cache_dir, "map_location": "cpu", "weights_only": True}
         return _unwrapped(torch.hub.load_state_dict_from_url(str(cfg.url), **where))
     if cfg.source == "hf-hub":
         repo_id, _, revision = str(cfg.hf_hub_id).partition("@")
         try:
-            path = Path(hf_hub_download(repo_id, DENSE_NAME, revision=revision or None, cache_dir=call.cache_dir))
+            path = Path(hf_hub_download(repo_id, FUSED_NAME, revision=revision or None, cache_dir=call.cache_dir))
         except EntryNotFoundError:  # another format, maybe
             return None
     else:
-        path = Path(cfg.file or "", DENSE_NAME if cfg.source == "local-dir" else "")
+        path = Path(cfg.file or "", FUSED_NAME if cfg.source == "local-dir" else "")
     if cfg.custom_load or not path.is_file():
         return None  # timm reads it, or raises
     try:

@@ -11,7 +11,7 @@ from timm.models import PretrainedCfg
 
 from ..conversion.tags import is_masterkeys_tag
 from ..errors import ConversionError
-from ..hub.files import DENSE_NAME
+from ..hub.files import FUSED_NAME
 from . import compat
 
 WEIGHTS_VARIABLE = "TIMM_MASTERKEYS_WEIGHTS"
@@ -51,7 +51,7 @@ def use_weights(name: str | os.PathLike[str], source: str = "") -> None:
     for own, published in pairs:
         arch, _, tag = own.partition(".")
         stock = timm.get_pretrained_cfg(arch) or PretrainedCfg(architecture=arch)
-        cfg = replace(stock, url=None, hf_hub_id=published, hf_hub_filename=DENSE_NAME, tag=tag, license=None)
+        cfg = replace(stock, url=None, hf_hub_id=published, hf_hub_filename=FUSED_NAME, tag=tag, license=None)
         compat.add_tag(arch, tag, cfg)
         _sources[own] = published
 
