@@ -33,8 +33,9 @@ def run(args: argparse.Namespace) -> None:
     if dense is not None:
         plan = resolve(config, model)
         if not has_weights(args):
-            hint = "\nThe weights are random and have no fit to report: add --pretrained or --checkpoint FILE."
-            print_result(args, {"layers": plan.layers}, f"{plan}{hint if plan.converted else ''}")
+            random = "The weights are random and have no fit to report: add --pretrained or --checkpoint FILE."
+            hint = random if plan.converted else "There is nothing to convert: each line above gives the reason."
+            print_result(args, {"layers": plan.layers}, f"{plan}\n{hint}")
             return
         if not args.json:
             print(f"{str(plan).splitlines()[-1]}\n")
