@@ -169,3 +169,12 @@ def test_a_work_folder_goes_and_those_of_the_dead_too(tmp_path):
         with work_folder(tmp_path, "saving") as other:
             assert living.is_dir() and other.is_dir() and living != other
     assert [path.name for path in tmp_path.iterdir()] == [".saving-mine"]
+
+
+def test_a_folder_that_was_changed_though_its_times_were_set_back(tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(b"old")
+    before, plain, changed = path.stat(), folder_sha256(tmp_path), folder_sha256(tmp_path, changed=True)
+    path.write_bytes(b"new")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert folder_sha256(tmp_path) == plain and folder_sha256(tmp_path, changed=True) != changed

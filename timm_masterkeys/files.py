@@ -77,15 +77,17 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def folder_sha256(folder: str | os.PathLike[str]) -> str:
+def folder_sha256(folder: str | os.PathLike[str], changed: bool = False) -> str:
     """The SHA-256, in hex, of names, sizes and times of the files in a folder, as ``walk_files`` finds them.
 
-    The contents of thousands of images would take too long to read.
+    The contents of thousands of images would take too long to read. With ``changed`` the times are also those of the
+    last change of any kind (``st_ctime_ns``), which nobody can set: other files never have the same, copies neither.
     """
     root, digest = os.fspath(folder), hashlib.sha256()
     for path in walk_files(root):
         about = path.stat()
-        digest.update(f"{path.relative_to(root).as_posix()} {about.st_size} {about.st_mtime_ns}\n".encode())
+        times = f"{about.st_mtime_ns} {about.st_ctime_ns}" if changed else str(about.st_mtime_ns)
+        digest.update(f"{path.relative_to(root).as_posix()} {about.st_size} {times}\n".encode())
     return digest.hexdigest()
 
 

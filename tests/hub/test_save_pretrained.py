@@ -19,7 +19,9 @@ from torch import nn
 
 import timm_masterkeys as mk
 from timm_masterkeys import CheckpointError, ConversionError
+from timm_masterkeys.conversion.config import LayerSettings
 from timm_masterkeys.files import file_sha256
+from timm_masterkeys.hub.files import describe_layers
 from timm_masterkeys.timm_plugin import compat
 
 ARCH = "test_convnext3"  # depthwise kernels 7x7, 5x5, 5x5 and 3x3
@@ -364,6 +366,10 @@ def put(name, value):
     return change
 
 
+def double_relu(model):
+    put("stages.0.blocks.0.mlp.act", nn.ReLU())(model.double())
+
+
 def emptied(model):
     model.stages[0].blocks[0].conv_dw.to("meta").to_empty(device="cpu")
 
@@ -383,6 +389,7 @@ def emptied(model):
         (put("head.fc.weight", torch.nan), ConversionError, "^head.fc.weight holds NaN or Inf"),
         (put("stages.0.blocks.0.conv_dw.shift", torch.inf), ConversionError, "shift holds NaN or Inf"),
         (emptied, CheckpointError, "has no values"),
+        (double_relu, ConversionError, "the same weights, but other outputs"),
     ],
 )
 def test_what_could_not_be_loaded_is_not_saved(folder, tmp_path, change, error, message):
@@ -450,6 +457,32 @@ def test_the_licence_of_weights_that_this_package_loaded_is_inherited(tmp_path, 
         mk.save_pretrained(model, tmp_path / "other", license="mit")
     with pytest.raises(ConversionError, match=f"was converted from 'timm/{ARCH}.r160_in1k'"):
         mk.save_pretrained(model, tmp_path / "other", base_model="me/mine")
+
+
+def test_a_licence_of_the_call_is_not_inherited(tmp_path):
+    overlay = {"license": "mit"}
+    model = timm.create_model(f"{ARCH}.mk8", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert saved_cfg(model, tmp_path / "out")[1]["license"] == "apache-2.0"
+
+
+def test_a_conversion_that_was_undone_is_not_recorded(tmp_path):
+    model = mk.convert_to_masterkeys(timm.create_model(ARCH), torch.randn(3, 7, 7), include="stages.0.*")
+    model = mk.convert_to_masterkeys(model)
+    model.stages[0].blocks[0].conv_dw = model.stages[0].blocks[0].conv_dw.fuse()
+    same(load(mk.save_pretrained(model, tmp_path / "out", license="mit")), model)
+
+
+def test_tensors_that_are_not_contiguous(tmp_path):
+    model = converted()
+    model.head.fc.weight.data = model.head.fc.weight.data.T.contiguous().T
+    assert not model.head.fc.weight.is_contiguous()
+    same(load(mk.save_pretrained(model, tmp_path / "out")), model)
+
+
+def test_banks_of_one_name_are_listed_in_one_order():
+    banks = [mk.KeyBank("mine", torch.randn(3, 7, 7, generator=torch.Generator().manual_seed(i))) for i in range(6)]
+    listed = describe_layers({str(i): LayerSettings(bank) for i, bank in enumerate(banks)})["banks"]
+    assert list(listed) == sorted(listed)
 
 
 def foreign(path):

@@ -45,6 +45,13 @@ def test_made_once_and_anew_after_damage(tmp_path, caplog, damage):
     assert "is damaged and is made anew" in caplog.text
 
 
+def test_a_folder_with_files_of_others_is_left_alone(tmp_path, caplog):
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "precious.txt").write_text("mine")
+    assert load_or_make(tmp_path, "net", Maker()) == "made 1"
+    assert os.listdir(tmp_path / "net") == ["precious.txt"] and "precious.txt" in caplog.text
+
+
 def test_errors_of_the_caller_are_not_damage(tmp_path):
     make = Maker()
     for _ in range(2):

@@ -1,17 +1,20 @@
 """Calls of ``create_model`` for ``.mk8`` names: what a call gives depends on no other, nor on how it is spelled."""
 
 import copy
+import functools
 import json
 import os
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import timm
 import torch
 from compare import layers, same
 from safetensors.torch import save_file
+from timm.models import PretrainedCfg
 from torch import nn
 
 import timm_masterkeys as mk
@@ -19,10 +22,12 @@ from timm_masterkeys import ConversionError
 from timm_masterkeys.calibration import images
 from timm_masterkeys.conversion.record import read_record
 from timm_masterkeys.timm_plugin import cache, calibrated
+from timm_masterkeys.timm_plugin import create as loading
 
 ARCH = "test_convnext3"
 NAME = f"{ARCH}.mk8"
 SMALL = {"input_size": (3, 48, 48)}  # so that calibration is fast
+BANK = torch.arange(98.0).sin().view(2, 7, 7)
 PHOTOGRAPHS = lru_cache(images.photographs)
 
 
@@ -119,6 +124,7 @@ def calls(files):
         "features": partial(create, dense, features_only=True, out_indices=(0, 2)),
         "features, some": partial(create, dense, features_only=True, mk_include="stages_1.*"),
         "drop path": partial(create, dense, drop_path_rate=0.1),
+        "pooling": partial(create, dense, global_pool="max"),
         "relu": partial(create, dense, act_layer="relu"),
         "relu's class": partial(create, dense, act_layer=nn.ReLU),
         "grn": partial(create, files["grn"], use_grn=True),
@@ -128,7 +134,9 @@ def calls(files):
         "cfg": partial(timm.create_model, ARCH, pretrained=True, pretrained_cfg=cfg),
         "cfg as a dict": partial(timm.create_model, ARCH, pretrained=True, pretrained_cfg=cfg.to_dict()),
         "bank": partial(create, dense, mk_bank="random8:1"),
-        "bank as a tensor": partial(create, dense, mk_bank=torch.arange(98.0).sin().view(2, 7, 7)),
+        "bank as a tensor": partial(create, dense, mk_bank=BANK),
+        "a bank's licence": partial(create, dense, mk_bank=mk.KeyBank("mine", BANK, "A", "mit")),
+        "another licence": partial(create, dense, mk_bank=mk.KeyBank("mine", BANK, "B", "cc0-1.0")),
         "another tensor": partial(create, dense, mk_bank=torch.arange(98.0).cos().view(2, 7, 7)),
         "two keys": partial(create, dense, mk_keys_per_kernel=2),
         "affine": partial(create, dense, mk_trainable="affine"),
@@ -144,7 +152,8 @@ def everything(model):
     if record.calibration:
         record = replace(record, calibration=replace(record.calibration, time=""))
     cfgs = [m.pretrained_cfg for m in model.modules() if hasattr(m, "pretrained_cfg")]
-    return model.state_dict(), [record, cfgs, {name: layer.trainable for name, layer in layers(model).items()}]
+    about = {name: (layer.trainable, layer.bank.source, layer.bank.licence) for name, layer in layers(model).items()}
+    return model.state_dict(), [record, cfgs, about]
 
 
 def assert_equal(got, expected, call):
@@ -189,6 +198,87 @@ def test_a_file_that_is_rewritten_in_place(files, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrated, "_SETTLED", 60)
     create(str(path)), create(str(path))
     assert hashed.count(str(path)) == 4
+
+
+def test_weights_that_change_while_they_are_loaded(files, tmp_path, root, monkeypatch):
+    path, build = tmp_path / "weights.safetensors", calibrated._build
+    path.write_bytes(Path(files["dense"]).read_bytes())
+
+    def changed_before(*args):
+        path.write_bytes(Path(files["other"]).read_bytes())
+        return build(*args)
+
+    monkeypatch.setattr(calibrated, "_build", changed_before)
+    with pytest.raises(mk.CheckpointError, match="changed while they were loaded"):
+        create(str(path))
+    assert entries(root) == []
+    monkeypatch.undo()
+
+
+def test_an_entry_that_is_cleared_while_it_is_read_is_made_again(files, root, monkeypatch, calibrations):
+    load, expected = loading._load, create(files["dense"])
+
+    def cleared_before(call, saved):
+        if len(calibrations) == 1:
+            assert cache.clear_entries(root) == 1
+        return load(call, saved)
+
+    monkeypatch.setattr(loading, "_load", cleared_before)
+    same(create(files["dense"]), expected)
+    assert len(calibrations) == 2 and len(entries(root)) == 1
+
+
+def test_figures_of_an_entry_that_were_altered_are_not_believed(files, root, calibrations):
+    create(files["dense"])
+    config = root / entries(root)[0] / "config.json"
+    about = json.loads(config.read_text())
+    about["masterkeys"]["calibration"]["after"]["agreement"] = 1.5
+    config.write_text(json.dumps(about))
+    assert read_record(create(files["dense"])).calibration.after["agreement"] <= 1 and len(calibrations) == 2
+
+
+def test_a_tag_is_no_path(files, tmp_path, root):
+    create(files["dense"], overlay={"tag": "mk8_a/../../../evil"})
+    assert len(entries(root)) == 1 and {path.name for path in tmp_path.iterdir()} == {"timm_masterkeys"}
+
+
+def test_calibration_has_full_precision_whatever_the_caller_has():
+    def precisions():
+        return torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert calibrated._undisturbed(precisions) == (False, "highest")
+            assert precisions() == (True, "medium")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_function_that_has_taken_a_name_of_torchs_is_not_compared():
+    @functools.wraps(nn.ReLU, updated=())
+    def leaky(*args, **kwargs):
+        return nn.LeakyReLU(0.5)
+
+    assert calibrated._as_json(nn.ReLU) == {"name": "torch.nn.modules.activation.ReLU"}
+    with pytest.raises(TypeError, match="cannot be compared"):
+        calibrated._as_json(leaky)
+
+
+def test_patterns_in_the_spelling_of_features_choose_keys_by_agreement_too(monkeypatch):
+    given = {}
+    monkeypatch.setattr(calibrated, "convert_to_agreement", lambda dense, **kwargs: given.update(kwargs))
+    config = mk.MasterKeysConfig(include="stages_0*", agreement=0.9)
+    calibrated.convert_and_calibrate(timm.create_model(ARCH), config, "builtin", flat_names=True)
+    assert given["include"] == ("stages.0.blocks.0.conv_dw",) and given["agreement"] == 0.9
+
+
+def test_a_config_without_a_tag_is_timms_own():
+    """Timm takes the config in place of the tag in the name, so nobody can see that there was one."""
+    model = timm.create_model(NAME, pretrained_cfg=PretrainedCfg(num_classes=10))
+    assert not layers(model)
+    assert layers(timm.create_model(NAME, pretrained_cfg=PretrainedCfg(num_classes=10, tag="mk8")))
 
 
 def test_the_first_call_builds_the_network_twice(files, monkeypatch):
@@ -306,6 +396,25 @@ def test_a_calibration_is_claimed_of_the_weights_it_measured(files, tmp_path):
     assert not claims(model, tmp_path / "again")
 
 
+def test_a_calibration_is_claimed_of_the_function_it_measured(files, tmp_path):
+    """Of the same weights, but with other pooling, activations or preprocessing, nothing was measured."""
+    model = create(files["dense"], drop_path_rate=0.1, drop_rate=0.1)
+    assert claims(model, tmp_path / "saved")
+    assert not claims(create(files["dense"], global_pool="max"), tmp_path / "again")
+    for given in ({"act_layer": "relu"}, {"pretrained_cfg_overlay": {"mean": (0.1, 0.2, 0.3)}}):
+        assert not claims(
+            timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True, **given), tmp_path / "x"
+        )
+
+
+def test_the_record_says_what_trains(files, tmp_path):
+    model = create(files["dense"], mk_trainable="affine")
+    assert [config.trainable for config in read_record(model).conversions] == ["affine"]
+    mk.save_pretrained(model, tmp_path / "saved", license="mit")
+    again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True, mk_trainable="none")
+    assert [config.trainable for config in read_record(again).conversions] == ["none"]
+
+
 # --- What a saved model says
 
 
@@ -352,7 +461,7 @@ def test_clear_removes_our_entries_alone(files, tmp_path, root, monkeypatch):
     with mk.files.locked(root / f".{name}.lock"):  # as of a process that makes it
         assert cache.clear_entries(root) == 0 and entries(root) == [name]
     with monkeypatch.context() as patch:  # a folder that cannot be removed
-        patch.setattr(cache.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(cache.os, "replace", Mock(side_effect=PermissionError))
         assert cache.clear_entries(root) == 0 and entries(root) == [name]
     assert cache.clear_entries(root) == 1 and entries(root) == []
     assert all((folder / "config.json").is_file() for folder in others) and (tmp_path / ".x.lock").exists()

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import nn
 
-from ..conversion.record import CalibrationRecord, entries_digest, read_record, write_record
+from ..conversion.record import CalibrationRecord, entries_digest, read_record, structure_digest, write_record
 from ..conversion.table import table
 from ..conversion.wrapped import evaluating, is_sharded, quantised_entry, unwrapped
 from ..errors import CalibrationError
@@ -155,6 +155,8 @@ def calibrate_masterkeys(
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or not stages:
         raise CalibrationError(f"stages is {stages!r}, expected some of {', '.join(STAGES)}.")
+    if batch_size < 1:
+        raise CalibrationError(f"batch_size is {batch_size}, expected at least 1.")
     model, dense = unwrapped(model), unwrapped(dense)
     check_models(model, dense)
     fitted, judging = split_images(images, held_out, model, max_images, Pixels(mean, std, size))
@@ -182,6 +184,7 @@ def calibrate_masterkeys(
                 left_out=sum(why == OVER for stage in reports for why in stage.left.values()),
                 entries=entries_digest(model),
                 intervals=share_intervals(judge.name, figures[1], len(expected)),
+                structure=structure_digest(model),
             )
             report = CalibrationReport(measured, reports, time.perf_counter() - start)
             write_record(model, replace(record, calibration=measured))

@@ -9,10 +9,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from timm.layers import DropPath
 from torch import nn
 
 from ..files import tensors_sha256
 from ..keys.banks import KeyBank
+from ..layers import MasterKeyConv2d, Trainable
 from .apply import converted_layers
 from .config import MasterKeysConfig
 from .tags import dense_tag
@@ -66,6 +68,7 @@ class CalibrationRecord:
         left_out: Steps that a time budget left out.
         entries: The digest of the model's entries that were measured, see ``entries_digest``.
         intervals: The 95 % interval, lowest and highest, of each share in ``after`` that is of fewer than 50 images.
+        structure: The digest of what the model computes beside its entries, see ``structure_digest``; "" in old files.
     """
 
     metric: str
@@ -79,6 +82,7 @@ class CalibrationRecord:
     left_out: int = 0
     entries: str = ""
     intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    structure: str = ""
 
     def summary(self) -> str:
         """The figures and their metric in one line; those where the dense network is sure come first."""
@@ -140,6 +144,7 @@ def read_record(model: nn.Module) -> Record:
         record = replace(record, source=None, keys="")
     if record.calibration:
         holds = record.calibration.entries == entries_digest(model)
+        holds = holds and record.calibration.structure in ("", structure_digest(model))
         record = replace(record, calibration=record.calibration if holds else None, was_calibrated=True)
     return record
 
@@ -177,19 +182,37 @@ def entries_digest(model: nn.Module) -> str:
     return quantised_entry(model) or tensors_sha256(model.state_dict())
 
 
-def restore_record(model: nn.Module, data: Mapping[str, Any], banks: Iterable[KeyBank]) -> None:
+def structure_digest(model: nn.Module) -> str:
+    """SHA-256, in hex, of what a model computes beside its entries, but for what is idle in eval mode.
+
+    Types and settings of its modules (activations, pooling, the eps of norms, ...), and mean and std of its images.
+    """
+    idle = (MasterKeyConv2d, nn.Identity, nn.modules.dropout._DropoutNd, DropPath)
+    lines = [f"{n} {type(m).__name__} {m.extra_repr()}" for n, m in model.named_modules() if not isinstance(m, idle)]
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    lines += [f"{name} {[float(value) for value in cfg[name]]}" for name in ("mean", "std") if cfg.get(name)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def restore_record(
+    model: nn.Module, data: Mapping[str, Any], banks: Iterable[KeyBank], trainable: Trainable | None = None
+) -> None:
     """Gives a model that was just loaded the record it was saved with, claims tied as they were. In place.
 
     Args:
         model: The loaded model.
         data: From ``Record.to_dict``.
         banks: The banks of the model's layers.
+        trainable: What trains, if not what did in the saved model.
 
     Raises:
         LookupError, TypeError, ValueError, CheckpointError: The data are damaged.
     """
+    conversions = tuple(MasterKeysConfig.from_dict(config, banks) for config in data["conversions"])
+    if trainable:
+        conversions = tuple(replace(config, trainable=trainable) for config in conversions)
     model.masterkeys = Record(  # type: ignore[assignment]
-        tuple(MasterKeysConfig.from_dict(config, banks) for config in data["conversions"]),
+        conversions,
         Source(**data["source"]) if data["source"] else None,
         data["keys"],
         CalibrationRecord(**data["calibration"]) if data["calibration"] else None,

@@ -44,7 +44,7 @@ class Compact:
 
 def describe_layers(layers: Mapping[str, LayerSettings]) -> dict[str, Any]:
     """The settings of layers as JSON data: the banks by their digest, and each layer's settings."""
-    banks = sorted({settings.bank for settings in layers.values()}, key=lambda bank: bank.name)
+    banks = sorted({settings.bank for settings in layers.values()}, key=lambda bank: (bank.name, bank.digest))
     return {
         "format_version": FORMAT_VERSION,
         "banks": {

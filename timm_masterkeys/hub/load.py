@@ -120,7 +120,7 @@ def load_layers(
     if not random:
         banks = {settings.bank for settings in compact.layers.values()}
         try:
-            restore_record(model, saved.about, banks)
+            restore_record(model, saved.about, banks, trainable)
         except (LookupError, TypeError, ValueError, CheckpointError) as error:
             raise CheckpointError(f"'{saved.folder / 'config.json'}' is damaged ({error!r}).") from None
     return model

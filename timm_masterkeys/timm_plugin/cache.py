@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from ..files import locked, work_folder
+from ..hub.files import COMPACT_NAME, FUSED_NAME
 
 _logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def _make_entry(
             if usable(folder):  # another process has made it meanwhile
                 return None
             if folder.exists():
+                _check_own(folder)
                 _logger.warning("%s is damaged and is made anew.", folder)
                 shutil.rmtree(folder)
             work = stack.enter_context(work_folder(folder.parent, folder.name))
@@ -124,9 +126,17 @@ def clear_entries(root: Path) -> int:
     for entry in list_entries(root):
         with locked(root / f".{entry.path.name}.lock", wait=False) as held:
             if held:
-                shutil.rmtree(entry.path, ignore_errors=True)
+                with suppress(OSError), work_folder(root, entry.path.name) as trash:
+                    os.replace(entry.path, trash / entry.path.name)  # at once, for those that are about to read it
                 removed += not entry.path.exists()
     return removed
+
+
+def _check_own(folder: Path) -> None:
+    """Raises OSError if a folder holds other files than an entry does: it is not removed."""
+    others = {path.name for path in folder.iterdir()} - {"config.json", FUSED_NAME, COMPACT_NAME}
+    if others:
+        raise FileExistsError(f"it holds {min(others)}, which is no file of a cache entry")
 
 
 def _is_entry(folder: Path) -> bool:

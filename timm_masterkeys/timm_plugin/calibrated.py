@@ -8,6 +8,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -30,11 +32,13 @@ from ..calibration.images import BUILTIN, photographs_sha256
 from ..conversion.apply import describe
 from ..conversion.config import MasterKeysConfig
 from ..conversion.convert import convert, fuse_masterkeys
+from ..conversion.plan import resolve
 from ..conversion.record import read_record, write_record
 from ..errors import CheckpointError
 from ..files import file_sha256, folder_sha256, os_errors, tensors_sha256
 from ..hub.files import COMPACT_NAME, FUSED_NAME, describe_layers, save_compact
 from ..hub.load import SECTION, SavedModel, read_section
+from ..hub.save import contiguous
 from .cache import MARK, cache_folder, cached_folder
 from .call import Call
 
@@ -72,10 +76,15 @@ def calibrated_entry(call: Call, state: Mapping[str, Any] | None, images: str) -
         _logger.warning("%s: its arguments cannot be compared with those of other calls: it is not kept.", call.name)
     else:
         short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        folder = cache_folder(call.cache_dir) / f"{call.name}-{short}"
+        folder = cache_folder(call.cache_dir) / re.sub(r"[^\w.-]", "_", f"{call.name}-{short}")
 
     def calibrate() -> nn.Module:
-        dense = built.pop() if built else _build(call, shape)
+        if built:
+            dense = built.pop()
+        else:
+            dense = _build(call, shape)
+            if _weights_sha256(call) != digest:
+                raise CheckpointError(f"The weights of {call.name} changed while they were loaded. Load them again.")
         _logger.warning(
             "%s: calibrating with %s%s (mk_calibrate=False turns it off).",
             call.name,
@@ -109,8 +118,13 @@ def convert_and_calibrate(
         MasterKeysError: As ``calibrate_masterkeys`` and ``convert_to_agreement``.
     """
     if config.agreement is not None:
-        settings = {name: getattr(config, name) for name in ("bank", "include", "exclude", "trainable")}
-        return convert_to_agreement(dense, config.agreement, images, **settings, **options)
+        if flat_names and (config.include or config.exclude):  # names as the dense model has them
+            names = tuple(layer.name for layer in resolve(config, dense, flat_names=True).converted)
+            config = replace(config, include=names, exclude=())
+        settings: Any = {
+            name: getattr(config, name) for name in ("agreement", "bank", "include", "exclude", "trainable")
+        }
+        return convert_to_agreement(dense, images=images, **settings, **options)
     model = convert(dense, config, "project", flat_names=flat_names)
     return model, calibrate_masterkeys(model, dense, images, **options)
 
@@ -127,7 +141,7 @@ def _key(
     try:
         return {
             "calibration": CALIBRATION,
-            "timm": timm.__version__,
+            "versions": [timm.__version__, torch.__version__],
             "architecture": call.arch,
             "arguments": _as_json(call.arguments),
             "weights": digest,
@@ -135,9 +149,10 @@ def _key(
             "reading": _as_json([getattr(call.cfg, name) for name in _READING]),
             "preprocessing": _as_json([getattr(call.cfg, name) for name in _PREPROCESSING]),
             "source": _as_json(call.source.__dict__),
-            "images": photographs_sha256() if images == BUILTIN else folder_sha256(images),
+            "images": photographs_sha256() if images == BUILTIN else folder_sha256(images, changed=True),
             "origin": images if images == BUILTIN else os.path.basename(images),
             "conversion": config.to_dict(),
+            "bank": [config.bank.source, config.bank.licence],
             "flat_names": call.flat_names and bool(config.include or config.exclude),
         }
     except TypeError:
@@ -165,8 +180,12 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, partial):
         return {"partial": [_as_json(part) for part in (value.func, value.args, value.keywords)]}
     module, name = getattr(value, "__module__", None) or "", getattr(value, "__qualname__", "")
-    if module.partition(".")[0] in ("torch", "timm") and name and "<" not in name:
-        return {"name": f"{module}.{name}"}
+    if module.partition(".")[0] in ("torch", "timm") and name:
+        found: Any = sys.modules.get(module)
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is value:  # else another has taken the name
+            return {"name": f"{module}.{name}"}
     raise TypeError(f"{value!r} cannot be compared with the arguments of other calls")
 
 
@@ -179,8 +198,8 @@ def _own_shape(call: Call, state: Mapping[str, Any] | None) -> tuple[int, int]:
         return channels, len(head)
     if stem is not None:  # the names are timm's: a checkpoint without a head
         return channels, 0
-    registered: Any = timm.get_pretrained_cfg(call.name)
-    classes = cfg.num_classes if cfg.num_classes >= 0 else registered.num_classes
+    own: Any = call.own_cfg
+    classes = cfg.num_classes if cfg.num_classes >= 0 else own.num_classes
     return channels, classes + (cfg.label_offset or 0)
 
 
@@ -199,11 +218,12 @@ def _build(call: Call, shape: tuple[int, int]) -> nn.Module:
 
 def _save(key: Any, model: nn.Module, folder: Path) -> None:
     """Writes an entry: a saved model without a cfg, which is the call's matter."""
-    dense = fuse_masterkeys(model).to(memory_format=torch.contiguous_format)
+    dense = contiguous(fuse_masterkeys(model))
     with os_errors():
         save_file(dense.state_dict(), folder / FUSED_NAME)
     save_compact(model, folder / COMPACT_NAME)
-    section = {**describe_layers(describe(model)), **read_record(model).to_dict(), "crc32": _checksums(folder)}
+    section = {**describe_layers(describe(model)), **read_record(model).to_dict()}
+    section["crc32"] = {**_checksums(folder), "section": _crc32(section)}
     about = {"made_by": MARK, "key": key, SECTION: section}
     (folder / "config.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
 
@@ -211,8 +231,8 @@ def _save(key: Any, model: nn.Module, folder: Path) -> None:
 def _usable(folder: Path) -> bool:
     """Whether the files of an entry are there, as they were saved."""
     try:
-        section = read_section(folder / "config.json")
-        return section is not None and section["crc32"] == _checksums(folder)
+        section = dict(read_section(folder / "config.json") or {})
+        return section.pop("crc32") == {**_checksums(folder), "section": _crc32(section)}
     except (CheckpointError, OSError, LookupError, TypeError):
         return False
 
@@ -228,16 +248,23 @@ def _checksums(folder: Path) -> dict[str, int]:
     return checksums
 
 
+def _crc32(section: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(section, sort_keys=True).encode())
+
+
 def _undisturbed(work: Callable[[], nn.Module]) -> nn.Module:
     """Does work in float32 on the CPU, whatever mode torch is in, and without a trace in its random numbers."""
-    dtype = torch.get_default_dtype()
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.device("cpu"):
+    full_precision = torch.autocast("cpu", enabled=False)
+    with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.device("cpu"), full_precision:
         torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
         try:
             return work()
         finally:
             torch.set_default_dtype(dtype)
+            torch.set_float32_matmul_precision(precision)
 
 
 def _weights_sha256(call: Call) -> str | None:

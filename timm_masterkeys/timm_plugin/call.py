@@ -40,7 +40,8 @@ class Call:
     arch: str
     stock: compat.Entrypoint  # timm's own function that builds the architecture
     cfg: PretrainedCfg  # with the call's overlay
-    registered: bool  # the weights are those that timm has under this name
+    own_cfg: PretrainedCfg | None  # timm's cfg of the name, without the call's overlay
+    registered: bool  # the weights are those of ``own_cfg``
     given: Mapping[str, Any]  # the call's settings of the conversion, by their names without ``mk_``
     calibrate: Any  # the call's ``mk_calibrate``; None if it has none
     kwargs: Mapping[str, Any]  # what goes to ``stock`` beside the cfg
@@ -73,7 +74,7 @@ class Call:
     def source(self) -> Source:
         """Whose the dense weights are, as far as it is known."""
         if self.registered or self.cfg.source == "hf-hub":
-            return Source.from_cfg(self.cfg)
+            return Source.from_cfg(self.own_cfg if self.registered else self.cfg)
         return Source(license=self.cfg.license if self.cfg.source == "local-dir" else None)
 
     def build(self, pretrained: bool, **location: Any) -> Any:
@@ -135,7 +136,7 @@ def read_call(arch: str, stock: compat.Entrypoint, pretrained: bool, given: Mapp
     if isinstance(kwargs.get("pretrained_model_args"), dict):  # a published model's own arguments
         arguments = kwargs["pretrained_model_args"].items()
         kwargs["pretrained_model_args"] = {n: value for n, value in arguments if not n.startswith("mk_")}
-    return Call(arch, stock, resolved, registered, settings, calibrate, kwargs)
+    return Call(arch, stock, resolved, own, registered, settings, calibrate, kwargs)
 
 
 def tag_of(cfg: Any) -> str | None:

@@ -53,8 +53,7 @@ def create(arch: str, stock: compat.Entrypoint, pretrained: bool, kwargs: Mappin
     if state and (entries := _compact_entries(state)):
         return _load_checkpoint(call, state, entries)
     if (call.cfg.has_weights or call.cfg.state_dict) and not call.cfg.source and (images := call.images()):
-        with calibrated_entry(call, state, images) as entry:
-            return _load(call, entry)
+        return _load_calibrated(call, state, images)
     return _convert_only(call)
 
 
@@ -69,6 +68,17 @@ def _load_saved(call: Call, saved: SavedModel, pretrained: bool) -> nn.Module:
     if pretrained:
         return _load(call, saved)
     return load_layers(call.build(False), saved, call.given.get("trainable"), random=True)
+
+
+def _load_calibrated(call: Call, state: Mapping[str, Any] | None, images: str) -> nn.Module:
+    """The network with calibrated weights; made anew where another process clears the cache while they are read."""
+    while True:
+        with calibrated_entry(call, state, images) as entry:
+            try:
+                return _load(call, entry)
+            except (OSError, CheckpointError):
+                if entry.folder.exists():
+                    raise
 
 
 def _load(call: Call, saved: SavedModel) -> nn.Module:
