@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from timm.layers import DropPath
+from timm.layers import DropBlock2d, DropPath, PatchDropout
 from torch import nn
 
 from ..files import tensors_sha256
@@ -21,6 +21,9 @@ from .tags import dense_tag
 from .wrapped import quantised_entry
 
 ATTRIBUTE = "masterkeys"
+
+# Of these the entries say all, or nothing happens in eval mode.
+_IDLE = (MasterKeyConv2d, nn.Identity, nn.Dropout, nn.Dropout2d, DropBlock2d, DropPath, PatchDropout)
 
 
 @dataclass(frozen=True)
@@ -187,8 +190,7 @@ def structure_digest(model: nn.Module) -> str:
 
     Types and settings of its modules (activations, pooling, the eps of norms, ...), and mean and std of its images.
     """
-    idle = (MasterKeyConv2d, nn.Identity, nn.modules.dropout._DropoutNd, DropPath)
-    lines = [f"{n} {type(m).__name__} {m.extra_repr()}" for n, m in model.named_modules() if not isinstance(m, idle)]
+    lines = [f"{n} {type(m).__name__} {m.extra_repr()}" for n, m in model.named_modules() if not isinstance(m, _IDLE)]
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     lines += [f"{name} {[float(value) for value in cfg[name]]}" for name in ("mean", "std") if cfg.get(name)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
