@@ -119,7 +119,7 @@ def resolve(config: MasterKeysConfig, model: nn.Module, *, flat_names: bool = Fa
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
 
-    reasons = {name: _obstacle(name, conv, config.bank, owners) for name, conv in convs}
+    reasons = {name: _why_dense(name, conv, config.bank, owners) for name, conv in convs}
     candidates = [name for name, reason in reasons.items() if not reason]
     features = is_feature_extractor(model)
     flat_names = flat_names or features
@@ -146,7 +146,7 @@ def resolve(config: MasterKeysConfig, model: nn.Module, *, flat_names: bool = Fa
     return ConversionPlan(config, tuple(layers))
 
 
-def _obstacle(name: str, conv: nn.Module, bank: KeyBank, owners: dict[int, list[str]]) -> str:
+def _why_dense(name: str, conv: nn.Module, bank: KeyBank, owners: dict[int, list[str]]) -> str:
     """Why a convolution cannot be converted; empty if it can."""
     if isinstance(conv, MasterKeyConv2d):
         return f"converted already (bank {conv.bank.name})"

@@ -165,7 +165,7 @@ def calibration_images(given: Any = None, option: str = "mk_calibrate") -> str |
     if not isinstance(images, (str, os.PathLike)) or not os.path.isdir(images):
         name = option if given is not None else CALIBRATE_VARIABLE
         raise ConversionError(
-            f"{name} is {images!r}, expected a folder of images, 'builtin', or 'none' (False) for no calibration."
+            f"{name} is {images!r}, expected a folder of images, 'builtin', or 'none' for no calibration."
         )
     return os.path.abspath(images)
 

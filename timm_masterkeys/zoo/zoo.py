@@ -81,7 +81,7 @@ class Outcome:
     def __str__(self) -> str:
         parts = [self.name]
         if r := self.result:
-            accuracies = f"dense {r.dense_top1:.2f}, converted {r.uncalibrated_top1:.2f}, calibrated {r.top1:.2f}"
+            accuracies = f"dense {r.dense_top1:.2f}, not calibrated {r.uncalibrated_top1:.2f}, calibrated {r.top1:.2f}"
             parts.append(f"top-1 {accuracies} on {r.images:,} images")
             parts.append(f"hf-hub:{r.repo}@{r.sha}" if r.sha else "not published")
         if self.error:
