@@ -99,7 +99,7 @@ def shell(start):
 
 def commands():
     """The page's commands to prepare and train, to publish, to name and to validate."""
-    text = PAGE.read_text(encoding="utf-8").partition("## The whole way")[2].partition("\n## ")[0]
+    text = PAGE.read_text(encoding="utf-8").partition("## The short way")[2].partition("\n## ")[0]
     for there, here in HERE.items():
         text = text.replace(there, here)
     train, publish, validate = re.findall(r"^```\w+\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
