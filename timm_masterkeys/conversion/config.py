@@ -50,7 +50,7 @@ class MasterKeysConfig:
 
     Args:
         bank: Anything ``get_bank`` takes; kept as a KeyBank.
-        keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where the bank has fewer of a size.
+        keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer at kernel sizes that have fewer keys.
         trainable: What is trained of each kernel afterwards: "none", "shift", "affine" or "sigmas".
         include: fnmatch pattern(s) on module names: only layers that match one are converted. Kept as a tuple.
         exclude: fnmatch pattern(s) on module names: layers that match one stay dense. Kept as a tuple.

@@ -42,8 +42,8 @@ def convert_to_masterkeys(
         include: fnmatch pattern(s) on module names; only layers that match one are converted. In a ``features_only``
             model, patterns may also use the names of the whole model.
         exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
-        keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where the bank has fewer of a kernel
-            size. All eight keys at 3x3 get large scales that cancel: fuse such a model before half precision.
+        keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer at kernel sizes that have fewer
+            keys. All eight at 3x3 get large scales that cancel: fuse such a model before casting to half precision.
         trainable: What is trained of each kernel afterwards: "none", "shift" (as in the paper) or "affine"; "sigmas",
             for the ``scale-space-*`` banks, also fits each kernel's sigmas and trains them with the shift.
         inplace: Change ``model`` itself; else a deep copy is converted and ``model`` is not changed.
