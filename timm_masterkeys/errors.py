@@ -14,11 +14,11 @@ class ProjectionError(MasterKeysError, ValueError):
 
 
 class ConversionError(MasterKeysError, ValueError):
-    """A model that cannot be converted as asked; it is left as it was."""
+    """A model that cannot be converted with the given settings; it is not changed."""
 
 
 class CalibrationError(MasterKeysError, ValueError):
-    """A model that cannot be calibrated with what was given; it is left as it was."""
+    """A model that cannot be calibrated with the given images or settings; it is not changed."""
 
 
 class CheckpointError(MasterKeysError, RuntimeError):
@@ -26,8 +26,8 @@ class CheckpointError(MasterKeysError, RuntimeError):
 
 
 class HubError(MasterKeysError, RuntimeError):
-    """A publication that did not happen, or could not be confirmed; the message says which."""
+    """A publication that failed or could not be confirmed; the message says which."""
 
 
 class ZooError(MasterKeysError, ValueError):
-    """A zoo that cannot be made as asked, or of which some models could not be made; those that were stay."""
+    """A zoo that cannot be made with the given settings, or that lacks models which failed; the others are kept."""

@@ -24,7 +24,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         path: The file to write. Its folder must exist.
 
     Raises:
-        OSError: The folder is missing or not writable, or the disk is full; ``path`` is then as it was.
+        OSError: The folder is missing or not writable, or the disk is full; ``path`` is not changed.
 
     Example:
         >>> with atomic_path("bank.safetensors") as tmp:
@@ -41,7 +41,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        tmp.chmod(0o666 & ~umask)  # mkstemp makes private files; a written file gets the usual mode
+        tmp.chmod(0o666 & ~umask)  # mkstemp makes files private; this gives the usual mode
         tmp.replace(path)
     finally:
         tmp.unlink(missing_ok=True)
@@ -49,7 +49,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def os_errors() -> Iterator[None]:
-    """Raises an error of safetensors about a full disk or a missing folder as an OSError.
+    """Turns an error of safetensors, such as a full disk or a missing folder, into an OSError.
 
     Example:
         >>> with os_errors():
@@ -80,30 +80,30 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 def folder_sha256(folder: str | os.PathLike[str], changed: bool = False) -> str:
     """The SHA-256, in hex, of names, sizes and times of the files in a folder, as ``walk_files`` finds them.
 
-    The contents of thousands of images would take too long to read. With ``changed`` the times are also those of the
-    last change of any kind (``st_ctime_ns``), which nobody can set: other files never have the same, copies neither.
+    The contents of thousands of images would take too long to read. With ``changed`` the time of the last
+    change of any kind (``st_ctime_ns``) is included. It cannot be set, so other files and copies have another digest.
     """
     root, digest = os.fspath(folder), hashlib.sha256()
     for path in walk_files(root):
-        about = path.stat()
-        times = f"{about.st_mtime_ns} {about.st_ctime_ns}" if changed else str(about.st_mtime_ns)
-        digest.update(f"{path.relative_to(root).as_posix()} {about.st_size} {times}\n".encode())
+        stat = path.stat()
+        times = f"{stat.st_mtime_ns} {stat.st_ctime_ns}" if changed else str(stat.st_mtime_ns)
+        digest.update(f"{path.relative_to(root).as_posix()} {stat.st_size} {times}\n".encode())
     return digest.hexdigest()
 
 
 def walk_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """All visible files in a folder, at all depths, sorted; links are followed, to each folder once."""
-    found, seen = [], set()
+    """All visible files in a folder, at all depths, sorted; links are followed, each folder is read once."""
+    paths, visited = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        if real in seen:  # a link that leads back
+        if real in visited:  # a link that leads back
             folders.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         visible = [os.path.join(parent, name) for name in names if not name.startswith(".")]
-        found += [Path(path) for path in visible if os.path.isfile(path)]
-    return sorted(found)
+        paths += [Path(path) for path in visible if os.path.isfile(path)]
+    return sorted(paths)
 
 
 def tensors_sha256(value: Any) -> str:
@@ -139,10 +139,10 @@ def _update(digest: Any, value: Any) -> None:
 
 @contextmanager
 def locked(path: str | os.PathLike[str], wait: bool = True) -> Iterator[bool]:
-    """Holds a lock until the context or the process ends; yields whether it holds it.
+    """Holds a lock until the context or the process ends; yields whether the lock is held.
 
     Args:
-        path: The lock's file, made if missing and left there.
+        path: The lock's file; created if missing, and not removed.
         wait: Wait for the lock; else the context runs at once, without the lock if another process holds it.
     """
     timeout = -1 if wait else 0
@@ -150,7 +150,7 @@ def locked(path: str | os.PathLike[str], wait: bool = True) -> Iterator[bool]:
     try:
         try:
             lock.acquire()
-        except NotImplementedError:  # a file system without locks: a killed process leaves this one behind
+        except NotImplementedError:  # a file system without locks: a killed process leaves this file behind
             lock = SoftFileLock(path, timeout=timeout)
             lock.acquire()
     except Timeout:
@@ -164,18 +164,18 @@ def locked(path: str | os.PathLike[str], wait: bool = True) -> Iterator[bool]:
 
 @contextmanager
 def work_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A temporary folder, hidden in an existing one, removed afterwards; so are those that killed processes left.
+    """Yields a hidden temporary folder, and removes it afterwards; also removes those of killed processes.
 
     Args:
         parent: The existing folder.
-        prefix: Of the temporary folder's name; only folders with this prefix are removed.
+        prefix: Prefix of the folder's name; only folders with this prefix are removed.
     """
-    for left in parent.glob(f".{prefix}-*.lock"):  # a living process holds its lock
-        with locked(left, wait=False) as dead:
-            if dead:
-                shutil.rmtree(left.with_suffix(""), ignore_errors=True)
+    for lock_file in parent.glob(f".{prefix}-*.lock"):  # a living process holds its lock
+        with locked(lock_file, wait=False) as free:
+            if free:
+                shutil.rmtree(lock_file.with_suffix(""), ignore_errors=True)
                 with suppress(OSError):
-                    left.unlink()
+                    lock_file.unlink()
     folder = parent / f".{prefix}-{secrets.token_hex(4)}"
     lock = folder.with_name(f"{folder.name}.lock")
     try:

@@ -42,5 +42,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-elif __name__ == "__mp_main__":  # of a process that the script has spawned
+elif __name__ == "__mp_main__":  # in a process that the script has spawned
     globals().update(runpy.run_path(os.environ[SCRIPT_VARIABLE], run_name="__mp_main__"))

@@ -102,6 +102,6 @@ def _configure_logging(verbose: bool) -> None:
 
 
 def _in_one_line(error: BaseException) -> str:
-    """An error in one line; the names of a state dict alone would fill pages."""
+    """The message of an error in one line, shortened: the names of a state dict alone would fill pages."""
     text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
     return text if len(text) <= 600 else f"{text[:500]} ... (-v shows all of it)"

@@ -31,12 +31,12 @@ def run(args: argparse.Namespace) -> None:
     banks = [get_bank(bank) for bank in args.bank]
     size = min([7, *(side for bank in banks for side in bank.keys.shape[1:])])
     matches = match_banks(banks[0], banks[1], (size, size)) if len(banks) == 2 else []
-    found = compare_networks(args.sources, banks or DEFAULT_BANKS)
-    text = f"{found}\n{describe_matches(banks[0].name, banks[1].name, matches)}" if matches else found
-    print_result(args, {"rows": found.rows, "matches": matches}, text)
+    comparison = compare_networks(args.sources, banks or DEFAULT_BANKS)
+    text = f"{comparison}\n{describe_matches(banks[0].name, banks[1].name, matches)}" if matches else comparison
+    print_result(args, {"rows": comparison.rows, "matches": matches}, text)
 
 
 def describe_matches(bank: str, other: str, matches: Sequence[tuple[int, int, float]]) -> str:
-    """Which key of a bank is matched with which of another, and their correlation."""
+    """Text of the pairs of matched keys of two banks, by number, with their correlations."""
     pairs = "  ".join(f"{key + 1}-{other_key + 1} {correlation:.2f}" for key, other_key, correlation in matches)
     return f"keys of {bank} and of {other}, matched one to one, and their correlation:\n{pairs}"

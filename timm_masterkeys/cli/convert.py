@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> None:
         )
     if images:
         size = args.size[0] if args.size and len(args.size) == 1 else args.size
-        given = {"max_images": args.max_images, "mean": args.mean, "std": args.std, "size": size}
-        options = {name: value for name, value in given.items() if value is not None}
+        overrides = {"max_images": args.max_images, "mean": args.mean, "std": args.std, "size": size}
+        options = {name: value for name, value in overrides.items() if value is not None}
         model, figures = convert_and_calibrate(dense, config, images, **options)
         if config.agreement is not None:
             print(figures, end="\n\n")

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     check_device(args.device)
     match_banks(DEFAULT_BANK, DEFAULT_BANK)  # needs scipy: before the search, not after it
     sources = name_sources(args.sources)
-    found = discover_bank(
+    result = discover_bank(
         collect_kernels(sources, args.kernel_size),
         keys=args.keys,
         held_out=[source if source in sources else os.path.basename(source) for source in args.hold_out],
@@ -68,11 +68,11 @@ def run(args: argparse.Namespace) -> None:
         name=Path(args.output).stem,
         device=args.device,
     )
-    found.bank.save(args.output)
-    matches = match_banks(found.bank, DEFAULT_BANK, (args.kernel_size, args.kernel_size))
-    bank = {"name": found.bank.name, "keys": len(found.bank), "source": found.bank.source, "file": args.output}
+    result.bank.save(args.output)
+    matches = match_banks(result.bank, DEFAULT_BANK, (args.kernel_size, args.kernel_size))
+    bank = {"name": result.bank.name, "keys": len(result.bank), "source": result.bank.source, "file": args.output}
     text = (
-        f"{found}\n{describe_matches(found.bank.name, DEFAULT_BANK, matches)}\n\n"
+        f"{result}\n{describe_matches(result.bank.name, DEFAULT_BANK, matches)}\n\n"
         f"saved to {args.output}: convert_to_masterkeys(model, bank='{args.output}') takes it"
     )
-    print_result(args, {**vars(found), "bank": bank, "matches": matches}, text)
+    print_result(args, {**vars(result), "bank": bank, "matches": matches}, text)

@@ -1,4 +1,4 @@
-"""The model that a command is about: a name, with or without a checkpoint, or a saved folder."""
+"""Loads the model of a command: from a name, with or without a checkpoint, or from a saved folder."""
 
 import argparse
 import difflib
@@ -18,7 +18,7 @@ from .options import DEFAULT_BANK
 
 
 def load_model(args: argparse.Namespace) -> nn.Module:
-    """The model of the arguments: dense, unless it is a folder or a published name that holds a converted one.
+    """Loads the model of the arguments: dense, unless a folder or a published name holds a converted one.
 
     Raises:
         MasterKeysError: An unknown name, a file that is missing or damaged, or weights that do not fit.
@@ -35,19 +35,19 @@ def load_model(args: argparse.Namespace) -> nn.Module:
 
 
 def has_weights(args: argparse.Namespace) -> bool:
-    """Whether the arguments say which weights to take; else a name stands for random ones."""
+    """Whether the arguments give weights; else the model has random ones."""
     return bool(args.pretrained or args.checkpoint or _is_folder(args.model))
 
 
 def require_weights(args: argparse.Namespace, problem: str) -> None:
-    """Raises MasterKeysError if the name is unknown, or else, with the problem, if it stands for random weights."""
+    """Raises MasterKeysError, with the problem, unless the arguments give weights; an unknown name comes first."""
     if not has_weights(args):
         check_name(args.model)
         raise MasterKeysError(f"{problem} Add --pretrained or --checkpoint FILE.")
 
 
 def is_converted(model: nn.Module, args: argparse.Namespace) -> bool:
-    """Whether a model was loaded converted; raises MasterKeysError if options for a conversion are given for one."""
+    """Whether a loaded model is converted; raises MasterKeysError if it is and the arguments ask for a conversion."""
     if not converted_layers(model):
         return False
     if (args.bank, args.keys_per_kernel, args.include, args.exclude) != (DEFAULT_BANK, 1, None, None):
@@ -59,7 +59,7 @@ def is_converted(model: nn.Module, args: argparse.Namespace) -> bool:
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:
-    """``timm.create_model``; what it raises for a damaged config.json becomes a CheckpointError."""
+    """Calls ``timm.create_model``; raises CheckpointError for a damaged config.json."""
     try:
         return timm.create_model(name, **kwargs)
     except (MasterKeysError, OSError, RuntimeError):
@@ -69,7 +69,7 @@ def create(name: str, **kwargs: Any) -> nn.Module:
 
 
 def check_name(name: str) -> None:
-    """Raises MasterKeysError unless timm has a model of this name, or the name says where one lies (``hf-hub:...``)."""
+    """Raises MasterKeysError unless timm has a model of this name, or it is an address (``hf-hub:...``)."""
     if ":" in name or published_source(name):
         return
     if os.path.isfile(name):
@@ -95,12 +95,12 @@ def check_name(name: str) -> None:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    found = difflib.get_close_matches(name, known, cutoff=0.75)
-    return f" Did you mean {' or '.join(found)}?" if found else " `timm-masterkeys list` prints those it converts."
+    matches = difflib.get_close_matches(name, known, cutoff=0.75)
+    return f" Did you mean {' or '.join(matches)}?" if matches else " `timm-masterkeys list` prints those it converts."
 
 
 def _is_folder(name: str) -> bool:
-    """Whether the model is a folder; a timm name is one, whatever the current folder holds."""
+    """Whether the name is that of a folder; a timm name never is, even if such a folder exists."""
     return os.path.isdir(name) and not timm.is_model(name)
 
 

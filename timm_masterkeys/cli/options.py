@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they mean. Torch is imported only where a command runs."""
+"""Options that several commands share, and their values. Torch is imported only when a command runs."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -8,8 +8,8 @@ from ..errors import MasterKeysError
 if TYPE_CHECKING:
     from ..conversion.config import MasterKeysConfig
 
-DEFAULT_BANK = "babaiee2025"  # as keys.banks has it, which imports torch
-TRAINABLE = ("none", "shift", "affine", "sigmas")  # as layers has it
+DEFAULT_BANK = "babaiee2025"  # as in keys.banks, which imports torch
+TRAINABLE = ("none", "shift", "affine", "sigmas")  # as in layers, which imports torch
 
 _SHARED: dict[str, dict[str, Any]] = {
     "sources": {
@@ -57,18 +57,18 @@ _SHARED: dict[str, dict[str, Any]] = {
 
 
 def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Adds shared arguments, by their names."""
+    """Adds shared options by name."""
     for name in names:
         parser.add_argument(name, **_SHARED[name])
 
 
 def add_conversion(parser: argparse.ArgumentParser, *more: str) -> None:
-    """Adds what ``read_config`` reads: the bank and the layers, and ``--agreement`` if it is named."""
+    """Adds the options that ``read_config`` reads: the bank, the layers, and those named in ``more``."""
     add_options(parser, "--bank", "--keys-per-kernel", "--include", "--exclude", *more)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds what ``load_model`` reads."""
+    """Adds the arguments that ``load_model`` reads."""
     parser.add_argument(
         "model",
         help="a timm name, for example convnext_tiny.fb_in1k, with or without .mk8; a folder written by convert or by "
@@ -86,15 +86,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(args: argparse.Namespace) -> "MasterKeysConfig":
-    """The description of the conversion that the options give.
+    """The configuration of the conversion that the options give.
 
     Raises:
         MasterKeysError: Options that are out of range or contradict each other, or no such bank.
     """
     from ..conversion.config import MasterKeysConfig
 
-    given = {name: value for name, value in vars(args).items() if name in MasterKeysConfig.__dataclass_fields__}
-    return MasterKeysConfig(**given)
+    settings = {name: value for name, value in vars(args).items() if name in MasterKeysConfig.__dataclass_fields__}
+    return MasterKeysConfig(**settings)
 
 
 def check_device(device: str) -> None:

@@ -1,4 +1,4 @@
-"""Where commands write to: checked before the work, not after it."""
+"""Checks output paths before the work of a command, and prints its result."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from ..errors import MasterKeysError
 
 
 def check_file(path: str, suffix: str = "") -> None:
-    """Raises MasterKeysError unless the folder of a file exists, and its name ends in a suffix."""
+    """Raises MasterKeysError unless the file's name ends in the suffix and its folder exists."""
     folder = Path(path).absolute().parent
     if not path.endswith(suffix):
         raise MasterKeysError(f"Cannot write '{path}': expected a name that ends in {suffix}.")
@@ -19,7 +19,7 @@ def check_file(path: str, suffix: str = "") -> None:
 
 
 def check_folder(path: str) -> None:
-    """Raises MasterKeysError unless there is, or can be made, a folder to write into."""
+    """Raises MasterKeysError unless the folder can be written into, or be created."""
     folder = Path(path).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -39,5 +39,5 @@ def print_result(args: argparse.Namespace, value: Any, text: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """What ``json`` does not know: a path as a string, a dataclass as a dictionary."""
+    """A value that ``json`` does not know, as JSON data: a path as a string, a dataclass as a dictionary."""
     return str(value) if isinstance(value, Path) else vars(value)

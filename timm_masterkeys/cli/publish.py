@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = {key: value for key, value in saved.items() if key not in OWN_ENTRIES}
         readme = read_readme(folder / "README.md")
-    done = push_to_hub(
+    publication = push_to_hub(
         model,
         args.repo_id,
         private=args.private,
@@ -55,4 +55,4 @@ def run(args: argparse.Namespace) -> None:
         config=config,
         readme=readme,
     )
-    print_result(args, done, done)
+    print_result(args, publication, publication)

@@ -67,9 +67,9 @@ def run(args: argparse.Namespace) -> None:
     device = args.device or (gpu if torch.cuda.is_available() else "cpu")
     check_device(device)
     config, labels = read_config(args), find_labels(args.evaluate, args.class_map or "")
-    given = {name: value for name, value in vars(args).items() if name in Zoo.__dataclass_fields__}
-    given |= {"labels": labels, "output": Path(args.output), "config": config, "device": device}
-    zoo = Zoo(**given)
+    settings = {name: value for name, value in vars(args).items() if name in Zoo.__dataclass_fields__}
+    settings |= {"labels": labels, "output": Path(args.output), "config": config, "device": device}
+    zoo = Zoo(**settings)
     names, left_out = plan_zoo(args.pattern, labels.num_classes)
     for name, reason in left_out.items():
         print(f"{name}  left out: {reason}")

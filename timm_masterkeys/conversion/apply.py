@@ -15,7 +15,7 @@ from .config import LayerSettings
 
 _logger = logging.getLogger(__name__)
 
-Entries = Mapping[str, torch.Tensor]  # of one layer: key_index, scale, shift, ...
+Entries = Mapping[str, torch.Tensor]  # of one layer, by name: key_index, scale, shift, ...
 
 
 def apply(
@@ -23,13 +23,13 @@ def apply(
     layers: Mapping[str, LayerSettings],
     weights: Literal["project", "random"] | Mapping[str, Entries] = "project",
 ) -> nn.Module:
-    """Replaces depthwise convolutions of a model by MasterKeyConv2d. In place; nothing is replaced if one fails.
+    """Replaces depthwise convolutions of a model with MasterKeyConv2d. In place; if one layer fails, none is replaced.
 
     Args:
         model: Any module.
-        layers: Settings by the name of the layer.
-        weights: "project" fits the kernels the model has; "random" is random initialisation, in a distributed run that
-            of rank 0 (all ranks must create the model); or entries by the name of the layer, taken bit for bit.
+        layers: Settings by layer name.
+        weights: "project" fits the keys to the model's kernels. "random" is random initialisation; in a distributed run
+            all ranks get the keys of rank 0, so all must create the model. A mapping gives entries by layer name.
 
     Returns:
         The model, or the new layer if the model itself is the convolution.
@@ -46,7 +46,7 @@ def make_layers(
     layers: Mapping[str, LayerSettings],
     weights: Literal["project", "random"] | Mapping[str, Entries] = "project",
 ) -> dict[str, MasterKeyConv2d]:
-    """The new layers by their names; arguments and errors as for ``apply``."""
+    """The new layers by name; arguments and errors as for ``apply``."""
     new: dict[str, MasterKeyConv2d] = {}
     for name, settings in tqdm(layers.items(), desc="convert", unit="layer", delay=2, leave=False, disable=None):
         conv: Any = model.get_submodule(name)
@@ -57,16 +57,16 @@ def make_layers(
         except CheckpointError as error:
             raise CheckpointError(f"Layer {name}: {error}") from None
     if weights == "random":
-        _take_from_rank_0(new.values())
+        _broadcast_from_rank_0(new.values())
     return new
 
 
 @torch.no_grad()
-def _take_from_rank_0(layers: Iterable[MasterKeyConv2d]) -> None:
-    """Gives every rank of a distributed run the entries that rank 0 has, in one message; on the meta device nothing.
+def _broadcast_from_rank_0(layers: Iterable[MasterKeyConv2d]) -> None:
+    """Copies the entries of rank 0 to all ranks of a distributed run, in one message; not on the meta device.
 
-    timm's train.py seeds each rank's generator with the rank before it creates the model, and DistributedDataParallel
-    may leave buffers as they are.
+    timm's train.py seeds each rank differently before it creates the model, so each rank assigns other keys.
+    DistributedDataParallel does not always broadcast buffers.
     """
     entries = [getattr(layer, name) for layer in layers for name in layer.compact_entries if name != "keys"]
     distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -74,14 +74,14 @@ def _take_from_rank_0(layers: Iterable[MasterKeyConv2d]) -> None:
         return
     message = [[entry.detach().cpu() for entry in entries]]
     dist.broadcast_object_list(message)
-    for entry, first in zip(entries, message[0], strict=True):
-        entry.copy_(first)
+    for entry, rank_0_entry in zip(entries, message[0], strict=True):
+        entry.copy_(rank_0_entry)
 
 
 def make_layer(
     conv: nn.Conv2d, settings: LayerSettings, weights: Literal["project", "random"] | Entries = "project"
 ) -> MasterKeyConv2d:
-    """A layer in place of a depthwise convolution, which stays as it is; arguments and errors as for ``apply``."""
+    """The MasterKeyConv2d for a depthwise convolution, which is not changed; arguments and errors as for ``apply``."""
     kind = ScaledKeyConv2d if settings.sigmas else MasterKeyConv2d
     arguments = settings.bank, settings.keys_per_kernel, settings.trainable
     if isinstance(weights, str):
@@ -92,14 +92,14 @@ def make_layer(
     if missing:
         raise CheckpointError(f"{', '.join(missing)} is missing.")
     try:
-        layer.load_state_dict(entries, strict=False)  # but for the bias, which it shares with the convolution
-    except RuntimeError as error:  # the first line is torch's own
+        layer.load_state_dict(entries, strict=False)  # the bias is missing: it is the convolution's
+    except RuntimeError as error:  # its first line only names the class
         raise CheckpointError(" ".join(str(error).split("\n\t")[1:]).removeprefix("layer ") or str(error)) from None
     return layer
 
 
 def converted_layers(model: nn.Module, required: bool = False) -> dict[str, MasterKeyConv2d]:
-    """The converted layers of a model by their names; ConversionError if there have to be some and are none."""
+    """The converted layers of a model by name; ConversionError if ``required`` and there are none."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
     if required and not layers:
         raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
@@ -107,7 +107,7 @@ def converted_layers(model: nn.Module, required: bool = False) -> dict[str, Mast
 
 
 def describe(model: nn.Module) -> dict[str, LayerSettings]:
-    """The settings of the converted layers of a model, by their names."""
+    """The settings of the converted layers of a model, by name."""
     return {
         name: LayerSettings(layer.bank, layer.keys_per_kernel, layer.trainable, layer.has_sigmas)
         for name, layer in converted_layers(model).items()
@@ -115,10 +115,10 @@ def describe(model: nn.Module) -> dict[str, LayerSettings]:
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    """Puts layers in the places of the named modules, in every place where one is used. In place.
+    """Replaces the named modules with the given layers, wherever they are used. In place.
 
-    A checkpoint that does not fit the converted layers is then refused before anything of it is loaded. Returns the
-    model, or the new layer if the model itself is replaced.
+    The model then checks each checkpoint before it loads it: one that does not fit the converted layers changes
+    nothing. Returns the model, or the new layer if the model itself is replaced.
     """
     new = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -134,7 +134,7 @@ def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Modu
 
 
 def stop_checking(model: nn.Module) -> None:
-    """Takes away the check of checkpoints that ``replace_layers`` gave a model and its parts. In place."""
+    """Removes the checkpoint check that ``replace_layers`` added to a model and its parts. In place."""
     for module in model.modules():
         for key, hook in list(module._load_state_dict_pre_hooks.items()):
             if getattr(hook, "hook", None) is _check_checkpoint:
@@ -142,7 +142,7 @@ def stop_checking(model: nn.Module) -> None:
 
 
 def _check_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Raises CheckpointError before any layer, converted or not, has been touched, if a checkpoint does not fit."""
+    """Raises CheckpointError if a checkpoint does not fit, before anything is loaded; warns of dense kernels."""
     modules = module.named_modules(remove_duplicate=False)
     layers = {f"{prefix}{name}.": layer for name, layer in modules if isinstance(layer, MasterKeyConv2d)}
     problems = [problem for name, layer in layers.items() for problem in layer.check_state_dict(state_dict, name)]

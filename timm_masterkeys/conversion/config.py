@@ -1,4 +1,4 @@
-"""The description of a conversion: of a whole model, and of one layer."""
+"""The configuration of a conversion, and the settings of one converted layer."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _RENAMED = {"scales": "sigmas"}  # values of ``trainable`` in saved files of the
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """How one layer is converted; ``sigmas``: its kernels have sigmas of their own (``ScaledKeyConv2d``)."""
+    """The settings of one layer; ``sigmas``: each of its kernels has its own sigmas (``ScaledKeyConv2d``)."""
 
     bank: KeyBank
     keys_per_kernel: int = 1
@@ -24,7 +24,7 @@ class LayerSettings:
     sigmas: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON data; the bank by its digest."""
+        """The settings as JSON data, with the bank's digest."""
         return {
             "bank": self.bank.digest,
             "keys_per_kernel": self.keys_per_kernel,
@@ -34,7 +34,7 @@ class LayerSettings:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], banks: Mapping[str, KeyBank]) -> "LayerSettings":
-        """The settings from what ``to_dict`` gave, with the banks by digest; CheckpointError for unknown values."""
+        """The settings from the data of ``to_dict`` and the banks by digest; CheckpointError for unknown values."""
         try:
             settings = cls(banks[data["bank"]], data["keys_per_kernel"], _renamed(data["trainable"]), data["sigmas"])
             check_trainable(settings.trainable)
@@ -46,12 +46,12 @@ class LayerSettings:
 
 @dataclass(frozen=True)
 class MasterKeysConfig:
-    """The description of a conversion, for the calls, the names, the command line and saved files alike.
+    """The configuration of a conversion, for functions, ``.mk8`` names, the command line and saved files alike.
 
     Args:
         bank: Anything ``get_bank`` takes; kept as a KeyBank.
-        keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where fewer have a shape.
-        trainable: What of each kernel trains afterwards: "none", "shift", "affine" or "sigmas".
+        keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer at kernel sizes that have fewer keys.
+        trainable: What is trained of each kernel afterwards: "none", "shift", "affine" or "sigmas".
         include: fnmatch pattern(s) on module names: only layers that match one are converted. Kept as a tuple.
         exclude: fnmatch pattern(s) on module names: layers that match one stay dense. Kept as a tuple.
         agreement: In (0, 1]: choose the keys of each layer by ``convert_to_agreement``; None to give every layer
@@ -60,7 +60,7 @@ class MasterKeysConfig:
     Raises:
         BankError: No such bank.
         ProjectionError: ``keys_per_kernel`` is out of range.
-        ConversionError: Any other value that is not as above, or values that exclude each other.
+        ConversionError: Any other invalid value, or values that exclude each other.
 
     Example:
         >>> config = MasterKeysConfig(keys_per_kernel=4, exclude="stages.0.*")
@@ -97,11 +97,11 @@ class MasterKeysConfig:
 
     @property
     def layer(self) -> LayerSettings:
-        """The settings of each layer that is converted."""
+        """The settings of every converted layer."""
         return LayerSettings(self.bank, self.keys_per_kernel, self.trainable, self.trainable == "sigmas")
 
     def to_dict(self) -> dict[str, Any]:
-        """The description as JSON data; the bank by name and digest."""
+        """The configuration as JSON data, with the bank's name and digest."""
         return {
             "bank": {"name": self.bank.name, "digest": self.bank.digest},
             "keys_per_kernel": self.keys_per_kernel,
@@ -113,7 +113,7 @@ class MasterKeysConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], banks: Iterable[KeyBank] = ()) -> "MasterKeysConfig":
-        """The description from what ``to_dict`` gave; the bank is one of ``banks`` by its digest, else by its name.
+        """The configuration from the data of ``to_dict``; the bank is found in ``banks`` by digest, else by its name.
 
         Raises:
             BankError: No such bank.
@@ -121,8 +121,8 @@ class MasterKeysConfig:
             ConversionError, ProjectionError: As for the class.
         """
         digest = data["bank"]["digest"]
-        at_hand = next((bank for bank in banks if bank.digest == digest), None)
-        bank = at_hand or get_bank(data["bank"]["name"])
+        matching = next((bank for bank in banks if bank.digest == digest), None)
+        bank = matching or get_bank(data["bank"]["name"])
         if bank.digest != digest:
             raise CheckpointError(f"Bank '{bank.name}' is not the one described ({digest[:12]}...): give that bank.")
         return cls(**{**data, "bank": bank, "trainable": _renamed(data["trainable"])})
@@ -133,11 +133,11 @@ def _renamed(trainable: Any) -> Any:
 
 
 def _as_tuple(name: str, patterns: Patterns) -> tuple[str, ...]:
-    given = (patterns,) if isinstance(patterns, str) else patterns or ()
-    given = tuple(given) if isinstance(given, Iterable) else (given,)
-    if not all(isinstance(pattern, str) for pattern in given):
+    values = (patterns,) if isinstance(patterns, str) else patterns or ()
+    values = tuple(values) if isinstance(values, Iterable) else (values,)
+    if not all(isinstance(pattern, str) for pattern in values):
         raise ConversionError(f"{name} is {patterns!r}, expected a pattern on module names, or a list of such.")
-    return given
+    return values
 
 
 def _check_agreement(agreement: Any, keys_per_kernel: int, trainable: Trainable) -> None:

@@ -29,34 +29,34 @@ def convert_to_masterkeys(
     trainable: Trainable = "shift",
     inplace: bool = False,
 ) -> nn.Module:
-    """Replaces the depthwise convolutions of a model by MasterKeyConv2d, kernels projected on the nearest keys.
+    """Replaces the depthwise convolutions of a model with MasterKeyConv2d, and projects their kernels on the keys.
 
-    Everything else survives as it is: other layers, hooks, training mode, requires_grad, dtype, device, and modules
-    used in several places. Conversion alone costs accuracy, of compact networks nearly all of it: read
-    ``conversion_report(model)``, then calibrate or fine-tune. Layers converted before are left alone, so several calls
-    can give different layers different settings; a call that finds nothing left to convert is refused.
+    Everything else is kept: other layers, hooks, training mode, requires_grad, dtype, device, and modules used in
+    several places. Conversion alone costs accuracy; compact networks lose nearly all of it. Read
+    ``conversion_report(model)``, then calibrate or fine-tune. Converted layers are not changed, so several calls can
+    give different layers different settings; a call that finds nothing to convert raises ConversionError.
 
     Args:
         model: Any module that holds depthwise ``nn.Conv2d`` or timm ``Conv2dSame``.
         bank: Anything ``get_bank`` takes.
         include: fnmatch pattern(s) on module names; only layers that match one are converted. In a ``features_only``
-            model, names as in the whole model match too.
+            model, patterns may also use the names of the whole model.
         exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
-        keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer where fewer have a shape. All eight at
-            3x3 cancel each other with large scales: fuse such a model before it is cast to half precision.
-        trainable: What of each kernel trains afterwards: "none", "shift" (as in the paper) or "affine"; "sigmas", for
-            the ``scale-space-*`` banks, fits each kernel's sigmas too and trains them with the shift.
-        inplace: Change ``model`` itself; else a deep copy is converted and ``model`` stays as it is.
+        keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer at kernel sizes that have fewer
+            keys. All eight at 3x3 get large scales that cancel: fuse such a model before casting to half precision.
+        trainable: What is trained of each kernel afterwards: "none", "shift" (as in the paper) or "affine"; "sigmas",
+            for the ``scale-space-*`` banks, also fits each kernel's sigmas and trains them with the shift.
+        inplace: Change ``model`` itself; else a deep copy is converted and ``model`` is not changed.
 
     Returns:
-        The converted model (``model`` itself if inplace; a model that is itself a convolution gives a new layer).
+        The converted model: ``model`` itself if inplace, or the new layer if ``model`` is a convolution.
 
     Raises:
         BankError: No such bank.
         ProjectionError: NaN or Inf in a kernel (named by layer and channel), or keys_per_kernel out of range.
         ConversionError: Nothing to convert, a pattern that matches nothing, an unknown ``trainable``, sigmas to train
             with another bank or several keys, a model that is wrapped or sharded already, or that cannot be copied.
-        In every case ``model`` is left as it was.
+        In every case ``model`` is not changed.
 
     Example:
         >>> model = convert_to_masterkeys(timm.create_model("convnext_tiny", pretrained=True))
@@ -76,10 +76,10 @@ def initialize_masterkeys(
     trainable: Trainable = "shift",
     inplace: bool = False,
 ) -> nn.Module:
-    """As ``convert_to_masterkeys``, for training from scratch: keys are random, the model's kernels are not fitted.
+    """Converts a model for training from scratch: keys are assigned at random, the model's kernels are not fitted.
 
-    Keys are chosen uniformly by torch's generator, scaled to the mean norm of each layer's own kernels, shift 0. Where
-    ``torch.distributed`` is initialised, all ranks get the keys of rank 0: all of them have to make the model.
+    Keys are chosen uniformly by torch's generator and scaled to the mean norm of each layer's kernels; the shift is 0.
+    Where ``torch.distributed`` is initialised, all ranks get the keys of rank 0, so all must create the model.
     Arguments, returns and errors as for ``convert_to_masterkeys``.
 
     Example:
@@ -91,15 +91,15 @@ def initialize_masterkeys(
 
 
 def fuse_masterkeys(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Replaces every MasterKeyConv2d by the ordinary convolution with its kernels; outputs are equal bit for bit.
+    """Replaces every MasterKeyConv2d with an ordinary convolution of the same kernels; outputs are equal bit for bit.
 
     Args:
         model: A converted model. A wrapped one is unwrapped first, unless ``inplace``.
-        inplace: Change ``model`` itself; else a deep copy is fused and ``model`` stays as it is.
+        inplace: Change ``model`` itself; else a deep copy is fused and ``model`` is not changed.
 
     Raises:
-        ConversionError: The model holds no MasterKeyConv2d, is sharded, wrapped and to be changed in place, or cannot
-            be copied.
+        ConversionError: The model holds no MasterKeyConv2d, is sharded, is wrapped (if ``inplace``), or cannot be
+            copied.
 
     Example:
         >>> dense = fuse_masterkeys(model)
@@ -125,7 +125,7 @@ def convert(
     *,
     flat_names: bool = False,
 ) -> nn.Module:
-    """Converts a model as described; arguments as for ``resolve``, ``apply`` and ``convert_to_masterkeys``.
+    """Converts a model by a configuration; arguments as for ``resolve``, ``apply`` and ``convert_to_masterkeys``.
 
     Raises:
         ConversionError, ProjectionError: As for ``convert_to_masterkeys``.
@@ -133,8 +133,8 @@ def convert(
     check_unwrapped(model)
     plan = resolve(config, model, flat_names=flat_names)
     if not plan.converted:
-        found = Counter(layer.reason for layer in plan.layers)
-        reasons = ", ".join(f"{count} {reason}" for reason, count in found.most_common(4)) or "none"
+        reason_counts = Counter(layer.reason for layer in plan.layers)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in reason_counts.most_common(4)) or "none"
         raise ConversionError(
             f"{type(model).__name__} has nothing to convert. Looked for Conv2d with groups == in_channels > 1 and a "
             f"kernel larger than 1x1; its convolutions: {reasons}. plan_conversion(model) lists them all. "

@@ -1,4 +1,4 @@
-"""Copies of whole networks, also of those that keep what they computed."""
+"""Deep copies of models, including models that keep computed tensors."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -15,8 +15,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def copy_model(model: Model) -> Model:
     """A deep copy of a model; ConversionError names what cannot be copied.
 
-    Tensors that the model computed from its parameters and keeps, as tiny_vit its attention biases in eval mode, are
-    copied without their gradient's way to the parameters.
+    A model may keep tensors that it computed from its parameters, as tiny_vit keeps its attention biases in eval mode.
+    They are copied detached from the parameters.
     """
     memo = {id(tensor): tensor.detach().clone() for tensor in _computed_tensors(model)}
     try:
@@ -29,27 +29,27 @@ def copy_model(model: Model) -> Model:
 
 
 def _computed_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """The tensors in attributes that autograd knows the origin of, which torch does not copy."""
-    seen: set[int] = set()
-    left: list[Any] = [vars(module) for module in model.modules()]
-    while left:
-        value = left.pop()
-        if id(value) in seen:
+    """The tensors in the modules' attributes that are not leaves of autograd, which torch does not deep-copy."""
+    visited: set[int] = set()
+    pending: list[Any] = [vars(module) for module in model.modules()]
+    while pending:
+        value = pending.pop()
+        if id(value) in visited:
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         if isinstance(value, torch.Tensor):
             if not value.is_leaf:
                 yield value
         elif isinstance(value, Mapping):
-            left.extend(value.values())
+            pending.extend(value.values())
         elif isinstance(value, (list, tuple, set)):
-            left.extend(value)
+            pending.extend(value)
 
 
 def _uncopyable(model: nn.Module, memo: Mapping[int, Any]) -> str:
-    """The first attribute that cannot be copied; torch's own, as hooks, come last, as they may lead to another."""
+    """Text that names an attribute that cannot be copied; torch's own come last, as hooks may refer to another one."""
     attributes = [(name, module, item) for name, module in model.named_modules() for item in vars(module).items()]
-    for name, module, (attribute, value) in sorted(attributes, key=lambda found: found[2][0].startswith("_")):
+    for name, module, (attribute, value) in sorted(attributes, key=lambda entry: entry[2][0].startswith("_")):
         if attribute != "_modules":
             try:
                 copy.deepcopy(value, dict(memo))

@@ -1,4 +1,4 @@
-"""The plan of a conversion: its description resolved against a model, with a reason for each layer that stays dense."""
+"""The plan of a conversion: its configuration applied to a model, with a reason for each layer that stays dense."""
 
 import logging
 import re
@@ -25,10 +25,10 @@ class PlannedLayer:
     Attributes:
         name: Module name.
         kind: Name of its class.
-        kernel_size: Taps.
-        in_channels: Channels it takes.
-        out_channels: Kernels, the channels it gives.
-        reason: Why it stays as it is; empty if it is converted.
+        kernel_size: Kernel size in taps.
+        in_channels: Input channels.
+        out_channels: Output channels, each with its own kernel.
+        reason: Why it is not converted; empty if it is.
     """
 
     name: str
@@ -41,10 +41,10 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Every convolution of a model and what conversion would do with it; ``str()`` is a table.
+    """All convolutions of a model, and which of them conversion would replace; ``str()`` is a table.
 
     Attributes:
-        config: The description of the conversion.
+        config: The configuration of the conversion.
         layers: The model's convolutions.
     """
 
@@ -58,12 +58,12 @@ class ConversionPlan:
 
     @property
     def settings(self) -> dict[str, LayerSettings]:
-        """The settings of the layers that would be converted, by their names."""
+        """The settings of the layers that would be converted, by name."""
         return {layer.name: self.config.layer for layer in self.converted}
 
     @property
     def skipped(self) -> tuple[PlannedLayer, ...]:
-        """The layers that would stay as they are."""
+        """The layers that would not be converted."""
         return tuple(layer for layer in self.layers if layer.reason)
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ class ConversionPlan:
 def plan_conversion(
     model: nn.Module, bank: Bank = DEFAULT_BANK, *, include: Patterns = None, exclude: Patterns = None
 ) -> ConversionPlan:
-    """Lists every convolution of a model: converted, or skipped and why. A dry run: nothing is changed.
+    """Lists the convolutions of a model: which would be converted, and why the others would not. Changes nothing.
 
     Args:
         model: Any module, wrapped or not.
@@ -95,8 +95,8 @@ def plan_conversion(
 
     Raises:
         BankError: No such bank.
-        ConversionError: A pattern that matches no convolution (in a ``features_only`` model, which may lack its stage,
-            that is a warning).
+        ConversionError: A pattern that matches no convolution. In a ``features_only`` model, which may lack the stage,
+            this is only a warning.
 
     Example:
         >>> print(plan_conversion(timm.create_model("convnext_atto"), exclude="stages.0.*"))
@@ -108,9 +108,9 @@ def resolve(config: MasterKeysConfig, model: nn.Module, *, flat_names: bool = Fa
     """The plan of a conversion; errors as for ``plan_conversion``.
 
     Args:
-        config: The description.
+        config: The configuration.
         model: Any module, not wrapped. Not changed.
-        flat_names: Patterns may also be on names as in the model's ``features_only`` form (``stages_0.*``).
+        flat_names: Patterns may also use the names of the model's ``features_only`` form (``stages_0.*``).
     """
     convs = [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvNd)]
     owners: dict[int, list[str]] = {}
@@ -129,16 +129,16 @@ def resolve(config: MasterKeysConfig, model: nn.Module, *, flat_names: bool = Fa
 
     for pattern in (*config.include, *config.exclude):
         if not any(matches(name, pattern) for name in reasons):
-            message = f"Pattern '{pattern}' matches none of the {len(reasons)} convolutions. {_named(candidates)}"
+            message = f"Pattern '{pattern}' matches none of the {len(reasons)} convolutions. {_suggest(candidates)}"
             if not features:
                 raise ConversionError(message)
             _logger.warning("%s Features come without the stages after them.", message)
     for name in candidates:
-        hit = next((pattern for pattern in config.exclude if matches(name, pattern)), None)
+        excluding = next((pattern for pattern in config.exclude if matches(name, pattern)), None)
         if config.include and not any(matches(name, pattern) for pattern in config.include):
             reasons[name] = "not included"
-        elif hit:
-            reasons[name] = f"excluded by '{hit}'"
+        elif excluding:
+            reasons[name] = f"excluded by '{excluding}'"
     layers = (
         PlannedLayer(n, type(c).__name__, tuple(c.kernel_size), c.in_channels, c.out_channels, reasons[n])
         for n, c in convs
@@ -160,9 +160,9 @@ def _why_dense(name: str, conv: nn.Module, bank: KeyBank, owners: dict[int, list
         return "its weight is computed (a parametrization)"
     if reason := obstacle(conv):
         return reason
-    others = [owner for owner in owners[id(conv.weight)] if owner != name]
-    if others:
-        return f"shares its weight with {others[0]}"
+    other_owners = [owner for owner in owners[id(conv.weight)] if owner != name]
+    if other_owners:
+        return f"shares its weight with {other_owners[0]}"
     try:
         bank.keys_for(conv.kernel_size)  # type: ignore[arg-type]  # nn.Conv2d's is (int, int)
     except BankError as error:
@@ -170,8 +170,8 @@ def _why_dense(name: str, conv: nn.Module, bank: KeyBank, owners: dict[int, list
     return ""
 
 
-def _named(candidates: list[str]) -> str:
-    """Suggested names and a pattern of one that matches nothing."""
+def _suggest(candidates: list[str]) -> str:
+    """A hint for a pattern that matches nothing: names that can be converted, and a pattern for one stage."""
     if not candidates:
         return "None of them can be converted."
     more = ", ..." if len(candidates) > 3 else ""
@@ -181,25 +181,25 @@ def _named(candidates: list[str]) -> str:
 
 
 def is_dense_depthwise(module: nn.Module) -> bool:
-    """Whether a module is a depthwise convolution with kernels of several taps that is not converted."""
+    """Whether a module is a depthwise convolution that is not converted, with kernels larger than 1x1."""
     if not isinstance(module, nn.Conv2d) or isinstance(module, MasterKeyConv2d):
         return False
     return module.in_channels == module.groups > 1 and max(module.kernel_size) > 1
 
 
 def stage_of(layer: str) -> str:
-    """A layer's name up to its first number."""
-    found = re.match(r"(?:.*?\.)?\d+(?=\.)", layer)
-    return found[0] if found else layer
+    """A layer's name up to its first number; the whole name if it has none."""
+    match = re.match(r"(?:.*?\.)?\d+(?=\.)", layer)
+    return match[0] if match else layer
 
 
 def is_feature_extractor(model: nn.Module) -> bool:
-    """Whether a model is one of timm's ``features_only`` kinds."""
+    """Whether a model was created with timm's ``features_only``."""
     return hasattr(model, "feature_info") and not hasattr(model, "get_classifier")
 
 
 def flat_name(name: str) -> str:
-    """A module name free of what ``features_only`` changes: ``model.stages.0.x``, ``stages_0.x`` -> ``stages_0_x``."""
+    """A module name that ``features_only`` leaves alone: ``model.stages.0.x``, ``stages_0.x`` -> ``stages_0_x``."""
     for prefix in ("model.", "graph_module.", "body."):  # the getter, fx and hook extractors
         name = name.removeprefix(prefix)
     return name.replace(".", "_")

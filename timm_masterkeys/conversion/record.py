@@ -1,7 +1,7 @@
-"""What is known of a converted model: its conversions, whose weights it has, what calibration measured. As data.
+"""The record of a converted model: its conversions, the source of its weights, the figures of its calibration.
 
-The record is an attribute of the model, ``model.masterkeys``. Each claim in it holds for certain weights: where the
-model has others, ``read_record`` leaves the claim out.
+The record is an attribute of the model, ``model.masterkeys``. Each claim in it holds for certain weights: if the model
+has other weights now, ``read_record`` leaves the claim out.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from .wrapped import quantised_entry
 
 ATTRIBUTE = "masterkeys"
 
-# Of these the entries say all, or nothing happens in eval mode.
+# Modules left out of ``structure_digest``: their entries determine them, or they do nothing in eval mode.
 _IDLE = (MasterKeyConv2d, nn.Identity, nn.Dropout, nn.Dropout2d, DropBlock2d, DropPath, PatchDropout)
 
 
@@ -32,10 +32,10 @@ class Source:
 
     Attributes:
         name: Hub id, or timm name; None for weights of unknown origin.
-        revision: Commit or branch on the Hub, if one was asked for.
-        sha256: Of the weights; None if they were not at hand.
+        revision: Commit or branch on the Hub, if one was named.
+        sha256: SHA-256 of the weights; None if they were not available.
         license: The weights' licence, lower case, as on the Hub; None if unknown.
-        license_given: Whether somebody said so; else it came with the weights.
+        license_given: Whether the user gave the licence; else it came with the weights.
     """
 
     name: str | None = None
@@ -55,23 +55,23 @@ class Source:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """What the last calibration measured, on images that were not used for fitting or choosing.
+    """The figures of the last calibration, measured on held-out images.
 
     Attributes:
         metric: What was measured: "classification", "dense prediction", "regression", "embedding", "features", or the
             name of a callable.
         before: Figures before calibration, by name; shares are in [0, 1], divergences in nats. "sure agreement" is the
-            agreement where the dense network is sure: where it gives its class a probability above one half.
+            agreement where the dense network is sure: where it gives its top class a probability above one half.
         after: The same figures after it.
-        images: All images, those held out included.
-        held_out: Those of them that gave the figures; the others were fitted to.
-        origin: What the images were: "builtin", the name of a folder, or "tensor".
-        time: When, in UTC, as ISO 8601.
-        versions: Of timm_masterkeys, timm and torch.
-        left_out: Steps that a time budget left out.
-        entries: The digest of the model's entries that were measured, see ``entries_digest``.
-        intervals: The 95 % interval, lowest and highest, of each share in ``after`` that is of fewer than 50 images.
-        structure: The digest of what the model computes beside its entries, see ``structure_digest``; "" in old files.
+        images: Number of all images, held-out ones included.
+        held_out: Number of held-out images, on which the figures were measured; the others were fitted to.
+        origin: Where the images came from: "builtin", the name of a folder, or "tensor".
+        time: Time of the calibration in UTC, as ISO 8601.
+        versions: Versions of timm_masterkeys, timm and torch.
+        left_out: Number of steps that a time budget left out.
+        entries: The digest of the calibrated model's entries, see ``entries_digest``.
+        intervals: The 95 % interval, (low, high), of each share in ``after`` measured on fewer than 50 images.
+        structure: The digest of the calibrated model's structure, see ``structure_digest``; "" in old files.
     """
 
     metric: str
@@ -94,13 +94,13 @@ class CalibrationRecord:
         return f"with {self.images - self.held_out} images: {figures} ({self.metric}, {self.held_out} held-out images)"
 
     def _figure(self, name: str) -> str:
-        """One figure before and after, with what it is of and its interval."""
+        """The text of one figure before and after, with the number of sure images and the interval."""
         form = ".1%" if name.endswith("agreement") else ".3g"
         before, after = (f"{figures[name]:{form}}" for figures in (self.before, self.after))
         notes, title = [], name
         if name == "sure agreement":
             title = "agreement where the dense network is sure"
-            notes += [f"{self.after[of]:,.0f} {of[5:]}" for of in ("sure images", "sure positions") if of in self.after]
+            notes += [f"{self.after[n]:,.0f} {n[5:]}" for n in ("sure images", "sure positions") if n in self.after]
         elif name == "agreement":
             title += " on all" if "sure agreement" in self.after else " with the dense network"
         if name in self.intervals:
@@ -111,15 +111,15 @@ class CalibrationRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a converted model.
+    """The record of a converted model.
 
     Attributes:
-        conversions: A description for each call that converted layers.
-        source: The dense weights it was converted from; None if nothing is known of them.
-        keys: The digest of the kernels' keys that belong to ``source``, see ``keys_digest``: keys never train, so
-            other keys are other weights.
-        calibration: What the last calibration measured; None if there was none.
-        was_calibrated: Whether there was one, be it of other weights: before a training, or with another head.
+        conversions: The configuration of each call that converted layers.
+        source: The dense weights it was converted from; None if unknown.
+        keys: The digest of the keys that belong to ``source``, see ``keys_digest``. Keys are never trained, so other
+            keys mean other weights.
+        calibration: The figures of the last calibration; None if there was none.
+        was_calibrated: Whether the model was ever calibrated, even if it was trained or got another head since.
     """
 
     conversions: tuple[MasterKeysConfig, ...] = ()
@@ -139,7 +139,7 @@ class Record:
 
 
 def read_record(model: nn.Module) -> Record:
-    """What of a model's record still holds for the weights it has now."""
+    """The record of a model, without the claims that do not hold for its present weights."""
     record = getattr(model, ATTRIBUTE, None)
     if not isinstance(record, Record):
         return Record()
@@ -153,15 +153,15 @@ def read_record(model: nn.Module) -> Record:
 
 
 def write_record(model: nn.Module, record: Record) -> None:
-    """Notes what is known of a model; its source is tied to the keys the model has now. In place."""
+    """Stores the record of a model; ties its source to the keys that the model has now. In place."""
     model.masterkeys = replace(record, keys=keys_digest(model) if record.source else "")  # type: ignore[assignment]
 
 
 def add_conversion(model: nn.Module, config: MasterKeysConfig, layers: Collection[str]) -> None:
-    """Notes that the named layers were just converted; what was known of the model's source still holds. In place."""
+    """Adds the conversion of the named layers to a model's record; a source that held before is kept. In place."""
     record: Record = getattr(model, ATTRIBUTE, Record())
-    known = record.source is not None and record.keys == keys_digest(model, besides=layers)
-    write_record(model, Record((*record.conversions, config), record.source if known else None))
+    source_holds = record.source is not None and record.keys == keys_digest(model, besides=layers)
+    write_record(model, Record((*record.conversions, config), record.source if source_holds else None))
 
 
 def forget_record(model: nn.Module) -> None:
@@ -170,7 +170,7 @@ def forget_record(model: nn.Module) -> None:
 
 
 def keys_digest(model: nn.Module, besides: Collection[str] = ()) -> str:
-    """SHA-256, in hex, of which keys the kernels of each converted layer have, but for some layers."""
+    """SHA-256, in hex, of the banks and key indices of all converted layers except ``besides``."""
     digest = hashlib.sha256()
     layers = {name: layer for name, layer in converted_layers(model).items() if name not in besides}
     for name, layer in sorted(layers.items()):
@@ -181,14 +181,14 @@ def keys_digest(model: nn.Module, besides: Collection[str] = ()) -> str:
 
 
 def entries_digest(model: nn.Module) -> str:
-    """SHA-256, in hex, of a model's state dict; of a quantised model, which has none, the reason instead."""
+    """SHA-256, in hex, of a model's state dict; for a quantised model, the text of ``quantised_entry`` instead."""
     return quantised_entry(model) or tensors_sha256(model.state_dict())
 
 
 def structure_digest(model: nn.Module) -> str:
-    """SHA-256, in hex, of what a model computes beside its entries, but for what is idle in eval mode.
+    """SHA-256, in hex, of a model's structure: what its outputs in eval mode depend on beside its entries.
 
-    Types and settings of its modules (activations, pooling, the eps of norms, ...), and mean and std of its images.
+    These are types and settings of modules (activations, pooling, the eps of norms, ...), and mean and std of images.
     """
     lines = [f"{n} {type(m).__name__} {m.extra_repr()}" for n, m in model.named_modules() if not isinstance(m, _IDLE)]
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
@@ -199,13 +199,13 @@ def structure_digest(model: nn.Module) -> str:
 def restore_record(
     model: nn.Module, data: Mapping[str, Any], banks: Iterable[KeyBank], trainable: Trainable | None = None
 ) -> None:
-    """Gives a model that was just loaded the record it was saved with, claims tied as they were. In place.
+    """Gives a model that was just loaded the record it was saved with, digests included. In place.
 
     Args:
         model: The loaded model.
         data: From ``Record.to_dict``.
         banks: The banks of the model's layers.
-        trainable: What trains, if not what did in the saved model.
+        trainable: Overrides the saved ``trainable``.
 
     Raises:
         LookupError, TypeError, ValueError, CheckpointError: The data are damaged.

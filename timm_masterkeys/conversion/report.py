@@ -28,7 +28,7 @@ class KernelFits(NamedTuple):
     """The fit of each of C kernels of a converted layer, on the CPU.
 
     Attributes:
-        r2: (C,) float32, meaningful where ``fitted``.
+        r2: (C,) float32, valid where ``fitted``.
         constant: (C,) bool, kernels that are constant in the dense model: they have no variance, so no R2.
         random: (C,) bool, kernels with keys of random initialisation: they have no fit.
         key: (C,) int64, the first key of each kernel, by index in the bank.
@@ -60,11 +60,11 @@ class LayerReport:
     Attributes:
         name: Module name.
         kernel_size: (height, width).
-        channels: Kernels, the output channels.
+        channels: Number of kernels, which is that of output channels.
         keys_per_kernel: Keys per kernel.
-        constant: Kernels that are constant or all zero.
-        random: Kernels of random initialisation, which have no fit.
-        mean_r2: Mean R2, in [0, 1]; as all that follows NaN where no kernel has an R2.
+        constant: Number of kernels that are constant or all zero.
+        random: Number of kernels of random initialisation, which have no fit.
+        mean_r2: Mean R2, in [0, 1]. All figures of R2 are NaN where no kernel has an R2.
         median_r2: Median R2.
         worst_r2: Smallest R2.
         above_50: Share of kernels with R2 above 0.5.
@@ -102,17 +102,17 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class OperatorReport:
-    """The dense kernels that one operator fits better than the others do, see ``fit_operators``.
+    """The dense kernels that one operator fits best, see ``fit_operators``.
 
     Attributes:
         operator: One of ``OPERATORS``, or "none" for kernels that no operator fits with an R2 above 0.5.
-        kernels: How many.
-        share: Of the kernels that are not constant.
-        chance: The share of a thousand Gaussian random kernels of each size: at 3x3 most resemble some operator.
+        kernels: Number of these kernels.
+        share: Their share of the kernels that are not constant.
+        chance: The same share of a thousand Gaussian random kernels of each size: at 3x3 most resemble some operator.
         mean_r2: Mean R2 of the operator (of the best one, for "none"); NaN without kernels.
         sigma: The 10 %, 50 % and 90 % quantile of the Gaussian's standard deviation, in taps.
-        upright: Share of first and second derivatives within 10 degrees of an axis of the image; else NaN.
-        half_pixel: Share of first derivatives that stand half a tap aside (four of five random ones do).
+        upright: Share of first and second derivatives within 10 degrees of an image axis; else NaN.
+        half_pixel: Share of first derivatives with centres half a tap aside (four of five random ones have).
     """
 
     operator: str
@@ -149,12 +149,12 @@ class ConversionReport:
         layers: One LayerReport for each converted layer.
         stages: The same by stage, a layer's name up to its first number (``stages.0``, ``blocks.3``).
         total: All kernels together.
-        trainable_before: Trainable parameters of the model with ordinary, trainable depthwise kernels.
+        trainable_before: Trainable parameters of the model with dense, trainable depthwise kernels.
         trainable_after: Trainable parameters now.
-        stored_before: Numbers stored for the ordinary model's parameters.
+        stored_before: Numbers stored for the dense model's parameters.
         stored_after: Numbers stored now: other parameters, key indices, scales, shifts and the keys themselves.
-        dense: Depthwise layers that are not converted.
-        record: Whose weights the model has, and what a calibration of these very weights measured.
+        dense: Number of depthwise layers that are not converted.
+        record: The source of the model's weights and the figures of their calibration.
         operators: The operators that the dense kernels resemble; empty if the dense model was not given.
     """
 
@@ -172,7 +172,7 @@ class ConversionReport:
 
     @property
     def calibration(self) -> CalibrationRecord | None:
-        """What the last calibration measured of these very weights; None if there is no such figure."""
+        """The figures of the last calibration; None if the present weights are not calibrated."""
         return self.record.calibration
 
     def to_json(self) -> str:
@@ -229,14 +229,14 @@ class ConversionReport:
 
 @torch.no_grad()
 def conversion_report(model: nn.Module, dense: nn.Module | None = None) -> ConversionReport:
-    """How well the kernels of each converted layer fit those of the dense model.
+    """Reports how well the kernels of each converted layer fit those of the dense model.
 
-    R2 is that of the fit when the model was converted or calibrated, whatever was trained later. Kernels of random
-    initialisation have none.
+    R2 is that of the fit when the model was converted or calibrated; later training does not change it. Kernels of
+    random initialisation have no R2.
 
     Args:
         model: A converted model, wrapped or not. Not changed.
-        dense: The dense model it was made from, if the report is to tell which operators its kernels resemble.
+        dense: The dense model it was made from; if given, the report says which operators its kernels resemble.
 
     Raises:
         ConversionError: The model holds no MasterKeyConv2d, or it is on the meta device; the dense model lacks one of
@@ -274,83 +274,83 @@ def conversion_report(model: nn.Module, dense: nn.Module | None = None) -> Conve
 def _layer_report(
     name: str, fits: Sequence[KernelFits], bins: int, layer: MasterKeyConv2d | None = None
 ) -> LayerReport:
-    """The report of one layer, or of the kernels of several."""
-    every = KernelFits(*(torch.cat(parts) for parts in zip(*fits, strict=True)))
-    r2 = every.r2[every.fitted]
+    """The report of one layer, or of several layers together."""
+    kernels = KernelFits(*(torch.cat(parts) for parts in zip(*fits, strict=True)))
+    r2 = kernels.r2[kernels.fitted]
     if not len(r2):
         r2 = r2.new_full((1,), math.nan)
 
-    def above(mark: float) -> float:
-        return float(torch.where(r2.isnan(), r2, (r2 > mark).float()).mean())
+    def above(threshold: float) -> float:
+        return float(torch.where(r2.isnan(), r2, (r2 > threshold).float()).mean())
 
     size: Any = (0, 0) if layer is None else layer.kernel_size
     return LayerReport(
         name=name,
         kernel_size=size,
-        channels=len(every.r2),
+        channels=len(kernels.r2),
         keys_per_kernel=0 if layer is None else layer.keys_per_kernel,
-        constant=int(every.constant.sum()),
-        random=int(every.random.sum()),
+        constant=int(kernels.constant.sum()),
+        random=int(kernels.random.sum()),
         mean_r2=float(r2.mean()),
         median_r2=float(r2.quantile(0.5)),
         worst_r2=float(r2.min()),
         above_50=above(0.5),
         above_90=above(0.9),
-        key_histogram=tuple(torch.bincount(every.key[~every.constant], minlength=bins).tolist()),
+        key_histogram=tuple(torch.bincount(kernels.key[~kernels.constant], minlength=bins).tolist()),
         coverage=tuple(map(above, COVERAGE)),
     )
 
 
 def _parameters(model: nn.Module, layers: Sequence[MasterKeyConv2d]) -> dict[str, int]:
-    """The numbers trained and stored, with ordinary depthwise kernels and now."""
+    """The numbers of trainable and of stored parameters, with dense kernels and now, by field of the report."""
     stored = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    own = [p for layer in layers for name, p in layer.named_parameters(recurse=False) if name != "bias"]
+    layer_parameters = [p for layer in layers for name, p in layer.named_parameters(recurse=False) if name != "bias"]
     kernels = sum(layer.out_channels * layer.keys[0].numel() for layer in layers)
     compact = sum(getattr(layer, name).numel() for layer in layers for name in layer.compact_entries if name != "r2")
-    others = stored - sum(p.numel() for p in own)
+    rest = stored - sum(p.numel() for p in layer_parameters)
     return {
-        "trainable_before": trainable - sum(p.numel() for p in own if p.requires_grad) + kernels,
+        "trainable_before": trainable - sum(p.numel() for p in layer_parameters if p.requires_grad) + kernels,
         "trainable_after": trainable,
-        "stored_before": others + kernels,
-        "stored_after": others + compact,
+        "stored_before": rest + kernels,
+        "stored_after": rest + compact,
     }
 
 
 def _operators(dense: nn.Module, names: list[str]) -> tuple[OperatorReport, ...]:
-    """How many kernels of the named layers resemble each operator, and none."""
+    """The reports of all operators, and of none, for the kernels of the named layers."""
     modules = dict(dense.named_modules())
     missing = [name for name in names if not isinstance(modules.get(name), nn.Conv2d)]
     if missing:
         raise ConversionError(f"The dense model has no convolution '{missing[0]}'. Give the one this was made from.")
     weights = [modules[name].weight.detach().float() for name in names]
     fits = [fit_operators(weight) for weight in weights]
-    operator, best = torch.cat([_operator(fit) for fit in fits]), torch.cat([fit.r2.amax(1) for fit in fits])
+    operator, best = torch.cat([_classify(fit) for fit in fits]), torch.cat([fit.r2.amax(1) for fit in fits])
     sigma, orientation = torch.cat([fit.sigma for fit in fits]), torch.cat([fit.orientation for fit in fits])
     half_pixel = torch.cat([fit.half_pixel for fit in fits]).double()
     upright = (((orientation + 45) % 90 - 45).abs() <= 10).double()
     chance = torch.stack([len(weight) * _chance(*weight.shape[2:]) for weight in weights]).sum(0) / len(operator)
     rows = []
     for index, title in enumerate((*OPERATORS, "none")):
-        own = operator == index
-        low, middle, high = sigma[own].quantile(sigma.new_tensor([0.1, 0.5, 0.9])).tolist() if own.any() else _NONE
+        mask = operator == index
+        low, middle, high = sigma[mask].quantile(sigma.new_tensor([0.1, 0.5, 0.9])).tolist() if mask.any() else _NONE
         rows.append(
             OperatorReport(
                 operator=title,
-                kernels=int(own.sum()),
-                share=float(own.sum()) / max(1, int((operator >= 0).sum())),
+                kernels=int(mask.sum()),
+                share=float(mask.sum()) / max(1, int((operator >= 0).sum())),
                 chance=float(chance[index]),
-                mean_r2=float(best[own].mean()),
+                mean_r2=float(best[mask].mean()),
                 sigma=(low, middle, high),
-                upright=float(upright[own].mean()) if "derivative" in title else math.nan,
-                half_pixel=float(half_pixel[own].mean()) if title == "1st derivative" else math.nan,
+                upright=float(upright[mask].mean()) if "derivative" in title else math.nan,
+                half_pixel=float(half_pixel[mask].mean()) if title == "1st derivative" else math.nan,
             )
         )
     return tuple(rows)
 
 
-def _operator(fit: OperatorFit) -> torch.Tensor:
-    """The operator of each kernel; one past the last where no fit has an R2 above 0.5, -1 for a constant kernel."""
+def _classify(fit: OperatorFit) -> torch.Tensor:
+    """The operator of each kernel, by index; len(OPERATORS) if none has an R2 above 0.5, -1 for a constant kernel."""
     return torch.where(fit.r2.amax(1) > 0.5, fit.operator, len(OPERATORS)).where(fit.operator >= 0, fit.operator)
 
 
@@ -358,12 +358,12 @@ def _operator(fit: OperatorFit) -> torch.Tensor:
 def _chance(height: int, width: int) -> torch.Tensor:
     """The share of random kernels that resemble each operator, and none, (5,)."""
     kernels = torch.randn(1000, height, width, generator=torch.Generator().manual_seed(0), device="cpu")
-    operator = _operator(fit_operators(kernels))
+    operator = _classify(fit_operators(kernels))
     return torch.bincount(operator, minlength=len(OPERATORS) + 1) / len(operator)
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null instead."""
+    """The value with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -10,7 +10,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "")
     Args:
         header: The titles.
         rows: Cells, as many in each row as there are titles.
-        align: ``"<"`` (left) or ``">"`` (right) for the first columns, if not just the first is left.
+        align: ``"<"`` (left) or ``">"`` (right) for the first columns; by default only the first is left.
 
     Raises:
         ValueError: A row has more or fewer cells than the header.
@@ -31,10 +31,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "")
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A cell: the value with so many decimals, or ``-`` where there is none (NaN)."""
+    """The text of a cell: the value with ``digits`` decimals, or ``-`` for NaN."""
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def share(value: float) -> str:
-    """A cell: a share in whole per cent, or ``-`` where there is none (NaN)."""
+    """The text of a cell: a share in whole per cent, or ``-`` for NaN."""
     return "-" if math.isnan(value) else f"{value:.0%}"

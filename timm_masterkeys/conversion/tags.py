@@ -4,7 +4,7 @@ TAG = "mk8"
 
 
 def masterkeys_tag(tag: str | None) -> str:
-    """The tag of converted weights, by that of the dense ones; a tag of converted weights stays.
+    """The tag of converted weights for a tag of dense weights; a tag of converted weights is returned unchanged.
 
     Example:
         >>> masterkeys_tag("in12k"), masterkeys_tag("mk8_in12k"), masterkeys_tag(None)
@@ -21,7 +21,7 @@ def is_masterkeys_tag(tag: str | None) -> bool:
 
 
 def dense_tag(tag: str | None) -> str:
-    """The tag of the dense weights, by that of converted ones; "" if they have none. Other tags stay.
+    """The tag of dense weights, "" if none, for a tag of converted weights; other tags are returned unchanged.
 
     Example:
         >>> dense_tag("mk8_in12k"), dense_tag("mk8"), dense_tag("in12k")

@@ -1,4 +1,4 @@
-"""Wrappers of models, averages, shards, quantisation, compilation."""
+"""Models that are wrapped, averaged, sharded, quantised or compiled."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of ``torch.compile``, (Distributed)DataParallel and averages of weights."""
+    """The model inside ``torch.compile``, (Distributed)DataParallel and averages of weights."""
     inner: Any = model
     while True:
         if isinstance(inner, _WRAPPERS):
@@ -29,7 +29,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def check_unwrapped(model: nn.Module) -> None:
-    """Raises ConversionError if layers replaced now would escape a wrapper that has the old ones."""
+    """Raises ConversionError if a model is wrapped or sharded: the wrapper would keep the replaced layers."""
     kind = type(model).__name__
     if unwrapped(model) is not model:
         raise ConversionError(
@@ -44,14 +44,14 @@ def check_unwrapped(model: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP has taken the model's parameters apart."""
+    """Whether FSDP has sharded the model's parameters."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters()) or any(
         type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
     )
 
 
 def quantised_entry(model: nn.Module) -> str:
-    """The first entry of a state dict that is no ordinary tensor, with what it is; empty if all are ordinary."""
+    """Text that names the first entry of a model's state dict that is no ordinary tensor; empty if there is none."""
     for name, value in model.state_dict().items():
         if type(value) is not torch.Tensor or value.is_quantized:
             kind = type(value).__name__
@@ -61,7 +61,7 @@ def quantised_entry(model: nn.Module) -> str:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode, and nothing compiled, as that passes by hooks; every module gets its own mode back."""
+    """Runs models in eval mode and not compiled, as compiled modules skip hooks; restores each module's state."""
     before = [(m, m.training, m._compiled_call_impl) for model in models for m in model.modules()]
     for model in models:
         model.eval()

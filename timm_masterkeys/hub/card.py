@@ -1,4 +1,4 @@
-"""The model card of a published model: what it is, what it cost, how to load it, whose licence it inherits."""
+"""The model card of a published model: description, loading, preprocessing, fit, licence and citations."""
 
 import os
 from collections import Counter
@@ -69,30 +69,30 @@ def make_card(
     calibrated: bool,
     existing: str,
 ) -> ModelCard:
-    """Writes the card of a converted model; ``datasets``, ``tags`` and ``metrics`` are as for ``save_pretrained``.
+    """The card of a converted model; ``datasets``, ``tags`` and ``metrics`` are as for ``save_pretrained``.
 
-    ``config`` is the saved config.json; ``repo_id`` appears in the examples. Of the ``existing`` README the text
-    outside this package's marks and its own metadata stay; ConversionError if its metadata or marks cannot be read. If
-    the model is not ``calibrated`` (or in no need of it), and no results are listed either, the card says so first.
+    ``config`` is the saved config.json; ``repo_id`` appears in the examples. The ``existing`` README keeps its metadata
+    and its text outside this package's marks; ConversionError if its metadata or marks cannot be read. The card begins
+    with a warning if no results are listed and not ``calibrated`` (true also where no calibration is needed).
     """
     before, after, fields = _hand_written(existing)
     license, base_model, name = source.license, _base_model(source), repo_id.rpartition("/")[2]
-    named = license in HUB_LICENSES
-    own: dict[str, Any] = {
-        "license": license if named else "other" if license else None,
-        "license_name": None if named else license,
-        "license_link": f"https://huggingface.co/{base_model}" if license and base_model and not named else None,
+    on_hub = license in HUB_LICENSES
+    generated: dict[str, Any] = {
+        "license": license if on_hub else "other" if license else None,
+        "license_name": None if on_hub else license,
+        "license_link": f"https://huggingface.co/{base_model}" if license and base_model and not on_hub else None,
         "library_name": "timm",
         "pipeline_tag": "image-classification",
         "base_model": base_model,
         "base_model_relation": "finetune" if base_model else None,
     }
-    merged = {**fields, **{key: value for key, value in own.items() if value is not None}}
+    merged = {**fields, **{key: value for key, value in generated.items() if value is not None}}
     for key, values in (
-        ("tags", ("image-classification", "timm", "master-key-filters", *_listed(tags))),
-        ("datasets", _listed(datasets)),
+        ("tags", ("image-classification", "timm", "master-key-filters", *_as_list(tags))),
+        ("datasets", _as_list(datasets)),
     ):
-        merged[key] = [*values, *(value for value in _listed(fields.get(key)) if value not in values)] or None
+        merged[key] = [*values, *(value for value in _as_list(fields.get(key)) if value not in values)] or None
     if metrics:
         merged["model_name"] = name
         merged["eval_results"] = list(metrics)
@@ -104,35 +104,35 @@ def make_card(
 
 
 def read_readme(path: str | os.PathLike[str]) -> str:
-    """The text of a README whose hand-written part is to be kept, "" if there is none; ConversionError if not UTF-8."""
+    """The text of a README, "" if the file does not exist; ConversionError if it is not UTF-8."""
     if not os.path.isfile(path):
         return ""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if "\0" in text:
             raise ValueError("it holds NUL")
-    except ValueError as error:  # UnicodeDecodeError is one
+    except ValueError as error:  # includes UnicodeDecodeError
         raise ConversionError(f"'{path}' is not UTF-8 ({error}). Save it as UTF-8, or move it away.") from None
     return text
 
 
 def _hand_written(existing: str) -> tuple[str, str, dict[str, Any]]:
-    """The text before and after this package's marks, and the metadata, of an existing README."""
+    """The text of a README before this package's marks, the text after them, and the metadata."""
     existing = existing.removeprefix("\ufeff")
     if not existing.strip():
         return "", "", {}
     try:
         card = ModelCard(existing)
-    except Exception as error:  # YAML's, or of a model-index that is none
+    except Exception as error:  # of the YAML parser, or an invalid model-index
         reason = " ".join(str(error).split())
         raise ConversionError(f"The README has metadata that cannot be read: {reason}. Mend it by hand.") from None
     fields = card.data.to_dict()
     text = card.text
     before, begin, rest = text.partition(_BEGIN)
-    own, end, after = rest.partition(_END)
+    between, end, after = rest.partition(_END)
     if not begin and _END not in text:
         return text.rstrip() + "\n\n", "", fields
-    if not end or _END in before + after or _BEGIN in own + after:
+    if not end or _END in before + after or _BEGIN in between + after:
         raise ConversionError(
             f"The README should hold '{_BEGIN}' once, and after it '{_END}': what is between them is rewritten, the "
             "rest is yours. Mend it by hand."
@@ -140,7 +140,7 @@ def _hand_written(existing: str) -> tuple[str, str, dict[str, Any]]:
     return before, after.lstrip("\n"), fields
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
 
 
@@ -168,21 +168,21 @@ def _measured(report: ConversionReport) -> str:
 
 
 def _shared(layers: Mapping[str, Mapping[str, Any]], name: str) -> str:
-    """A setting of all layers; where they differ, each value with how many layers have it."""
+    """The text of one setting of all layers; if values differ, each with the number of layers that have it."""
     counts = Counter(layer[name] for layer in layers.values())
     if len(counts) == 1:
         return str(*counts)
     return ", ".join(f"{value} ({n} layer{'s' * (n > 1)})" for value, n in sorted(counts.items()))
 
 
-def _conversion(about: Mapping[str, Any], report: ConversionReport) -> str:
-    """The settings of the conversion, and its report."""
+def _conversion(section: Mapping[str, Any], report: ConversionReport) -> str:
+    """The Markdown of the conversion's settings and report; ``section`` is that of config.json."""
     total = report.total
     return f"""| | |
 |---|---|
-| bank | {", ".join(f"{bank['name']} (SHA-256 {digest[:16]}...)" for digest, bank in about["banks"].items())} |
-| keys per kernel | {_shared(about["layers"], "keys_per_kernel")} |
-| trainable | {_shared(about["layers"], "trainable")} |
+| bank | {", ".join(f"{bank['name']} (SHA-256 {digest[:16]}...)" for digest, bank in section["banks"].items())} |
+| keys per kernel | {_shared(section["layers"], "keys_per_kernel")} |
+| trainable | {_shared(section["layers"], "trainable")} |
 | layers, kernels | {len(report.layers)}, {total.channels:,} |
 | R2 of the fit: mean, median, worst | {", ".join(map(number, (total.mean_r2, total.median_r2, total.worst_r2)))} |
 

@@ -36,14 +36,14 @@ _METADATA = "timm_masterkeys"
 
 @dataclass(frozen=True)
 class Compact:
-    """What a compact file holds: settings and entries, both by the name of the layer."""
+    """The contents of a compact file: settings and entries, both by layer name."""
 
     layers: Mapping[str, LayerSettings]
     entries: Mapping[str, Mapping[str, torch.Tensor]]
 
 
 def describe_layers(layers: Mapping[str, LayerSettings]) -> dict[str, Any]:
-    """The settings of layers as JSON data: the banks by their digest, and each layer's settings."""
+    """The settings of layers as JSON data: the banks by digest, and the settings by layer name."""
     banks = sorted({settings.bank for settings in layers.values()}, key=lambda bank: (bank.name, bank.digest))
     return {
         "format_version": FORMAT_VERSION,
@@ -76,21 +76,21 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
         layer.check_keys()
         entries = {entry: getattr(layer, entry) for entry in layer.compact_entries} | {"key_index": layer.key_rows()}
         tensors |= {f"{name}.{entry}": v.detach().cpu().contiguous().clone() for entry, v in entries.items()}
-    with atomic_path(path) as tmp:  # one metadata entry: safetensors writes several in random order
+    with atomic_path(path) as tmp:  # one metadata entry, as safetensors writes several in random order
         save_file(tensors, tmp, {_METADATA: json.dumps(describe_layers(settings))})
 
 
 def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trainable | None = None) -> None:
-    """Turns the layers of a dense model that a compact file lists into MasterKeyConv2d, bit for bit. In place.
+    """Converts the layers of a dense model that a compact file lists, bit for bit as they were saved. In place.
 
     Args:
-        model: A dense model that holds the fused weights saved with the file; also its ``features_only`` form.
+        model: A dense model with the fused weights saved with the file; its ``features_only`` form is accepted too.
         path: A file written by ``save_compact``.
-        trainable: Overrides the saved mode.
+        trainable: Overrides the saved ``trainable``.
 
     Raises:
-        CheckpointError: Not such a file, a newer format, layers the model lacks, or kernels that disagree with the
-            model's own. The model is then as it was.
+        CheckpointError: Another kind of file, a newer format, layers the model lacks, or kernels that disagree with the
+            model's own. The model is not changed.
         ConversionError: A ``trainable`` that the file's layers do not have, or a wrapped or sharded model.
 
     Example:
@@ -99,25 +99,25 @@ def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trai
     check_unwrapped(model)
     compact = read_compact(path)
     try:
-        new = _make_layers(model, compact, trainable)
+        new_layers = _make_layers(model, compact, trainable)
         coarsest = max((e["scale"].dtype for e in compact.entries.values()), key=lambda t: torch.finfo(t).eps)
-        for here, layer in new.items():
-            if not _agree(layer, model.get_submodule(here).weight.detach(), coarsest):  # type: ignore[operator]
+        for name, layer in new_layers.items():
+            if not _agree(layer, model.get_submodule(name).weight.detach(), coarsest):  # type: ignore[operator]
                 raise CheckpointError(
-                    f"It disagrees with the model's weights of {here}: the two are not of one conversion. Get both "
+                    f"It disagrees with the model's weights of {name}: the two are not of one conversion. Get both "
                     "again."
                 )
     except CheckpointError as error:
         raise CheckpointError(f"'{path}' does not fit. {error}") from None
-    replace_layers(model, new)
+    replace_layers(model, new_layers)
 
 
 def restore_layers(
     model: nn.Module, compact: Compact, trainable: Trainable | None = None, random: bool = False
 ) -> None:
-    """Converts a dense model as a compact file says, without a look at its dense kernels; else as ``load_compact``.
+    """Converts a dense model as ``load_compact`` does, but does not compare its dense kernels. In place.
 
-    With ``random`` only the settings are taken; keys are random, for training from scratch.
+    With ``random`` only the settings are used, and keys are assigned at random, for training from scratch.
     """
     replace_layers(model, _make_layers(model, compact, trainable, random))
 
@@ -125,17 +125,17 @@ def restore_layers(
 def _make_layers(
     model: nn.Module, compact: Compact, trainable: Trainable | None, random: bool = False
 ) -> dict[str, MasterKeyConv2d]:
-    """The layers of a compact file, by the names they have in this model."""
+    """The new layers of a compact file, by their names in this model."""
     names = names_in(model, compact.layers)
-    layers = {here: compact.layers[name] for name, here in names.items()}
+    layers = {new_name: compact.layers[name] for name, new_name in names.items()}
     if trainable:
-        layers = {here: replace(settings, trainable=trainable) for here, settings in layers.items()}
-    entries = {here: compact.entries[name] for name, here in names.items()}
+        layers = {new_name: replace(settings, trainable=trainable) for new_name, settings in layers.items()}
+    entries = {new_name: compact.entries[name] for name, new_name in names.items()}
     return make_layers(model, layers, "random" if random else entries)
 
 
 def read_compact(path: str | os.PathLike[str]) -> Compact:
-    """Reads a compact file; CheckpointError if it is none, of a newer format, or damaged."""
+    """Reads a compact file; CheckpointError if it is another kind of file, of a newer format, or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -145,10 +145,10 @@ def read_compact(path: str | os.PathLike[str]) -> Compact:
     if _METADATA not in metadata:
         raise CheckpointError(f"'{path}' is no compact masterkeys file. Expected one written by save_compact.")
     try:
-        about = json.loads(metadata[_METADATA])
-        check_version(path, about)
-        banks = {digest: _bank(digest, bank, tensors) for digest, bank in about["banks"].items()}
-        layers = {name: LayerSettings.from_dict(data, banks) for name, data in about["layers"].items()}
+        section = json.loads(metadata[_METADATA])
+        check_version(path, section)
+        banks = {digest: _read_bank(digest, bank, tensors) for digest, bank in section["banks"].items()}
+        layers = {name: LayerSettings.from_dict(data, banks) for name, data in section["layers"].items()}
     except (CheckpointError, BankError) as error:
         raise CheckpointError(f"'{path}': {error}") from None
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -166,7 +166,7 @@ def read_compact(path: str | os.PathLike[str]) -> Compact:
 
 
 def check_version(path: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
-    """Raises CheckpointError unless this version reads what ``about`` describes."""
+    """Raises CheckpointError unless this version can read the ``format_version`` in ``about``."""
     version = about.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(
@@ -175,10 +175,10 @@ def check_version(path: str | os.PathLike[str], about: Mapping[str, Any]) -> Non
 
 
 def names_in(model: nn.Module, layers: Mapping[str, LayerSettings]) -> dict[str, str]:
-    """The names that layers of a saved model have in this one, by their saved name.
+    """The names of a saved model's layers in this model, by saved name.
 
-    A ``features_only`` model has other names, and lacks stages. CheckpointError if another model lacks a layer, or a
-    layer is converted already.
+    A ``features_only`` model has other names, and may lack stages. CheckpointError if any other model lacks a layer, or
+    if a layer is converted already.
     """
     convs = {flat_name(name): name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     names = {name: convs[flat_name(name)] for name in layers if flat_name(name) in convs}
@@ -191,24 +191,24 @@ def names_in(model: nn.Module, layers: Mapping[str, LayerSettings]) -> dict[str,
     return names
 
 
-def _bank(digest: str, about: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> KeyBank:
+def _read_bank(digest: str, data: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> KeyBank:
     keys = tensors.pop(f"banks.{digest}", None)
     if keys is None:
-        raise CheckpointError(f"lacks the keys of bank '{about['name']}'. Get the file again.")
-    bank = KeyBank(about["name"], keys.numpy(), about["source"], about["licence"], about["resize"])
+        raise CheckpointError(f"lacks the keys of bank '{data['name']}'. Get the file again.")
+    bank = KeyBank(data["name"], keys.numpy(), data["source"], data["licence"], data["resize"])
     if bank.digest != digest:
         raise CheckpointError(f"bank '{bank.name}' does not match its digest. Get the file again.")
     return bank
 
 
 def _agree(layer: MasterKeyConv2d, weight: torch.Tensor, saved: torch.dtype) -> bool:
-    """Whether a dense weight has the kernels of a layer, up to the rounding of its dtype, and of those saved."""
+    """Whether a dense weight equals the kernels of a layer, up to rounding to the dtypes of both and to ``saved``."""
     if weight.is_meta:
         return True
     kernels = layer.compose_weight().detach().double().cpu().flatten(1)
     scale = layer.scale.detach().double().cpu().view(len(kernels), -1)
-    size = 8 * scale.abs().sum(1, keepdim=True) + kernels.abs()  # keys have norm 1: no tap of a term is larger
+    magnitude = 8 * scale.abs().sum(1, keepdim=True) + kernels.abs()  # bounds every term, as keys have norm 1
     tolerance = sum(
-        8 * dtype.eps * (size + dtype.tiny) for dtype in map(torch.finfo, (saved, layer.scale.dtype, weight.dtype))
+        8 * dtype.eps * (magnitude + dtype.tiny) for dtype in map(torch.finfo, (saved, layer.scale.dtype, weight.dtype))
     )
     return bool(((weight.double().cpu().flatten(1) - kernels).abs() <= tolerance).all())

@@ -1,4 +1,4 @@
-"""Loads saved models: finds their files, in a folder or on the Hub, and converts a dense model as they were."""
+"""Loads saved models: finds their files in a folder or on the Hub, and converts a dense model as saved."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -32,7 +32,7 @@ class SavedModel:
         return self.folder / FUSED_NAME
 
     def check(self, *names: str) -> None:
-        """Raises CheckpointError unless these files are those that ``config.json`` lists."""
+        """Raises CheckpointError unless the named files exist and have the SHA-256 that ``config.json`` lists."""
         for name in names:
             path = self.folder / name
             if not path.is_file():
@@ -52,25 +52,25 @@ class SavedModel:
 
 
 def find_saved(cfg: Mapping[str, Any], cache_dir: Any = None, weights: bool = True) -> SavedModel | None:
-    """The saved model that a ``pretrained_cfg`` leads to, its files downloaded and checked; None if it is none.
+    """The saved model of a ``pretrained_cfg``, downloaded and checked; None if its weights are of no converted model.
 
     Args:
-        cfg: With ``source`` "local-dir" and ``file``, or "hf-hub" and ``hf_hub_id``; timm has just read it.
+        cfg: With ``source`` "local-dir" and ``file``, or "hf-hub" and ``hf_hub_id``, as timm has just read it.
         cache_dir: The Hub's cache.
-        weights: The fused weights are needed too.
+        weights: Whether the fused weights are needed too.
 
     Raises:
         CheckpointError: A file that is missing, damaged, or of another conversion; or the Hub does not answer.
     """
     local = cfg["source"] == "local-dir"
     folder = Path(cfg["file"]) if local else _cached_folder(cfg["hf_hub_id"], cache_dir)
-    about = read_section(folder / "config.json")
-    if about is None:
+    section = read_section(folder / "config.json")
+    if section is None:
         return None
     names = (COMPACT_NAME, FUSED_NAME) if weights else (COMPACT_NAME,)
     if not local:
         _download(cfg["hf_hub_id"].partition("@")[0], names, folder, cache_dir)
-    saved = SavedModel(folder, about)
+    saved = SavedModel(folder, section)
     saved.check(*names)
     return saved
 
@@ -80,25 +80,25 @@ def read_section(config: Path) -> Mapping[str, Any] | None:
     if not config.is_file():
         return None
     try:
-        about = json.loads(config.read_text(encoding="utf-8")).get(SECTION)
-        if about is not None:
-            check_version(config, about)
+        section = json.loads(config.read_text(encoding="utf-8")).get(SECTION)
+        if section is not None:
+            check_version(config, section)
     except (AttributeError, ValueError) as error:
         raise CheckpointError(f"'{config}' is damaged ({error!r}). Get it again, or save the model again.") from None
-    return about
+    return section
 
 
 def _cached_folder(hub_id: str, cache_dir: Any) -> Path:
-    """The snapshot of a repository in the cache, of the revision that timm has just read ``config.json`` of."""
+    """The cached snapshot of a repository, at the revision of the ``config.json`` that timm has just read."""
     repo_id, _, revision = hub_id.partition("@")
-    found = try_to_load_from_cache(repo_id, "config.json", cache_dir=cache_dir, revision=revision or None)
-    if not isinstance(found, str):
+    path = try_to_load_from_cache(repo_id, "config.json", cache_dir=cache_dir, revision=revision or None)
+    if not isinstance(path, str):
         raise CheckpointError(f"config.json of {hub_id} is not in the cache. Load the model by its name.")
-    return Path(found).parent
+    return Path(path).parent
 
 
 def _download(repo_id: str, names: Iterable[str], folder: Path, cache_dir: Any) -> None:
-    """Downloads files of the snapshot's commit, so that all are of one commit; those in the cache are not asked for."""
+    """Downloads files at the snapshot's commit, so that all are of one commit; cached files are not requested again."""
     for name in names:
         try:
             hf_hub_download(repo_id, name, revision=folder.name, cache_dir=cache_dir)
@@ -114,7 +114,7 @@ def _download(repo_id: str, names: Iterable[str], folder: Path, cache_dir: Any) 
 def load_layers(
     model: nn.Module, saved: SavedModel, trainable: Trainable | None = None, *, random: bool = False
 ) -> nn.Module:
-    """Converts a dense model, which has the fused weights, as it was saved; see ``restore_layers``. In place."""
+    """Converts a dense model with the fused weights as the saved model was, see ``restore_layers``. In place."""
     compact = read_compact(saved.folder / COMPACT_NAME)
     restore_layers(model, compact, trainable, random)
     if not random:

@@ -41,13 +41,13 @@ class Publication:
         repo_id: ``org/name``.
         revision: The branch, or the pull request's ref.
         sha: The commit that holds the files, to pin as ``hf-hub:org/name@sha``; None in a dry run of a new repository.
-        files: File name to "new", "changed" or "unchanged".
-        sizes: File name to bytes.
-        license: Of the weights.
-        private: Whether the repository is private; None for a new one that is to be as its owner's others.
+        files: State of each file by name: "new", "changed" or "unchanged".
+        sizes: Size of each file by name, in bytes.
+        license: Licence of the weights.
+        private: Whether the repository is private; None for a new one with the default of its owner.
         committed: Whether a commit was made.
-        url: Of the commit or pull request.
-        account: Whose token it is; empty in a dry run without one.
+        url: Address of the commit or pull request.
+        account: Name of the token's account; empty in a dry run without a token.
     """
 
     repo_id: str
@@ -63,12 +63,12 @@ class Publication:
 
     def __str__(self) -> str:
         rows = [(name, state, _in_units(self.sizes[name])) for name, state in self.files.items()]
-        at = f"hf-hub:{self.repo_id}@{self.sha}" if self.sha else f"hf-hub:{self.repo_id} (new)"
-        done = "committed" if self.committed else "no commit made"
-        seen = {True: "private", False: "public", None: "public, unless the owner's repositories are private"}
+        address = f"hf-hub:{self.repo_id}@{self.sha}" if self.sha else f"hf-hub:{self.repo_id} (new)"
+        outcome = "committed" if self.committed else "no commit made"
+        visibility = {True: "private", False: "public", None: "public, unless the owner's repositories are private"}
         account = f"account {self.account}" if self.account else "no account: publishing needs `hf auth login`"
-        about = f"{at}: {done}\n{seen[self.private]}, licence {self.license}\n{account}"
-        return f"{table(('file', 'state', 'size'), rows, '<<>')}\n{about}\n{self.url}".rstrip()
+        summary = f"{address}: {outcome}\n{visibility[self.private]}, licence {self.license}\n{account}"
+        return f"{table(('file', 'state', 'size'), rows, '<<>')}\n{summary}\n{self.url}".rstrip()
 
 
 def push_to_hub(
@@ -91,14 +91,14 @@ def push_to_hub(
 ) -> Publication:
     """Publishes a converted timm model to the Hugging Face Hub in one commit.
 
-    Everything is checked before the first byte leaves: name, rights, licence, card, and that the saved files load as
-    the same model. The commit names its parent, so an answer lost on the way cannot make a second one; afterwards
-    the remote files are compared with the local ones. Unchanged content makes no commit, so it can be run again.
+    Everything is checked before anything is sent: name, rights, licence, card, and that the saved files load as the
+    same model. The commit names its parent, so a repeated call cannot commit twice if an answer is lost. Afterwards the
+    remote files are compared with the local ones. Unchanged files make no commit, so the call can be repeated.
 
     Args:
         model: A converted model made by ``timm.create_model``. Not changed.
         repo_id: ``org/name``; made if missing.
-        private: For a new repository.
+        private: Whether a new repository is private; the owner's default if None.
         revision: Branch, made if missing; the default branch if None.
         create_pr: Open a pull request instead of committing.
         token: Hub token; the one of ``hf auth login`` or HF_TOKEN if None.
@@ -110,7 +110,7 @@ def push_to_hub(
         tags: As for ``save_pretrained``.
         metrics: As for ``save_pretrained``.
         config: As for ``save_pretrained``.
-        readme: A README whose hand-written part and metadata to keep, where the repository has none yet.
+        readme: A README for a repository that has none yet; its hand-written part and metadata are kept.
 
     Returns:
         A Publication with the commit's sha; ``str()`` lists the files, their sizes, the licence and who can see them.
@@ -126,11 +126,11 @@ def push_to_hub(
     cfg = timm_cfg(model)
     if not re.fullmatch(r"[^/@]+/[^/@]+", repo_id):
         raise HubError(f"Got repo_id '{repo_id}', expected 'org/name', with a user or an organisation.")
-    known = require_license(saved_source(read_record(model).source, license, base_model), cfg)
+    weights_license = require_license(saved_source(read_record(model).source, license, base_model), cfg)
     if create_pr and revision:
         raise HubError("create_pr opens a pull request to the default branch; leave revision out.")
-    about: dict[str, Any] = {"license": license, "base_model": base_model, "datasets": datasets, "tags": tags}
-    about |= {"metrics": metrics, "config": config}
+    options: dict[str, Any] = {"license": license, "base_model": base_model, "datasets": datasets, "tags": tags}
+    options |= {"metrics": metrics, "config": config}
     branch = revision or "main"
     api = HfApi(token=token, library_name="timm_masterkeys", library_version=__version__)
     with tempfile.TemporaryDirectory(prefix="timm_masterkeys-") as folder:
@@ -138,14 +138,14 @@ def push_to_hub(
         with _hub_errors(f"Nothing was published to {repo_id}"):
             account = api.whoami()["name"] if not dry_run or token or get_token() else ""
             head = _read_repository(api, repo_id, branch)
-            base = head or (_read_repository(api, repo_id, "main") if revision else None)  # a new branch starts there
-            _save(model, directory, api, repo_id, base, readme, about)
+            base = head or (_read_repository(api, repo_id, "main") if revision else None)  # a new branch starts at main
+            _save(model, directory, api, repo_id, base, readme, options)
             files = _compare_files(directory, base)
             sizes = {name: (directory / name).stat().st_size for name in files}
-            sha, seen = head.sha if head else None, base.private if base else private
-            found = Publication(repo_id, branch, sha, files, sizes, known, seen, account=account)
+            sha, is_private = head.sha if head else None, base.private if base else private
+            publication = Publication(repo_id, branch, sha, files, sizes, weights_license, is_private, account=account)
             if dry_run or (head and not _changed(files)):
-                return found
+                return publication
             if base is None:
                 repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision and head is None:
@@ -153,11 +153,11 @@ def push_to_hub(
             head = head or _read_repository(api, repo_id, branch)
             if head is None:
                 raise HubError(f"{repo_id} was made, but its branch {branch} cannot be read. Run again.")
-            found = replace(found, repo_id=repo_id, sha=head.sha, private=head.private)
-        if _changed(files):  # else a new branch of a repository that has these very files
-            found = _commit(api, found, commit_message, directory, create_pr)
-            _logger.info("Published hf-hub:%s@%s", repo_id, found.sha)
-    return found
+            publication = replace(publication, repo_id=repo_id, sha=head.sha, private=head.private)
+        if _changed(files):  # else the new branch has the same files already
+            publication = _commit(api, publication, commit_message, directory, create_pr)
+            _logger.info("Published hf-hub:%s@%s", repo_id, publication.sha)
+    return publication
 
 
 def _save(
@@ -167,32 +167,32 @@ def _save(
     repo_id: str,
     base: ModelInfo | None,
     readme: str,
-    about: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> None:
-    """Saves the model as it is published, with the README of the repository, and has the Hub check the card."""
+    """Saves the model to publish, with the README of the repository, and lets the Hub validate the card."""
     path = directory / "README.md"
     if base and any(sibling.rfilename == path.name for sibling in base.siblings or ()):
         readme = read_readme(api.hf_hub_download(repo_id, path.name, revision=base.sha))
     path.write_text(readme, encoding="utf-8")
-    save_pretrained(model, directory, repo_id=repo_id, **about)
+    save_pretrained(model, directory, repo_id=repo_id, **options)
     card = {"repoType": "model", "content": path.read_text(encoding="utf-8")}
     # ``ModelCard.validate`` of old clients asks huggingface.co, whatever the endpoint is.
     hf_raise_for_status(get_session().post(f"{api.endpoint}/api/validate-yaml", json=card))
 
 
-def _commit(api: HfApi, found: Publication, message: str, directory: Path, create_pr: bool) -> Publication:
-    """Makes one commit of what differs, and confirms that it holds the very files.
+def _commit(api: HfApi, publication: Publication, message: str, directory: Path, create_pr: bool) -> Publication:
+    """Commits the files that differ, and returns the publication after a check that the commit holds them.
 
-    The Hub refuses a second one on the same parent. So where no clear answer comes, one look shows whether this one
+    The Hub refuses a second commit on the same parent. So if its answer is unclear, one look shows whether the commit
     was made, and it is safe to run again.
     """
-    repo_id, branch = found.repo_id, found.revision
+    repo_id, branch = publication.repo_id, publication.revision
     with _hub_errors(f"Nothing was committed to {repo_id}"):
-        pulls = _list_pull_requests(api, repo_id) if create_pr else set()
-    operations = [CommitOperationAdd(name, str(directory / name)) for name in _changed(found.files)]
-    where: dict[str, Any] = {"create_pr": True} if create_pr else {"revision": branch}
+        pulls_before = _list_pull_requests(api, repo_id) if create_pr else set()
+    operations = [CommitOperationAdd(name, str(directory / name)) for name in _changed(publication.files)]
+    target: dict[str, Any] = {"create_pr": True} if create_pr else {"revision": branch}
     try:
-        commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=found.sha, **where)
+        commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=publication.sha, **target)
         sha, ref = commit.oid, commit.pr_revision or branch
     except Exception as error:
         reason = _in_words(error)
@@ -201,22 +201,22 @@ def _commit(api: HfApi, found: Publication, message: str, directory: Path, creat
             raise HubError(f"Nothing was committed to {repo_id}: {reason}") from None
         unclear = f"No clear answer to the commit to {repo_id} ({reason}). Run again"
         with _hub_errors(unclear):
-            refs = _list_pull_requests(api, repo_id) - pulls if create_pr else {branch}
-            made = [(ref, _read_repository(api, repo_id, ref)) for ref in refs]
-            holds = [(info.sha, ref) for ref, info in made if info and not _changed(_compare_files(directory, info))]
-        if not holds:
+            refs = _list_pull_requests(api, repo_id) - pulls_before if create_pr else {branch}
+            infos = [(ref, _read_repository(api, repo_id, ref)) for ref in refs]
+            matches = [(info.sha, ref) for ref, info in infos if info and not _changed(_compare_files(directory, info))]
+        if not matches:
             raise HubError(f"{unclear}: a commit that was made is found, and not made twice.") from None
-        sha, ref = str(holds[0][0]), holds[0][1]
+        sha, ref = str(matches[0][0]), matches[0][1]
     with _hub_errors(f"Commit {sha} was made in {repo_id}, but could not be confirmed"):
         differing = _changed(_compare_files(directory, _read_repository(api, repo_id, sha)))
     if differing:
         raise HubError(f"{repo_id}@{sha} holds other bytes than were sent: {', '.join(differing)}. Run again.")
     page = f"discussions/{ref.rpartition('/')[2]}" if create_pr else f"commit/{sha}"
-    return replace(found, revision=ref, sha=sha, committed=True, url=f"{api.endpoint}/{repo_id}/{page}")
+    return replace(publication, revision=ref, sha=sha, committed=True, url=f"{api.endpoint}/{repo_id}/{page}")
 
 
 def _read_repository(api: HfApi, repo_id: str, revision: str) -> ModelInfo | None:
-    """What a revision holds; None if the repository or the revision does not exist."""
+    """The commit and the files of a revision; None if the repository or the revision does not exist."""
     try:
         return api.model_info(repo_id, revision=revision, files_metadata=True)
     except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -228,7 +228,7 @@ def _list_pull_requests(api: HfApi, repo_id: str) -> set[str]:
 
 
 def _compare_files(directory: Path, info: ModelInfo | None) -> dict[str, str]:
-    """The local files against those of a revision: new, changed or unchanged, by SHA-256 (LFS) or git's blob id."""
+    """The state of each local file against a revision: new, changed or unchanged, by SHA-256 (LFS) or git blob id."""
     remote = {sibling.rfilename: sibling for sibling in (info.siblings if info else None) or ()}
     states = dict.fromkeys(FILES, "new")
     for name in states.keys() & remote.keys():
@@ -248,7 +248,7 @@ def _changed(states: Mapping[str, str]) -> list[str]:
 
 @contextmanager
 def _hub_errors(outcome: str) -> Iterator[None]:
-    """Turns what the Hub's client raises into a HubError that says the outcome."""
+    """Raises an error of the Hub's client as a HubError that begins with the outcome."""
     try:
         yield
     except MasterKeysError:

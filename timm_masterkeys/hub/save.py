@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 
 FILES = (FUSED_NAME, COMPACT_NAME, "README.md", "config.json")  # config.json last: without it nothing loads
 
-# What the model itself gives config.json; other entries (label names, a user's own) can be added.
+# Entries of config.json that come from the model; the user can add others, such as label names.
 OWN_ENTRIES = (
     "architecture",
     "num_classes",
@@ -45,7 +45,7 @@ OWN_ENTRIES = (
     "pretrained_cfg",
     "masterkeys",
 )
-_ORIGIN = ("license", "hf_hub_id", "url", "origin_url", "tag")  # of a cfg: of weights that the model may not have
+_ORIGIN = ("license", "hf_hub_id", "url", "origin_url", "tag")  # of a cfg: left out if the source is unknown
 _STRUCTURE = "Is the model's structure as timm.create_model made it?"
 
 
@@ -64,11 +64,11 @@ def save_pretrained(
     """Saves a converted timm model: fused and compact safetensors, config.json and a model card.
 
     Stock timm loads the fused weights; with this package ``timm.create_model("local-dir:DIR", pretrained=True)`` gives
-    the converted model bit for bit, which is checked before a file in the directory is touched.
+    the converted model bit for bit. This is checked before a file in the directory is changed.
 
     Args:
         model: A converted model made by ``timm.create_model``, wrapped or not. Not changed.
-        directory: Made if missing. Other files in it stay, and so does what else a README there says.
+        directory: Created if missing. Other files in it are kept, and so is the hand-written part of its README.
         repo_id: ``org/name`` for the card's examples; the directory's name if None.
         license: The weights' licence, needed where this package did not load them; else it is inherited.
         base_model: Hub id of the source weights, where this package did not load them.
@@ -84,8 +84,8 @@ def save_pretrained(
         ConversionError: Not converted, not a model that timm could load again (a head replaced by hand, quantised
             weights, NaN), a licence or a source other than the known one, or a README that cannot be read. Nothing was
             written.
-        CheckpointError: A layer that was made empty and has no values.
-        OSError: The directory cannot be written, or the disk is full. Each file there is then whole, old or new.
+        CheckpointError: A layer that was created empty and has no values yet.
+        OSError: The directory cannot be written, or the disk is full. Each file in it is then whole: old or new.
 
     Example:
         >>> save_pretrained(model, "out")
@@ -119,8 +119,8 @@ def save_pretrained(
     with _saving(directory) as tmp:
         saved = _write(model, dense, tmp, config or {}, section)
         _check_reload(model, tmp, saved)
-        shown = repo_id or directory.resolve().name
-        card = make_card(saved, report, shown, source or Source(), datasets, tags, metrics, calibrated, existing)
+        card_id = repo_id or directory.resolve().name
+        card = make_card(saved, report, card_id, source or Source(), datasets, tags, metrics, calibrated, existing)
         (tmp / "README.md").write_text(str(card), encoding="utf-8")
         for name in FILES:
             with atomic_path(directory / name) as target:
@@ -135,7 +135,7 @@ def save_pretrained(
 
 
 def contiguous(model: nn.Module) -> nn.Module:
-    """Makes all tensors of a model contiguous, as safetensors wants them. In place."""
+    """Makes all tensors of a model contiguous, as safetensors requires. In place."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.contiguous()
     return model
@@ -154,9 +154,9 @@ def timm_cfg(model: nn.Module) -> dict[str, Any]:
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
-    own = [name for name in config if name in OWN_ENTRIES]
-    if own:
-        raise ConversionError(f"config holds {', '.join(own)}, which the model says by itself. Leave it out.")
+    reserved = [name for name in config if name in OWN_ENTRIES]
+    if reserved:
+        raise ConversionError(f"config holds {', '.join(reserved)}, which the model says by itself. Leave it out.")
     try:
         json.dumps(dict(config))
     except (TypeError, ValueError) as error:
@@ -177,15 +177,15 @@ def _check_finite(model: nn.Module) -> None:
 
 @contextmanager
 def _saving(directory: Path) -> Iterator[Path]:
-    """A temporary folder in the directory, which is made if missing, and removed again if the save fails."""
-    made = not directory.exists()
+    """Yields a temporary folder in the directory. Creates a missing directory, and removes it if the save fails."""
+    created = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     try:
         with work_folder(directory, "saving") as tmp:
             yield tmp
     except BaseException:
-        if made:
-            with suppress(OSError):  # not empty: somebody else's by now
+        if created:
+            with suppress(OSError):  # not empty: another process has written to it
                 directory.rmdir()
         raise
 
@@ -193,15 +193,15 @@ def _saving(directory: Path) -> Iterator[Path]:
 def _write(
     model: nn.Module, dense: nn.Module, folder: Path, config: Mapping[str, Any], section: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes both weight files and config.json; returns the latter."""
-    # The file name is pinned: without it timm takes a pickle if the Hub does not answer for the safetensors.
+    """Writes both weight files and config.json; returns the contents of config.json."""
+    # The file name is fixed: else timm loads a pickle if the Hub does not answer for the safetensors file.
     config = {**config, "pretrained_cfg": {"hf_hub_filename": FUSED_NAME}}
     args = {name: _as_json(name, value) for name, value in get_model_args(dense).items()}
     with os_errors():
         save_for_hf(dense, str(folder), model_config=config, model_args=args, safe_serialization=True)
     save_compact(model, folder / COMPACT_NAME)
     saved: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    # The section has the settings; what the top level has, transformers refuses to read twice.
+    # The section holds the ``mk_`` settings. transformers refuses ``num_classes`` here and at the top level.
     args = saved.get("model_args", {})
     saved["model_args"] = {n: v for n, v in args.items() if not n.startswith("mk_") and n != "num_classes"}
     files = {name: file_sha256(folder / name) for name in (FUSED_NAME, COMPACT_NAME)}
@@ -211,14 +211,14 @@ def _write(
 
 
 def _as_json(name: str, value: Any) -> Any:
-    """An argument of ``create_model`` as JSON data; a layer's class by timm's name of it, None for a setting."""
+    """An argument of ``create_model`` as JSON data: a layer class by its timm name, an ``mk_`` setting as None."""
     if name.startswith("mk_"):
         return None
     if isinstance(value, type):
         short = value.__name__.lower()
-        for find in (get_act_layer, get_norm_layer):
+        for get_layer in (get_act_layer, get_norm_layer):
             with suppress(Exception):  # whatever timm raises for a name it does not know
-                if find(short):  # that it does the same is checked when the model is made anew
+                if get_layer(short):  # ``_check_reload`` checks that it gives the same layer
                     return short
     try:
         json.dumps(value)
@@ -231,58 +231,58 @@ def _as_json(name: str, value: Any) -> Any:
 
 
 def _check_reload(model: nn.Module, folder: Path, saved: Mapping[str, Any]) -> None:
-    """Raises ConversionError unless a dense model, made anew as config.json says, becomes the very same model."""
+    """Raises ConversionError unless the saved files load as a model with the same weights and outputs."""
     cfg = {**saved["pretrained_cfg"], "architecture": saved["architecture"], "num_classes": saved["num_classes"]}
     try:
         with torch.random.fork_rng(devices=[]):
             del cfg["tag"]  # dense, as stock timm makes it
-            again = timm.create_model(saved["architecture"], pretrained_cfg=cfg, **saved["model_args"])
-        again.load_state_dict(load_file(folder / FUSED_NAME))
-        restore_layers(again, read_compact(folder / COMPACT_NAME))
+            reloaded = timm.create_model(saved["architecture"], pretrained_cfg=cfg, **saved["model_args"])
+        reloaded.load_state_dict(load_file(folder / FUSED_NAME))
+        restore_layers(reloaded, read_compact(folder / COMPACT_NAME))
     except OSError:
         raise
     except Exception as error:  # whatever timm raises for a model of another structure
         raise ConversionError(f"What would be saved does not load again: {in_short(error)} {_STRUCTURE}") from error
-    given, loaded = model.state_dict(), {name: value.cpu() for name, value in again.state_dict().items()}
-    differing = sorted(loaded.keys() ^ given.keys()) or [
-        name for name, value in given.items() if not _same(loaded[name], value.cpu())
+    expected, entries = model.state_dict(), {name: value.cpu() for name, value in reloaded.state_dict().items()}
+    differing = sorted(entries.keys() ^ expected.keys()) or [
+        name for name, value in expected.items() if not _same(entries[name], value.cpu())
     ]
     if differing:
         raise ConversionError(
             f"What would be saved does not load as the same model: {', '.join(differing[:3])} differ. {_STRUCTURE}"
         )
-    if not _same_outputs(model, again):
+    if not _same_outputs(model, reloaded):
         raise ConversionError(f"What would be saved loads with the same weights, but other outputs. {_STRUCTURE}")
 
 
-def _same(saved: torch.Tensor, given: torch.Tensor) -> bool:
-    """Equal, up to the rounding to the dtype of either."""
-    return saved.shape == given.shape and (
-        torch.equal(saved.to(given.dtype), given) or torch.equal(saved, given.to(saved.dtype))
+def _same(saved: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two tensors are equal, up to rounding to the dtype of either."""
+    return saved.shape == expected.shape and (
+        torch.equal(saved.to(expected.dtype), expected) or torch.equal(saved, expected.to(saved.dtype))
     )
 
 
 @torch.no_grad()
-def _same_outputs(model: nn.Module, again: nn.Module) -> bool:
-    """Whether both give the same for an image, as they do not with an activation replaced by hand."""
+def _same_outputs(model: nn.Module, reloaded: nn.Module) -> bool:
+    """Whether both models give the same output for one image: an activation replaced by hand shows only there."""
     first = next(model.parameters())
     if first.is_meta:
         return True
     cfg: Any = model.pretrained_cfg
     image = torch.rand(1, *cfg["input_size"], generator=torch.Generator().manual_seed(0), device="cpu").to(first)
-    with evaluating(model, again):
+    with evaluating(model, reloaded):
         try:
-            out, back = model(image), again.to(first)(image)
-        except Exception:  # it takes other images than its cfg says
+            output, restored = model(image), reloaded.to(first)(image)
+        except Exception:  # the model takes other images than its cfg says
             return True
-    if not isinstance(out, torch.Tensor):
+    if not isinstance(output, torch.Tensor):
         return True
-    tolerance = 1e-3 if torch.finfo(first.dtype).bits >= 32 else 0.05  # half precision: of the largest output
-    return torch.allclose(out, back, rtol=tolerance, atol=max(1e-4, tolerance * float(out.abs().max())))
+    tolerance = 1e-3 if torch.finfo(first.dtype).bits >= 32 else 0.05  # of the largest output; 0.05 for half precision
+    return torch.allclose(output, restored, rtol=tolerance, atol=max(1e-4, tolerance * float(output.abs().max())))
 
 
 def in_short(error: Exception) -> str:
-    """The message of an error, without addresses and causes."""
+    """The first lines of an error's message, without those of addresses and request ids."""
     lines = [line.strip() for line in (getattr(error, "server_message", None) or str(error)).splitlines()]
     lines = [line for line in lines if line and "http" not in line and "Request ID" not in line]
     return " ".join(lines[:3])[:300] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Whose weights a published model has, and their licence: inherited where it is known, else asked for."""
+"""The source of a published model's weights, and their licence: inherited if known, else given by the user."""
 
 import difflib
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ HUB_LICENSES = frozenset(
     "lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl "
     "postgresql unknown unlicense wtfpl zlib".split()
 )
-_TYPO = 0.75  # licences more alike than this, as difflib has it, are one, mistyped
+_TYPO = 0.75  # an unknown licence with a difflib ratio above this to a known one is taken as mistyped
 
 
 def saved_source(known: Source | None, license: str | None, base_model: str | None) -> Source | None:
-    """The source as it is saved: what is known of it, and what the caller says where nothing is; None for neither.
+    """The source to save: the known one, and the caller's arguments where it is unknown; None if all are None.
 
     Raises:
         ConversionError: The caller's licence or model differs from the known one, or the licence is mistyped.
@@ -36,42 +36,42 @@ def saved_source(known: Source | None, license: str | None, base_model: str | No
         raise ConversionError(
             f"base_model='{base_model}' was given, but the model was converted from '{known.name}'. Leave it out."
         )
-    inherited, given = (known.license or "").lower(), (license or "").lower()
-    inherited = inherited.replace("unknown", "")  # which timm's registry says of some
-    if inherited and given and given != inherited:
+    inherited, requested = (known.license or "").lower(), (license or "").lower()
+    inherited = inherited.replace("unknown", "")  # timm's registry has it for some weights
+    if inherited and requested and requested != inherited:
         raise ConversionError(
             f"license='{license}' was given, but the source weights are under '{inherited}', which converted weights "
             "inherit. Leave it out."
         )
-    if given and not inherited:
-        check_license(given)
+    if requested and not inherited:
+        check_license(requested)
     return replace(
         known,
         name=base_model or known.name,
-        license=inherited or given or None,
-        license_given=known.license_given or bool(given and not inherited),
+        license=inherited or requested or None,
+        license_given=known.license_given or bool(requested and not inherited),
     )
 
 
 def check_license(license: str) -> None:
-    """Raises ConversionError for a licence that looks like a mistyped identifier of the Hub's."""
-    likely = difflib.get_close_matches(license.lower(), sorted(HUB_LICENSES), 1, _TYPO)
-    if likely and license.lower() not in HUB_LICENSES:
+    """Raises ConversionError for a licence that looks like a mistyped identifier of the Hub."""
+    similar = difflib.get_close_matches(license.lower(), sorted(HUB_LICENSES), 1, _TYPO)
+    if similar and license.lower() not in HUB_LICENSES:
         raise ConversionError(
-            f"Got license='{license}', which the Hub does not know. Did you mean '{likely[0]}'? Another licence "
+            f"Got license='{license}', which the Hub does not know. Did you mean '{similar[0]}'? Another licence "
             "goes by its full name."
         )
 
 
 def require_license(source: Source | None, cfg: Mapping[str, Any]) -> str:
-    """The licence of a source; without one ConversionError, which names that of the model's cfg as the likely one."""
+    """The licence of a source; ConversionError if it has none, with the licence in the model's cfg as a suggestion."""
     if source and source.license:
         return source.license
-    likely = ""
+    advice = ""
     if cfg.get("license", "unknown") not in (None, "unknown"):
         name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
-        likely = f"The stock weights of {name} are under '{cfg['license']}': if the model comes from them, that is it. "
+        advice = f"The stock weights of {name} are under '{cfg['license']}': if the model comes from them, that is it. "
     raise ConversionError(
         "The licence of the source weights is not known: the dense model was yours, not loaded by this package. "
-        f"{likely}Pass license='...' (--license)."
+        f"{advice}Pass license='...' (--license)."
     )

@@ -1,4 +1,4 @@
-"""Folders on disk that are made once, by whichever process comes first, and used from then on."""
+"""The cache on disk: the first process that needs a folder makes it, and later ones use it."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from ..hub.files import COMPACT_NAME, FUSED_NAME
 _logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "TIMM_MASTERKEYS_CACHE"
-MARK = "timm_masterkeys cache entry"  # an entry has it in its config.json, under the name "made_by"
+MARK = "timm_masterkeys cache entry"  # value of "made_by" in the config.json of every entry
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class CacheEntry:
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Where calibrated networks are kept: a folder ``timm_masterkeys`` of our own.
+    """The folder ``timm_masterkeys`` in which calibrated networks are kept.
 
-    It is in the folder that the environment variable ``TIMM_MASTERKEYS_CACHE`` names, else in ``cache_dir``, as given
-    to ``create_model``, else in the Hub's cache for other libraries (``HF_HOME/assets``).
+    Its parent is the folder that the environment variable ``TIMM_MASTERKEYS_CACHE`` names, else ``cache_dir`` (as given
+    to ``create_model``), else the Hub's folder for other libraries (``HF_HOME/assets``).
     """
     parent = os.environ.get(CACHE_VARIABLE) or cache_dir or constants.HF_ASSETS_CACHE
     return Path(parent).expanduser() / "timm_masterkeys"
@@ -48,16 +48,16 @@ def cached_folder(
     save: Callable[[Any, Path], object],
     usable: Callable[[Path], bool],
 ) -> Iterator[Path]:
-    """Gives a folder, made first if it is missing or damaged; by one process, the others wait for it.
+    """Yields a folder of the cache. One process makes it if it is missing or damaged; the others wait.
 
-    A folder appears whole or not at all. Where it cannot be written, or there is to be none, what was made is in a
-    temporary folder, which lasts as long as the context.
+    A folder appears whole or not at all. If it cannot be written, or ``folder`` is None, a temporary folder is yielded,
+    which is removed after the context.
 
     Args:
-        folder: An entry of the cache; its parents are made if missing. None keeps nothing.
-        make: Does the work.
-        save: Writes what was made into an empty folder.
-        usable: Whether a folder's files are as they were saved.
+        folder: An entry of the cache; its parents are created if missing. None for no entry.
+        make: Makes the value to save.
+        save: Writes the value into an empty folder.
+        usable: Whether a folder exists and its files are as they were saved.
 
     Raises:
         Whatever ``make`` raises.
@@ -68,7 +68,7 @@ def cached_folder(
             save(made, Path(temporary))
             yield Path(temporary)
         return
-    with suppress(OSError):  # a cache that others fill
+    with suppress(OSError):  # a read-only cache
         os.utime(folder)
     yield folder
 
@@ -76,29 +76,29 @@ def cached_folder(
 def _make_entry(
     folder: Path, make: Callable[[], Any], save: Callable[[Any, Path], object], usable: Callable[[Path], bool]
 ) -> Any:
-    """Makes an entry under its lock, unless it is there; returns what was made if it cannot be written, else None."""
+    """Makes an entry under its lock if it is missing; returns what ``make`` gave if it cannot be saved, else None."""
     if usable(folder):
         return None
     with ExitStack() as stack:
-        work = None
+        temporary = None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder.with_name(f".{folder.name}.lock")))
             if usable(folder):  # another process has made it meanwhile
                 return None
             if folder.exists():
-                _check_own(folder)
+                _check_files(folder)
                 _logger.warning("%s is damaged and is made anew.", folder)
                 shutil.rmtree(folder)
-            work = stack.enter_context(work_folder(folder.parent, folder.name))
+            temporary = stack.enter_context(work_folder(folder.parent, folder.name))
         except OSError as error:
             _warn_unwritable(folder, error)
         made = make()
-        if work is None:
+        if temporary is None:
             return made
         try:
-            save(made, work)
-            os.replace(work, folder)
+            save(made, temporary)
+            os.replace(temporary, folder)
         except OSError as error:
             _warn_unwritable(folder, error)
             return made
@@ -110,7 +110,7 @@ def _warn_unwritable(folder: Path, error: OSError) -> None:
 
 
 def list_entries(root: Path) -> list[CacheEntry]:
-    """The entries of a cache, the last used first. Folders without our mark are none."""
+    """The entries of a cache, most recently used first; folders without ``MARK`` are ignored."""
     entries = []
     for path in root.glob("[!.]*/"):
         with suppress(FileNotFoundError):  # another process clears meanwhile
@@ -121,22 +121,22 @@ def list_entries(root: Path) -> list[CacheEntry]:
 
 
 def clear_entries(root: Path) -> int:
-    """Removes the entries of a cache, but for those that a process is making; returns how many are gone."""
+    """Removes the entries of a cache, except those that a process is making; returns the number removed."""
     removed = 0
     for entry in list_entries(root):
         with locked(root / f".{entry.path.name}.lock", wait=False) as held:
             if held:
                 with suppress(OSError), work_folder(root, entry.path.name) as trash:
-                    os.replace(entry.path, trash / entry.path.name)  # at once, for those that are about to read it
+                    os.replace(entry.path, trash / entry.path.name)  # atomic, for processes about to read it
                 removed += not entry.path.exists()
     return removed
 
 
-def _check_own(folder: Path) -> None:
-    """Raises OSError if a folder holds other files than an entry does: it is not removed."""
-    others = {path.name for path in folder.iterdir()} - {"config.json", FUSED_NAME, COMPACT_NAME}
-    if others:
-        raise FileExistsError(f"it holds {min(others)}, which is no file of a cache entry")
+def _check_files(folder: Path) -> None:
+    """Raises OSError if a folder holds files that no entry has, so that it is not removed."""
+    foreign = {path.name for path in folder.iterdir()} - {"config.json", FUSED_NAME, COMPACT_NAME}
+    if foreign:
+        raise FileExistsError(f"it holds {min(foreign)}, which is no file of a cache entry")
 
 
 def _is_entry(folder: Path) -> bool:

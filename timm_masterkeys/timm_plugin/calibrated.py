@@ -1,7 +1,7 @@
-"""Dense weights, converted and calibrated once, then kept in the cache: what ``pretrained=True`` gives a ``.mk8`` name.
+"""The networks of ``.mk8`` names with ``pretrained=True``: converted and calibrated once, then kept in the cache.
 
-An entry of the cache stands for the dense weights it was made from. A call loads it as it would load those: with its
-own head, input channels and preprocessing. So an entry depends on nothing but what its key covers.
+An entry of the cache replaces the dense weights it was made from. A call loads it as it would load those: with the
+call's head, input channels and preprocessing. So an entry depends only on what its key covers.
 """
 
 import hashlib
@@ -44,16 +44,16 @@ from .call import Call
 
 _logger = logging.getLogger(__name__)
 
-CALIBRATION = 4  # counts up whenever calibration gives other networks
+CALIBRATION = 4  # increased whenever calibration gives other networks
 
-_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # of the images
-_SETTLED = 2  # seconds: the coarsest tick of a file system's clock
-_READING = ("custom_load", "first_conv", "classifier")  # how timm reads the weights
+_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # how images are prepared
+_SETTLED = 2  # seconds: the coarsest tick of a file system's clock, see ``_digest``
+_READING = ("custom_load", "first_conv", "classifier")  # of a cfg: how timm reads the weights
 
 
 @contextmanager
 def calibrated_entry(call: Call, state: Mapping[str, Any] | None, images: str) -> Iterator[SavedModel]:
-    """The calibrated network of a call's dense weights, as a saved model; made first if it is not in the cache.
+    """Yields the calibrated network of a call's dense weights as a saved model; makes it if it is not in the cache.
 
     Args:
         call: The call.
@@ -64,7 +64,7 @@ def calibrated_entry(call: Call, state: Mapping[str, Any] | None, images: str) -
         MasterKeysError: As ``calibrate_masterkeys`` and ``convert_to_agreement``.
     """
     config = _shared_config(call)  # checked before anything is downloaded
-    shape = _own_shape(call, state)
+    shape = _weights_shape(call, state)
     built: list[nn.Module] = []
     digest = _weights_sha256(call)
     if digest == "":  # building the network downloads them
@@ -75,8 +75,8 @@ def calibrated_entry(call: Call, state: Mapping[str, Any] | None, images: str) -
     if key is None:
         _logger.warning("%s: its arguments cannot be compared with those of other calls: it is not kept.", call.name)
     else:
-        short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        folder = cache_folder(call.cache_dir) / re.sub(r"[^\w.-]", "_", f"{call.name}-{short}")
+        key_digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        folder = cache_folder(call.cache_dir) / re.sub(r"[^\w.-]", "_", f"{call.name}-{key_digest}")
 
     def calibrate() -> nn.Module:
         if built:
@@ -97,15 +97,15 @@ def calibrated_entry(call: Call, state: Mapping[str, Any] | None, images: str) -
         return model
 
     with cached_folder(folder, partial(_undisturbed, calibrate), partial(_save, key), _usable) as saved:
-        about = read_section(saved / "config.json")
-        assert about is not None
-        yield SavedModel(saved, about)
+        section = read_section(saved / "config.json")
+        assert section is not None
+        yield SavedModel(saved, section)
 
 
 def convert_and_calibrate(
     dense: nn.Module, config: MasterKeysConfig, images: str, flat_names: bool = False, **options: Any
 ) -> tuple[nn.Module, CalibrationReport | KeyBudget]:
-    """A calibrated network as described, made of a dense one, which stays as it is; and the figures.
+    """Converts and calibrates a copy of a dense network; returns the copy and its figures.
 
     Args:
         dense: A timm model.
@@ -118,7 +118,7 @@ def convert_and_calibrate(
         MasterKeysError: As ``calibrate_masterkeys`` and ``convert_to_agreement``.
     """
     if config.agreement is not None:
-        if flat_names and (config.include or config.exclude):  # names as the dense model has them
+        if flat_names and (config.include or config.exclude):  # patterns replaced by names of the dense model
             names = tuple(layer.name for layer in resolve(config, dense, flat_names=True).converted)
             config = replace(config, include=names, exclude=())
         settings: Any = {
@@ -132,9 +132,9 @@ def convert_and_calibrate(
 def _key(
     call: Call, config: MasterKeysConfig, shape: tuple[int, int], digest: str | None, images: str
 ) -> dict[str, Any] | None:
-    """All that an entry depends on, as JSON data.
+    """Everything that an entry depends on, as JSON data.
 
-    None if something cannot be compared with that of other calls, or if what the weights lack may be random.
+    None if a value cannot be compared with those of other calls, or if missing weights may be random.
     """
     if digest is None or not call.kwargs.get("pretrained_strict", True):
         return None
@@ -160,7 +160,7 @@ def _key(
 
 
 def _shared_config(call: Call) -> MasterKeysConfig:
-    """The conversion of an entry: what trains is chosen when it is loaded, but for sigmas, which are fitted."""
+    """The configuration of an entry. Loading sets ``trainable``, except "sigmas", as these are fitted."""
     trainable = call.config.trainable
     return replace(call.config, trainable=trainable if trainable == "sigmas" else "shift")
 
@@ -181,25 +181,25 @@ def _as_json(value: Any) -> Any:
         return {"partial": [_as_json(part) for part in (value.func, value.args, value.keywords)]}
     module, name = getattr(value, "__module__", None) or "", getattr(value, "__qualname__", "")
     if module.partition(".")[0] in ("torch", "timm") and name:
-        found: Any = sys.modules.get(module)
+        resolved: Any = sys.modules.get(module)
         for part in name.split("."):
-            found = getattr(found, part, None)
-        if found is value:  # else another has taken the name
+            resolved = getattr(resolved, part, None)
+        if resolved is value:  # else the name belongs to another object
             return {"name": f"{module}.{name}"}
     raise TypeError(f"{value!r} cannot be compared with the arguments of other calls")
 
 
-def _own_shape(call: Call, state: Mapping[str, Any] | None) -> tuple[int, int]:
-    """Input channels and classes of the weights themselves, whatever the call makes of them."""
+def _weights_shape(call: Call, state: Mapping[str, Any] | None) -> tuple[int, int]:
+    """Input channels and classes of the dense weights, before the call's own are applied."""
     cfg, state = call.cfg, state or {}
     stem, head = (state.get(f"{_first(name)}.weight") for name in (cfg.first_conv, cfg.classifier))
     channels = cfg.input_size[0] if stem is None else stem.shape[1]
     if head is not None:
         return channels, len(head)
-    if stem is not None:  # the names are timm's: a checkpoint without a head
+    if stem is not None:  # names are timm's, but there is no head
         return channels, 0
-    own: Any = call.own_cfg
-    classes = cfg.num_classes if cfg.num_classes >= 0 else own.num_classes
+    own_cfg: Any = call.own_cfg
+    classes = cfg.num_classes if cfg.num_classes >= 0 else own_cfg.num_classes
     return channels, classes + (cfg.label_offset or 0)
 
 
@@ -208,28 +208,28 @@ def _first(name: Any) -> str:
 
 
 def _build(call: Call, shape: tuple[int, int]) -> nn.Module:
-    """The dense network with the weights as they are: their own head and input channels."""
+    """The dense network with the head and the input channels of the weights."""
     channels, classes = shape
     size = (channels, *call.cfg.input_size[1:])
     cfg = replace(call.cfg, input_size=size, num_classes=classes, label_offset=None)
-    own = replace(call, cfg=cfg, kwargs={**call.arguments, "cache_dir": call.cache_dir})
-    return own.build(True).eval()
+    weights_call = replace(call, cfg=cfg, kwargs={**call.arguments, "cache_dir": call.cache_dir})
+    return weights_call.build(True).eval()
 
 
 def _save(key: Any, model: nn.Module, folder: Path) -> None:
-    """Writes an entry: a saved model without a cfg, which is the call's matter."""
+    """Writes an entry: a saved model without a cfg, as each call has its own."""
     dense = contiguous(fuse_masterkeys(model))
     with os_errors():
         save_file(dense.state_dict(), folder / FUSED_NAME)
     save_compact(model, folder / COMPACT_NAME)
     section = {**describe_layers(describe(model)), **read_record(model).to_dict()}
     section["crc32"] = {**_checksums(folder), "section": _crc32(section)}
-    about = {"made_by": MARK, "key": key, SECTION: section}
-    (folder / "config.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+    config = {"made_by": MARK, "key": key, SECTION: section}
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _usable(folder: Path) -> bool:
-    """Whether the files of an entry are there, as they were saved."""
+    """Whether the files of an entry exist and are as they were saved."""
     try:
         section = dict(read_section(folder / "config.json") or {})
         return section.pop("crc32") == {**_checksums(folder), "section": _crc32(section)}
@@ -238,7 +238,7 @@ def _usable(folder: Path) -> bool:
 
 
 def _checksums(folder: Path) -> dict[str, int]:
-    """The CRC-32 of an entry's weight files: it shows damage, in a third of the time that SHA-256 takes."""
+    """The CRC-32 of an entry's weight files by name; it detects damage in a third of the time of SHA-256."""
     checksums = {}
     for name in (FUSED_NAME, COMPACT_NAME):
         checksums[name] = 0
@@ -253,7 +253,7 @@ def _crc32(section: Mapping[str, Any]) -> int:
 
 
 def _undisturbed(work: Callable[[], nn.Module]) -> nn.Module:
-    """Does work in float32 on the CPU, whatever mode torch is in, and without a trace in its random numbers."""
+    """Calls ``work`` in float32 on the CPU, whatever torch's settings; restores these and the random state."""
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     full_precision = torch.autocast("cpu", enabled=False)
@@ -270,7 +270,7 @@ def _undisturbed(work: Callable[[], nn.Module]) -> nn.Module:
 def _weights_sha256(call: Call) -> str | None:
     """The SHA-256 of the weights that timm would load; "" if they are not on this machine yet.
 
-    None for a state dict that holds something that has no digest.
+    None for a state dict with a value that has no digest.
     """
     cfg: PretrainedCfg = call.cfg
     if cfg.state_dict:
@@ -284,10 +284,10 @@ def _weights_sha256(call: Call) -> str | None:
         repo_id, _, revision = cfg.hf_hub_id.partition("@")
         names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
         for filename in names:
-            where: Any = {"cache_dir": call.cache_dir, "revision": revision or None}
-            path = try_to_load_from_cache(repo_id, filename, **where)
+            options: Any = {"cache_dir": call.cache_dir, "revision": revision or None}
+            path = try_to_load_from_cache(repo_id, filename, **options)
             if isinstance(path, str):
-                blob = os.path.basename(os.path.realpath(path))  # of a large file its SHA-256 is the name
+                blob = os.path.basename(os.path.realpath(path))  # its name is the SHA-256 of a large file
                 return blob if len(blob) == 64 else file_sha256(path)
         return ""
     if cfg.url:
@@ -297,10 +297,10 @@ def _weights_sha256(call: Call) -> str | None:
 
 
 def _digest(path: str) -> str:
-    """The SHA-256 of a file, "" without one; of a file as it was hashed before, by this process, it is remembered.
+    """The SHA-256 of a file, "" if it does not exist. A process hashes an unchanged file only once.
 
-    A file is known by what git's index knows it by. ``st_ctime_ns`` changes whenever a file is written, even if its
-    time of modification is set back; but not within a tick of the clock, so a file that was just written is read.
+    Inode, size and times tell whether a file is unchanged, as in git's index. ``st_ctime_ns`` changes with each write,
+    even if the modification time is set back; but not within a tick of the clock, so a recent file is always hashed.
     """
     if not os.path.isfile(path):
         return ""

@@ -1,4 +1,4 @@
-"""What a call of ``timm.create_model`` asks of a ``.mk8`` name: weights, conversion, arguments of the network."""
+"""The arguments of a ``timm.create_model`` call for a ``.mk8`` name: of its weights, conversion and network."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ CALIBRATE_VARIABLE = "TIMM_MASTERKEYS_CALIBRATE"
 _SETTINGS = tuple(field.name for field in fields(MasterKeysConfig))
 _LOCATION = ("source", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "custom_load")  # of a cfg's weights
 
-# Arguments that change nothing of the dense weights: an entry of the cache is loaded with them.
+# Arguments that do not change the dense weights: they apply when an entry of the cache is loaded.
 _WHEN_LOADING = frozenset(
     "num_classes in_chans global_pool drop_rate drop_path_rate drop_block_rate attn_drop_rate proj_drop_rate "
     "features_only feature_cls out_indices cache_dir device dtype".split()
@@ -35,7 +35,7 @@ _WHEN_LOADING = frozenset(
 
 @dataclass(frozen=True)
 class Call:
-    """A call, sorted."""
+    """The sorted arguments of a call."""
 
     arch: str
     stock: compat.Entrypoint  # timm's own function that builds the architecture
@@ -43,12 +43,12 @@ class Call:
     own_cfg: PretrainedCfg | None  # timm's cfg of the name, without the call's overlay
     registered: bool  # the weights are those of ``own_cfg``
     given: Mapping[str, Any]  # the call's settings of the conversion, by their names without ``mk_``
-    calibrate: Any  # the call's ``mk_calibrate``; None if it has none
-    kwargs: Mapping[str, Any]  # what goes to ``stock`` beside the cfg
+    calibrate: Any  # the call's ``mk_calibrate``; None if absent
+    kwargs: Mapping[str, Any]  # the arguments of ``stock`` besides the cfg
 
     @cached_property
     def config(self) -> MasterKeysConfig:
-        """The conversion; of a saved model only ``trainable`` may differ. MasterKeysError for wrong settings."""
+        """The configuration of the conversion; MasterKeysError for invalid settings."""
         return MasterKeysConfig(**self.given)
 
     @property
@@ -62,17 +62,17 @@ class Call:
 
     @property
     def flat_names(self) -> bool:
-        """Whether patterns may be on names as in a ``features_only`` model."""
+        """Whether patterns may use the names of a ``features_only`` model."""
         return bool(self.kwargs.get("features_only"))
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that say what the dense network is, whatever head and input a call gives it."""
+        """The arguments that define the dense weights, without those that apply when weights are loaded."""
         return {name: value for name, value in self.kwargs.items() if name not in _WHEN_LOADING}
 
     @property
     def source(self) -> Source:
-        """Whose the dense weights are, as far as it is known."""
+        """The source of the dense weights, as far as it is known."""
         if self.registered or self.cfg.source == "hf-hub":
             return Source.from_cfg(self.own_cfg if self.registered else self.cfg)
         return Source(license=self.cfg.license if self.cfg.source == "local-dir" else None)
@@ -82,7 +82,7 @@ class Call:
 
         Args:
             pretrained: Load the weights.
-            location: ``file=`` or ``state_dict=``, where they are, if not where the cfg says.
+            location: ``file=`` or ``state_dict=`` of the weights, in place of the cfg's.
 
         Raises:
             CheckpointError: A file that cannot be read.
@@ -92,28 +92,28 @@ class Call:
             model: Any = self.stock(pretrained=pretrained, pretrained_cfg=cfg, **self.kwargs)
         except SafetensorError as error:
             raise CheckpointError(f"Cannot read the weights of {self.name}: {error}. Get the file again.") from error
-        where = {name: getattr(self.cfg, name) for name in _LOCATION if name != "state_dict"}
-        for module in model.modules():  # a features_only wrapper and the model in it have a cfg each
-            own = getattr(module, "pretrained_cfg", None)
-            if isinstance(own, dict):
-                own.pop("state_dict", None)
-                own.update(where)
-                for name in [name for name, value in where.items() if value is None]:
-                    del own[name]
+        cfg_location = {name: getattr(self.cfg, name) for name in _LOCATION if name != "state_dict"}
+        for module in model.modules():  # a features_only wrapper and its model have a cfg each
+            module_cfg = getattr(module, "pretrained_cfg", None)
+            if isinstance(module_cfg, dict):
+                module_cfg.pop("state_dict", None)
+                module_cfg.update(cfg_location)
+                for name in [name for name, value in cfg_location.items() if value is None]:
+                    del module_cfg[name]
         return model
 
     def images(self) -> str | None:
-        """What to calibrate with, as ``calibration_images`` says; None on the meta device."""
+        """The calibration images, see ``calibration_images``; None on the meta device."""
         return None if torch.empty(0).is_meta else calibration_images(self.calibrate)
 
     def warn_unused(self, why: str) -> None:
-        """Warns if the call gives images for a calibration, but nothing is calibrated."""
+        """Warns that the call's calibration images have no effect, if it gives any."""
         if self.calibrate is not None and not _is_off(self.calibrate):
             _logger.warning("%s: mk_calibrate=%r has no effect: %s.", self.name, self.calibrate, why)
 
 
 def read_call(arch: str, stock: compat.Entrypoint, pretrained: bool, given: Mapping[str, Any]) -> Call:
-    """Sorts the arguments of a call, given as for ``create.create``; the cfg may be a tag, a dict or a PretrainedCfg.
+    """Sorts the arguments of a call, as for ``create.create``; the cfg may be a tag, a dict or a PretrainedCfg.
 
     Raises:
         MasterKeysError: An unknown setting, or a name that is pointed at weights of another architecture.
@@ -123,10 +123,10 @@ def read_call(arch: str, stock: compat.Entrypoint, pretrained: bool, given: Mapp
     name = f"{arch}.{tag_of(cfg)}"
     published = published_source(name) if pretrained or tag_of(cfg) not in compat.cfgs(arch) else None
     resolved = resolve_pretrained_cfg(arch, cfg, overlay)
-    own = timm.get_pretrained_cfg(name)
-    registered = own is not None and _location(resolved) == _location(own)
+    own_cfg = timm.get_pretrained_cfg(name)
+    registered = own_cfg is not None and _location(resolved) == _location(own_cfg)
     if pretrained and published and registered:
-        resolved, registered = _published_cfg(arch, published, resolved, own, kwargs), False
+        resolved, registered = _published_cfg(arch, published, resolved, own_cfg, kwargs), False
     settings = {setting: kwargs.pop(f"mk_{setting}") for setting in _SETTINGS if f"mk_{setting}" in kwargs}
     calibrate = kwargs.pop("mk_calibrate", None)
     unknown = [argument for argument in kwargs if argument.startswith("mk_")]
@@ -136,7 +136,7 @@ def read_call(arch: str, stock: compat.Entrypoint, pretrained: bool, given: Mapp
     if isinstance(kwargs.get("pretrained_model_args"), dict):  # a published model's own arguments
         arguments = kwargs["pretrained_model_args"].items()
         kwargs["pretrained_model_args"] = {n: value for n, value in arguments if not n.startswith("mk_")}
-    return Call(arch, stock, resolved, own, registered, settings, calibrate, kwargs)
+    return Call(arch, stock, resolved, own_cfg, registered, settings, calibrate, kwargs)
 
 
 def tag_of(cfg: Any) -> str | None:
@@ -147,7 +147,7 @@ def tag_of(cfg: Any) -> str | None:
 
 
 def calibration_images(given: Any = None, option: str = "mk_calibrate") -> str | None:
-    """What to calibrate with: ``"builtin"``, the path of a folder, or None for no calibration.
+    """The images to calibrate with: ``"builtin"``, the path of a folder, or None for no calibration.
 
     Args:
         given: "builtin", True, False, "none" or a folder. None stands for the environment variable
@@ -179,9 +179,9 @@ def _location(cfg: PretrainedCfg) -> list[Any]:
 
 
 def _published_cfg(
-    arch: str, source: str, given: PretrainedCfg, registered: PretrainedCfg, kwargs: dict[str, Any]
+    arch: str, source: str, resolved: PretrainedCfg, registered: PretrainedCfg, kwargs: dict[str, Any]
 ) -> PretrainedCfg:
-    """The cfg of published weights, with what the call changes; their arguments go among the call's, as in timm."""
+    """The cfg of published weights with the call's changes; adds their model arguments to ``kwargs``, as timm does."""
     cfg, architecture, model_args = load_model_config_from_hf(source, cache_dir=kwargs.get("cache_dir"))
     if architecture != arch:
         raise CheckpointError(
@@ -190,7 +190,7 @@ def _published_cfg(
     changed = {
         field.name: value
         for field in fields(PretrainedCfg)
-        if (value := getattr(given, field.name)) != getattr(registered, field.name)
+        if (value := getattr(resolved, field.name)) != getattr(registered, field.name)
     }
     kwargs["pretrained_model_args"] = dict(model_args or {})
     for name, value in kwargs["pretrained_model_args"].items():

@@ -1,4 +1,4 @@
-"""The only module that touches timm's private names: adds tags to architectures timm already has.
+"""The only module that touches timm's private names: it adds tags to timm's architectures.
 
 Tested with the timm versions in ``TESTED``. ``register_model`` cannot do this: registering an architecture again
 deletes its stock tags and default.
@@ -34,7 +34,7 @@ def unsupported() -> str:
 
 
 def too_old() -> str:
-    """A warning about a timm older than the oldest tested, as a checkout may hold; empty if it is not."""
+    """A warning if timm is older than the oldest version tested, as in an old checkout; empty if it is not."""
     running, oldest = (tuple(map(int, re.findall(r"\d+", v)[:3])) for v in (timm.__version__, TESTED[0]))
     if running >= oldest:
         return ""
@@ -61,7 +61,7 @@ def cfgs(arch: str) -> dict[str, PretrainedCfg]:
 
 
 def add_tag(arch: str, tag: str, cfg: PretrainedCfg) -> None:
-    """Makes ``arch.tag`` a name timm lists and finds; stock tags and default stay. An own tag is replaced."""
+    """Registers ``arch.tag`` with timm, or replaces it; stock tags and the default stay as they are."""
     from timm.models._registry import _model_has_pretrained, _model_pretrained_cfgs, _model_with_tags
 
     name = f"{arch}.{tag}"
@@ -78,7 +78,7 @@ def add_tag(arch: str, tag: str, cfg: PretrainedCfg) -> None:
 
 
 def wrap_entrypoint(arch: str, wrap: Callable[[Entrypoint], Entrypoint]) -> None:
-    """Replaces the function that builds ``arch`` by ``wrap(function)``, once."""
+    """Replaces the function that builds ``arch`` with ``wrap(function)``; a wrapped one stays as it is."""
     from timm.models._registry import _model_entrypoints
 
     stock = _model_entrypoints[arch]

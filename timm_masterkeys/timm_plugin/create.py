@@ -35,10 +35,10 @@ def create(arch: str, stock: compat.Entrypoint, pretrained: bool, kwargs: Mappin
         arch: The architecture.
         stock: timm's own function that builds it.
         pretrained: As for ``timm.create_model``.
-        kwargs: What ``timm.create_model`` passes on, with the settings of the conversion (``mk_...``) among it.
+        kwargs: The arguments that ``timm.create_model`` passes on, with the conversion's settings (``mk_...``).
 
     Raises:
-        MasterKeysError: Settings that cannot be had, or weights that cannot be loaded.
+        MasterKeysError: Invalid settings, or weights that cannot be loaded.
     """
     call = read_call(arch, stock, pretrained, kwargs)
     if call.cfg.source in ("hf-hub", "local-dir"):
@@ -49,7 +49,7 @@ def create(arch: str, stock: compat.Entrypoint, pretrained: bool, kwargs: Mappin
         _refuse_agreement(call)
         call.warn_unused("there are no weights to calibrate without pretrained=True")
         return convert(call.build(False), call.config, "random", inplace=True, flat_names=call.flat_names)
-    state = _own_weights(call)
+    state = _read_weights(call)
     if state and (entries := _compact_entries(state)):
         return _load_checkpoint(call, state, entries)
     if (call.cfg.has_weights or call.cfg.state_dict) and not call.cfg.source and (images := call.images()):
@@ -58,7 +58,7 @@ def create(arch: str, stock: compat.Entrypoint, pretrained: bool, kwargs: Mappin
 
 
 def _load_saved(call: Call, saved: SavedModel, pretrained: bool) -> nn.Module:
-    """The network as it was saved; without its weights, the settings alone are taken."""
+    """The network as it was saved; without ``pretrained`` with the saved settings and random keys."""
     fixed = sorted(f"mk_{name}" for name in call.given.keys() - {"trainable"})
     if fixed:
         raise ConversionError(
@@ -71,7 +71,7 @@ def _load_saved(call: Call, saved: SavedModel, pretrained: bool) -> nn.Module:
 
 
 def _load_calibrated(call: Call, state: Mapping[str, Any] | None, images: str) -> nn.Module:
-    """The network with calibrated weights; made anew where another process clears the cache while they are read."""
+    """The network with calibrated weights; calibrates again if another process clears the cache meanwhile."""
     while True:
         with calibrated_entry(call, state, images) as entry:
             try:
@@ -82,12 +82,12 @@ def _load_calibrated(call: Call, state: Mapping[str, Any] | None, images: str) -
 
 
 def _load(call: Call, saved: SavedModel) -> nn.Module:
-    """The network with saved weights: timm builds the dense one with them, then its layers are converted as saved."""
+    """The network with saved weights: timm loads the fused weights, then the layers are converted as saved."""
     return load_layers(call.build(True, file=str(saved.fused)), saved, call.given.get("trainable"))
 
 
 def _convert_only(call: Call) -> nn.Module:
-    """The network with dense weights, projected on the keys and not calibrated; a warning says so."""
+    """The network with dense weights projected on the keys, not calibrated; logs a warning."""
     _refuse_agreement(call)
     call.warn_unused("only weights that timm has under a name, or in a file or state dict, are calibrated")
     model = convert(call.build(True), call.config, "project", inplace=True, flat_names=call.flat_names)
@@ -114,21 +114,21 @@ def _refuse_agreement(call: Call) -> None:
         )
 
 
-def _own_weights(call: Call) -> Mapping[str, Any] | None:
-    """The state dict of weights that are not timm's own, wherever they are; on the meta device if shapes are enough."""
+def _read_weights(call: Call) -> Mapping[str, Any] | None:
+    """The state dict of weights that are not timm's own, of dense files on the meta device; None if timm reads them."""
     cfg = call.cfg
     if call.registered and not cfg.file:
         return None  # timm's own
     if cfg.state_dict and not cfg.source:
-        return _unwrapped(cfg.state_dict)
+        return _inner_state_dict(cfg.state_dict)
     if cfg.url and not (cfg.file or cfg.hf_hub_id or cfg.source or cfg.custom_load):
-        where = {"model_dir": call.cache_dir, "map_location": "cpu", "weights_only": True}
-        return _unwrapped(torch.hub.load_state_dict_from_url(str(cfg.url), **where))
+        options = {"model_dir": call.cache_dir, "map_location": "cpu", "weights_only": True}
+        return _inner_state_dict(torch.hub.load_state_dict_from_url(str(cfg.url), **options))
     if cfg.source == "hf-hub":
         repo_id, _, revision = str(cfg.hf_hub_id).partition("@")
         try:
             path = Path(hf_hub_download(repo_id, FUSED_NAME, revision=revision or None, cache_dir=call.cache_dir))
-        except EntryNotFoundError:  # another format, maybe
+        except EntryNotFoundError:  # the weights may have another format
             return None
     else:
         path = Path(cfg.file or "", FUSED_NAME if cfg.source == "local-dir" else "")
@@ -145,34 +145,34 @@ def _own_weights(call: Call) -> Mapping[str, Any] | None:
         raise CheckpointError(f"Cannot read '{path}': {error}. Get the file again.") from error
 
 
-def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state dict in a checkpoint."""
+def _inner_state_dict(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The innermost state dict of a checkpoint."""
     inner = next((state[name] for name in ("state_dict", "model") if isinstance(state.get(name), Mapping)), None)
-    return state if inner is None else _unwrapped(inner)
+    return state if inner is None else _inner_state_dict(inner)
 
 
 def _compact_entries(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """The entries of the converted layers in a state dict, by the name of the layer."""
+    """The entries of the converted layers in a state dict, by layer name."""
     names = [name.removesuffix(".key_index") for name in state if name.endswith(".key_index")]
     entries = ScaledKeyConv2d.compact_entries
     return {name: {e: state[f"{name}.{e}"] for e in entries if f"{name}.{e}" in state} for name in names}
 
 
 def _load_checkpoint(call: Call, state: Mapping[str, Any], entries: Mapping[str, dict[str, torch.Tensor]]) -> nn.Module:
-    """The network with a checkpoint of a converted one: its layers, and the rest through timm's own loader."""
+    """The network with a checkpoint of a converted network; timm's own loader loads all but the converted layers."""
     _refuse_agreement(call)
     call.warn_unused("these weights are of a converted model, and loaded as they are")
-    given = {f"{name}.{entry}" for name, found in entries.items() for entry in found}
-    rest = {name: value for name, value in state.items() if name not in given}
-    layers = {name: _layer_settings(call, name, found) for name, found in entries.items()}
-    for name, found in entries.items():  # in the kernels' places, until the layers are converted
-        rest[f"{name}.weight"] = found["scale"].new_zeros(len(found["key_index"]), 1, *found["keys"].shape[1:])
+    entry_names = {f"{name}.{entry}" for name, tensors in entries.items() for entry in tensors}
+    rest = {name: value for name, value in state.items() if name not in entry_names}
+    layers = {name: _layer_settings(call, name, tensors) for name, tensors in entries.items()}
+    for name, tensors in entries.items():  # placeholders of the kernels, for timm's loader
+        rest[f"{name}.weight"] = tensors["scale"].new_zeros(len(tensors["key_index"]), 1, *tensors["keys"].shape[1:])
     model = call.build(True, state_dict=rest)
     planned = resolve(call.config, model, flat_names=call.flat_names).settings.keys()
-    here = set(names_in(model, layers).values())
-    if here - planned or (planned - here and (call.config.include or call.config.exclude)):
+    saved = set(names_in(model, layers).values())
+    if saved - planned or (planned - saved and (call.config.include or call.config.exclude)):
         raise CheckpointError(
-            f"The weights are of a model converted in other layers than this one would be, as {min(here ^ planned)}. "
+            f"The weights are of a model converted in other layers than this one would be, as {min(saved ^ planned)}. "
             "Create it with the settings the checkpoint was made with (mk_include, mk_exclude)."
         )
     restore_layers(model, Compact(layers, entries))
@@ -181,7 +181,7 @@ def _load_checkpoint(call: Call, state: Mapping[str, Any], entries: Mapping[str,
 
 
 def _layer_settings(call: Call, name: str, entries: Mapping[str, torch.Tensor]) -> LayerSettings:
-    """The settings of a layer in a checkpoint: those of the call, where the checkpoint does not determine them."""
+    """The settings of a layer in a checkpoint; those that the checkpoint does not determine are the call's."""
     missing = [entry for entry in MasterKeyConv2d.compact_entries if entry not in entries]
     if missing:
         raise CheckpointError(f"The checkpoint lacks {', '.join(missing)} of {name}: the entries belong together.")

@@ -26,17 +26,17 @@ _logger = logging.getLogger(__name__)
 
 
 def register_names(architectures: str | Sequence[str] | None = None) -> None:
-    """Registers ``<arch>.mk8`` and ``<arch>.mk8_<stock tag>`` with timm. Done on import; again, it changes nothing.
+    """Registers ``<arch>.mk8`` and ``<arch>.mk8_<stock tag>`` with timm. Done on import; may be repeated.
 
     Stock names, tags, defaults and weights stay as they are. ``<arch>.mk8`` takes the stock default weights and
-    ``<arch>.mk8_<tag>`` those of that tag, through timm's own loader, and converts them. Any other ``.mk8`` name is a
-    ConversionError that says which there are, or why there is none.
+    ``<arch>.mk8_<tag>`` those of that tag, through timm's own loader, and converts them. Any other ``.mk8`` name raises
+    ConversionError, with the names that exist or the reason why there are none.
 
     Args:
-        architectures: Name or names; ``list_architectures()`` if None. Names timm does not know are passed over.
+        architectures: Name or names; ``list_architectures()`` if None. Names timm does not know are ignored.
 
     Example:
-        >>> register_names("my_net")  # an architecture of one's own, registered with timm
+        >>> register_names("my_net")  # your own architecture, registered with timm
         >>> model = timm.create_model("my_net.mk8")
     """
     problem = compat.unsupported()
@@ -50,7 +50,7 @@ def register_names(architectures: str | Sequence[str] | None = None) -> None:
     known = compat.architectures()
     for arch in known.intersection(names):
         _register_tags(arch)
-    wrapped = known if architectures is None else known.intersection(names)  # those without names say why
+    wrapped = known if architectures is None else known.intersection(names)  # architectures without names say why
     for old, new in timm.models.get_deprecated_models().items():  # timm passes their tags on to the new name
         arch = (new or "").partition(".")[0]
         if arch in wrapped:
@@ -60,7 +60,7 @@ def register_names(architectures: str | Sequence[str] | None = None) -> None:
 
 
 def dense_name(name: str) -> str:
-    """The dense timm name that a ``.mk8`` name stands for; others as they are.
+    """The dense timm name of a ``.mk8`` name; other names are returned unchanged.
 
     Example:
         >>> dense_name("convnext_tiny.mk8_in12k"), dense_name("convnext_tiny.mk8")
@@ -76,13 +76,13 @@ def dense_name(name: str) -> str:
 def _register_tags(arch: str) -> None:
     stock = {tag: cfg for tag, cfg in compat.cfgs(arch).items() if not is_masterkeys_tag(tag)}
     for tag, cfg in (stock or {"": PretrainedCfg(architecture=arch)}).items():
-        own = masterkeys_tag(tag)
-        if not is_pointed(f"{arch}.{own}"):
-            compat.add_tag(arch, own, replace(cfg, tag=own))
+        converted_tag = masterkeys_tag(tag)
+        if not is_pointed(f"{arch}.{converted_tag}"):
+            compat.add_tag(arch, converted_tag, replace(cfg, tag=converted_tag))
 
 
 def _with_masterkeys(arch: str, stock: compat.Entrypoint) -> compat.Entrypoint:
-    """The function that builds ``arch``: Builds the architecture; ``.mk8`` tags are converted."""
+    """Wraps the function that builds ``arch``: networks with ``.mk8`` tags are converted."""
 
     @functools.wraps(stock)
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -97,9 +97,9 @@ def _with_masterkeys(arch: str, stock: compat.Entrypoint) -> compat.Entrypoint:
 
 
 def _check_tag(arch: str, tag: str, stock: compat.Entrypoint) -> None:
-    """Raises ConversionError, which says which names there are, unless an architecture has a tag of ours."""
+    """Raises ConversionError, which names the tags that exist, unless the architecture has this ``.mk8`` tag."""
     if tag not in compat.cfgs(arch):
-        published_source(f"{arch}.{tag}")  # reads the environment variable, which may know the tag
+        published_source(f"{arch}.{tag}")  # reads the environment variable, which may add the tag
     if tag in compat.cfgs(arch):
         return
     tags = [known for known in compat.cfgs(arch) if is_masterkeys_tag(known)]
@@ -116,7 +116,7 @@ def _check_tag(arch: str, tag: str, stock: compat.Entrypoint) -> None:
 
 
 def _has_depthwise(stock: compat.Entrypoint) -> bool:
-    """Whether there is something to convert in what an entry point builds, as far as it builds without arguments."""
+    """Whether the network of an entry point has layers to convert; False if it needs arguments."""
     with suppress(Exception), torch.device("meta"):
         return bool(plan_conversion(stock()).converted)
     return False

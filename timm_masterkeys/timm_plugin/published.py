@@ -29,7 +29,7 @@ def use_weights(name: str | os.PathLike[str], source: str = "") -> None:
 
     ``pretrained=True`` then loads them, with the classes, preprocessing and arguments they were published with. The
     environment variable ``TIMM_MASTERKEYS_WEIGHTS`` does the same: ``name=source`` pairs and paths of lists, separated
-    by spaces. It is read with the first weights of a ``.mk8`` name; what is wrong with it is an error then.
+    by spaces. It is read with the first weights of a ``.mk8`` name; an invalid value raises an error then.
 
     Args:
         name: ``<arch>.mk8``, or ``<arch>.mk8_<anything>`` for a new name. Or, without a source, the path of a list such
@@ -38,7 +38,7 @@ def use_weights(name: str | os.PathLike[str], source: str = "") -> None:
 
     Raises:
         ConversionError: Not such a name, an architecture without depthwise convolutions, no such source, or a list that
-            cannot be read or holds one of these; none of its names is then pointed anywhere.
+            cannot be read or has such a line; none of its names is then pointed at weights.
 
     Example:
         >>> use_weights("convnext_tiny.mk8_ours", "org/convnext_tiny.mk8@4f2a91c")
@@ -48,19 +48,19 @@ def use_weights(name: str | os.PathLike[str], source: str = "") -> None:
     pairs = _read_list(name) if not source and os.path.isfile(name) else [(os.fspath(name), source)]
     for pair in pairs:
         _check_pair(*pair)
-    for own, published in pairs:
-        arch, _, tag = own.partition(".")
+    for mk8_name, hub_id in pairs:
+        arch, _, tag = mk8_name.partition(".")
         stock = timm.get_pretrained_cfg(arch) or PretrainedCfg(architecture=arch)
-        cfg = replace(stock, url=None, hf_hub_id=published, hf_hub_filename=FUSED_NAME, tag=tag, license=None)
+        cfg = replace(stock, url=None, hf_hub_id=hub_id, hf_hub_filename=FUSED_NAME, tag=tag, license=None)
         compat.add_tag(arch, tag, cfg)
-        _sources[own] = published
+        _sources[mk8_name] = hub_id
 
 
 def published_source(name: str) -> str | None:
-    """Where the published weights are that a name was pointed at; None if it was pointed at none.
+    """The source of the published weights that a name was pointed at; None if there is none.
 
     Raises:
-        ConversionError: The environment variable holds something else than pairs and paths of lists.
+        ConversionError: The environment variable holds anything but pairs and paths of lists.
     """
     _read_variable(os.environ.get(WEIGHTS_VARIABLE, ""))
     return _sources.get(name)
@@ -71,7 +71,7 @@ def is_pointed(name: str) -> bool:
     return name in _sources
 
 
-@lru_cache(maxsize=1)  # an error is raised again each time
+@lru_cache(maxsize=1)  # errors are not cached: each call raises them
 def _read_variable(value: str) -> None:
     parts = [value] if os.path.isfile(value) else value.split()
     pairs: list[tuple[str, str]] = []
@@ -83,7 +83,7 @@ def _read_variable(value: str) -> None:
     except ConversionError as error:
         raise ConversionError(f"{WEIGHTS_VARIABLE} is '{value}': {error}") from None
     for name, source in pairs:
-        if name not in _sources:  # what the program says goes before
+        if name not in _sources:  # calls of use_weights take precedence
             use_weights(name, source)
 
 

@@ -31,7 +31,7 @@ class Labels:
 
     folder: Path  # it holds a folder of images for each class
     files: tuple[tuple[str, int], ...]  # paths, each with the index of its class in the network's outputs
-    num_classes: int  # how many classes a network must have
+    num_classes: int  # number of classes, which a network must have too
     sha256: str  # of the files' names, sizes and labels
 
 
@@ -41,19 +41,19 @@ class Measurement:
 
     top1: tuple[float, ...]  # of each network: percentage of images whose label has the highest output
     top5: tuple[float, ...]  # of each network: percentage of images whose label is among the five highest outputs
-    images: int  # how many could be read
-    classes: int  # how many classes these images have
+    images: int  # number of images that could be read
+    classes: int  # number of classes among these images
     img_size: int  # width of the images that the networks took, in pixels
     crop_pct: float  # share of an image's sides that was taken, from its middle
     interpolation: str  # how images were resized
 
 
 def find_labels(folder: str | os.PathLike[str], class_map: str | os.PathLike[str] = "") -> Labels:
-    """Finds the images in a folder and their labels, and checks that these mean what a network's outputs mean.
+    """Finds the images in a folder and their labels, and checks that these match a network's outputs.
 
-    timm numbers the folders it finds, so that the labels shift where a class is missing. Here a folder's name says its
-    class: it is in the class map, or without one it is an ImageNet-1k synset (n01440764) or class index (0 to 999), the
-    same kind for all. Classes may have no images.
+    timm numbers the folders it finds, so that labels shift if a class is missing. Here a folder's name gives its class:
+    it is in the class map or, without one, it is an ImageNet-1k synset (n01440764) or class index (0 to 999), the same
+    kind for all. Classes may have no images.
 
     Args:
         folder: An ImageFolder, or one whose ``validation`` or ``val`` folder is one, as timm takes them.
@@ -81,20 +81,20 @@ def find_labels(folder: str | os.PathLike[str], class_map: str | os.PathLike[str
 
 def _read_class_map(root: Path, path: str | os.PathLike[str]) -> dict[str, int]:
     try:
-        found = {str(name): int(index) for name, index in load_class_map(os.fspath(path), str(root)).items()}
+        labels = {str(name): int(index) for name, index in load_class_map(os.fspath(path), str(root)).items()}
     except Exception as error:  # not a class map: timm asserts, unpickling may raise anything
         raise ZooError(f"The class map '{os.fspath(path)}' cannot be read: {error}.") from None
-    if not found or sorted(found.values()) != list(range(len(found))):
+    if not labels or sorted(labels.values()) != list(range(len(labels))):
         raise ZooError(
-            f"The class map '{os.fspath(path)}' gives {len(found)} names the indices "
-            f"{_first_five(sorted(found.values()))}, expected 0 to {len(found) - 1}, each once: it names every class "
+            f"The class map '{os.fspath(path)}' gives {len(labels)} names the indices "
+            f"{_first_five(sorted(labels.values()))}, expected 0 to {len(labels) - 1}, each once: it names every class "
             "of the network, and none twice."
         )
-    return found
+    return labels
 
 
 def _imagenet_classes(root: Path, names: Mapping[str, int]) -> dict[str, int]:
-    """The indices of ImageNet-1k's classes by synset or by number, whichever the folders' names are."""
+    """The indices of ImageNet-1k's classes, by synset or by number as the folders are named."""
     kinds = [{name: i for i, name in enumerate(ImageNetInfo().label_names())}, {str(i): i for i in range(IMAGENET)}]
     kind = min(kinds, key=lambda kind: len(set(names) - set(kind)))
     if unknown := sorted(set(names) - set(kind)):
@@ -121,8 +121,8 @@ def measure(
 ) -> Measurement:
     """Measures networks that take the same images, in one pass over the images.
 
-    The images are prepared by the first network's ``pretrained_cfg``, at its test size if it has one; in float32. One
-    that cannot be read is named in a warning and left out. (timm's ImageDataset counts another image in its place.)
+    Preprocessing is that of the first network's ``pretrained_cfg``, at its test size if any; in float32. An image
+    that cannot be read is left out with a warning. (timm's ImageDataset counts another image in its place.)
 
     Args:
         models: On the device. Their training modes are restored afterwards.
@@ -147,26 +147,26 @@ def measure(
         **{name: config[name] for name in names},
     )
     hits = torch.zeros(2, len(models), dtype=torch.long)
-    seen: list[int] = []  # labels, in the order of the files
+    read_labels: list[int] = []  # labels, in the order of the files
     with evaluating(*models):
         for images, targets in loader:
-            seen += targets.tolist()
+            read_labels += targets.tolist()
             for i, model in enumerate(models):
                 highest = model(images).topk(min(5, labels.num_classes), 1).indices == targets[:, None]
                 hits[:, i] += torch.stack([highest[:, 0].sum(), highest.sum()]).cpu()
-    for (path, _), label in zip(labels.files, seen, strict=True):
+    for (path, _), label in zip(labels.files, read_labels, strict=True):
         if label == UNREADABLE:
             _logger.warning("'%s' cannot be read and is left out.", path)
-    counted = [label for label in seen if label != UNREADABLE]
+    counted = [label for label in read_labels if label != UNREADABLE]
     if not counted:
-        raise ZooError(f"None of the {len(seen)} images in '{labels.folder}' can be read.")
+        raise ZooError(f"None of the {len(read_labels)} images in '{labels.folder}' can be read.")
     top1, top5 = (tuple(round(share, 4) for share in row) for row in (100 * hits.double() / len(counted)).tolist())
-    about = config["input_size"][-1], config["crop_pct"], config["interpolation"]
-    return Measurement(top1, top5, len(counted), len(set(counted)), *about)
+    preprocessing = config["input_size"][-1], config["crop_pct"], config["interpolation"]
+    return Measurement(top1, top5, len(counted), len(set(counted)), *preprocessing)
 
 
 class _Images(Dataset[tuple[Any, int]]):
-    """Images with their labels; a black one, labelled UNREADABLE, in place of one that cannot be read."""
+    """Images with their labels; an image that cannot be read becomes a black one with the label UNREADABLE."""
 
     transform: Callable[[Image.Image], Any]  # create_loader sets it
 

@@ -27,7 +27,7 @@ TABLE, NAMES = "results.csv", "names.txt"
 class Result:
     """A row of results.csv. The first nine columns are those of timm's results files; accuracies are in percent."""
 
-    model: str  # the ``.mk8`` name of the calibrated network, which the next columns are about
+    model: str  # the ``.mk8`` name of the calibrated network, to which the next columns belong
     top1: float
     top1_err: float  # 100 less top1
     top5: float
@@ -47,11 +47,11 @@ class Result:
     calibration_images: int  # as the calibration's record counts them
     held_out_images: int  # that agreement and divergence were measured on
     images: int  # labelled images that the accuracies were measured on: all that can be read
-    classes: int  # how many classes these images have
+    classes: int  # number of classes among these images
     seconds: float  # for download, conversion, calibration and measurement
     source: str  # the name of the dense network in timm
-    repo: str  # where it is published, or would be
-    sha: str = ""  # the commit it is published in; empty if it is not
+    repo: str  # its repository on the Hub, published or not
+    sha: str = ""  # the commit that published it; empty if it is not published
 
     def card_entries(self, dataset: str) -> dict[str, Any]:
         """Arguments of ``save_pretrained`` and ``push_to_hub``: accuracies for the card, figures for config.json."""
@@ -76,7 +76,7 @@ class Result:
 
 
 def timm_columns(name: str, model: nn.Module, measured: Measurement) -> dict[str, Any]:
-    """The columns of timm's results files, of the first network that was measured."""
+    """The columns of timm's results files, for the first network in ``measured``."""
     return {
         "model": name,
         "top1": measured.top1[0],
@@ -91,17 +91,17 @@ def timm_columns(name: str, model: nn.Module, measured: Measurement) -> dict[str
 
 
 def make_result(
-    name: str, calibrated: nn.Module, dense: nn.Module, config: MasterKeysConfig, measured: Measurement, **given: Any
+    name: str, calibrated: nn.Module, dense: nn.Module, config: MasterKeysConfig, measured: Measurement, **columns: Any
 ) -> Result:
     """The row of a calibrated network.
 
     Args:
         name: Its ``.mk8`` name.
         calibrated: The network.
-        dense: What it was converted from.
+        dense: The dense network it was converted from.
         config: The conversion.
         measured: The accuracies of the calibrated, the dense and the uncalibrated network, in this order.
-        **given: The columns seconds, source and repo.
+        **columns: The columns seconds, source and repo.
     """
     record = read_record(calibrated).calibration
     assert record is not None
@@ -126,12 +126,12 @@ def make_result(
         held_out_images=record.held_out,
         images=measured.images,
         classes=measured.classes,
-        **given,
+        **columns,
     )
 
 
 def read_result(path: Path) -> Result | None:
-    """Reads what ``write_result`` wrote; None if there is no file."""
+    """Reads a row that ``write_result`` wrote; None if there is no file."""
     if not path.is_file():
         return None
     try:
@@ -141,7 +141,7 @@ def read_result(path: Path) -> Result | None:
 
 
 def write_result(path: Path, result: Result) -> None:
-    """Writes what was measured of a network, atomically."""
+    """Writes the row of a network, atomically."""
     with atomic_path(path) as tmp:
         tmp.write_text(json.dumps(asdict(result), indent=2), encoding="utf-8")
 

@@ -2,7 +2,7 @@
 
 The state is in the output folder, in files that are written atomically: ``models/NAME/result.json`` once a network is
 measured and saved (``weights`` beside it), with a ``sha`` once it is published. So a run continues where the last one
-ended, however it ended. A process holds a lock on the network that it works on; the lock ends with the process.
+ended, however it ended. A process holds a lock on the network that it makes; the lock ends with the process.
 """
 
 import copy
@@ -44,10 +44,10 @@ SETTINGS = "zoo.json"
 
 @dataclass(frozen=True)
 class Zoo:
-    """What to make of every network, and where."""
+    """The settings of a zoo."""
 
     org: str  # user or organisation on the Hub; a network is published as ``org/<arch>.mk8_<tag>``
-    labels: Labels  # images to measure with
+    labels: Labels  # images to measure accuracies with
     output: Path  # folder to work in, and for the results
     calibrate: str = BUILTIN  # images to calibrate with: a folder, or "builtin"
     config: MasterKeysConfig = field(default_factory=MasterKeysConfig)
@@ -75,8 +75,8 @@ class Outcome:
 
     name: str  # of the dense network in timm
     result: Result | None  # None if it was not measured
-    error: str = ""  # of this run, in one line
-    fresh: bool = True  # this process has worked on it; else an earlier run or another process has
+    error: str = ""  # error of this run, in one line
+    fresh: bool = True  # made or tried by this process; else by an earlier run or another process
 
     def __str__(self) -> str:
         parts = [self.name]
@@ -94,10 +94,10 @@ def plan_zoo(patterns: Sequence[str], num_classes: int) -> tuple[list[str], dict
 
     Args:
         patterns: As ``timm.list_models`` takes them.
-        num_classes: Of the labels: networks with other classes cannot be measured.
+        num_classes: Number of classes of the labels; networks with another number are left out.
 
     Raises:
-        ZooError: None that could be made.
+        ZooError: No network is left to make.
     """
     convertible = set(list_architectures())
     names, left_out = [], {}
@@ -127,7 +127,7 @@ def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
 
     Args:
         names: From ``plan_zoo``.
-        zoo: What to do.
+        zoo: The settings.
 
     Raises:
         ZooError: An option out of range, results of other settings in the output folder, or an account that may not
@@ -153,7 +153,7 @@ def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
 
 
 def _check_options(zoo: Zoo) -> None:
-    """Raises ZooError for options with which every network would fail."""
+    """Raises ZooError for options that would make every network fail."""
     try:
         validate_repo_id(f"{zoo.org}/name")
     except HFValidationError as error:
@@ -173,7 +173,7 @@ def _check_options(zoo: Zoo) -> None:
 
 
 def _check_settings(zoo: Zoo, write: bool = False) -> None:
-    """Raises ZooError if the output folder has results of other settings; with ``write``, notes those of the first."""
+    """Raises ZooError if the output folder has results of other settings; ``write`` stores the first ones."""
     settings = {
         "calibrate": photographs_sha256() if zoo.calibrate == BUILTIN else folder_sha256(zoo.calibrate),
         "evaluate": zoo.labels.sha256,
@@ -184,8 +184,8 @@ def _check_settings(zoo: Zoo, write: bool = False) -> None:
     if write and not path.exists():
         with atomic_path(path) as tmp:
             tmp.write_text(text, encoding="utf-8")
-    noted, given = json.loads(path.read_text(encoding="utf-8") if path.exists() else text), json.loads(text)
-    differing = [name for name in given if noted.get(name) != given[name]]
+    stored, current = json.loads(path.read_text(encoding="utf-8") if path.exists() else text), json.loads(text)
+    differing = [name for name in current if stored.get(name) != current[name]]
     if differing:
         raise ZooError(
             f"'{zoo.output}' holds a zoo with other settings ({', '.join(differing)}), see {SETTINGS} there: their "
@@ -203,18 +203,18 @@ def _check_account(zoo: Zoo) -> None:
         )
     try:
         account = HfApi().whoami()
-    except Exception as error:  # of the Hub, or of the network
+    except Exception as error:  # of the Hub, or of the connection
         if zoo.dry_run:
-            return  # each network is measured, and its check says more
+            return  # each network's own check says more
         raise ZooError(f"The Hub does not say whose token this is: {' '.join(str(error).split())[:200]}") from None
-    own = [account["name"], *(org["name"] for org in account.get("orgs", ()))]
+    allowed = [account["name"], *(org["name"] for org in account.get("orgs", ()))]
     scoped = account.get("auth", {}).get("accessToken", {}).get("role") == "fineGrained"  # has rights of its own
-    if zoo.org not in own and not scoped:
-        raise ZooError(f"The account may not publish to '{zoo.org}', only to {', '.join(own)}.")
+    if zoo.org not in allowed and not scoped:
+        raise ZooError(f"The account may not publish to '{zoo.org}', only to {', '.join(allowed)}.")
 
 
 def _finish_network(name: str, zoo: Zoo, started: float) -> Outcome:
-    """Makes and publishes a network as far as that is not done yet. Every error is caught here, and only here."""
+    """Makes and publishes a network, as far as not done yet. All errors are caught here, and only here."""
     folder = zoo.folder(name)
     folder.mkdir(exist_ok=True)
     failure, checked = folder / "failure.txt", folder / "checked.txt"
@@ -240,8 +240,8 @@ def _finish_network(name: str, zoo: Zoo, started: float) -> Outcome:
         return Outcome(name, result, text)
     finally:
         if not zoo.keep_weights:
-            for done in ("download", "weights") if result and result.sha else ("download",):
-                shutil.rmtree(folder / done, ignore_errors=True)
+            for unneeded in ("download", "weights") if result and result.sha else ("download",):
+                shutil.rmtree(folder / unneeded, ignore_errors=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -264,8 +264,8 @@ def _make(name: str, zoo: Zoo) -> Result:
     uncalibrated = apply(copy.deepcopy(dense), describe(calibrated))
     models = [calibrated, dense, uncalibrated]
     measured = measure(models, zoo.labels, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device)
-    about = {"seconds": round(time.perf_counter() - start, 1), "source": name, "repo": zoo.repo(name)}
-    result = make_result(_converted_name(name), calibrated, dense, zoo.config, measured, **about)
+    columns = {"seconds": round(time.perf_counter() - start, 1), "source": name, "repo": zoo.repo(name)}
+    result = make_result(_converted_name(name), calibrated, dense, zoo.config, measured, **columns)
     write_record(calibrated, replace(read_record(calibrated), source=Source.from_cfg(cfg)))
     entries = result.card_entries(zoo.dataset or zoo.labels.folder.name)
     save_pretrained(calibrated.cpu(), folder / "weights", license=license, **entries)
@@ -281,7 +281,7 @@ def _converted_name(name: str) -> str:
 
 
 def _publish(name: str, result: Result, zoo: Zoo) -> Result:
-    """Publishes what ``_make`` saved, if it is no dry run, and notes the repository and the commit."""
+    """Publishes the network that ``_make`` saved, except in a dry run; returns and writes its row with the commit."""
     folder = zoo.folder(name)
     published = push_to_hub(
         timm.create_model(f"local-dir:{folder / 'weights'}", pretrained=True),
