@@ -37,7 +37,7 @@ def classify(model: nn.Module, images: torch.Tensor) -> list[str]:
 
 @torch.inference_mode()
 def count_sure(model: nn.Module, images: torch.Tensor) -> int:
-    """The number of images to whose top class a network gives a probability above one half."""
+    """The number of images on which a network is sure: its top class has a probability above one half."""
     return sum(int((model(part).softmax(1).amax(1) > 0.5).sum()) for part in images.split(16))
 
 

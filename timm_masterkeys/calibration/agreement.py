@@ -196,7 +196,7 @@ Choices = Mapping[str, Mapping[int, MasterKeyConv2d | None]]  # by layer and key
 
 @dataclass(frozen=True)
 class _Search:
-    """What is the same for all networks that are tried."""
+    """The inputs that all tried networks share."""
 
     dense: nn.Module
     config: MasterKeysConfig

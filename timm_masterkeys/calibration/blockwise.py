@@ -403,7 +403,7 @@ class RowsObserver:
         return rows[:, self.positions(rows.shape[1], len(rows)).to(rows.device)]
 
     def positions(self, count: int, images: int) -> torch.Tensor:
-        """The indices of the positions kept, of ``count`` in each image, at a call with so many images."""
+        """Indices of the positions kept in each image, out of ``count``, at a call with ``images`` images."""
         most = max(1, self.rows // images)
         if count <= most:
             return torch.arange(count, device="cpu")

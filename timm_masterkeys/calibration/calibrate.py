@@ -143,7 +143,7 @@ def calibrate_masterkeys(
     Raises:
         CalibrationError: Nothing converted, a dense model of another architecture, too few or non-finite images, a
             folder for a model without a ``pretrained_cfg``, outputs that are not finite or hold no tensor, or too
-            little memory. The model is then as it was; so it is after any other error or interruption.
+            little memory. The model is then unchanged, as after any other error or interruption.
 
     Example:
         >>> dense = timm.create_model("convnext_tiny", pretrained=True)

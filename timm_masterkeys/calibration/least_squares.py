@@ -13,8 +13,8 @@ RIDGES = tuple(10 ** (power / 2) for power in range(-10, 3))  # times the mean e
 def choose_keys(covariance: torch.Tensor, keys_per_kernel: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The keys whose responses, with that of a constant kernel, come nearest to the dense layer's output.
 
-    Least squares over all sets of so many keys. Where these are too many, orthogonal matching pursuit: again and again
-    the key that leaves the smallest error is added, and all are refitted.
+    Least squares over all sets of ``keys_per_kernel`` keys. If there are too many sets, orthogonal matching pursuit:
+    the key that leaves the smallest error is added and all are refitted, once for each key.
 
     Args:
         covariance: (C, K + 2, K + 2) float64, for each channel the covariance of the responses to a kernel of ones and

@@ -17,8 +17,8 @@ Pair = tuple[int, int]
 Geometry = tuple[Pair, Pair, Pair, int]  # stride, padding, dilation, groups
 
 CACHED = 2 << 20  # bytes of input worked on at a time
-# For kernels of up to so many taps a side the gradient of the shift comes from the whole weight gradient; for larger
-# ones from sums over windows of the input (examples/benchmark_shift_gradient.py compares them).
+# Kernels of up to this many taps a side get the gradient of the shift from the whole weight gradient, larger ones from
+# sums over windows of the input (examples/benchmark_shift_gradient.py compares them).
 WHOLE_UP_TO = 3
 
 

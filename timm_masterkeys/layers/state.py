@@ -62,25 +62,25 @@ def _dense_problem(weight: torch.Tensor, shape: tuple[int, ...]) -> str:
     return ""
 
 
-def _compact_problems(layer: "MasterKeyConv2d", given: dict[str, torch.Tensor]) -> list[str]:
+def _compact_problems(layer: "MasterKeyConv2d", compact: dict[str, torch.Tensor]) -> list[str]:
     problems = []
-    for name, value in given.items():
+    for name, value in compact.items():
         shape, expected = tuple(value.shape), tuple(getattr(layer, name).shape)
         if shape != expected:
             reasons = "another number of keys per kernel, bank, size or channel count"
             problems.append(f"{name}: got shape {shape}, expected {expected} ({reasons}).")
-    if problems or not given or given["keys"].is_meta:
+    if problems or not compact or compact["keys"].is_meta:
         return problems
     for name in ("scale", "shift", "log_sigma"):
-        if name in given and not given[name].isfinite().all():
+        if name in compact and not compact[name].isfinite().all():
             problems.append(f"{name}: holds NaN or Inf; fix the checkpoint first.")
-    keys, own_keys = given["keys"].cpu().double(), layer.own_keys().double()
-    if not torch.allclose(keys, own_keys, rtol=0, atol=max(2 * torch.finfo(given["keys"].dtype).eps, _DRIFT)):
+    keys, own_keys = compact["keys"].cpu().double(), layer.own_keys().double()
+    if not torch.allclose(keys, own_keys, rtol=0, atol=max(2 * torch.finfo(compact["keys"].dtype).eps, _DRIFT)):
         problems.append(
             f"keys: the checkpoint was made with another bank than '{layer.bank.name}'. "
             "Convert with its bank, or load its dense weights."
         )
-    problem = index_problem(given["key_index"], len(layer.keys))
+    problem = index_problem(compact["key_index"], len(layer.keys))
     return [*problems, f"key_index: {problem}"] if problem else problems
 
 

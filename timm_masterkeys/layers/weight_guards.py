@@ -19,7 +19,7 @@ COMPUTED = (
 class ComputedWeight(torch.Tensor):
     """A computed weight: an ordinary tensor, but setting its ``data`` is an error, as the change would be lost.
 
-    Results and copies of it, and what is saved, are plain tensors; ``nn.Parameter(weight)`` is a plain parameter.
+    Results computed from it, its copies and its pickles are plain tensors; ``nn.Parameter(weight)`` is a plain one.
     """
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl

@@ -93,7 +93,7 @@ def discover_bank(
     ``"autoencoder"`` is the paper's search (Babaiee et al., NeurIPS 2025, section 3). An autoencoder whose code is one
     number is trained with a cosine loss. Of 50 candidates along the code, the one whose removal costs the least mean
     R2 is removed, again and again; then the same is done with candidates sampled finely around the last ten.
-    ``"lines"`` fits lines through the origin directly (``fit_lines``): about the best fit of so many keys.
+    ``"lines"`` fits lines through the origin directly (``fit_lines``): close to the best fit of that many keys.
 
     Args:
         kernels: From ``collect_kernels``.
