@@ -1,6 +1,6 @@
-"""What conversion costs in time and memory, what the projection gains, and what the import adds to timm's. Linux only.
+"""Time and memory of a conversion, speed of the projection, and time of the import beside timm's. Linux only.
 
-What is compared runs in turns, so that both sides see the same machine; medians over all rounds are printed.
+The two sides of a comparison run in turns, under the same load; medians over all rounds are printed.
 
     python examples/benchmark_convert.py
     python examples/benchmark_convert.py --model convnext_base --rounds 3
@@ -23,24 +23,24 @@ from torch import nn
 
 from timm_masterkeys import convert_to_masterkeys, get_bank, plan_conversion, project_kernels
 
-TURNS = 3  # a round, of all but building and converting
+TURNS = 3  # per round, of everything but building and converting
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """Seconds that one call takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def memory(entry: str) -> int:
-    """Bytes of this process in memory, now (VmRSS) or at most so far (VmHWM)."""
+    """Bytes of memory that this process holds now (VmRSS), or held at its peak (VmHWM)."""
     kilobytes = re.findall(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(kilobytes[0]) * 1024
 
 
 def broadcast(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The straightforward projection: kernels x keys x taps, the residual of every key, and the smallest wins."""
+    """The straightforward projection: the residuals of all kernels and keys by broadcasting; the smallest wins."""
     keys = get_bank().keys_for((weight.shape[2], weight.shape[3])).double().flatten(1)
     kernels = weight.double().flatten(1)
     shift = kernels.mean(1)
@@ -51,9 +51,9 @@ def broadcast(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 def conversion(name: str) -> dict[str, float]:
-    """Builds the model, converts it in place, and projects its kernels once more, all together, in both ways.
+    """Builds the model, converts it in place, and then projects all its kernels together, in both ways.
 
-    Runs in a process of its own, so that conversion starts cold and no memory of earlier work hides what it takes.
+    Runs in a new process, so that the conversion starts cold, and no memory freed earlier hides what it takes.
     """
     start = time.perf_counter()
     model = timm.create_model(name)
@@ -88,7 +88,7 @@ def conversion(name: str) -> dict[str, float]:
 
 
 def imports() -> tuple[float, float]:
-    """Seconds of a new Python that imports timm, and of one that imports timm and then this package."""
+    """Seconds of a new Python process that imports timm, and of one that imports timm and then this package."""
     alone = seconds(lambda: subprocess.run([sys.executable, "-c", "import timm"], check=True))
     both = seconds(lambda: subprocess.run([sys.executable, "-c", "import timm; import timm_masterkeys"], check=True))
     return alone, both

@@ -1,6 +1,6 @@
-"""How long the search for a bank takes, how that grows with the kernels, and the memory it takes.
+"""Time and memory of the search for a bank, by the number of kernels.
 
-The kernels are the published keys with as much noise as shape.
+The kernels are published keys, with noise of the same standard deviation.
 
     python examples/benchmark_discover.py --kernels 2500 10000 40000
 """
@@ -17,7 +17,7 @@ from timm_masterkeys.study.discovery import Kernels, collect_kernels, discover_b
 
 
 def kernels_like(count: int, size: int) -> Kernels:
-    """So many keys, chosen at random, with as much noise as shape."""
+    """Published keys chosen at random, with noise of the same standard deviation."""
     generator = torch.Generator().manual_seed(0)
     keys = get_bank("babaiee2025").keys_for((size, size))
     chosen = keys[torch.randint(len(keys), (count,), generator=generator)]
@@ -27,7 +27,7 @@ def kernels_like(count: int, size: int) -> Kernels:
 
 
 def main() -> None:
-    """Prints a row for every number of kernels."""
+    """Prints a row for each number of kernels."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", nargs="+", type=int, default=[2500, 10000, 40000])
     parser.add_argument("--kernel-size", type=int, default=7)

@@ -1,6 +1,6 @@
-"""What conversion costs and what calibration gives back: networks x stages x keys per kernel x banks.
+"""Fidelity after conversion and calibration: networks x stages x keys per kernel x banks.
 
-Half of the images calibrate, the other half measures; they never mix. FOLDER holds images at any depth; with a
+Half of the images calibrate; the other half is held out and measures. FOLDER holds images at any depth; with a
 FOLDER/labels.csv (columns file and class_index) accuracy is measured as well.
 
     python examples/benchmark_fidelity.py FOLDER
@@ -52,24 +52,24 @@ def network(name: str) -> nn.Module:
         return lite0()
     if not name.endswith(".safetensors"):
         return timm.create_model(name, pretrained=True).eval()
-    about = json.loads(Path(name).with_suffix(".json").read_text())
+    description = json.loads(Path(name).with_suffix(".json").read_text())
     model: Any = EfficientNet(
-        decode_arch_def(about["arch_def"]),
-        num_classes=about["num_classes"],
-        num_features=about["num_features"],
-        stem_size=about["stem_size"],
+        decode_arch_def(description["arch_def"]),
+        num_classes=description["num_classes"],
+        num_features=description["num_features"],
+        stem_size=description["stem_size"],
         fix_stem=True,
         round_chs_fn=lambda channels, *args, **kwargs: channels,
         act_layer=nn.ReLU6,
-        norm_layer=partial(nn.BatchNorm2d, eps=about["bn_eps"]),  # a form timm adds the activation to
+        norm_layer=partial(nn.BatchNorm2d, eps=description["bn_eps"]),  # timm adds the activation to a partial
     )
     model.load_state_dict(load_file(name))
-    model.pretrained_cfg = {key: about[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+    model.pretrained_cfg = {key: description[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
     return model.eval()
 
 
 class Images:
-    """The images of a folder, as a model takes them, with their classes where they are known (-1 where not)."""
+    """The images of a folder, prepared for a model, and their classes (-1 where unknown)."""
 
     def __init__(self, folder: str, model: nn.Module) -> None:
         transform: Any = create_transform(**resolve_model_data_config(model))
@@ -82,7 +82,7 @@ class Images:
         self.y = torch.tensor([labels.get(str(path.relative_to(folder)), -1) for path in files])
 
     def halves(self, split: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of the images to calibrate with, and of those to measure with."""
+        """Indices of the images to calibrate with, and of the held-out images."""
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(split))
         return order[: len(order) // 2], order[len(order) // 2 :]
 
@@ -97,7 +97,7 @@ class Benchmark:
 
     @torch.inference_mode()
     def outputs(self, model: nn.Module, chosen: torch.Tensor) -> torch.Tensor:
-        """What a model puts out for some of the images."""
+        """A model's outputs for the chosen images."""
         return torch.cat([model(self.images.x[part]) for part in chosen.split(8)])
 
     def measure(self, out: torch.Tensor, chosen: torch.Tensor) -> tuple[float, float, float]:
@@ -111,18 +111,18 @@ class Benchmark:
     def run(
         self, bank: str, keys: int, stages: tuple[Any, ...], split: int, count: int | None = None
     ) -> tuple[float, float, float, float, float]:
-        """Top-1, agreement, divergence on the other half; mean R2 of the kernels; seconds of the calibration."""
-        chosen, others = self.images.halves(split)
+        """Top-1, agreement, divergence on held-out images; mean R2 of the kernels; seconds of the calibration."""
+        fitted, held_out = self.images.halves(split)
         model = mk.convert_to_masterkeys(self.dense, bank, keys_per_kernel=keys)
         start = time.perf_counter()
         if stages:
-            mk.calibrate_masterkeys(model, self.dense, self.images.x[chosen[:count]], stages=stages)
+            mk.calibrate_masterkeys(model, self.dense, self.images.x[fitted[:count]], stages=stages)
         seconds = time.perf_counter() - start
         r2 = mk.conversion_report(model).total.mean_r2
-        return (*self.measure(self.outputs(model, others), others), r2, seconds)
+        return (*self.measure(self.outputs(model, held_out), held_out), r2, seconds)
 
     def table(self, banks: list[str], keys: list[int], splits: int) -> None:
-        """Every bank, number of keys and stage."""
+        """Prints the table of banks, numbers of keys and stages."""
         print()
         print_head(TITLES)
         measured = [
@@ -144,7 +144,7 @@ class Benchmark:
                         self.row(bank, r, name, [self.run(bank, r, stages, split) for split in range(splits)])
 
     def row(self, bank: str, keys: int | str, calibration: str, results: list[tuple[float, ...]]) -> None:
-        """Prints mean and range over splits; adds each split to the file of results."""
+        """Prints mean and range over the splits; adds a row for each split to the file of results."""
         if self.results is not None:
             for split, values in enumerate(results):
                 figures = (f"{value:.4f}" for value in values)
@@ -163,7 +163,7 @@ class Benchmark:
         print_row(cells)
 
     def growth(self, bank: str, keys: int, splits: int) -> None:
-        """More and more images."""
+        """Prints the table by number of images."""
         half = len(self.images.x) // 2
         print()
         print_head(["network", "images", "top-1, split by split", "agreement", "divergence"])

@@ -1,10 +1,10 @@
-"""How long ``pretrained=True`` takes for a ``.mk8`` name: the first call ever, and later ones beside stock timm.
+"""Time of ``pretrained=True`` for a ``.mk8`` name: of the first call, and of later ones beside stock timm.
 
     python examples/benchmark_load.py
 
-EfficientNet-Lite0 with its real weights, which lie in a Hub cache of their own as a download would leave them. The
-network is calibrated once. Then processes that make one network each, of the stock name and of the ``.mk8`` name,
-alternate; so do calls within one process. Medians of the calls and their ratio are printed.
+The network is EfficientNet-Lite0 with its real weights, in a temporary Hub cache as a download would leave them. It is
+calibrated once. Then processes that make one network each alternate between the stock name and the ``.mk8`` name; so
+do calls within one process. Medians of the calls and their ratio are printed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ NAMES = (ARCH, f"{ARCH}.mk8")
 
 
 def seconds(name: str) -> float:
-    """How long one call takes."""
+    """Seconds that one call takes."""
     import timm
 
     import timm_masterkeys  # noqa: F401  # registers the names
@@ -32,7 +32,7 @@ def seconds(name: str) -> float:
 
 
 def seconds_in_new_process(name: str) -> float:
-    """How long the first call of a new process takes, without its imports."""
+    """Seconds that the first call in a new process takes, without the imports."""
     command = [sys.executable, __file__, "--one", name]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

@@ -1,11 +1,11 @@
-"""What the gradient of a shift costs on the CPU, one way and the other, in the depthwise layers of real networks.
+"""Time of the shifts' gradient on the CPU, computed in two ways, in the depthwise layers of real networks.
 
-A backward pass needs the gradients of a layer's input and of its shifts. The shifts' is the sum over the taps of the
-whole weight gradient ("whole"), or comes from sums of the input over the kernel's windows, in parts that stay in the
-cache ("sums"). Both ways take turns in every layer; medians are printed, and their ratio: below 1, sums are faster.
-``WHOLE_UP_TO`` of ``timm_masterkeys/layers/depthwise.py`` is chosen by this. Run it on an idle machine, with the
-variables of "Training cost" in examples/README.md: a busy one, or one that fetches new pages, flatters whatever
-computes less.
+A backward pass needs the gradients of a layer's input and of its shifts. The shifts' gradient is the sum over the taps
+of the whole weight gradient ("whole"), or comes from sums of the input over the kernel's windows, in parts that fit
+into the cache ("sums"). The two ways alternate in every layer. Medians are printed, and their ratio: below 1, sums are
+faster. ``WHOLE_UP_TO`` of ``timm_masterkeys/layers/depthwise.py`` follows from this. Run it on an idle machine, with
+the variables of "Training cost" in examples/README.md: a busy machine, or one that fetches new pages, favours the way
+that computes less.
 
     python examples/benchmark_shift_gradient.py --threads 1 2 --csv shift_gradient.csv
     python examples/benchmark_shift_gradient.py --models convnext_tiny --rounds 5
@@ -35,7 +35,7 @@ SIDE = 224
 
 
 class Case(NamedTuple):
-    """A layer and what it sees, as far as its speed depends on it."""
+    """The properties of a layer and its input on which the speed depends."""
 
     channels: int
     height: int
@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 
 def cases(name: str) -> dict[Case, tuple[int, MasterKeyConv2d]]:
-    """The depthwise layers of a network, each kind once: how many there are of it, and one of them."""
+    """The kinds of depthwise layers of a network: the number of layers of each kind, and one of them."""
     model = convert_to_masterkeys(timm.create_model(name)).eval()
     count: Counter[Case] = Counter()
     layers: dict[Case, MasterKeyConv2d] = {}
@@ -68,7 +68,7 @@ def cases(name: str) -> dict[Case, tuple[int, MasterKeyConv2d]]:
 
 
 def backward_times(layer: MasterKeyConv2d, input: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Milliseconds of a layer's backward pass, by way; the ways take turns, and the first turn is not counted."""
+    """Milliseconds of a layer's backward pass, by way; the ways alternate, and the first turn is not counted."""
     input.requires_grad_()
     output = layer(input)
     inputs, upstream = [input, *layer.parameters()], torch.randn_like(output)
@@ -88,7 +88,7 @@ def backward_times(layer: MasterKeyConv2d, input: torch.Tensor, rounds: int) -> 
 
 
 def rows(names: list[str], batch_size: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """A row for each kind of layer and memory layout."""
+    """Yields a row for each kind of layer and memory layout."""
     for name in names:
         for case, (count, layer) in cases(name).items():
             for layout, memory_format in LAYOUTS.items():

@@ -1,8 +1,8 @@
-"""What training costs with frozen keys, against dense: layers, whole steps (time and memory) and inference.
+"""Cost of training with frozen keys, compared with dense: layers, whole steps (time and memory) and inference.
 
-Everything is compared side by side: the variants take turns, step by step, and medians are printed with their ratio
-to the dense network. On CUDA where there is one (``examples/gpu.sh`` measures all there). Run it on an idle machine: a
-busy one flatters whatever computes less.
+The variants alternate, step by step, and medians are printed with their ratio to the dense network. Runs on CUDA if
+there is a device (``examples/gpu.sh`` runs all parts there). Run it on an idle machine: a busy one favours the variant
+that computes less.
 
     python examples/benchmark_train.py
     python examples/benchmark_train.py --only layers
@@ -68,7 +68,7 @@ BLOCKS = {  # to try, by operation and whether in channels_last: places, columns
 
 
 class PlainKeyConv2d(nn.Conv2d):
-    """The straightforward layer: kernels ``key + b`` composed in forward, gradients by autograd."""
+    """The straightforward layer: kernels ``key + b`` are composed in forward, and autograd differentiates them."""
 
     def __init__(self, layer: MasterKeyConv2d) -> None:
         conv = layer.fuse()
@@ -86,7 +86,7 @@ class PlainKeyConv2d(nn.Conv2d):
 
 
 def variant(dense: nn.Module, name: str) -> nn.Module:
-    """A copy of a dense network (or convolution) in one of the variants; ``interleaved`` switches GPU kernels on."""
+    """A variant of a dense network or convolution, which is not changed; ``interleaved`` switches GPU kernels on."""
     name = name.partition("+")[0]
     if name == "dense":
         return copy.deepcopy(dense)
@@ -104,7 +104,7 @@ def variant(dense: nn.Module, name: str) -> nn.Module:
 
 
 def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each run in every round; the runs take turns, and the first turns of all are not counted."""
+    """Milliseconds of each run in every round; the runs alternate, and the first turns are not counted."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(-3 if DEVICE.type == "cuda" else -1, rounds):
         for name, run in runs.items():
@@ -116,7 +116,7 @@ def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
 
 
 def clock(run: Callable[[], object]) -> float:
-    """Milliseconds of one call, the device's work included."""
+    """Milliseconds of one call, including the work of the device."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -135,7 +135,7 @@ def table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def write(args: argparse.Namespace, rows: Sequence[dict[str, object]]) -> None:
-    """Adds rows to the file of results, if there is one, each with where it was measured."""
+    """Adds rows to the file of results, if there is one, with the device and versions in each."""
     if args.results is None:
         return
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
@@ -152,33 +152,33 @@ def write(args: argparse.Namespace, rows: Sequence[dict[str, object]]) -> None:
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
-    """The context that forward runs in."""
+    """The autocast context for a forward pass."""
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 def grid(args: argparse.Namespace) -> list[Shape]:
-    """Shapes of depthwise layers: a few on CPU; on CUDA, or if models are chosen, all of the models, each once."""
+    """Shapes of depthwise layers: a few on CPU; on CUDA, or if models are chosen, each shape in the models once."""
     if DEVICE.type != "cuda" and not args.models:
         return list(GRID)  # type: ignore[arg-type]
-    found: dict[Shape, None] = {}
+    shapes: dict[Shape, None] = {}
     for name, size in ((name, size) for name in args.models or NETWORKS for size in args.sizes):
         batch = args.batch_size or NETWORKS.get(name, 8)
 
         def note(module: nn.Module, inputs: tuple[torch.Tensor], out: torch.Tensor, batch: int = batch) -> None:
             if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 == module.weight.shape[1]:
                 kernel = module.kernel_size if module.kernel_size[0] != module.kernel_size[1] else module.kernel_size[0]
-                found[batch, module.in_channels, inputs[0].shape[3], kernel, module.stride[0]] = None  # type: ignore[index]
+                shapes[batch, module.in_channels, inputs[0].shape[3], kernel, module.stride[0]] = None  # type: ignore[index]
 
         with torch.device("meta"):
             model = timm.create_model(name).eval()
             for module in model.modules():
                 module.register_forward_hook(note)
             model(torch.empty(1, 3, size, size))
-    return list(found)
+    return list(shapes)
 
 
 def layers(args: argparse.Namespace) -> None:
-    """One depthwise convolution, forward and backward: dense in milliseconds, the others by how many times faster."""
+    """One depthwise convolution, forward and backward: milliseconds of dense, and speedups of the other variants."""
     header = ["batch, channels, side, kernel, stride", "layout", "dense ms", *args.variants[1:]]
     rows: dict[str, list[list[str]]] = {"forward": [header], "backward": [header]}
     for shape, layout, conv, x in convolutions(args):
@@ -194,21 +194,21 @@ def layers(args: argparse.Namespace) -> None:
             grad = torch.ones_like(out)
             return clock(lambda: torch.autograd.grad(out, inputs, grad))
 
-        made = {name: variant(conv, name) for name in args.variants}
+        models = {name: variant(conv, name) for name in args.variants}
         for direction, run in (("forward", forward), ("backward", backward)):
-            runs = {name: lambda layer=layer, run=run: run(layer) for name, layer in made.items()}
+            runs = {name: lambda layer=layer, run=run: run(layer) for name, layer in models.items()}
             m = {name: median(values) for name, values in interleaved(runs, args.rounds).items()}
             gains = [f"{m['dense'] / m[name]:.1f}x" for name in args.variants[1:]]
             rows[direction].append([", ".join(map(str, shape)), layout, f"{m['dense']:.2f}", *gains])
-            about = layer_columns(direction, shape, layout)
-            write(args, [{**about, "variant": name, "ms": f"{m[name]:.4f}"} for name in args.variants])
+            cells = layer_columns(direction, shape, layout)
+            write(args, [{**cells, "variant": name, "ms": f"{m[name]:.4f}"} for name in args.variants])
     for direction, lines in rows.items():
         print(direction)
         table(lines)
 
 
 def convolutions(args: argparse.Namespace) -> Iterator[tuple[Shape, str, nn.Conv2d, torch.Tensor]]:
-    """Shapes, layouts, and a convolution and an input of each."""
+    """Yields each shape and layout with a convolution and an input."""
     for shape in grid(args):
         batch, channels, side, kernel, stride = shape
         padding = tuple(k // 2 for k in kernel) if isinstance(kernel, tuple) else kernel // 2
@@ -220,14 +220,14 @@ def convolutions(args: argparse.Namespace) -> Iterator[tuple[Shape, str, nn.Conv
 
 
 def layer_columns(part: str, shape: Shape, layout: str) -> dict[str, object]:
-    """What a row of the results says of a layer."""
+    """The columns of the results that describe a layer."""
     batch, channels, side, kernel, stride = shape
     what = f"{channels} channels, kernel {kernel}, stride {stride}"
     return {"part": part, "what": what, "batch": batch, "px": side, "layout": layout}
 
 
 def blocks(args: argparse.Namespace) -> None:
-    """How large a block of the output an instance of a GPU kernel should compute: milliseconds by size, best first."""
+    """Milliseconds of the GPU kernels by the size of the block that one program computes, best first."""
     from timm_masterkeys.layers import gpu_kernels
 
     tables = {"conv": gpu_kernels.CONVOLUTION, "sums": gpu_kernels.WINDOWS}
@@ -255,37 +255,37 @@ def blocks(args: argparse.Namespace) -> None:
             best = sorted(times, key=times.__getitem__)
             cells = [", ".join(map(str, shape)), layout, operation]
             rows.append([*cells, "; ".join(f"{block[1:-1]}: {times[block]:.3f}" for block in best)])
-            about = layer_columns(f"blocks {operation}", shape, layout)
-            write(args, [{**about, "variant": block, "ms": f"{times[block]:.4f}"} for block in best])
+            columns = layer_columns(f"blocks {operation}", shape, layout)
+            write(args, [{**columns, "variant": block, "ms": f"{times[block]:.4f}"} for block in best])
     table(rows)
 
 
 def measured(args: argparse.Namespace) -> None:
-    """What ``gpu_operators.MEASURED`` should hold, by the results of ``layers``: where a GPU kernel always won."""
+    """Prints the cases for ``gpu_operators.MEASURED``: those where a GPU kernel always won in the part ``layers``."""
     with args.results.open(newline="") as file:
-        found = [row for row in csv.DictReader(file) if row["part"] in ("forward", "backward")]
+        rows = [row for row in csv.DictReader(file) if row["part"] in ("forward", "backward")]
     times: dict[tuple[str, ...], dict[str, float]] = {}
-    for row in found:
+    for row in rows:
         shape = tuple(row[name] for name in ("part", "what", "batch", "px", "layout", "precision", "device"))
         times.setdefault(shape, {})[row["variant"]] = float(row["ms"])
     wins: dict[tuple[str, ...], list[bool]] = {}
     for (part, what, _, _, layout, precision, _), ms in times.items():
         _, kernel, stride = re.fullmatch(r"(\d+) channels, kernel (.+), stride (\d)", what).groups()  # type: ignore[union-attr]
         kernel = kernel if kernel.startswith("(") else f"({kernel}, {kernel})"
-        about = f"{kernel}, ({stride}, {stride}), (1, 1), 1, {layout == 'channels_last'}"
+        case = f"{kernel}, ({stride}, {stride}), (1, 1), 1, {layout == 'channels_last'}"
         dtype = {"bf16": "torch.bfloat16", "float32": "torch.float32"}[precision]
         # A GPU kernel convolves forward, and backward where there is no stride; the sums are of the backward pass.
-        speaks = {"conv": part == "forward" or stride == "1", "sums": part == "backward"}
+        applies = {"conv": part == "forward" or stride == "1", "sums": part == "backward"}
         for operation, scales, ours, plain in (
             ("conv", 0, "none+conv", "none"),
             ("sums", 0, "shift+sums", "shift"),
             ("sums", 1, "affine+sums", "affine"),
         ):
-            if speaks[operation] and {ours, plain} <= ms.keys():
+            if applies[operation] and {ours, plain} <= ms.keys():
                 won = ms[ours] < min(ms[plain], ms["dense"])
-                wins.setdefault((operation, about, dtype, str(scales)), []).append(won)
-    for (operation, about, dtype, scales), won in sorted(wins.items()):
-        line = f'    Case("{operation}", {about}, {dtype}, {scales}),  # {sum(won)} of {len(won)}'
+                wins.setdefault((operation, case, dtype, str(scales)), []).append(won)
+    for (operation, case, dtype, scales), won in sorted(wins.items()):
+        line = f'    Case("{operation}", {case}, {dtype}, {scales}),  # {sum(won)} of {len(won)}'
         print(line if all(won) else f"    # {line.strip()}")
 
 
@@ -297,7 +297,7 @@ def trainer(dense: nn.Module, kind: str, batch: int, size: int, args: argparse.N
     x = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=form)
     y = torch.randint(100, (batch,), device=DEVICE)
     forward: Callable[[torch.Tensor], torch.Tensor] = model
-    if args.compile:  # code of its own, or one variant would be given what was compiled for another of the same shapes
+    if args.compile:  # new code, or one variant would run what was compiled for another of the same shapes
         names: dict[str, Any] = {"model": model}
         exec("def forward(x): return model(x)", names)
         forward = torch.compile(names["forward"])
@@ -313,26 +313,26 @@ def trainer(dense: nn.Module, kind: str, batch: int, size: int, args: argparse.N
 
 
 def kept(dense: nn.Module, kind: str, batch: int, size: int) -> float:
-    """Megabytes that a training step keeps for its backward pass, beside the parameters: what its peak is made of."""
+    """Megabytes that a training step keeps for its backward pass, beside the parameters; the most of its peak."""
     model = variant(dense, kind).train()
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in known:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(torch.randn(batch, 3, size, size)).square().mean()
     megabytes = sum(storages.values()) / 1e6
-    del loss  # the graph lives until here, so that no two storages had one address
+    del loss  # the graph lives until here: no address was used twice
     return megabytes
 
 
 def peak(run: Callable[[], object]) -> float:
-    """Megabytes that a run takes on a GPU beyond what was held before."""
+    """Megabytes that a run takes on a GPU at its peak, beyond those held before."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
@@ -340,12 +340,12 @@ def peak(run: Callable[[], object]) -> float:
 
 
 def steps(args: argparse.Namespace) -> None:
-    """Whole training steps: milliseconds, how many times faster than dense, and the memory they take.
+    """Whole training steps: milliseconds of dense, speedups of the other variants, and memory.
 
-    On CUDA that of a step beyond weights and the optimiser's state, on CPU what is kept for backward.
+    On CUDA memory is the peak beyond weights and optimiser state, on CPU the tensors kept for the backward pass.
     """
-    others = args.variants[1:]
-    rows = [["network", "batch, px", "dense ms", *others, "dense MB", *(f"{kind} MB" for kind in others)]]
+    kinds = args.variants[1:]
+    rows = [["network", "batch, px", "dense ms", *kinds, "dense MB", *(f"{kind} MB" for kind in kinds)]]
     for name, size in ((name, size) for name in args.models or NETWORKS for size in args.sizes):
         images = args.batch_size or NETWORKS.get(name, 8)
         dense = timm.create_model(name, num_classes=100)
@@ -360,17 +360,17 @@ def steps(args: argparse.Namespace) -> None:
             print(f"{name} {size}: out of memory", flush=True)
             continue
         finally:
-            runs, peaks = {}, {}  # the next network needs their memory
+            runs, peaks = {}, {}  # frees their memory for the next network
             gc.collect()
         if DEVICE.type != "cuda":
             memory = {kind: kept(dense, kind.partition("+")[0], images, size) for kind in args.variants}
-        more = [f"{memory['dense']:.0f}", *(f"{memory[kind] / memory['dense'] - 1:+.1%}" for kind in others)]
-        gains = [f"{m['dense'] / m[kind]:.2f}x" for kind in others]
+        more = [f"{memory['dense']:.0f}", *(f"{memory[kind] / memory['dense'] - 1:+.1%}" for kind in kinds)]
+        gains = [f"{m['dense'] / m[kind]:.2f}x" for kind in kinds]
         rows.append([name, f"{images}, {size}", f"{m['dense']:.0f}", *gains, *more])
         print(f"{name} {size}: " + ", ".join(f"{k} {v:.0f}" for k, v in m.items()), flush=True)
-        about = {"part": "step", "what": name, "batch": images, "px": size}
-        about["layout"] = "channels_last" if args.channels_last else "NCHW"
-        write(args, [{**about, "variant": k, "ms": f"{m[k]:.3f}", "MB": f"{memory[k]:.1f}"} for k in args.variants])
+        cells = {"part": "step", "what": name, "batch": images, "px": size}
+        cells["layout"] = "channels_last" if args.channels_last else "NCHW"
+        write(args, [{**cells, "variant": k, "ms": f"{m[k]:.3f}", "MB": f"{memory[k]:.1f}"} for k in args.variants])
     table(rows)
 
 
@@ -389,7 +389,7 @@ def profile(args: argparse.Namespace) -> None:
 
 
 def calibrate(args: argparse.Namespace) -> None:
-    """Seconds and memory of calibrating a network of random weights with images of noise."""
+    """Seconds and memory of a calibration, of a network with random weights on images of noise."""
     rows = [["network", "images, px", "s", "MB"]]
     for name in args.models or CALIBRATED:
         images, size = args.batch_size or CALIBRATED.get(name, 76), args.sizes[-1]
@@ -402,13 +402,13 @@ def calibrate(args: argparse.Namespace) -> None:
         else:
             seconds, memory = [run() / 1e3], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         rows.append([name, f"{images}, {size}", f"{seconds[0]:.1f}", f"{memory:.0f}"])
-        about = {"part": "calibrate", "what": name, "batch": images, "px": size, "MB": f"{memory:.1f}"}
-        write(args, [{**about, "ms": f"{seconds[0] * 1e3:.0f}"}])
+        cells = {"part": "calibrate", "what": name, "batch": images, "px": size, "MB": f"{memory:.1f}"}
+        write(args, [{**cells, "ms": f"{seconds[0] * 1e3:.0f}"}])
     table(rows)
 
 
 def inference(args: argparse.Namespace) -> None:
-    """Inference: dense milliseconds, and what the converted network adds: unfused, fused, and with the GPU kernel."""
+    """Inference: milliseconds of dense, and the time added by the converted network: unfused, fused, on GPU kernels."""
     kernel = ["unfused+conv"] if any("+" in name for name in args.variants) else []
     rows = [["network", "batch, px", "dense ms", "unfused", "fused", *kernel]]
     form = torch.channels_last if args.channels_last else torch.contiguous_format

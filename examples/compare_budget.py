@@ -1,9 +1,9 @@
-"""Keys where the network needs them against as many for every kernel: how few agree with the dense network.
+"""Compares ``convert_to_agreement`` with the same number of keys for every kernel: keys and agreement.
 
 FOLDER holds photographs with a FOLDER/labels.csv (columns file and class_index). All networks are calibrated with the
-same crops of photographs that ship and judged by crops of others; with --own, with three quarters of every other
-photograph of FOLDER and by the fourth quarter. The others (all, without --own) are only measured on; of the networks
-that the search tries, only the one it returns is. Rows are added to a CSV file.
+same crops of the photographs that ship, and crops of other ones are held out. With --own every other photograph of
+FOLDER takes their place: three quarters calibrate, one is held out. The remaining photographs of FOLDER measure the
+returned network and the uniform ones, not those that the search only tries. Rows are added to a CSV file.
 
     python examples/compare_budget.py FOLDER --network lite0 --agreement 0.8
     python examples/compare_budget.py FOLDER --network lite0 --agreement 0.95 --own
@@ -38,7 +38,7 @@ COLUMNS = [
 
 
 def main() -> None:
-    """Measures, writes each row when it is there, and prints the table."""
+    """Measures, adds each row to the file at once, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--network", default="lite0", help="lite0, a timm name, or FILE.safetensors")
@@ -65,10 +65,10 @@ def main() -> None:
     kernels = sum(layer.out_channels for layer in mk.plan_conversion(dense).converted)
     print_head(COLUMNS)
     model, budget = mk.convert_to_agreement(dense, args.agreement, images)
-    for one in budget.tried:
-        figures = [f"{100 * one.figures['agreement']:.3f}", f"{one.figures['divergence']:.3f}"]
-        figures += [*photographs(model), f"{budget.seconds:.0f}"] if one == budget.chosen else [""] * 4
-        write(f"for {args.agreement:.1%}" if one == budget.chosen else "tried", one.keys, figures)
+    for network in budget.tried:
+        figures = [f"{100 * network.figures['agreement']:.3f}", f"{network.figures['divergence']:.3f}"]
+        figures += [*photographs(model), f"{budget.seconds:.0f}"] if network == budget.chosen else [""] * 4
+        write(f"for {args.agreement:.1%}" if network == budget.chosen else "tried", network.keys, figures)
     print(f"\n{budget}\n", flush=True)
     with torch.no_grad():
         expected = torch.cat([dense(x) for x in held_out.split(8)])
@@ -78,8 +78,8 @@ def main() -> None:
             mk.calibrate_masterkeys(model, dense, fitted)
             seconds = time.perf_counter() - start
             out = torch.cat([model(x) for x in held_out.split(8)])
-            found = classification_figures(out, expected)
-            figures = [f"{100 * found['agreement']:.3f}", f"{found['divergence']:.3f}"]
+            held_out_figures = classification_figures(out, expected)
+            figures = [f"{100 * held_out_figures['agreement']:.3f}", f"{held_out_figures['divergence']:.3f}"]
             write("uniform", count * kernels, [*figures, *photographs(model), f"{seconds:.0f}"])
 
 

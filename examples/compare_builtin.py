@@ -1,7 +1,7 @@
-"""Which crops of the photographs that ship calibrate best: networks x settings x seeds, measured on other photographs.
+"""Compares crops of the photographs that ship for calibration: networks x settings x seeds, on other photographs.
 
-FOLDER holds photographs with a FOLDER/labels.csv (columns file and class_index); nothing of it is calibrated with.
-Every row is added to a CSV file, and what is there already is not measured again.
+FOLDER holds photographs with a FOLDER/labels.csv (columns file and class_index); they only measure. Every row is added
+to a CSV file, and rows that it already has are not measured again.
 
     python examples/compare_builtin.py FOLDER --network lite0 proxyless_w025_r112.safetensors
 """
@@ -29,16 +29,16 @@ COLUMNS = ["network", "keys", "setting", "seed", "images", "top1", "agreement", 
 
 @dataclass(frozen=True)
 class Setting:
-    """How images are made of the photographs; by default as ``builtin_images`` does."""
+    """How images are made from the photographs; the default is that of ``builtin_images``."""
 
     count: int = COUNT
-    photographs: int | None = None  # so many of them, chosen anew for each seed
+    photographs: int | None = None  # how many to use, chosen again for each seed; None for all
     area: tuple[float, float] = AREA
     ratio: tuple[float, float] = RATIO
     flips: bool = True
     mosaics: float = 0.0  # share of the images that are four crops side by side
-    contrast: float = 0.0  # most that brightness and contrast change by
-    colour: float = 0.0  # most that the saturation changes by
+    contrast: float = 0.0  # the largest change of brightness and contrast
+    colour: float = 0.0  # the largest change of saturation
 
     def crops(self, size: tuple[int, int], seed: int, interpolation: str) -> list[Image.Image]:
         """The images before they are normalised."""
@@ -98,7 +98,7 @@ def measure(benchmark: Benchmark, keys: int, setting: Setting, seed: int) -> lis
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Measures the missing rows and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--network", nargs="+", default=["lite0"], help="lite0, a timm name, or FILE.safetensors")

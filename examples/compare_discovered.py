@@ -1,4 +1,4 @@
-"""Leave one network out: banks discovered on the others, on the kernels of the one left out. Prints Markdown tables.
+"""Leaves one network out: banks discovered on the other ones, measured on its kernels. Prints Markdown tables.
 
 FOLDER holds the depthwise kernels of trained networks, one ``.npz`` of arrays (C, kh, kw) a network.
 
@@ -17,11 +17,11 @@ from intervals import print_head, print_row
 from timm_masterkeys.study.discovery import collect_kernels, discover_bank, match_banks
 from timm_masterkeys.study.kernels import read_kernels
 
-SAME = 0.8  # an absolute correlation from here on counts as the same key as a published one
+SAME = 0.8  # keys with at least this absolute correlation to a published key count as the same
 
 
 def main() -> None:
-    """Prints a row for every network and number of keys, or saves one bank."""
+    """Prints a row for each network and number of keys, and saves the bank if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kernel-size", type=int, default=7)
@@ -45,14 +45,14 @@ def main() -> None:
         rows = []
         for name in [args.without] if args.without else list(sources):
             start = time.perf_counter()
-            found = discover_bank(kernels, held_out=[name], keys=keys, method=args.method, seed=args.seed)
+            discovery = discover_bank(kernels, held_out=[name], keys=keys, method=args.method, seed=args.seed)
             seconds = time.perf_counter() - start
-            same = sum(value >= SAME for _, _, value in match_banks(found.bank, "babaiee2025", size))
-            rows.append(list(found.r2.values()))
+            same = sum(value >= SAME for _, _, value in match_banks(discovery.bank, "babaiee2025", size))
+            rows.append(list(discovery.r2.values()))
             cells = (f"{value:.3f}" for value in rows[-1])
-            print_row([name, f"{found.held_out:,}", keys, *cells, found.elbow, same, f"{seconds:.0f}"])
+            print_row([name, f"{discovery.held_out:,}", keys, *cells, discovery.elbow, same, f"{seconds:.0f}"])
             if args.output:
-                found.bank.save(args.output)
+                discovery.bank.save(args.output)
         print_row(["mean", "", keys, *(f"{mean(column):.3f}" for column in zip(*rows, strict=True)), "", "", ""])
 
 

@@ -1,7 +1,7 @@
 """Training from scratch: does it matter how often each key is assigned? A small ConvNeXt on a folder of small images.
 
-Keys assigned uniformly (the default), as often as trained networks use them, and eight random filters, beside the dense
-network; same recipe, several seeds. The folder is an ImageFolder with train/ and validation/, such as CIFAR-10's.
+Compares the dense network with keys assigned uniformly (the default), keys assigned as often as trained networks use
+them, and eight random filters; same recipe, several seeds. The folder is an ImageFolder with train/ and validation/.
 
     python examples/compare_key_draws.py FOLDER
 """
@@ -27,7 +27,7 @@ VARIANTS = ("dense", "uniform", "trained frequencies", "random filters")
 
 
 def images(dataset: Dataset[tuple[torch.Tensor, int]], size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A split in memory: small images are read once."""
+    """The images and labels of a split, in memory."""
     loader: Iterable[tuple[torch.Tensor, torch.Tensor]] = create_loader(
         dataset, (3, size, size), 256, use_prefetcher=False, num_workers=0, crop_pct=1.0
     )
@@ -36,7 +36,7 @@ def images(dataset: Dataset[tuple[torch.Tensor, int]], size: int) -> tuple[torch
 
 
 def network(variant: str, classes: int, seed: int) -> nn.Module:
-    """The network, its depthwise layers as the variant has it."""
+    """The network of a variant, initialised with a seed."""
     torch.manual_seed(seed)
     shape = {"patch_size": 2, "depths": (1, 1, 2, 1), "dims": (24, 48, 96, 192)}
     model = timm.create_model("convnext_atto", num_classes=classes, **shape)
@@ -52,7 +52,7 @@ def network(variant: str, classes: int, seed: int) -> nn.Module:
 
 
 def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epochs: int, seed: int, batch: int = 64) -> None:
-    """AdamW, cosine, flips and small translations."""
+    """Trains in place with AdamW, a cosine schedule, flips and small translations."""
     torch.manual_seed(seed)
     optimizer = create_optimizer_v2(model, "adamw", lr=2e-3, weight_decay=0.05)
     schedule, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=epochs, warmup_epochs=2, warmup_lr=2e-4)
@@ -69,7 +69,7 @@ def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epochs: int, seed:
 
 @torch.inference_mode()
 def top1(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
-    """In percent."""
+    """Top-1 accuracy in percent."""
     model.eval()
     return 100 * float((torch.cat([model(part).argmax(1) for part in x.split(256)]) == y).float().mean())
 
@@ -86,15 +86,15 @@ def main() -> None:
     names = train_set.reader.class_to_idx  # validation/ may lack some
     validation_set = create_dataset("", args.folder, split="validation", class_map=names)
     (x, y), held_out = images(train_set, args.size), images(validation_set, args.size)
-    found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    accuracies: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for seed in range(args.seeds):
         for variant in VARIANTS:
             model = network(variant, len(names), seed)
             train(model, x, y, args.epochs, seed)
-            found[variant].append(top1(model, *held_out))
-            print(f"seed {seed}  {variant:<19}  {found[variant][-1]:.1f} %", flush=True)
+            accuracies[variant].append(top1(model, *held_out))
+            print(f"seed {seed}  {variant:<19}  {accuracies[variant][-1]:.1f} %", flush=True)
     print("\n| depthwise kernels | top-1, mean | spread over seeds |\n|---|---|---|")
-    for variant, values in found.items():
+    for variant, values in accuracies.items():
         print(f"| {variant} | {mean(values):.1f} % | {stdev(values) if len(values) > 1 else 0:.1f} |")
 
 

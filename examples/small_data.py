@@ -1,14 +1,14 @@
 """Do frozen keys beat trainable kernels on small data? Trains from scratch, arm against arm, and prints a table.
 
-FOLDER is an ImageFolder: ``train/CLASS/*`` and ``validation/CLASS/*``. Every arm has the same recipe and the same
-budget for tuning: a run for each learning rate and weight decay on a subset of its own, judged on training images
-outside it; then, with the best pair, a run for each seed, on a subset of that seed's, measured on ``validation/``.
-With one seed all arms see the same images in the same order, so they are compared in pairs, arm minus dense.
+FOLDER is an ImageFolder: ``train/CLASS/*`` and ``validation/CLASS/*``. All arms have the same recipe and the same
+budget for tuning: a run for each learning rate and weight decay, on one subset of the training images and measured on
+held-out training images. Then the best pair gets a run for each seed, on the seed's subset and measured on
+``validation/``. All arms see the same images in the same order for a seed, so that differences to dense are paired.
 
-The ``transfer`` arms freeze what a dense network has learned on other images, all of ``--source``, another ImageFolder.
+The ``transfer`` arms take their kernels from a dense network trained on ``--source``, another ImageFolder.
 
-Every run is kept in the file of results: a program broken off goes on where it was, and two started with different
-``--arms`` share the work. ``--table FILE`` prints what a file holds.
+Every run is kept in the file of results: an interrupted program resumes when it is run again, and two programs with
+different ``--arms`` share the work. ``--table FILE`` prints the results in a file.
 
     python examples/small_data.py FOLDER --quick                          # minutes, to see that it runs
     python examples/small_data.py FOLDER --sizes 250 1000 6000            # ConvNeXt V2 Atto: for a GPU
@@ -74,9 +74,9 @@ class Data:
             self.validation = self.validation[0][order], self.validation[1][order]
 
     def subset(self, count: int, seed: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-        """A seed's subset of the training images, and the last fifth of them in that seed's order."""
+        """The first training images in a seed's order, and the last fifth in that order."""
         order = torch.randperm(len(self.train[1]), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-        return tuple((self.train[0][own], self.train[1][own]) for own in (order[:count], order[-(len(order) // 5) :]))
+        return tuple((self.train[0][ids], self.train[1][ids]) for ids in (order[:count], order[-(len(order) // 5) :]))
 
     def _read(self, dataset: Any, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = [], []
@@ -90,12 +90,12 @@ class Data:
 
 
 def normalised(images: torch.Tensor) -> torch.Tensor:
-    """Bytes to numbers around 0."""
+    """Converts bytes to floats in [-1, 1]."""
     return images.float().div_(127.5).sub_(1)
 
 
 def augmented(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each image mirrored or not, and moved by up to an eighth."""
+    """The images normalised, mirrored at random, and moved by up to an eighth."""
     edge = images.shape[-1] // 8
     padded = F.pad(normalised(images), (edge,) * 4, mode="reflect")
     top, left, flip = torch.randint(0, 2 * edge + 1, (3, len(images)), generator=generator).tolist()
@@ -105,7 +105,7 @@ def augmented(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def network(classes: int, small: bool) -> nn.Module:
-    """ConvNeXt V2 Atto with a stem of stride 2 for small images; or one a quarter as wide and deep."""
+    """ConvNeXt V2 Atto with a stem of stride 2 for small images; if ``small``, a quarter as wide and deep."""
     settings: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": (24, 48, 96, 192)} if small else {}
     return timm.create_model("convnextv2_atto", num_classes=classes, patch_size=2, **settings)
 
@@ -145,7 +145,7 @@ def train(
     seed: int,
     bar: Any,
 ) -> dict[str, Any]:
-    """Trains in place; accuracy at four points, the last at the end, seconds an epoch, trainable parameters."""
+    """Trains in place. Returns accuracies at four epochs, up to the last, seconds per epoch, trainable parameters."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = create_optimizer_v2(model, "adamw", lr=lr, weight_decay=weight_decay)
     schedule, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=epochs, warmup_epochs=min(FIRST, epochs - 1))
@@ -155,12 +155,12 @@ def train(
         schedule.step(epoch)
         model.train()
         start = time.perf_counter()
-        for own in torch.randperm(len(labels), generator=generator).split(BATCH):
+        for batch in torch.randperm(len(labels), generator=generator).split(BATCH):
             optimizer.zero_grad()
-            out = model(augmented(images[own], generator))
-            F.cross_entropy(out, labels[own], label_smoothing=0.1).backward()
+            out = model(augmented(images[batch], generator))
+            F.cross_entropy(out, labels[batch], label_smoothing=0.1).backward()
             optimizer.step()
-            bar.update(len(own))
+            bar.update(len(batch))
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -196,21 +196,21 @@ class Experiment:
         self.kept = rows(self.path)
         self.source: nn.Module | None = None
 
-    def about(self, arm: str, count: int, lr: float, decay: float, seed: int) -> dict[str, Any]:
-        """What tells a run from others; seed 0 is for tuning."""
+    def run_cells(self, arm: str, count: int, lr: float, decay: float, seed: int) -> dict[str, Any]:
+        """The columns that identify a run; seed 0 is for tuning."""
         args = self.args
-        about = {"data": Path(args.folder).resolve().name, "px": args.size}
-        about |= {"network": "small" if args.small else "convnextv2_atto", "images": count, "passes": args.passes}
-        about |= {"arm": arm, "lr": lr, "weight_decay": decay, "seed": seed}
-        return about | ({"source": Path(args.source).resolve().name} if arm.startswith("transfer") else {})
+        cells = {"data": Path(args.folder).resolve().name, "px": args.size}
+        cells |= {"network": "small" if args.small else "convnextv2_atto", "images": count, "passes": args.passes}
+        cells |= {"arm": arm, "lr": lr, "weight_decay": decay, "seed": seed}
+        return cells | ({"source": Path(args.source).resolve().name} if arm.startswith("transfer") else {})
 
     def run(self, arm: str, count: int, lr: float, decay: float, seed: int, bar: Any) -> dict[str, Any]:
-        """The result of one run, from the file if it is there."""
-        about = self.about(arm, count, lr, decay, seed)
+        """The result of one run, from the file if the file has it."""
+        cells = self.run_cells(arm, count, lr, decay, seed)
         subset, rest = self.data.subset(count if seed else self.tuned_on(count), seed)
-        epochs = max(2, self.args.passes // len(subset[1]))  # every size is trained for as long
+        epochs = max(2, self.args.passes // len(subset[1]))  # the same number of images for every size
         for row in self.kept:
-            if about.items() <= row.items():
+            if cells.items() <= row.items():
                 bar.total -= len(subset[1]) * epochs
                 bar.refresh()
                 return row
@@ -218,19 +218,19 @@ class Experiment:
         source = self.trained_elsewhere() if arm.startswith("transfer") else None
         model = arm_model(arm, self.data.classes, self.args.small, seed, source)
         measured = train(model, subset, self.data.validation if seed else rest, epochs, lr, decay, seed, bar)
-        row = about | measured | {"timm_masterkeys": mk.__version__, "torch": torch.__version__}
+        row = cells | measured | {"timm_masterkeys": mk.__version__, "torch": torch.__version__}
         self.kept.append(row)
-        with self.path.open("a") as file:  # a line at once: two programs may share the file
+        with self.path.open("a") as file:  # one write per line, as two programs may share the file
             file.write(json.dumps(row) + "\n")
         return row
 
     def tuned_on(self, count: int) -> int:
-        """Images of a run for tuning: as many, as long as a fifth of all is left to judge by."""
+        """The number of images of a run for tuning: ``count``, but a fifth of all images stays held out."""
         images = len(self.data.train[1])
         return min(count, images - images // 5)
 
     def trained_elsewhere(self) -> nn.Module:
-        """A dense network trained on all images of the other folder, four times as long as the arms."""
+        """The dense network trained on all images of ``--source``, four times as long as the arms."""
         if self.source is None:
             assert self.other is not None
             epochs = max(2, 4 * self.args.passes // len(self.other.train[1]))
@@ -243,7 +243,7 @@ class Experiment:
         return self.source
 
     def work(self) -> None:
-        """Every run of every arm."""
+        """Does all runs of all arms."""
         args = self.args
         pairs = list(product(args.lr, args.decays))
         total, tried = 0, len(pairs) if len(pairs) > 1 else 0
@@ -262,12 +262,12 @@ class Experiment:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """The runs that a file of results holds."""
+    """The runs in a file of results."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def tables(kept: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines of a table for each data set, network and size: accuracy, and what an arm is above dense, in pairs."""
+    """The lines of a table for each data set, network and size: accuracies, and paired differences to dense."""
     settings = ("data", "px", "network", "images", "passes")
     groups: dict[tuple[Any, ...], dict[str, dict[int, dict[str, Any]]]] = {}
     for row in kept:
@@ -295,7 +295,7 @@ def tables(kept: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def draw(kept: Sequence[dict[str, Any]], path: str) -> None:
-    """Learning curves, a panel a data set and size; needs matplotlib."""
+    """Draws the learning curves, a panel for each data set and size; needs matplotlib."""
     from matplotlib.figure import Figure
 
     from timm_masterkeys.study.plotting import COLOURS
@@ -327,7 +327,7 @@ def draw(kept: Sequence[dict[str, Any]], path: str) -> None:
 
 
 def main() -> None:
-    """Parses the command line, runs the experiment, and prints all that the file of results holds."""
+    """Parses the command line, runs the experiment, and prints the tables of all results in the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--source", metavar="FOLDER", help="other images, for the arms transfer and transfer-dense")
@@ -352,9 +352,9 @@ def main() -> None:
     if args.quick:
         args.sizes, args.seeds, args.passes, args.small = [100, 200], 2, 400, True
     if not args.table:
-        own = [arm for arm in ARMS if args.source or not arm.startswith("transfer")]
-        args.arms = args.arms or own
-        if not args.folder or not set(args.arms) <= set(own):
+        arms = [arm for arm in ARMS if args.source or not arm.startswith("transfer")]
+        args.arms = args.arms or arms
+        if not args.folder or not set(args.arms) <= set(arms):
             parser.error("no FOLDER to train on" if not args.folder else "transfer needs --source FOLDER, other images")
         for arm in args.arms:
             print(f"{arm:<14} {ARMS[arm]}")

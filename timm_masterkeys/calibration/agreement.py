@@ -1,4 +1,4 @@
-"""Converts a network with as few keys as a given agreement with the dense network needs."""
+"""Converts a network with as few keys as a required agreement with the dense network needs."""
 
 import logging
 import time
@@ -38,10 +38,10 @@ class TriedNetwork:
     """A network that ``convert_to_agreement`` calibrated and measured.
 
     Attributes:
-        keys: Keys of all its kernels; of a dense kernel, its taps.
-        score: What is compared with the agreement that was asked for, on the held-out images: 1 for the dense network.
+        keys: Keys of all its kernels; a dense kernel counts as many as its taps.
+        score: The number compared with the target, on the held-out images; 1 for the dense network.
         figures: All of the metric's figures, by name, on the same images.
-        keys_per_kernel: By the name of a layer; 0 where it stays dense.
+        keys_per_kernel: By the name of a layer; 0 for a layer that stays dense.
     """
 
     keys: int
@@ -55,13 +55,13 @@ class KeyBudget:
     """How few keys were enough; ``str()`` is a table.
 
     Attributes:
-        target: The least score that was asked for.
-        score_name: What the score is: "agreement", "R2", or a callable's name.
+        target: The least score that is enough.
+        score_name: The name of the score: "agreement", "R2", or a callable's name.
         record: Of the chosen network's calibration: the metric, its figures before and after on the held-out images,
-            by which the network was chosen, and the numbers of all images and of those held out.
+            by which the network was chosen, and the numbers of all images and of the held-out ones.
         chosen: The network that was returned.
-        tried: All networks that were calibrated and measured, by their number of keys.
-        kernels: How many each layer has.
+        tried: All networks that were calibrated and measured, in the order of their keys.
+        kernels: The number of kernels of each layer.
         seconds: Time spent in all.
     """
 
@@ -87,14 +87,14 @@ class KeyBudget:
     def __str__(self) -> str:
         counts = self.chosen.keys_per_kernel.items()
         layers = [(name, f"{self.kernels[name]:,}", str(count or "dense")) for name, count in counts]
-        others = [n for n in self.chosen.figures if n not in (self.score_name, "sure images", "sure positions")]
+        names = [n for n in self.chosen.figures if n not in (self.score_name, "sure images", "sure positions")]
         total, rows = sum(self.kernels.values()), []
-        for one in self.tried:
-            figures = [f"{one.figures[n]:.1%}" if n.endswith("agreement") else f"{one.figures[n]:.3f}" for n in others]
-            mark = "chosen" if one == self.chosen else ""
-            rows.append([f"{one.keys:,}", f"{one.keys / total:.2f}", f"{one.score:.1%}", *figures, mark])
+        for net in self.tried:
+            figures = [f"{net.figures[n]:.1%}" if n.endswith("agreement") else f"{net.figures[n]:.3f}" for n in names]
+            mark = "chosen" if net == self.chosen else ""
+            rows.append([f"{net.keys:,}", f"{net.keys / total:.2f}", f"{net.score:.1%}", *figures, mark])
         lines = [table(("layer", "kernels", "keys per kernel"), layers), ""]
-        lines.append(table(("keys", "per kernel", self.score_name, *others, ""), rows, ">"))
+        lines.append(table(("keys", "per kernel", self.score_name, *names, ""), rows, ">"))
         lines.append(f"metric: {self.record.metric}")
         return "\n".join([*lines, f"calibrated {self.summary()}, {self.seconds:.0f} s"])
 
@@ -118,25 +118,25 @@ def convert_to_agreement(
     max_images: int = 300,
     time_budget: float | None = None,
 ) -> tuple[nn.Module, KeyBudget]:
-    """Converts a model with as few keys as a given agreement needs, and calibrates it. ``dense`` stays as it is.
+    """Converts a model with as few keys as a required agreement needs, and calibrates it. ``dense`` is not changed.
 
-    Layers get one, two, four or all keys per kernel, or stay dense, which counts as a key a tap. First it is measured
-    how far the network's output moves when one layer alone has so many keys. Keys are spent first where another key per
-    kernel brings the output nearest. How far along that order is found by bisection: about six networks are converted,
-    calibrated with ``calibrate_masterkeys`` and judged by images that neither chose the order nor calibrated them,
-    which takes about seven times as long as one calibration. The record of the returned model
-    (``read_record(model).calibration``) holds the figures of the images that judged it.
+    A layer gets one, two, four or all keys per kernel, or stays dense, which counts as one key per tap. First each
+    layer is converted alone, with each number of keys, and the change of the network's output is measured. This orders
+    the steps: another key per kernel goes first to the layer where it brings the output nearest. The number of steps
+    is found by bisection. About six networks are converted, calibrated with ``calibrate_masterkeys`` and measured on
+    held-out images, which neither order the steps nor calibrate; all of it takes about seven times as long as one
+    calibration. ``read_record(model).calibration`` has the returned model's figures on the held-out images.
 
     Args:
         dense: A timm model or any other that ``calibrate_masterkeys`` takes, not converted in any layer.
-        agreement: In (0, 1], the least on the held-out images: of classes (classification, dense prediction) the share
-            of images or positions with the same top class; of anything else R2, the share of the variance of the dense
-            network's outputs that the network explains, 1 - relative error, not below 0; of a callable ``metric`` its
-            first figure.
-        images: As for ``calibrate_masterkeys``. Every fourth is held out (give no two of the same thing), of
+        agreement: In (0, 1], the least score on the held-out images. For classes (classification, dense prediction) the
+            score is the share of images or positions with the same top class; for anything else R2, the share of the
+            variance of the dense network's outputs that is explained, 1 - relative error, not below 0; for a callable
+            ``metric`` its first figure.
+        images: As for ``calibrate_masterkeys``. Every fourth image is held out (no two should show the same thing); of
             ``"builtin"`` all crops of every fourth photograph. At least 40. A network is less sure of the built-in
-            crops than of photographs of its task, so the same keys agree on fewer of them: give photographs of the
-            task to spend no more keys than it needs.
+            crops than of photographs of its task, so the same keys agree on fewer of them. With photographs of the task
+            fewer keys are enough.
         bank: Anything ``get_bank`` takes.
         include: As for ``convert_to_masterkeys``.
         exclude: As for ``convert_to_masterkeys``.
@@ -147,15 +147,15 @@ def convert_to_agreement(
         std: As for ``calibrate_masterkeys``.
         size: As for ``calibrate_masterkeys``.
         batch_size: Images at a time.
-        max_images: At most so many calibrate; a third as many are held out, of ``"builtin"`` more.
-        time_budget: As for ``calibrate_masterkeys``, of each calibration.
+        max_images: The most images to calibrate with; a third as many are held out, of ``"builtin"`` more.
+        time_budget: As for ``calibrate_masterkeys``, for each calibration.
 
     Returns:
         The calibrated model, and the table of keys spent against agreement.
 
     Raises:
         BankError, ProjectionError, ConversionError: As ``convert_to_masterkeys``.
-        CalibrationError: As ``calibrate_masterkeys``; or an agreement that is not reached, with the best.
+        CalibrationError: As ``calibrate_masterkeys``; or no network reaches the agreement (the best one is named).
 
     Example:
         >>> model, budget = convert_to_agreement(timm.create_model("convnext_tiny", pretrained=True), 0.95)
@@ -179,14 +179,14 @@ def convert_to_agreement(
     nothing_left = all(None in choices.values() for choices in layers.values())  # after the last step
     best, tried = search.fewest_steps(steps, len(steps) - nothing_left, agreement)
     if best is None:
-        top = max(tried, key=lambda one: one.score)
+        top = max(tried, key=lambda tried_network: tried_network.score)
         raise CalibrationError(
             f"No network reaches {chosen_metric.score_name} {agreement:.1%} on {len(held_out)} held-out images: the "
             f"best, with {top.keys:,} keys for {sum(kernels.values()):,} kernels, {top.score:.1%}. Ask for less, or "
             "give more images."
         )
     model, chosen, record = best
-    by_keys, seconds = tuple(sorted(tried, key=lambda one: one.keys)), time.perf_counter() - start
+    by_keys, seconds = tuple(sorted(tried, key=lambda tried_network: tried_network.keys)), time.perf_counter() - start
     return model, KeyBudget(agreement, chosen_metric.score_name, record, chosen, by_keys, kernels, seconds)
 
 
@@ -196,14 +196,14 @@ Choices = Mapping[str, Mapping[int, MasterKeyConv2d | None]]  # by layer and key
 
 @dataclass(frozen=True)
 class _Search:
-    """What all networks tried have in common."""
+    """The inputs that all tried networks share."""
 
     dense: nn.Module
     config: MasterKeysConfig
-    kernels: Mapping[str, int]  # how many each layer has
+    kernels: Mapping[str, int]  # the number of each layer
     layers: Choices
     fitted: torch.Tensor  # images to calibrate with
-    held_out: torch.Tensor  # images to judge by
+    held_out: torch.Tensor
     origin: str
     metric: Metric
     options: Mapping[str, Any]  # of calibrate_masterkeys
@@ -214,32 +214,32 @@ class _Search:
         return self._outputs(self.dense, self.held_out)
 
     def distances(self, images: torch.Tensor) -> dict[str, dict[int, float]]:
-        """How far the output moves when one layer has so many keys, by layer and number."""
+        """The distance from the dense output when one layer alone is converted, by layer and keys per kernel."""
         expected = self._outputs(self.dense, images)
-        found: dict[str, dict[int, float]] = {name: {} for name in self.layers}
+        by_layer: dict[str, dict[int, float]] = {name: {} for name in self.layers}
         for name, choices in tqdm(self.layers.items(), desc="compare layers", unit="layer", leave=False, disable=None):
             for count, layer in choices.items():
                 if layer is None:
-                    found[name][count] = 0.0
+                    by_layer[name][count] = 0.0
                 else:
                     with hooked([(self.dense.get_submodule(name), partial(_matched_output, layer))]):
-                        found[name][count] = self.metric.distance(self._outputs(self.dense, images), expected)
-        return found
+                        by_layer[name][count] = self.metric.distance(self._outputs(self.dense, images), expected)
+        return by_layer
 
     def fewest_steps(
         self, steps: Sequence[tuple[str, int]], most: int, agreement: float
     ) -> tuple[Attempt | None, list[TriedNetwork]]:
-        """By bisection the network of the fewest steps that agrees (None if none does); and all that were tried."""
+        """The network of the fewest steps that agrees, by bisection (None if none does); and all that were tried."""
         best: Attempt | None = None
         tried: list[TriedNetwork] = []
         least = 0
         while best is None or least < most:
             taken = (least + most) // 2
-            found = self._attempt(steps[:taken])
-            tried.append(found[1])
+            attempt = self._attempt(steps[:taken])
+            tried.append(attempt[1])
             _logger.info("%d keys: %.1f %%.", tried[-1].keys, 100 * tried[-1].score)
             if tried[-1].score >= agreement:
-                best, most = found, taken
+                best, most = attempt, taken
             elif least == most:
                 break
             else:
@@ -247,15 +247,15 @@ class _Search:
         return best, tried
 
     def _attempt(self, steps: Sequence[tuple[str, int]]) -> Attempt:
-        """The network after these steps, calibrated and judged."""
+        """The network after these steps, calibrated and measured."""
         counts = {name: min(choices) for name, choices in self.layers.items()} | dict(steps)
         keyed = {name: count for name, count in counts.items() if self.layers[name][count] is not None}
         layers = {name: LayerSettings(self.config.bank, n, self.config.trainable) for name, n in keyed.items()}
         model, known = apply(copy_model(self.dense), layers), read_record(self.dense)
         write_record(model, replace(known, conversions=(*known.conversions, self.config)))
-        before = self._judge(model)
+        before = self._measure(model)
         calibrated = calibrate_masterkeys(model, self.dense, self.fitted, **self.options).record
-        after, held_out = self._judge(model), len(self.held_out)
+        after, held_out = self._measure(model), len(self.held_out)
         record = replace(
             calibrated,
             before=before,
@@ -270,7 +270,7 @@ class _Search:
         each = {name: count if name in keyed else 0 for name, count in counts.items()}
         return model, TriedNetwork(spent, self.metric.score(after), after, each), record
 
-    def _judge(self, model: nn.Module) -> Figures:
+    def _measure(self, model: nn.Module) -> Figures:
         return self.metric.measure(self._outputs(model, self.held_out), self.expected)
 
     def _outputs(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -282,15 +282,15 @@ class _Search:
 def order_steps(kernels: Mapping[str, int], distances: Mapping[str, Mapping[int, float]]) -> list[tuple[str, int]]:
     """Steps (layer, keys per kernel) until every layer has its most keys, the largest gain for each key first.
 
-    ``kernels`` has each layer's number of kernels, ``distances`` how far the output moves by keys per kernel.
+    ``kernels`` has the number of kernels of each layer, ``distances`` those of ``_Search.distances``.
     """
-    counts = {name: min(found) for name, found in distances.items()}
+    counts = {name: min(by_count) for name, by_count in distances.items()}
     steps: list[tuple[str, int]] = []
     while True:
         gains = {
-            (name, count): (found[counts[name]] - found[count]) / (kernels[name] * (count - counts[name]))
-            for name, found in distances.items()
-            for count in found
+            (name, count): (by_count[counts[name]] - by_count[count]) / (kernels[name] * (count - counts[name]))
+            for name, by_count in distances.items()
+            for count in by_count
             if count > counts[name]
         }
         if not gains:
@@ -300,17 +300,17 @@ def order_steps(kernels: Mapping[str, int], distances: Mapping[str, Mapping[int,
 
 
 def _choices(conv: Any, bank: KeyBank) -> dict[int, MasterKeyConv2d | None]:
-    """A layer with one, two, four, ... and all keys per kernel, or dense (None), by the numbers that shape a kernel."""
+    """A layer with one, two, four, ... and all keys per kernel, and dense (None), by the numbers each kernel needs."""
     numbers = [2**power for power in range(len(bank).bit_length()) if 2**power < len(bank)]
-    found = [make_layer(conv, LayerSettings(bank, number)) for number in [*numbers, len(bank)]]
-    choices: dict[int, MasterKeyConv2d | None] = {layer.keys_per_kernel: layer for layer in found}
+    layers = [make_layer(conv, LayerSettings(bank, number)) for number in [*numbers, len(bank)]]
+    choices: dict[int, MasterKeyConv2d | None] = {layer.keys_per_kernel: layer for layer in layers}
     taps = conv.weight[0].numel()
-    return {**choices, taps: None} if taps > max(choices) + 1 else choices  # else all keys and the shift are as good
+    return {**choices, taps: None} if taps > max(choices) + 1 else choices  # else all keys and the shift fit as well
 
 
 def _matched_output(layer: MasterKeyConv2d, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-    """A hook's output: the layer's, with the channels' mean and variance of ``output``, as after a calibration."""
-    new = layer.forward(args[0])  # without the hooks, which it has in common with the dense one
+    """The layer's output with the channel means and variances of ``output``, as after a calibration; for a hook."""
+    new = layer.forward(args[0])  # without its hooks, which it shares with the dense layer
     (var, mean), (new_var, new_mean) = (
         torch.var_mean(out, (0, 2, 3), correction=0, keepdim=True) for out in (output, new)
     )

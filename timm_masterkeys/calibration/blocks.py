@@ -1,4 +1,4 @@
-"""Finds the blocks of any model around its converted layers, by running it, and runs them one at a time."""
+"""Finds the blocks of a model around its converted layers by running it, and runs them one at a time."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,11 +21,11 @@ class Block:
     """A block with converted layers, or a pointwise layer outside of all blocks."""
 
     name: str
-    converted: list[str] = field(default_factory=list)  # layers in it, in their order
-    pointwise: str = ""  # the last pointwise layer in it; empty if it has none
-    positions: dict[str, int] = field(default_factory=dict)  # of each of these layers, in the output for one image
+    converted: list[str] = field(default_factory=list)  # its converted layers, in their order
+    pointwise: str = ""  # its last pointwise layer; empty if it has none
+    positions: dict[str, int] = field(default_factory=dict)  # of each layer, in its output for one image
     done: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """The outermost modules that have run before the block begins, with the shape of one image's output."""
+    """The outermost modules that end before the block begins, with the shape of their output for one image."""
 
 
 class Reached(Exception):
@@ -33,76 +33,76 @@ class Reached(Exception):
 
 
 @dataclass
-class _Pass:
-    """What was seen of the modules in one forward pass, by their names."""
+class _Trace:
+    """The order, output sizes and norms of the modules in one forward pass, by their names."""
 
-    ran: list[str] = field(default_factory=list)  # pointwise and converted layers, in their order, each time they ran
+    ran: list[str] = field(default_factory=list)  # pointwise and converted layers, in their order, once per call
     positions: dict[str, int] = field(default_factory=dict)  # as in Block
     clock: list[str] = field(default_factory=list)  # a name when a module begins, and again when it ends
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of one image's output
-    norms: dict[str, str] = field(default_factory=dict)  # by a layer's name that of the norm after it
+    norms: dict[str, str] = field(default_factory=dict)  # the norm after a layer, by the layer's name
 
 
 def find_blocks(model: nn.Module, images: torch.Tensor) -> tuple[list[Block], dict[str, str]]:
-    """The blocks in the order of execution, and by a layer's name that of the BatchNorm, frozen or not, after it.
+    """The blocks in the order of execution, and the name of the BatchNorm, frozen or not, after each layer.
 
-    A block is the smallest module with a converted layer and, run after it and at more than one position, a pointwise
-    layer, unless it holds several blocks of other layers. Layers that run more than once are left out.
+    A block is the smallest module with a converted layer and a later pointwise layer that runs at more than one
+    position, unless it holds several blocks of other layers. Layers that run more than once are left out.
     """
     modules = dict(model.named_modules())
-    seen = _watch(model, modules, images)
-    once = [name for name in seen.ran if seen.ran.count(name) == 1]
-    owners = _owning_blocks(modules, once, seen.positions)
+    trace = _trace(model, modules, images)
+    once = [name for name in trace.ran if trace.ran.count(name) == 1]
+    owners = _owning_blocks(modules, once, trace.positions)
     blocks: dict[str, Block] = {}
     for name in once:
         owner = next((b for b in owners if name == b or _is_in(name, b)), name)
         block = blocks.setdefault(owner, Block(owner))
-        block.positions[name] = seen.positions[name]
+        block.positions[name] = trace.positions[name]
         if isinstance(modules[name], MasterKeyConv2d):
             block.converted.append(name)
-        elif owner == name or seen.positions[name] > 1:
+        elif owner == name or trace.positions[name] > 1:
             block.pointwise = name  # the last one stays
     for block in blocks.values():
-        before = seen.clock[: seen.clock.index(block.name)]
-        done = [name for name in dict.fromkeys(before) if seen.clock.count(name) == before.count(name) == 2 and name]
-        block.done = {name: seen.shapes[name] for name in _outermost(done) if name in seen.shapes}
-    return list(blocks.values()), seen.norms
+        before = trace.clock[: trace.clock.index(block.name)]
+        done = [name for name in dict.fromkeys(before) if trace.clock.count(name) == before.count(name) == 2 and name]
+        block.done = {name: trace.shapes[name] for name in _outermost(done) if name in trace.shapes}
+    return list(blocks.values()), trace.norms
 
 
 @torch.no_grad()
-def _watch(model: nn.Module, modules: dict[str, nn.Module], images: torch.Tensor) -> _Pass:
-    """Runs the model under hooks."""
-    seen = _Pass()
-    made: dict[int, tuple[str, torch.Tensor, int]] = {}  # by storage, as a norm may take a view
+def _trace(model: nn.Module, modules: dict[str, nn.Module], images: torch.Tensor) -> _Trace:
+    """Runs the model, and returns what its hooks recorded."""
+    trace = _Trace()
+    outputs: dict[int, tuple[str, torch.Tensor, int]] = {}  # by storage, as a norm may read a view
 
-    def before(name: str, module: nn.Module, args: Any) -> None:
-        seen.clock.append(name)
+    def note_start(name: str, module: nn.Module, args: Any) -> None:
+        trace.clock.append(name)
         if isinstance(getattr(module, "running_mean", None), torch.Tensor):
-            layer, output, version = made.get(args[0].untyped_storage().data_ptr(), ("", args[0], -1))
-            if args[0]._version == version and args[0].numel() == output.numel():  # nothing has written to it meanwhile
-                seen.norms[layer] = name
+            layer, output, version = outputs.get(args[0].untyped_storage().data_ptr(), ("", args[0], -1))
+            if args[0]._version == version and args[0].numel() == output.numel():  # not written to since
+                trace.norms[layer] = name
 
-    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        seen.clock.append(name)
+    def note_end(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        trace.clock.append(name)
         if isinstance(output, torch.Tensor):
-            seen.shapes[name] = tuple(output.shape[1:])
+            trace.shapes[name] = tuple(output.shape[1:])
         if is_pointwise(module) or isinstance(module, MasterKeyConv2d):
             channels = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
-            seen.ran.append(name)
-            seen.positions[name] = output.numel() // channels // len(output)
-            made[output.untyped_storage().data_ptr()] = name, output, output._version  # kept: no other gets its storage
+            trace.ran.append(name)
+            trace.positions[name] = output.numel() // channels // len(output)
+            outputs[output.untyped_storage().data_ptr()] = name, output, output._version  # kept: no storage is reused
 
     with ExitStack() as undo:
         for name, module in modules.items():
-            undo.callback(module.register_forward_pre_hook(partial(before, name)).remove)
-            undo.callback(module.register_forward_hook(partial(after, name)).remove)
+            undo.callback(module.register_forward_pre_hook(partial(note_start, name)).remove)
+            undo.callback(module.register_forward_hook(partial(note_end, name)).remove)
         model(images)
-    return seen
+    return trace
 
 
 def _owning_blocks(modules: dict[str, nn.Module], once: list[str], positions: dict[str, int]) -> set[str]:
-    """The outermost blocks around the converted ones of these layers."""
-    found: dict[str, str] = {}
+    """The names of the outermost blocks around the converted layers."""
+    block_of: dict[str, str] = {}
     for i, layer in enumerate(once):
         if isinstance(modules[layer], MasterKeyConv2d):
             later = [name for name in once[i:] if is_pointwise(modules[name]) and positions[name] > 1]
@@ -113,12 +113,12 @@ def _owning_blocks(modules: dict[str, nn.Module], once: list[str], positions: di
                 for name in above
                 if not isinstance(modules[name], (nn.Sequential, nn.ModuleList)) and any(_is_in(n, name) for n in later)
             )
-            found[layer] = next(fitting, layer)
-    for layer, own in found.items():  # a lone layer between blocks does not make their parent a block
-        inside = {other for other in found.values() if _is_in(other, own) and not _is_in(layer, other)}
+            block_of[layer] = next(fitting, layer)
+    for layer, block in block_of.items():  # the parent of several blocks is no block, whatever lies between them
+        inside = {other for other in block_of.values() if _is_in(other, block) and not _is_in(layer, other)}
         if len(_outermost(inside)) > 1:
-            found[layer] = layer
-    return set(_outermost(set(found.values())))
+            block_of[layer] = layer
+    return set(_outermost(set(block_of.values())))
 
 
 def _is_in(name: str, module: str) -> bool:
@@ -127,16 +127,16 @@ def _is_in(name: str, module: str) -> bool:
 
 
 def _outermost(names: Collection[str]) -> list[str]:
-    """The modules that are in none of the others."""
+    """The modules that are inside none of the other ones."""
     return [name for name in names if not any(_is_in(name, other) for other in names)]
 
 
 class BlockwiseNetwork:
     """Runs a model block by block over batches of images, each block fed by the outputs of the block before it.
 
-    The model runs up to a block with everything before it skipped. Where that does not lead to the same arguments (a
-    connection past several blocks), everything runs. The caller sets ``outputs`` to those of the last block that ran,
-    a batch each.
+    The model runs up to a block, and everything before the block is skipped. Where the arguments then differ (a
+    connection past several blocks), nothing is skipped. The caller sets ``outputs`` to those of the last block that
+    ran, batch by batch.
     """
 
     def __init__(
@@ -147,19 +147,19 @@ class BlockwiseNetwork:
         self.outputs: list[Any] = []
 
     def resume(self, index: int) -> Iterator[Any]:
-        """The arguments that reach a block, or the model's output past the last one, with each batch.
+        """The arguments of a block, or past the last block the model's output, batch by batch.
 
-        One at a time, as feature maps are large.
+        A generator, as feature maps are large.
         """
         sample = self.batches[0][:1]
-        short = index > 0 and isinstance(self.outputs[0], torch.Tensor)
-        if short:
+        skipping = index > 0 and isinstance(self.outputs[0], torch.Tensor)
+        if skipping:
             try:
                 calls = (self._forward(index, sample, out) for out in (self.outputs[0][:1], None))
                 torch.testing.assert_close(*calls, rtol=1e-4, atol=1e-5, check_dtype=False)
             except Exception:  # they differ, or the first dimension is not that of the images
-                short = False
-        outputs = self.outputs if short else [None] * len(self.batches)
+                skipping = False
+        outputs = self.outputs if skipping else [None] * len(self.batches)
         return (self._forward(index, batch, out) for batch, out in zip(self.batches, outputs, strict=True))
 
     @torch.no_grad()
@@ -170,14 +170,14 @@ class BlockwiseNetwork:
             for args, kwargs in calls:
                 try:
                     copies = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
-                    outputs.append(module(*copies, **kwargs))  # copies, as some blocks work in place
+                    outputs.append(module(*copies, **kwargs))  # copies, as some blocks change their arguments
                 except Reached:
                     outputs.append(None)
         return outputs
 
     @torch.no_grad()
     def _forward(self, index: int, batch: torch.Tensor, output: torch.Tensor | None) -> Any:
-        """The arguments that reach block ``index``, or, past the last one, the model's output."""
+        """The arguments of block ``index``, or past the last block the model's output."""
         reached: list[Any] = []
 
         def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -194,7 +194,7 @@ class BlockwiseNetwork:
                 module = self.modules[self.blocks[index].name]
                 undo.callback(module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True).remove)
             for name, out in skipped.items():
-                undo.enter_context(_putting_out(self.modules[name], out))
+                undo.enter_context(_returning(self.modules[name], out))
             try:
                 return pick_output(self._model, self._model(batch), self._output)
             except Reached:
@@ -202,20 +202,20 @@ class BlockwiseNetwork:
 
 
 @contextmanager
-def _putting_out(module: nn.Module, out: torch.Tensor) -> Iterator[None]:
-    """Lets a module return a copy of ``out`` without any work; a copy, as later layers may work in place."""
-    own = module.__dict__.get("forward")
+def _returning(module: nn.Module, out: torch.Tensor) -> Iterator[None]:
+    """Makes a module return a copy of ``out`` instead of running; a copy, as later layers may work in place."""
+    replaced_forward = module.__dict__.get("forward")
     try:
         module.forward = lambda *args, **kwargs: out.clone()
         yield
     finally:
         module.__dict__.pop("forward", None)
-        if own is not None:
-            module.forward = own
+        if replaced_forward is not None:
+            module.forward = replaced_forward
 
 
 def is_pointwise(module: nn.Module) -> bool:
-    """Whether a layer is a matrix at every position: a linear layer or a 1x1 convolution."""
+    """Whether a layer applies one matrix at every position: a linear layer or a 1x1 convolution."""
     if type(module) is nn.Conv2d:
         return module.kernel_size == module.stride == (1, 1) and module.groups == 1 and module.padding in (0, (0, 0))
     return isinstance(module, nn.Linear)
@@ -223,7 +223,7 @@ def is_pointwise(module: nn.Module) -> bool:
 
 @contextmanager
 def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
-    """Forward hooks, for as long as the context lasts."""
+    """Registers forward hooks until the context ends."""
     with ExitStack() as undo:
         for module, hook in hooks:
             undo.callback(module.register_forward_hook(hook).remove)

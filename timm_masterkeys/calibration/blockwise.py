@@ -1,7 +1,7 @@
 """Calibrates a converted network block by block, each fed with the outputs of the calibrated blocks before it.
 
-From the top: the walk over the blocks; the three stages, each on one layer of a block; the block in both networks; and
-the forward hooks that observe a layer.
+From the top: the walk over the blocks; a block, and a layer of it, in both networks; the three stages, each on one
+layer; and the forward hooks that observe a layer.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Stage = Literal["kernels", "norms", "pointwise"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 OVER = "the time budget was over"
-ROWS = 100_000  # positions, of all images together, to which a pointwise layer or a norm is fitted
+ROWS = 100_000  # positions, over all images, to which a pointwise layer or a norm is fitted
 KERNEL_ROWS = 20_000  # positions to which a kernel is fitted
-IMAGES = 64  # images to which a layer is fitted at least, whatever its number of positions
-FOLDS = 4  # batches to which a layer is fitted at least; the ridge is chosen by so many folds
-DEAD = 1e-10  # a channel that varies less than this is left alone
+IMAGES = 64  # the fewest images a layer is fitted to, whatever its number of positions
+FOLDS = 4  # of the cross-validation that chooses a ridge; a layer is fitted to at least as many batches
+DEAD = 1e-10  # a channel whose variance is below this stays as it is
 
 
 @dataclass
@@ -67,40 +67,40 @@ def calibrate_blocks(
 ) -> tuple[tuple[StageReport, ...], Outputs, Outputs]:
     """Calibrates the converted network, block by block. In place.
 
-    The batches with the indices ``held_out`` are not fitted to. After ``time_budget`` seconds the blocks still to come
-    get their statistics only.
+    The batches with the indices ``held_out`` are not fitted to. After ``time_budget`` seconds the remaining blocks get
+    only the stage "norms".
 
     Returns:
-        What each stage did; and the outputs of the converted and of the dense network, a batch each.
+        A report of each stage; and the outputs of the converted and of the dense network, batch by batch.
     """
     start = time.perf_counter()
     blocks, norms = find_blocks(model, batches[0][:2])
-    converted, reference = (BlockwiseNetwork(network, blocks, batches, output) for network in (model, dense))
+    converted_blocks, dense_blocks = (BlockwiseNetwork(network, blocks, batches, output) for network in (model, dense))
     reports = {stage: StageReport(stage) for stage in STAGES if stage in stages}
-    found = {name for block in blocks for name in block.converted}
-    unplaced = [n for n, m in model.named_modules() if isinstance(m, MasterKeyConv2d) and n not in found]
+    placed = {name for block in blocks for name in block.converted}
+    unplaced = [n for n, m in model.named_modules() if isinstance(m, MasterKeyConv2d) and n not in placed]
     for report in reports.values():
         report.left.update(dict.fromkeys(unplaced, "runs not at all or more than once"))
     for index in tqdm(range(len(blocks)), desc="calibrate", unit="block", leave=False, disable=None):
-        over = time_budget is not None and time.perf_counter() - start > time_budget
-        block = BlockPair(index, converted, reference, norms, held_out)
-        converted.outputs = _calibrate_block(block, reports, over)
-        reference.outputs = block.expected
-    return tuple(reports.values()), converted.resume(len(blocks)), reference.resume(len(blocks))
+        out_of_time = time_budget is not None and time.perf_counter() - start > time_budget
+        block = BlockPair(index, converted_blocks, dense_blocks, norms, held_out)
+        converted_blocks.outputs = _calibrate_block(block, reports, out_of_time)
+        dense_blocks.outputs = block.expected
+    return tuple(reports.values()), converted_blocks.resume(len(blocks)), dense_blocks.resume(len(blocks))
 
 
-def _calibrate_block(block: BlockPair, reports: dict[Stage, StageReport], over: bool) -> list[Any]:
-    """All stages of a block; returns the outputs of the converted one afterwards, a batch each."""
+def _calibrate_block(block: BlockPair, reports: dict[Stage, StageReport], out_of_time: bool) -> list[Any]:
+    """Runs the stages on a block; returns the outputs of the converted block afterwards, batch by batch."""
     layers = {stage: _layers(block, stage) for stage in reports}
-    if over:
+    if out_of_time:
         for stage in layers.keys() - {"norms"}:
             reports[stage].left.update((pair.name, OVER) for pair in layers.pop(stage))
     block.run_dense([pair for pairs in layers.values() for pair in pairs])
     for stage, pairs in layers.items():
         start, report = time.perf_counter(), reports[stage]
         for pair in pairs:
-            if why := _STAGES[stage](pair):
-                report.left[pair.name] = why
+            if reason := _STAGES[stage](pair):
+                report.left[pair.name] = reason
             else:
                 report.changed.append(pair.name)
         report.seconds += time.perf_counter() - start
@@ -108,7 +108,7 @@ def _calibrate_block(block: BlockPair, reports: dict[Stage, StageReport], over: 
 
 
 def _layers(block: BlockPair, stage: Stage) -> list[LayerPair]:
-    """The layers of a block that a stage works on."""
+    """The layers of a block that a stage changes."""
     if stage == "pointwise":
         return [LayerPair(block, name, ROWS) for name in filter(None, [block.parts.pointwise])]
     if stage == "norms":
@@ -117,11 +117,82 @@ def _layers(block: BlockPair, stage: Stage) -> list[LayerPair]:
     return [pair for pair in pairs if not isinstance(pair.layer, ScaledKeyConv2d)]
 
 
-# The stages. Each returns why it changed nothing, or "".
+class BlockPair:
+    """A block of the converted and of the dense network.
+
+    Attributes:
+        parts: Its name and layers.
+        calls: Its arguments in the converted network, batch by batch.
+        expected: Its outputs in the dense network, batch by batch; empty before ``run_dense``.
+        fitted: Indices of the batches to fit to.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        converted: BlockwiseNetwork,
+        dense: BlockwiseNetwork,
+        norms: dict[str, str],
+        held_out: Sequence[int],
+    ) -> None:
+        self.parts, self.norms = converted.blocks[index], norms
+        self.index, self.converted, self.dense = index, converted, dense
+        self.fitted = [i for i in range(len(converted.batches)) if i not in held_out]
+        self.calls = list(converted.resume(index))
+        self.expected: list[Any] = []
+
+    def run(self, batches: Iterable[int], *hooks: tuple[str, Hook]) -> list[Any]:
+        """The converted block's outputs for some of the batches; None where a hook raised ``Reached``."""
+        return self.converted.run(self.index, [self.calls[i] for i in batches], hooks)
+
+    def run_dense(self, observed: Sequence[LayerPair]) -> None:
+        """Runs the dense block on all batches and sets ``expected``; each layer is observed in its own batches."""
+        for i, call in enumerate(self.dense.resume(self.index)):
+            hooks = [(pair.name, pair.observer) for pair in observed if i in pair.batches]
+            self.expected += self.dense.run(self.index, [call], hooks)
+
+    def error(self, batches: Sequence[int]) -> float:
+        """The mean squared error of the converted block's outputs over the variance of the expected ones.
+
+        NaN if the outputs are not tensors, or if a norm follows the block.
+        """
+        pairs = list(zip(self.run(batches), [self.expected[i] for i in batches], strict=True))
+        if self.parts.name in self.norms or not all(isinstance(x, torch.Tensor) for pair in pairs for x in pair):
+            return math.nan
+        out, expected = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+        return float((out - expected).square().mean() / expected.var().clamp_min(1e-30))
+
+
+class LayerPair:
+    """A layer of a block in the converted and in the dense network, each with the norm after it, or None.
+
+    Attributes:
+        batches: Indices of the batches to fit to: as few as hold ``rows`` positions, evenly spread.
+        observer: The hook on the dense layer: ``moments`` if given, else one that keeps rows.
+    """
+
+    def __init__(self, block: BlockPair, name: str, rows: int, moments: MomentsObserver | None = None) -> None:
+        self.block, self.name, norm = block, name, block.norms.get(name)
+        modules, dense = block.converted.modules, block.dense.modules
+        self.layer: Any = modules[name]
+        self.dense_layer: Any = dense[name]
+        self.norm: Any = modules[norm] if norm else None
+        self.dense_norm: Any = dense[norm] if norm else None
+        images = max(IMAGES, rows / block.parts.positions[name])
+        step = sum(len(block.converted.batches[i]) for i in block.fitted) / images
+        self.batches = block.fitted[:: max(1, min(int(step), len(block.fitted) // FOLDS))]
+        self.observer: Any = moments or RowsObserver(self.layer, rows // len(self.batches))
+
+    def run(self, *hooks: Hook) -> None:
+        """Runs the converted block on its batches, with hooks on the layer."""
+        self.block.run(self.batches, *((self.name, hook) for hook in hooks))
+
+
+# The stages. Each returns the reason if it changed nothing, else "".
 
 
 def _fit_kernels(pair: LayerPair) -> str:
-    """Chooses keys, scale and shift of a converted layer by its output, of each channel that comes nearer."""
+    """Chooses keys, scale and shift by the layer's output; only channels whose output comes nearer are changed."""
     layer, norm = pair.layer, pair.norm
     entries = layer.key_index, layer.scale.view(layer.out_channels, -1), layer.shift, layer.r2, layer.bias
     changed = [t for t in (*entries, *((norm.running_mean, norm.running_var) if norm else ())) if t is not None]
@@ -130,21 +201,21 @@ def _fit_kernels(pair: LayerPair) -> str:
     mean = gram[:, :-1, -1] / gram[:, -1:, -1]
     covariance = gram[:, :-1, :-1] / gram[:, -1:, -1:] - mean.unsqueeze(2) * mean.unsqueeze(1)
     keys, scale, shift = choose_keys(covariance, layer.keys_per_kernel)
-    alive = (covariance[:, -1, -1] > DEAD) & (covariance[:, :-1, :-1].diagonal(dim1=1, dim2=2).amax(1) > DEAD)
-    layer.key_index[alive] = keys[alive].to(layer.key_index)
-    layer.scale.view(layer.out_channels, -1)[alive] = scale[alive].to(layer.scale.dtype)
-    layer.shift[alive] = shift[alive].to(layer.shift.dtype)
-    scales = scale.new_zeros(len(alive), len(layer.keys)).scatter_(1, keys, scale)
-    _shift_mean(pair, mean[:, -1], (torch.cat([shift.unsqueeze(1), scales], 1) * mean[:, :-1]).sum(1), alive)
-    _refit_r2(layer, pair.dense_layer, alive)
-    farther = _error_variance(pair) > before  # many keys cancel each other: rounding errors
+    varying = (covariance[:, -1, -1] > DEAD) & (covariance[:, :-1, :-1].diagonal(dim1=1, dim2=2).amax(1) > DEAD)
+    layer.key_index[varying] = keys[varying].to(layer.key_index)
+    layer.scale.view(layer.out_channels, -1)[varying] = scale[varying].to(layer.scale.dtype)
+    layer.shift[varying] = shift[varying].to(layer.shift.dtype)
+    scales = scale.new_zeros(len(varying), len(layer.keys)).scatter_(1, keys, scale)
+    _shift_mean(pair, mean[:, -1], (torch.cat([shift.unsqueeze(1), scales], 1) * mean[:, :-1]).sum(1), varying)
+    _refit_r2(layer, pair.dense_layer, varying)
+    farther = _error_variance(pair) > before  # by rounding errors, where many keys cancel each other
     for tensor, value in zip(changed, state, strict=True):
         tensor[farther] = value[farther]
-    return "no channel comes nearer" if (farther | ~alive).all() else ""
+    return "no channel comes nearer" if (farther | ~varying).all() else ""
 
 
 def _refit_r2(layer: Any, conv: Any, channels: torch.Tensor) -> None:
-    """Measures R2 of the layer's kernels anew."""
+    """Measures R2 of some channels' kernels again. In place."""
     kernels = conv.weight.flatten(1).double()
     missed = (kernels - layer.compose_weight().flatten(1)).square().sum(1)
     fit = 1 - missed / (kernels - kernels.mean(1, keepdim=True)).square().sum(1)
@@ -153,7 +224,7 @@ def _refit_r2(layer: Any, conv: Any, channels: torch.Tensor) -> None:
 
 
 def _error_variance(pair: LayerPair) -> torch.Tensor:
-    """(C,), of the difference between the outputs of the layer and of the dense layer."""
+    """The variance (C,) of the difference between the outputs of the layer and of the dense layer."""
     targets, errors = iter(pair.observer.outputs), MomentsObserver()
 
     def compare(module: nn.Module, args: Any, output: torch.Tensor) -> None:
@@ -166,9 +237,9 @@ def _error_variance(pair: LayerPair) -> torch.Tensor:
 
 
 def _response_gram(pair: LayerPair) -> torch.Tensor:
-    """(C, K + 3, K + 3), for each channel the sums of products over positions.
+    """For each channel the sums of products over positions, (C, K + 3, K + 3).
 
-    Of the responses to a kernel of ones and to the K keys, of the dense layer's output, and of 1.
+    The factors are the responses to a kernel of ones and to the K keys, the dense layer's output, and 1.
     """
     layer, observer = pair.layer, pair.observer
     kernels = torch.cat([torch.ones_like(layer.keys[:1]), layer.keys]).flatten(1)
@@ -193,32 +264,32 @@ def _response_gram(pair: LayerPair) -> torch.Tensor:
     return torch.stack(grams).sum(0)
 
 
-def _shift_mean(pair: LayerPair, expected: torch.Tensor, got: torch.Tensor, alive: torch.Tensor) -> None:
-    """Corrects the mean of a layer's output, which is ``got`` without its bias, by its norm or else its bias."""
+def _shift_mean(pair: LayerPair, expected_mean: torch.Tensor, mean: torch.Tensor, channels: torch.Tensor) -> None:
+    """Brings the mean of a layer's output, ``mean`` without its bias, to the dense one's, by the norm or the bias."""
     layer, norm = pair.layer, pair.norm
     if norm is not None:
         bias = 0 if layer.bias is None else layer.bias
-        norm.running_mean[alive] = (pair.dense_norm.running_mean + got + bias - expected)[alive].to(
+        norm.running_mean[channels] = (pair.dense_norm.running_mean + mean + bias - expected_mean)[channels].to(
             norm.running_mean.dtype
         )
-        norm.running_var[alive] = pair.dense_norm.running_var[alive]
+        norm.running_var[channels] = pair.dense_norm.running_var[channels]
     elif layer.bias is not None:
-        layer.bias[alive] = (expected - got)[alive].to(layer.bias.dtype)
+        layer.bias[channels] = (expected_mean - mean)[channels].to(layer.bias.dtype)
 
 
 def _match_norms(pair: LayerPair) -> str:
-    """Gives what follows a converted layer the mean (and variance) it has in the dense network."""
+    """Gives the norm's output the mean and variance it has in the dense network; without a norm, the bias the mean."""
 
     def stop(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         raise Reached
 
-    found = MomentsObserver()
-    pair.run(found, stop)
-    (mean, variance), (new_mean, new_variance) = pair.observer.result(), found.result()
+    moments = MomentsObserver()
+    pair.run(moments, stop)
+    (mean, variance), (new_mean, new_variance) = pair.observer.result(), moments.result()
     layer, norm = pair.layer, pair.norm
     if norm is not None:
-        alive = (variance > DEAD) & (new_variance > DEAD)
-        ratio = torch.where(alive, new_variance / variance.clamp_min(DEAD), 1.0).sqrt()
+        varying = (variance > DEAD) & (new_variance > DEAD)
+        ratio = torch.where(varying, new_variance / variance.clamp_min(DEAD), 1.0).sqrt()
         norm.running_mean.copy_(new_mean - (mean - pair.dense_norm.running_mean) * ratio)
         norm.running_var.copy_(((pair.dense_norm.running_var + norm.eps) * ratio.square() - norm.eps).clamp_min(0))
     elif layer.bias is not None:
@@ -229,18 +300,18 @@ def _match_norms(pair: LayerPair) -> str:
 
 
 def _refit_pointwise(pair: LayerPair) -> str:
-    """Refits a block's last pointwise layer to the dense block's output, or else to the dense layer's."""
+    """Refits a block's last pointwise layer to the output of the dense block, or else of the dense layer."""
     layer, norm = pair.layer, pair.norm
-    in_block = pair.block.parts.name != pair.name  # else the layer is all of the block
-    found = _factor(pair) if in_block else None  # the factors, and whether the output has channels last
-    factor = found[0] if found else layer.weight.new_ones(len(layer.weight))
-    folds = _residual_folds(pair, found)
+    in_block = pair.block.parts.name != pair.name  # else the layer is the whole block
+    block_factor = _block_factor(pair) if in_block else None
+    factor = block_factor[0] if block_factor else layer.weight.new_ones(len(layer.weight))
+    folds = _residual_folds(pair, block_factor)
     solution = fit_ridge(folds, factor.square().double(), layer.bias is not None or norm is not None)
     if solution is None:
         return "a refit does not help on images it was not fitted to"
     weight, bias = solution
-    to_itself = found is None and in_block  # does the block's output come nearer?
-    before = pair.block.error(pair.batches) if to_itself else math.nan
+    fits_own_output = block_factor is None and in_block  # so the block's output may come no nearer
+    before = pair.block.error(pair.batches) if fits_own_output else math.nan
     changed = [t for t in (layer.weight, layer.bias, norm and norm.running_mean) if t is not None]
     state = [tensor.clone() for tensor in changed]
     layer.weight.add_(weight.T.reshape(layer.weight.shape).to(layer.weight.dtype))
@@ -248,33 +319,33 @@ def _refit_pointwise(pair: LayerPair) -> str:
         norm.running_mean.sub_(bias.to(norm.running_mean.dtype))
     elif layer.bias is not None:
         layer.bias.add_(bias.to(layer.bias.dtype))
-    if to_itself and pair.block.error(pair.batches) > before:
+    if fits_own_output and pair.block.error(pair.batches) > before:
         for tensor, value in zip(changed, state, strict=True):
             tensor.copy_(value)
         return "the block comes no nearer"
     return ""
 
 
-def _residual_folds(pair: LayerPair, found: tuple[torch.Tensor, bool] | None) -> list[Gram]:
-    """The layer's inputs, with what the block's output lacks, or, without a factor, what the layer's own does."""
+def _residual_folds(pair: LayerPair, block_factor: tuple[torch.Tensor, bool] | None) -> list[Gram]:
+    """Sums over the layer's inputs and the residual of the block's output; without a factor, of the layer's output."""
     layer, norm = pair.layer, pair.norm
-    offset = 0 if norm is None else norm.running_mean - pair.dense_norm.running_mean  # of the norms' means
+    offset = 0 if norm is None else norm.running_mean - pair.dense_norm.running_mean  # taken away by the norm
     folds: dict[int, Gram] = {}
     for k, (i, expected) in enumerate(zip(pair.batches, pair.observer.outputs, strict=True)):
         rows = RowsObserver(layer, pair.observer.rows, inputs=True)
         (out,) = pair.block.run([i], (pair.name, rows))
-        if found is None:
+        if block_factor is None:
             residual = expected - rows.outputs[0] + offset
         else:
-            factor, channels_last = found
+            factor, channels_last = block_factor
             residual = rows.pick(pair.block.expected[i] - out, channels_last) / factor
         gram = Gram.of(rows.inputs[0].flatten(0, 1), residual.flatten(0, 1))
         folds[k % FOLDS] = folds[k % FOLDS] + gram if k >= FOLDS else gram
     return list(folds.values())
 
 
-def _factor(pair: LayerPair) -> tuple[torch.Tensor, bool] | None:
-    """One factor a channel by which the block's output moves with the layer's, and whether it has channels last."""
+def _block_factor(pair: LayerPair) -> tuple[torch.Tensor, bool] | None:
+    """How the block's output follows the layer's: a factor per channel, and whether its channels are last; or None."""
     nudges: list[torch.Tensor] = []
 
     def nudge(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -282,13 +353,13 @@ def _factor(pair: LayerPair) -> tuple[torch.Tensor, bool] | None:
         nudges.append(noise * output.std() / 8)
         return output + nudges[-1]
 
-    (out,), (moved,) = pair.block.run([0]), pair.block.run([0], (pair.name, nudge))
-    if not isinstance(moved, torch.Tensor) or len(nudges) != 1:
+    (out,), (nudged_out,) = pair.block.run([0]), pair.block.run([0], (pair.name, nudge))
+    if not isinstance(nudged_out, torch.Tensor) or len(nudges) != 1:
         return None
-    rows = RowsObserver(pair.layer, moved.numel())
+    rows = RowsObserver(pair.layer, nudged_out.numel())
     cause = rows.pick(nudges[0])
     for channels_last in (False, True):
-        effect = rows.pick(moved - out, channels_last)
+        effect = rows.pick(nudged_out - out, channels_last)
         if effect.shape != cause.shape:
             continue
         factor = (effect * cause).sum((0, 1)) / cause.square().sum((0, 1))
@@ -305,83 +376,12 @@ _STAGES: dict[Stage, Callable[[LayerPair], str]] = {
 }
 
 
-class BlockPair:
-    """A block of the converted and of the dense network.
-
-    Attributes:
-        parts: Its name and layers.
-        calls: Its arguments in the converted network, a batch each.
-        expected: Its outputs in the dense network, a batch each; empty before ``run_dense``.
-        fitted: Indices of the batches to fit to.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        converted: BlockwiseNetwork,
-        dense: BlockwiseNetwork,
-        norms: dict[str, str],
-        held_out: Sequence[int],
-    ) -> None:
-        self.parts, self.norms = converted.blocks[index], norms
-        self.index, self.converted, self.dense = index, converted, dense
-        self.fitted = [i for i in range(len(converted.batches)) if i not in held_out]
-        self.calls = list(converted.resume(index))
-        self.expected: list[Any] = []
-
-    def run(self, batches: Iterable[int], *hooks: tuple[str, Hook]) -> list[Any]:
-        """The converted block's outputs for some of the batches; None where a hook raised ``Reached``."""
-        return self.converted.run(self.index, [self.calls[i] for i in batches], hooks)
-
-    def run_dense(self, observed: Sequence[LayerPair]) -> None:
-        """Runs the dense block on all batches, observing the layers in their batches; sets ``expected``."""
-        for i, call in enumerate(self.dense.resume(self.index)):
-            hooks = [(pair.name, pair.observer) for pair in observed if i in pair.batches]
-            self.expected += self.dense.run(self.index, [call], hooks)
-
-    def error(self, batches: Sequence[int]) -> float:
-        """Squared error of the converted block's outputs, over the variance of the expected.
-
-        NaN for outputs that are not single tensors, and for a layer with a norm after it, outside of the block.
-        """
-        pairs = list(zip(self.run(batches), [self.expected[i] for i in batches], strict=True))
-        if self.parts.name in self.norms or not all(isinstance(x, torch.Tensor) for pair in pairs for x in pair):
-            return math.nan
-        got, expected = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
-        return float((got - expected).square().mean() / expected.var().clamp_min(1e-30))
-
-
-class LayerPair:
-    """A layer of a block in the converted and in the dense network, with the norms after it (None if there are none).
-
-    Attributes:
-        batches: Indices of the batches to fit to: as few, evenly spread, as have ``rows`` positions.
-        observer: What observes the dense layer in them: its moments if given, else its rows.
-    """
-
-    def __init__(self, block: BlockPair, name: str, rows: int, moments: MomentsObserver | None = None) -> None:
-        self.block, self.name, norm = block, name, block.norms.get(name)
-        modules, dense = block.converted.modules, block.dense.modules
-        self.layer: Any = modules[name]
-        self.dense_layer: Any = dense[name]
-        self.norm: Any = modules[norm] if norm else None
-        self.dense_norm: Any = dense[norm] if norm else None
-        images = max(IMAGES, rows / block.parts.positions[name])
-        every = sum(len(block.converted.batches[i]) for i in block.fitted) / images
-        self.batches = block.fitted[:: max(1, min(int(every), len(block.fitted) // FOLDS))]
-        self.observer: Any = moments or RowsObserver(self.layer, rows // len(self.batches))
-
-    def run(self, *hooks: Hook) -> None:
-        """Runs the converted block on its batches, with hooks on the layer."""
-        self.block.run(self.batches, *((self.name, hook) for hook in hooks))
-
-
 class RowsObserver:
-    """Keeps some positions of a layer's output (and input), a call each, as (images, positions, channels).
+    """Keeps some positions of a layer's output (and input) at each call, as (images, positions, channels).
 
     Args:
         layer: The layer; a linear one has its channels last.
-        rows: Positions of a call at most, of all its images together.
+        rows: The most positions kept at a call, over all its images.
         inputs: Keep the inputs as well.
     """
 
@@ -397,13 +397,13 @@ class RowsObserver:
             self.inputs.append(self.pick(args[0]))
 
     def pick(self, tensor: torch.Tensor, channels_last: bool | None = None) -> torch.Tensor:
-        """The same random positions of every tensor of a size."""
+        """Random positions of a tensor, the same for every tensor of its size."""
         last = self.channels_last if channels_last is None else channels_last
         rows = tensor.unsqueeze(1).flatten(1, -2) if last else tensor.flatten(2).transpose(1, 2)
         return rows[:, self.positions(rows.shape[1], len(rows)).to(rows.device)]
 
     def positions(self, count: int, images: int) -> torch.Tensor:
-        """Which of ``count`` positions of an image are kept, in a call with so many images."""
+        """Indices of the positions kept in each image, out of ``count``, at a call with ``images`` images."""
         most = max(1, self.rows // images)
         if count <= most:
             return torch.arange(count, device="cpu")

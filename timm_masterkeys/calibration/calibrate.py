@@ -1,4 +1,4 @@
-"""Brings a converted network near the dense network it was converted from, without labels, from some images."""
+"""Calibrates a converted network: brings its outputs near those of its dense network, from unlabelled images."""
 
 import copy
 import logging
@@ -92,58 +92,58 @@ def calibrate_masterkeys(
     Walks both networks block by block, in the order of execution; each block is fed with the outputs of the calibrated
     blocks before it. In each block, in this order:
 
-    - ``"kernels"``: keys, scales and shifts are chosen anew, by least squares on the *outputs* of the layer instead
-      of its kernels: the nearest key under the second moments of the layer's inputs.
+    - ``"kernels"``: each converted layer gets new key indices, scales and shifts, by least squares on the *outputs* of
+      the layer instead of its kernels: the nearest key under the second moments of the layer's inputs.
     - ``"norms"``: the BatchNorm after a converted layer gets the mean and variance that give its output the mean
       and variance it has in the dense network; without a BatchNorm, the layer's bias gets the mean.
     - ``"pointwise"``: the block's last pointwise layer (and every pointwise layer outside of blocks, such as the
-      classifier) is refitted by ridge least squares, so that the block's output, with all the drift of its skip path,
-      is that of the dense network. A layer for which no ridge helps on images it was not fitted to stays.
+      classifier) is refitted by ridge least squares, so that the block's output, with the drift of its skip path, comes
+      near the dense network's. A layer stays as it is if no ridge lowers the error on the folds left out of the fit.
 
-    Keys never change; without ``"pointwise"`` only the converted layers and their norms do. How a block's output
-    depends on its last pointwise layer is measured, not known by family: where it is not one factor a channel, the
-    layer is fitted to its own output in the dense network. Each ridge is chosen by four folds of the images; the
-    held-out images give the report's figures only. The same call on the same machine with as many threads gives the
-    same model bit for bit, unless a time budget ends. Meanwhile freed memory stays with the process
-    (``memory.freed_memory_kept``).
+    The bank never changes; without ``"pointwise"`` only the converted layers and their norms do. How a block's output
+    depends on its last pointwise layer is measured on each block. Where that is not one factor per channel, the layer
+    is fitted to its own output in the dense network. Each ridge is chosen by cross-validation on four folds of the
+    images; the held-out images give the report's figures only. The same call with as many threads gives the same model
+    bit for bit on the same machine, unless the time budget runs out. During a calibration freed memory stays with the
+    process (``memory.freed_memory_kept``).
 
     Args:
-        model: A converted model in float32 or float64. Of a compiled or wrapped model, this or the dense one, the plain
-            model in it is used.
-        dense: The dense model it was converted from, on the same device and of the same type; unchanged.
-        images: (N, channels, H, W), normalised as for the model; or an iterable of such batches (a DataLoader), alone,
-            first in a tuple, or in a dictionary under ``pixel_values``, ``image``, ``images`` or ``input``; or a folder
-            of images, searched at all depths and through symbolic links, without hidden files, in grey for a model of
-            one channel; files that cannot be read, or of more than PIL's 90 megapixels, are named in a warning and left
-            out; or ``"builtin"``: crops of photographs that ship, every fourth photograph held out. At least 10; some
-            hundred are better.
-        held_out: Images that give the figures, in any of these forms. If None, every fifth batch of ``images``, which
-            is then not used for fitting.
-        stages: What to do in each block; the order is always the one above.
+        model: A converted model in float32 or float64. If this or the dense model is compiled or wrapped, the plain
+            model inside is used.
+        dense: The dense model it was converted from, of the same device and dtype. Not changed.
+        images: (N, channels, H, W), normalised as for the model. Or an iterable of such batches (a DataLoader), each
+            alone, first in a tuple, or in a dictionary under ``pixel_values``, ``image``, ``images`` or ``input``. Or a
+            folder, searched at all depths and through symbolic links but without hidden files; a model of one channel
+            gets grey images; files that cannot be read or exceed PIL's 90 megapixels are left out with a warning. Or
+            ``"builtin"``: crops of the photographs that ship, every fourth photograph held out. At least 10 images;
+            some hundred are better.
+        held_out: Held-out images, which give the figures, in any of these forms. If None, every fifth batch of
+            ``images`` is held out.
+        stages: The stages to run in each block, always in the order above.
         metric: None for the figures that suit the dense model's output, a name of ``choose_metric``'s, or a callable on
             outputs and expected outputs that returns a number, or numbers by name.
-        output: Which part of the model's output counts, where that is not a tensor: a key, an index, an attribute, or a
-            callable on it. None takes ``logits``, ``out``, ``image_embeds``, ``image_features`` or
+        output: Which part of the model's output is compared, where it is not a tensor: a key, an index, an attribute,
+            or a callable on it. None takes ``logits``, ``out``, ``image_embeds``, ``image_features`` or
             ``last_hidden_state``, or else the first tensor; of a ``features_only`` model the last.
-        mean: For a folder and ``"builtin"``, of each channel, of pixels from 0 to 1, in place of that in the
+        mean: Mean of each channel, for pixels from 0 to 1; used for a folder and ``"builtin"``. None takes it from the
             ``pretrained_cfg`` of the model, or of the one timm model in it. Without a ``pretrained_cfg`` all of
             ``mean``, ``std`` and ``size`` are needed.
-        std: Standard deviation, the same way.
+        std: Standard deviation of each channel, the same way.
         size: Height and width, or one number for both, the same way.
-        batch_size: Images at a time.
-        max_images: At most so many are used: evenly spread over a folder or a tensor, the first of an iterable. All
-            are kept in memory, with one block's inputs and outputs in both networks (EfficientNet-Lite0 with 250
-            images: 3 GB in all); of each layer at most 100,000 positions.
-        time_budget: Seconds after which the blocks still to come get their statistics only; the record has the number
-            of steps left out. None for no limit.
+        batch_size: Images per batch.
+        max_images: The most images used: evenly spread over a folder or a tensor, the first of an iterable. All are
+            kept in memory, with one block's inputs and outputs in both networks (EfficientNet-Lite0 with 250 images:
+            3 GB in all). Each layer is fitted to at most 100,000 positions.
+        time_budget: Seconds after which the remaining blocks get only ``"norms"``; the record has the number of
+            steps left out. None for no limit.
 
     Returns:
-        What each stage did, and how near the networks are before and after.
+        The figures of the metric before and after, and what each stage did.
 
     Raises:
         CalibrationError: Nothing converted, a dense model of another architecture, too few or non-finite images, a
             folder for a model without a ``pretrained_cfg``, outputs that are not finite or hold no tensor, or too
-            little memory. The model is then as it was; so it is after any other error or interruption.
+            little memory. The model is then unchanged, as after any other error or interruption.
 
     Example:
         >>> dense = timm.create_model("convnext_tiny", pretrained=True)
@@ -159,22 +159,22 @@ def calibrate_masterkeys(
         raise CalibrationError(f"batch_size is {batch_size}, expected at least 1.")
     model, dense = unwrapped(model), unwrapped(dense)
     check_models(model, dense)
-    fitted, judging = split_images(images, held_out, model, max_images, Pixels(mean, std, size))
-    batches, held = split_batches(fitted, judging, batch_size)
+    fitted, held_out_images = split_images(images, held_out, model, max_images, Pixels(mean, std, size))
+    batches, held = split_batches(fitted, held_out_images, batch_size)
     state, record = copy.deepcopy(model.state_dict()), read_record(model)
     full_precision = torch.autocast(fitted.device.type, enabled=False)
     with evaluating(model, dense), full_precision, freed_memory_kept():
-        judge = find_metric(dense, batches[0][:2], metric, output)
-        find_metric(model, batches[0][:2], metric, output)  # raises if the converted one cannot work with such images
+        chosen_metric = find_metric(dense, batches[0][:2], metric, output)
+        find_metric(model, batches[0][:2], metric, output)  # raises if the converted model cannot take the images
         check_memory(dense, torch.cat(batches))
         try:
             before = torch.cat([_finite(model, pick_output(model, model(batches[i]), output)) for i in held])
             reports, outputs, dense_outputs = calibrate_blocks(model, dense, batches, held, stages, time_budget, output)
-            after = _held_out(model, outputs, held)
-            expected = _held_out(dense, dense_outputs, held)
-            figures = judge.measure(before, expected), judge.measure(after, expected)
+            after = _held_out_outputs(model, outputs, held)
+            expected = _held_out_outputs(dense, dense_outputs, held)
+            figures = chosen_metric.measure(before, expected), chosen_metric.measure(after, expected)
             measured = CalibrationRecord(
-                judge.name,
+                chosen_metric.name,
                 *figures,
                 images=sum(map(len, batches)),
                 held_out=len(expected),
@@ -183,7 +183,7 @@ def calibrate_masterkeys(
                 versions={"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},
                 left_out=sum(why == OVER for stage in reports for why in stage.left.values()),
                 entries=entries_digest(model),
-                intervals=share_intervals(judge.name, figures[1], len(expected)),
+                intervals=share_intervals(chosen_metric.name, figures[1], len(expected)),
                 structure=structure_digest(model),
             )
             report = CalibrationReport(measured, reports, time.perf_counter() - start)
@@ -196,7 +196,7 @@ def calibrate_masterkeys(
 
 
 def check_models(model: nn.Module, dense: nn.Module) -> None:
-    """Raises CalibrationError unless a converted model can be calibrated with a dense one."""
+    """Raises CalibrationError unless the converted model can be calibrated with this dense one."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MasterKeyConv2d)}
     if not layers:
         raise CalibrationError(
@@ -207,22 +207,22 @@ def check_models(model: nn.Module, dense: nn.Module) -> None:
         raise CalibrationError("The parameters are sharded, expected whole ones. Calibrate first, then shard.")
     if entry := quantised_entry(model) or quantised_entry(dense):
         raise CalibrationError(f"{entry}, expected ordinary tensors. Calibrate first, then quantise.")
-    others = dict(dense.named_modules())
+    dense_modules = dict(dense.named_modules())
     for name, layer in layers.items():
-        other = others.get(name)
-        if isinstance(other, MasterKeyConv2d):
+        dense_layer = dense_modules.get(name)
+        if isinstance(dense_layer, MasterKeyConv2d):
             raise CalibrationError(f"The second model is converted too, as at {name}: give the dense one.")
-        kind, shape = type(other).__name__, getattr(getattr(other, "weight", None), "shape", None)
-        if not isinstance(other, nn.Conv2d) or shape != layer.weight.shape:
+        kind, shape = type(dense_layer).__name__, getattr(getattr(dense_layer, "weight", None), "shape", None)
+        if not isinstance(dense_layer, nn.Conv2d) or shape != layer.weight.shape:
             raise CalibrationError(
                 f"The dense model has a {kind} with a weight of {shape} at {name}, expected the Conv2d that was "
                 f"converted, {layer.weight.shape}."
             )
-    missing = [name for name, _ in model.named_modules() if name not in others]
+    missing = [name for name, _ in model.named_modules() if name not in dense_modules]
     if missing:
         raise CalibrationError(f"The dense model has no {missing[0]}: give the one this model was converted from.")
     _check_parameters(model, dense)
-    if changed := _unexplained(model, dense):
+    if changed := _unexplained_changes(model, dense):
         _logger.warning(
             "Parameters beside the kernels differ from the dense model's (%d of them, for example %s). The dense model "
             "should be the one that this model was converted from.",
@@ -232,10 +232,10 @@ def check_models(model: nn.Module, dense: nn.Module) -> None:
 
 
 def _check_parameters(model: nn.Module, dense: nn.Module) -> None:
-    """Raises CalibrationError unless types, shapes and devices of the parameters fit."""
-    own, given = (dict(m.named_parameters()) for m in (model, dense))
-    for name in own.keys() & given.keys():
-        a, b = own[name], given[name]
+    """Raises CalibrationError unless the parameters of both models have the same shapes, dtypes and devices."""
+    params, dense_params = (dict(m.named_parameters()) for m in (model, dense))
+    for name in params.keys() & dense_params.keys():
+        a, b = params[name], dense_params[name]
         if a.shape != b.shape or a.device != b.device or a.dtype != b.dtype:
             raise CalibrationError(
                 f"The dense model has {tuple(b.shape)} {b.dtype} on {b.device} at {name}, the converted one "
@@ -251,27 +251,27 @@ def _check_parameters(model: nn.Module, dense: nn.Module) -> None:
         raise CalibrationError("The models were made in inference mode, which allows no change. Make them outside.")
 
 
-def _unexplained(model: nn.Module, dense: nn.Module) -> list[str]:
-    """Parameters that differ between a converted and its dense model for no known reason.
+def _unexplained_changes(model: nn.Module, dense: nn.Module) -> list[str]:
+    """The parameters beside the kernels that differ from the dense model's for no recorded reason.
 
-    A calibration changes pointwise layers and the biases of converted ones. A training may change all.
+    A calibration changes pointwise layers and the biases of converted ones. Training may change all of them.
     """
-    own, given = (dict(m.named_parameters()) for m in (model, dense))
+    params, dense_params = (dict(m.named_parameters()) for m in (model, dense))
     records = [read_record(part) for part in model.modules()]
     calibrated = [record for record in records if record.was_calibrated]
-    if records[0].was_calibrated:  # as a whole, after its parts
+    if records[0].was_calibrated:  # the whole model was calibrated after its parts
         calibrated = records[:1]
     if any(record.calibration is None for record in calibrated):
         return []
-    names = own.keys() & given.keys()
+    names = params.keys() & dense_params.keys()
     if calibrated:
         fitted = {n for n, m in model.named_modules() if is_pointwise(m) or isinstance(m, MasterKeyConv2d)}
         names = {name for name in names if name.rpartition(".")[0] not in fitted}
-    return [name for name in names if not torch.allclose(own[name], given[name], rtol=0, atol=0, equal_nan=True)]
+    return [n for n in names if not torch.allclose(params[n], dense_params[n], rtol=0, atol=0, equal_nan=True)]
 
 
-def _held_out(model: nn.Module, outputs: Iterable[torch.Tensor], batches: Sequence[int]) -> torch.Tensor:
-    """The outputs of the batches that are held out; all of them have to be finite."""
+def _held_out_outputs(model: nn.Module, outputs: Iterable[torch.Tensor], batches: Sequence[int]) -> torch.Tensor:
+    """The outputs of the held-out batches. All batches are computed, and all outputs must be finite."""
     return torch.cat([out for i, out in enumerate(_finite(model, out) for out in outputs) if i in batches])
 
 
@@ -282,7 +282,7 @@ def _finite(model: nn.Module, out: torch.Tensor) -> torch.Tensor:
 
 
 def find_metric(model: nn.Module, images: torch.Tensor, metric: MetricLike = None, output: Output = None) -> Metric:
-    """The metric for a model's outputs; raises CalibrationError if the model cannot work with such images."""
+    """The metric for a model's outputs; raises CalibrationError if the model cannot take these images."""
     try:
         raw = model(images)
     except Exception as error:

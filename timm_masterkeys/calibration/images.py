@@ -1,4 +1,4 @@
-"""Images to calibrate with: of a folder, a tensor, a loader; or crops of photographs that ship with this package."""
+"""Images to calibrate with: from a folder, a tensor or a loader; or crops of the photographs that ship."""
 
 import hashlib
 import logging
@@ -34,18 +34,18 @@ FEWEST = 10  # images
 BUILTIN = "builtin"  # in place of a folder: the photographs that ship
 COUNT = 76  # crops, as many as there are photographs
 HELD_OUT = 4  # every fourth photograph can be held out
-PART = 5  # every fifth batch is held out, unless images for that are given
+PART = 5  # every fifth batch is held out, unless held-out images are given
 AREA = 0.05, 1.0  # smallest and largest share of a photograph in a crop
 RATIO = 3 / 4, 4 / 3  # a crop's width to height, times that of the model's input
 BATCH_NAMES = "pixel_values", "image", "images", "input"  # of a batch that is a dictionary
 
 
 class Pixels(NamedTuple):
-    """How images are prepared: what is None, a model's ``pretrained_cfg`` says.
+    """How images are prepared; None takes the value from a model's ``pretrained_cfg``.
 
     Attributes:
-        mean: Of each channel, of pixels from 0 to 1.
-        std: Standard deviation, the same way.
+        mean: Mean of each channel, for pixels from 0 to 1.
+        std: Standard deviation of each channel, the same way.
         size: Height and width, or one number for both.
     """
 
@@ -58,10 +58,10 @@ FROM_CFG = Pixels()
 
 
 def prepare_for(model: nn.Module | PretrainedCfg | Mapping[str, Any], given: Pixels) -> dict[str, Any]:
-    """The arguments of timm's ``create_transform`` for a model, with its channels, and mean and std of each.
+    """The arguments of timm's ``create_transform`` for a model, with mean and std for each of its channels.
 
-    What is given comes before its ``pretrained_cfg``, or that of the one timm model inside it: of modules in one
-    another that have one, the outermost counts.
+    Values in ``given`` come before those of the ``pretrained_cfg``, which is the model's, or that of the one timm model
+    inside it. Of nested modules with a ``pretrained_cfg`` the outermost counts.
 
     Raises:
         CalibrationError: No ``pretrained_cfg``, or those of several models, and not all of mean, std and size.
@@ -85,19 +85,19 @@ def prepare_for(model: nn.Module | PretrainedCfg | Mapping[str, Any], given: Pix
     config["input_size"] = (channels, *size)
     for name, values in (("mean", given.mean), ("std", given.std)):
         values = list(config[name] if values is None else values)
-        if channels == 1:  # the cfg may be of the weights in colour
+        if channels == 1:  # the cfg may belong to weights for three channels
             values = [sum(values) / len(values)]
         config[name] = tuple(values[i % len(values)] for i in range(channels))
     return config
 
 
 def _find_cfg(model: nn.Module) -> tuple[Any, nn.Module | None]:
-    """The cfg of a model or of the one in it that has one, and the model that it belongs to."""
-    found: dict[str, nn.Module] = {}
+    """The ``pretrained_cfg`` of a model, or of the one model inside it that has one; and that model."""
+    models: dict[str, nn.Module] = {}
     for name, module in unwrapped(model).named_modules():
-        if getattr(module, "pretrained_cfg", None) and not any(not o or name.startswith(f"{o}.") for o in found):
-            found[name] = module
-    inner = next(iter(found.values())) if len(found) == 1 else None
+        if getattr(module, "pretrained_cfg", None) and not any(not o or name.startswith(f"{o}.") for o in models):
+            models[name] = module
+    inner = next(iter(models.values())) if len(models) == 1 else None
     return getattr(inner, "pretrained_cfg", None), inner
 
 
@@ -113,20 +113,20 @@ def builtin_images(
 ) -> torch.Tensor:
     """Images prepared for a model, from photographs that ship: random crops at many scales, half of them mirrored.
 
-    They serve to calibrate with, not to measure by: they show few things, each several times. The photographs, with
-    authors and licences, are listed in ``data/photographs/sources.csv``. The same arguments give the same images, on
-    every machine with the same Pillow; no random state is read or changed.
+    Calibrate with them, but do not measure accuracy on them: they show few things, each several times. The photographs
+    are listed in ``data/photographs/sources.csv``, with authors and licences. The same arguments give the same images
+    on every machine with the same Pillow; no random state is read or changed.
 
     Args:
-        model: A timm model, one with a single timm model in it, or a ``pretrained_cfg``: its input size, mean, standard
-            deviation and interpolation count. A model with other channels than three gets as many: grey for one, the
-            colours in turn for others.
-        count: How many.
-        seed: Another one gives other crops.
-        held_out: True for crops of every fourth photograph only, False for crops of the others only: one part to
-            calibrate with, one to compare networks by. None for all.
-        mean: Of each channel, of pixels from 0 to 1; in place of the cfg's.
-        std: Standard deviation, the same way.
+        model: A timm model, a model with a single timm model in it, or a ``pretrained_cfg``. Its input size, mean,
+            standard deviation and interpolation are used. A model of one channel gets grey images, one of any other
+            number the three colours in turn.
+        count: The number of images.
+        seed: Another seed gives other crops.
+        held_out: True for crops of every fourth photograph only, to compare networks by; False for crops of the other
+            three quarters only, to calibrate with; None for crops of all.
+        mean: Mean of each channel, for pixels from 0 to 1; in place of the cfg's.
+        std: Standard deviation of each channel, the same way.
         size: Height and width, or one number for both; in place of the cfg's.
 
     Returns:
@@ -154,16 +154,16 @@ def builtin_images(
 
 def photographs() -> dict[str, Image.Image]:
     """The photographs by name, as in ``sources.csv`` without the suffix, in its order."""
-    found = {}
+    pictures = {}
     for path in _files():
         with path.open("rb") as file, Image.open(file) as image:
-            found[path.name.removesuffix(".webp")] = image.convert("RGB")
-    return found
+            pictures[path.name.removesuffix(".webp")] = image.convert("RGB")
+    return pictures
 
 
 @lru_cache
 def photographs_sha256() -> str:
-    """The SHA-256 of all photographs, in hex."""
+    """The SHA-256 of all photographs together, in hex."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in _files())).hexdigest()
 
 
@@ -183,12 +183,12 @@ def draw_crops(
     flips: bool = True,
     interpolation: str = "bicubic",
 ) -> Iterator[Image.Image]:
-    """Random crops, resized to ``size`` (width, height): of each picture one before any has two.
+    """Random crops, resized to ``size`` (width, height). Every picture gives one crop before any gives a second.
 
-    ``area`` is the smallest and largest share of a picture, ``ratio`` that of width to height times that of ``size``
-    (less where the picture ends); ``flips`` mirrors each with a chance of one half.
+    ``area`` is the smallest and largest share of a picture that a crop takes. ``ratio`` is the range of its width to
+    height, relative to that of ``size``; a crop ends where the picture does. ``flips`` mirrors half of the crops.
     """
-    draw = random.Random(str(seed))  # the same numbers in every version of Python; as a number, -1 would be 1
+    draw = random.Random(str(seed))  # a string: the same crops in every version of Python, and -1 differs from 1
     filters = str_to_pil_interp("bilinear" if interpolation == "random" else interpolation)
     for i in range(count):
         if i % len(pictures) == 0:
@@ -206,7 +206,7 @@ def draw_crops(
 
 
 def _in_chans(model: nn.Module, stem: Any, otherwise: int) -> int:
-    """Channels that a model takes: its cfg keeps three, whatever ``in_chans`` was."""
+    """The input channels of a model, from its first convolution: the cfg says three, whatever ``in_chans`` was."""
     name = stem if isinstance(stem, str) else next(iter(stem or ()), None)
     layer = dict(model.named_modules()).get(name or "")
     if not isinstance(layer, nn.Conv2d):
@@ -215,13 +215,13 @@ def _in_chans(model: nn.Module, stem: Any, otherwise: int) -> int:
 
 
 def _channels(image: Image.Image, channels: int) -> torch.Tensor:
-    """(channels, height, width) of bytes: grey for one, else the three colours over and over."""
+    """The pixels (channels, height, width) as bytes: grey for one channel, else the three colours in turn."""
     pixels = torch.from_numpy(np.array(image.convert("L" if channels == 1 else "RGB")))
     return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)[torch.arange(channels) % 3]
 
 
 def load_images(images: Images, model: nn.Module, max_images: int, given: Pixels = FROM_CFG) -> torch.Tensor:
-    """All images, of whatever ``calibrate_masterkeys`` takes, as one tensor like the model's parameters."""
+    """Images in any form that ``calibrate_masterkeys`` takes, as one tensor of the model's dtype and device."""
     if max_images < FEWEST:
         raise CalibrationError(f"max_images is {max_images}, expected at least {FEWEST}.")
     if _is_builtin(images):
@@ -245,14 +245,14 @@ def load_images(images: Images, model: nn.Module, max_images: int, given: Pixels
 
 
 def _is_builtin(images: Any) -> bool:
-    """Whether images are the photographs that ship."""
+    """Whether ``images`` names the photographs that ship."""
     return isinstance(images, str) and images == BUILTIN
 
 
 def split_images(
     images: Images, held_out: Images | None, model: nn.Module, max_images: int, given: Pixels
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Images to fit to, and images to measure with, or None where a part of the first is to be held out."""
+    """Images to fit to, and the held-out images; None in their place if ``split_batches`` has to hold some out."""
     if held_out is None and _is_builtin(images):
         return _split_builtin(model, max_images, min(COUNT, max_images), given)
     fitted = load_images(images, model, max_images, given)
@@ -262,8 +262,8 @@ def split_images(
 def split_for_choice(
     images: Images, dense: nn.Module, max_images: int = 300, given: Pixels = FROM_CFG
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images to calibrate with, and images to judge by; of the built-in ones, crops of different photographs."""
-    if _is_builtin(images):  # many crops of each photograph, as they judge only
+    """Images to calibrate with, and held-out images; of the built-in ones, crops of different photographs."""
+    if _is_builtin(images):  # many crops of each held-out photograph, as nothing is fitted to them
         return _split_builtin(dense, max_images, 8 * (COUNT // HELD_OUT), given)
     least = HELD_OUT * FEWEST
     tensor = load_images(images, dense, max_images * HELD_OUT // (HELD_OUT - 1), given)
@@ -278,35 +278,35 @@ def split_for_choice(
 def _split_builtin(
     model: nn.Module, max_images: int, held_out: int, given: Pixels
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Crops of three quarters of the photographs, and so many of the others."""
-    how = given._asdict()
-    fitted = builtin_images(model, min(COUNT, max_images), held_out=False, **how)
-    judging = builtin_images(model, held_out, held_out=True, **how)
-    return load_images(fitted, model, max_images), load_images(judging, model, held_out)
+    """Crops of three quarters of the photographs, and ``held_out`` crops of the last quarter."""
+    pixels = given._asdict()
+    fitted = builtin_images(model, min(COUNT, max_images), held_out=False, **pixels)
+    held_out_crops = builtin_images(model, held_out, held_out=True, **pixels)
+    return load_images(fitted, model, max_images), load_images(held_out_crops, model, held_out)
 
 
 def split_batches(
     fitted: torch.Tensor, held_out: torch.Tensor | None, batch_size: int
 ) -> tuple[list[torch.Tensor], list[int]]:
-    """Batches of images, and the indices of those that are held out: every fifth, if there are no images for that."""
+    """All batches, and the indices of the held-out ones: every fifth, if there are no held-out images."""
     if held_out is None:
         batch_size = max(1, min(batch_size, len(fitted) // PART))
         batches = fitted.split(batch_size)
-        others = list(range(PART - 1, len(batches), PART))
+        held_out_batches = list(range(PART - 1, len(batches), PART))
     else:
         batches = (*fitted.split(batch_size), *held_out.split(batch_size))
-        others = list(range(len(fitted.split(batch_size)), len(batches)))
-    return [batch.contiguous(memory_format=torch.channels_last) for batch in batches], others
+        held_out_batches = list(range(len(fitted.split(batch_size)), len(batches)))
+    return [batch.contiguous(memory_format=torch.channels_last) for batch in batches], held_out_batches
 
 
 def origin_of(images: Images) -> str:
-    """What images are, for the record: "builtin", a folder's name, or "tensor"."""
+    """The kind of images, for the record: "builtin", a folder's name, or "tensor"."""
     folder = isinstance(images, (str, os.PathLike))
     return os.path.basename(os.path.abspath(os.fspath(images))) if folder else "tensor"  # type: ignore[arg-type]
 
 
 def _collect(batches: Iterable[Any], max_images: int) -> torch.Tensor:
-    """The first images of an iterable of batches."""
+    """The first images of an iterable of batches, as one tensor."""
     parts: list[Any] = []
     for batch in batches:
         if isinstance(batch, Mapping):
@@ -335,15 +335,15 @@ def _load_folder(folder: str, model: nn.Module, max_images: int, config: dict[st
             f"{type(model).__name__} takes images of {channels} channels, a folder gives 3 or 1: give a tensor of "
             "images or a DataLoader."
         )
-    first = _spread(len(files), max_images).tolist()
-    others = sorted(set(range(len(files))).difference(first))  # in place of those that cannot be read
+    chosen = _spread(len(files), max_images).tolist()
+    spare = sorted(set(range(len(files))).difference(chosen))  # for files that cannot be read
     tensors: list[torch.Tensor] = []
-    bar = tqdm(total=len(first), desc="load images", unit="image", leave=False, disable=None)
+    bar = tqdm(total=len(chosen), desc="load images", unit="image", leave=False, disable=None)
     with bar, warnings.catch_warnings(), torch.device("cpu"):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         mode, transform = "L" if channels == 1 else "RGB", create_transform(**config)
-        for i in [*first, *others]:
-            if len(tensors) == len(first):
+        for i in [*chosen, *spare]:
+            if len(tensors) == len(chosen):
                 break
             try:
                 with Image.open(files[i]) as image:
@@ -360,5 +360,5 @@ def _load_folder(folder: str, model: nn.Module, max_images: int, config: dict[st
 
 
 def _spread(count: int, most: int) -> torch.Tensor:
-    """Indices, evenly spread, at most so many."""
+    """At most ``most`` of ``count`` indices, evenly spread."""
     return torch.arange(min(count, most), device="cpu") * count // min(count, most)

@@ -1,4 +1,4 @@
-"""Memory: how much a calibration needs, how much is free, and how what is freed stays with the process for a while."""
+"""Memory: how much a calibration needs, how much is free, and a context in which freed memory is kept."""
 
 import ctypes
 import os
@@ -14,17 +14,17 @@ from ..errors import CalibrationError
 from .blocks import hooked
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # numbers of glibc's mallopt
-LARGEST = 32 << 20  # bytes: where glibc's own, moving mmap threshold ends
+LARGEST = 32 << 20  # bytes; glibc raises its own mmap threshold up to this
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Freed memory stays with the process until the context ends, and all of it then goes back at once.
+    """Keeps freed memory in the process until the context ends, and then gives all of it back.
 
-    By default glibc gives each large tensor back to the operating system as soon as it is freed, and every page of the
-    next one is a fault: three quarters of the time of a calibration on a CPU. Without glibc, or where the environment
-    sets its thresholds, this does nothing. Afterwards the two thresholds are those that glibc comes to by itself once a
-    tensor of 32 MB was freed (larger tensors go back at once), but no longer move.
+    By default glibc gives each large tensor back to the operating system as soon as it is freed. Every page of the next
+    one is then a fault, which takes three quarters of the time of a calibration on a CPU. Without glibc, or where the
+    environment sets its thresholds, this does nothing. Afterwards both thresholds have the values that glibc reaches by
+    itself once a tensor of 32 MB was freed (larger tensors go back at once), but stay fixed.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -46,7 +46,7 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 def check_memory(model: nn.Module, images: torch.Tensor) -> None:
-    """Raises CalibrationError if the calibration of a model with these images does not fit into the free memory."""
+    """Raises CalibrationError if a calibration of the model with these images needs more than the free memory."""
     needed, free = needed_memory(model, images), free_memory(images.device)
     if needed > free:
         raise CalibrationError(
@@ -59,8 +59,8 @@ def check_memory(model: nn.Module, images: torch.Tensor) -> None:
 def needed_memory(model: nn.Module, images: torch.Tensor) -> int:
     """About how many bytes a calibration needs; the same at each call.
 
-    For each image its own bytes, and a block's inputs and outputs in both networks: four times the largest output of
-    any module. And four times the weights.
+    Four times the weights; and for each image its own bytes, and a block's inputs and outputs in both networks, which
+    are four times the largest output of any module.
     """
     sample, largest = images[:2], 0
 
@@ -78,8 +78,8 @@ def needed_memory(model: nn.Module, images: torch.Tensor) -> int:
 def free_memory(device: torch.device, root: str | os.PathLike[str] = "/") -> float:
     """Free bytes on a device; infinite where they are not known. ``root`` is the folder of ``proc`` and ``sys``.
 
-    On the CPU what Linux says is available, or what the limits of the process's control groups leave if that is less.
-    A group's cached files count as free, as it gives them back.
+    On the CPU the memory that Linux calls available, or what the process's control groups may still take if that is
+    less. Cached files of a group count as free, as it gives them back.
     """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -88,10 +88,10 @@ def free_memory(device: torch.device, root: str | os.PathLike[str] = "/") -> flo
     try:
         lines = Path(root, "proc/meminfo").read_text().splitlines()
         free = float(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) * 1024
-        own = next(line for line in Path(root, "proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        entry = next(line for line in Path(root, "proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
     except (OSError, StopIteration):
-        own = "0::/"
-    group = groups / own.strip().removeprefix("0::").strip("/")
+        entry = "0::/"
+    group = groups / entry.strip().removeprefix("0::").strip("/")
     for folder in [group, *group.parents]:
         if groups == folder or groups in folder.parents:
             free = min(free, _left_in(folder))
@@ -99,7 +99,7 @@ def free_memory(device: torch.device, root: str | os.PathLike[str] = "/") -> flo
 
 
 def _left_in(group: Path) -> float:
-    """Bytes that a control group may still take."""
+    """The bytes that a control group may still take; infinite without a limit."""
     try:
         limit, taken = float((group / "memory.max").read_text()), float((group / "memory.current").read_text())
         lines = (group / "memory.stat").read_text().splitlines()

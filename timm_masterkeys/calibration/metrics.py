@@ -1,4 +1,4 @@
-"""How near a network's outputs come to those of the dense network, in figures that suit the kind of output."""
+"""How near a network's outputs are to the dense network's, in figures that suit the kind of output."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,20 +13,20 @@ from ..errors import CalibrationError
 Figures = dict[str, float]
 MetricLike = str | Callable[[torch.Tensor, torch.Tensor], Mapping[str, float] | float] | None
 
-SURE = 0.5  # a network is sure of a class to which it gives a larger probability than this
-FEW = 50  # images, under which a share has an interval
-MOST = 2**22  # numbers that are turned into float64 at a time
-Z = 1.959963984540054  # of the standard normal distribution, 97.5 % lie below
+SURE = 0.5  # a network is sure of a class if its probability is larger than this
+FEW = 50  # images; a share of fewer gets an interval
+MOST = 2**22  # numbers converted to float64 at a time
+Z = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured between a network's outputs and those of the dense network.
+    """Figures that compare a network's outputs with those of the dense network.
 
     Attributes:
         name: "classification", "dense prediction", "regression", "embedding", "features", or a callable's name.
-        measure: Returns the figures, by name, of outputs and expected outputs.
-        by_default: The same for the metric that suits the outputs, whatever metric is given.
+        measure: A function of outputs and expected outputs that returns the figures by name.
+        by_default: The same function of the metric that suits the outputs, whatever metric was chosen.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Metric:
 
     @property
     def score_name(self) -> str:
-        """What ``score`` is called."""
+        """The name of ``score``."""
         if self.measure is classification_figures:
             return "agreement"
         return "R2" if self.measure is regression_figures else self.name
@@ -74,10 +74,10 @@ def choose_metric(metric: MetricLike, expected: torch.Tensor, features: bool = F
         by_shape = "regression"
     else:
         by_shape = kinds.get(expected.ndim, "features")
-    fitting = "embedding" if features else by_shape
+    suited = "embedding" if features else by_shape
     if callable(metric):
-        return _metric_of(metric, _FIGURES[fitting])
-    name = fitting if metric is None else metric
+        return _metric_of(metric, _FIGURES[suited])
+    name = suited if metric is None else metric
     if name not in _FIGURES:
         raise CalibrationError(f"metric is {metric!r}, expected a callable, or one of {', '.join(_FIGURES)}.")
     if name in kinds.values() and name != by_shape:
@@ -87,10 +87,10 @@ def choose_metric(metric: MetricLike, expected: torch.Tensor, features: bool = F
 
 
 def classification_figures(out: torch.Tensor, expected: torch.Tensor) -> Figures:
-    """How far two networks tell the same classes, (N, C) or, a class at each position, (N, C, H, W).
+    """Compares the classes of two networks, from outputs (N, C) or, with a class at each position, (N, C, H, W).
 
     Returns:
-        "agreement": the share of images (positions) to which both give the same top class; "divergence": the
+        "agreement": the share of images (positions) for which both have the same top class; "divergence": the
         Kullback-Leibler divergence of the softmaxed outputs from the expected ones, in nats, the mean over images
         (positions); "sure images" ("sure positions"): how many have a class to which the dense network gives a
         probability above one half; and, if there are any, "sure agreement": the agreement on those.
@@ -113,14 +113,14 @@ def classification_figures(out: torch.Tensor, expected: torch.Tensor) -> Figures
 
 
 def regression_figures(out: torch.Tensor, expected: torch.Tensor) -> Figures:
-    """How near outputs of any shape come to the expected ones.
+    """How near outputs of any shape are to the expected ones.
 
-    Each output is taken from its mean over the images: what is the same for all of them explains nothing.
+    Variances are taken around each output's mean over the images: what all images have in common explains nothing.
 
     Returns:
-        "relative error": the squared error over the variance of the expected outputs, both summed over all outputs, 1
-        for a network that gives the mean whatever it sees; "correlation": Pearson's, over all values, each from the
-        mean of its output, 0 where nothing varies.
+        "relative error": the squared error over the variance of the expected outputs, both summed over all outputs; it
+        is 1 for a network that always gives the mean. "correlation": Pearson's, over all values, each less the mean of
+        its output; 0 where nothing varies.
     """
     x, y = (tensor.detach().double().reshape(len(tensor), -1) for tensor in (out, expected))
     error = (x - y).square().sum()
@@ -134,7 +134,7 @@ def regression_figures(out: torch.Tensor, expected: torch.Tensor) -> Figures:
 
 
 def share_intervals(metric: str, figures: Mapping[str, float], images: int) -> dict[str, list[float]]:
-    """The 95 % intervals of agreements on few images; none for positions, which are not independent."""
+    """The 95 % intervals of agreements on fewer than 50 images; none for positions, which are not independent."""
     counts = {"agreement": images, "sure agreement": int(figures.get("sure images", 0))}
     return {
         name: list(wilson_interval(round(figures[name] * count), count))
@@ -144,7 +144,7 @@ def share_intervals(metric: str, figures: Mapping[str, float], images: int) -> d
 
 
 def wilson_interval(successes: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share that was seen as so many of ``count``."""
+    """Wilson's 95 % interval of a share, from ``successes`` among ``count``."""
     share, spread = successes / count, Z * Z / count
     half = Z * math.sqrt(share * (1 - share) / count + spread / count / 4)
     low, high = (share + spread / 2 - half) / (1 + spread), (share + spread / 2 + half) / (1 + spread)
@@ -152,17 +152,17 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
 
 
 def _metric_of(function: Any, by_default: Callable[[torch.Tensor, torch.Tensor], Figures]) -> Metric:
-    """A callable as a metric."""
+    """The metric that a callable measures."""
     name = getattr(function, "__name__", type(function).__name__)
 
     def measure(out: torch.Tensor, expected: torch.Tensor) -> Figures:
-        found = function(out, expected)
-        figures = found if isinstance(found, Mapping) else {name: found}
+        result = function(out, expected)
+        figures = result if isinstance(result, Mapping) else {name: result}
         try:
             return {str(key): float(value) for key, value in figures.items()}
         except (TypeError, ValueError, RuntimeError):
             raise CalibrationError(
-                f"The metric {name} gives {found!r}, expected a number or numbers by name."
+                f"The metric {name} gives {result!r}, expected a number or numbers by name."
             ) from None
 
     return Metric(name, measure, by_default)

@@ -1,4 +1,4 @@
-"""Which tensor of a model's output counts, be it in a tuple, a dictionary or an object."""
+"""Picks the tensor to compare from a model's output, which may be a tuple, a dictionary or an object."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,34 +16,34 @@ EMBEDDERS = ("open_clip",)  # libraries whose models return embeddings, as plain
 
 
 def pick_output(model: nn.Module, raw: Any, output: Output = None) -> torch.Tensor:
-    """The tensor in a model's output ``raw`` that calibration looks at.
+    """The tensor in a model's output ``raw`` that calibration compares.
 
-    ``output`` is a key, an index or an attribute of it, or a callable on it. None takes a tensor as it is; of anything
-    else what ``HEADS`` or ``FEATURES`` name, by key or attribute, or else the first tensor; of the list of a
-    ``features_only`` model the last, which has seen every layer.
+    ``output`` is a key, an index or an attribute of it, or a callable on it. None takes a tensor as it is. Of any other
+    output it takes the key or attribute named in ``HEADS`` or ``FEATURES``, or else the first tensor; of the list of a
+    ``features_only`` model the last, which depends on every layer.
 
     Raises:
         CalibrationError: There is no such output, or it is no tensor.
     """
     try:
-        found = _found(model, raw, output)
+        picked = _pick(model, raw, output)
     except (LookupError, AttributeError, TypeError) as error:
         raise CalibrationError(
             f"{type(model).__name__} returns {describe(raw)}, without {output!r} ({error})."
         ) from error
-    if not isinstance(found, torch.Tensor):
-        expected = "a tensor in it" if output is None else f"a tensor at {output!r}, got {describe(found)}"
+    if not isinstance(picked, torch.Tensor):
+        expected = "a tensor in it" if output is None else f"a tensor at {output!r}, got {describe(picked)}"
         raise CalibrationError(
             f"{type(model).__name__} returns {describe(raw)}, expected {expected}. output= says where it is: a key, an "
             "index, an attribute, or a callable on the model's output."
         )
-    return found
+    return picked
 
 
 def gives_features(model: nn.Module, raw: Any, out: torch.Tensor | None = None) -> bool:
-    """Whether a model has no head, so that its outputs' channels are features, not classes.
+    """Whether a model has no head, so that the channels of its output are features, not classes.
 
-    ``out`` is the tensor in the output ``raw`` that counts: vectors of length 1 are embeddings.
+    ``out`` is the tensor picked from the output ``raw``: vectors of length 1 are embeddings.
     """
     if hasattr(model, "feature_info") and isinstance(raw, (Mapping, list, tuple)):
         return True
@@ -51,7 +51,7 @@ def gives_features(model: nn.Module, raw: Any, out: torch.Tensor | None = None) 
         return True
     if getattr(model, "num_classes", None) == 0:
         return True
-    heads, features = ([_at(raw, name) is not None for name in names] for names in (HEADS, FEATURES))
+    heads, features = ([_entry(raw, name) is not None for name in names] for names in (HEADS, FEATURES))
     return any(features) and not any(heads)
 
 
@@ -61,7 +61,7 @@ def _is_normalised(out: torch.Tensor | None) -> bool:
     return bool((out.detach().norm(dim=1) - 1).abs().max() < 1e-3)
 
 
-def _found(model: nn.Module, raw: Any, output: Output) -> Any:
+def _pick(model: nn.Module, raw: Any, output: Output) -> Any:
     if callable(output):
         return output(raw)
     if isinstance(output, str):
@@ -71,8 +71,8 @@ def _found(model: nn.Module, raw: Any, output: Output) -> Any:
     if isinstance(raw, torch.Tensor):
         return raw
     for name in HEADS + FEATURES:
-        if isinstance(_at(raw, name), torch.Tensor):
-            return _at(raw, name)
+        if isinstance(_entry(raw, name), torch.Tensor):
+            return _entry(raw, name)
     values = list(raw.values()) if isinstance(raw, Mapping) else list(raw) if isinstance(raw, (list, tuple)) else []
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     if hasattr(model, "feature_info"):
@@ -80,7 +80,7 @@ def _found(model: nn.Module, raw: Any, output: Output) -> Any:
     return tensors[0] if tensors else None
 
 
-def _at(raw: Any, name: str) -> Any:
+def _entry(raw: Any, name: str) -> Any:
     if isinstance(raw, torch.Tensor):
         return None
     return raw.get(name) if isinstance(raw, Mapping) else getattr(raw, name, None)

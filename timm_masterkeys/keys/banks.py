@@ -1,4 +1,4 @@
-"""Banks of master keys, and the keys of a bank at any kernel size."""
+"""Banks of master keys, and their keys at any kernel size."""
 
 import hashlib
 import os
@@ -22,11 +22,11 @@ DEFAULT_BANK = "babaiee2025"
 COMPACT_BANK = "compact8"
 
 _FORMAT = "timm_masterkeys.bank.1"
-# A key that keeps less of its norm than the first at a size has no shape left there; a key correlated more than the
-# second with an earlier one, sign apart, adds nothing. (Keys 7 and 8 of the scale-space banks, .98 alike at 3x3, stay.)
+# At a kernel size a key is left out if it keeps a smaller share of its norm than the first number, or if its absolute
+# correlation with an earlier key exceeds the second. (Keys 7 and 8 of the scale-space banks, .98 at 3x3, stay.)
 _LIMITS = {"fold": (0.3, 0.98), "crop": (1e-6, 0.995)}
 
-_AtSize = tuple[np.ndarray, list[int], dict[int, str]]  # normalised keys, which are kept, why others are not
+_AtSize = tuple[np.ndarray, list[int], dict[int, str]]  # normalised keys, the indices kept, the reasons for the rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +34,12 @@ class KeyBank:
     """An immutable bank of master keys.
 
     Args:
-        name: Its name in reports, configs and checkpoints.
-        keys: The keys at their own size, shape (K, kh, kw). Kept as a read-only float64 array, digit for digit.
+        name: The bank's name in reports, configs and checkpoints.
+        keys: The keys at their own size, shape (K, kh, kw). Kept exactly, as a read-only float64 array.
         source: Where the keys come from: a paper, an address, or how they were made.
-        licence: Of the keys, as an SPDX name where there is one.
-        resize: How keys are made smaller: "fold" (see ``keys_for``), or "crop" to their centre, which keeps random
-            numbers independent, and samples of a function what they are.
+        licence: The licence of the keys, as an SPDX name where there is one.
+        resize: How keys are made smaller: "fold" (see ``keys_for``), or "crop" to their centre. A crop keeps random
+            numbers independent, and samples of a function unchanged.
 
     Raises:
         BankError: The keys are not a finite (K, kh, kw) array, or one of them is constant.
@@ -58,8 +58,8 @@ class KeyBank:
     _sizes: dict[tuple[int, int], _AtSize] = field(default_factory=dict, init=False, repr=False)  # computed once
 
     def __post_init__(self) -> None:
-        given = self.keys.detach().cpu().double().numpy() if isinstance(self.keys, torch.Tensor) else self.keys
-        keys = np.array(given, dtype=np.float64)
+        array = self.keys.detach().cpu().double().numpy() if isinstance(self.keys, torch.Tensor) else self.keys
+        keys = np.array(array, dtype=np.float64)
         if keys.ndim != 3 or 0 in keys.shape:
             raise BankError(f"Bank '{self.name}' has keys of shape {keys.shape}, expected (keys, height, width).")
         if self.resize not in _LIMITS:
@@ -102,18 +102,17 @@ class KeyBank:
     def keys_for(self, kernel_size: tuple[int, int]) -> torch.Tensor:
         """The keys at a kernel size, each with mean 0 and norm 1.
 
-        A tap outside a smaller window is added to the nearest tap inside, or shared between two at equal distance; a
-        larger window is filled with the mean of the key's edges. So a smaller key responds as the key itself does to
-        an image that continues unchanged beyond its window, and a larger one is the same filter, up to a constant. Of
-        nine rules for smaller sizes this one fits the kernels of seven networks best
-        (``examples/compare_key_sizes.py``). A key that vanishes or repeats an earlier one at this size is left out; see
-        ``left_out``.
+        For a smaller window, each tap outside is added to the nearest tap inside, or shared between two at equal
+        distance. A larger window is filled with the mean of the key's edges. So a smaller key responds as the key
+        itself to an image that continues unchanged beyond the window, and a larger key is the same filter up to a
+        constant. Of nine rules for smaller sizes this one fits the kernels of seven networks best
+        (``examples/compare_key_sizes.py``). Keys that vanish or repeat an earlier one are left out; see ``left_out``.
 
         Args:
             kernel_size: (height, width) in taps.
 
         Returns:
-            Float32 tensor (K', height, width) with 1 <= K' <= len(bank). A new tensor at every call.
+            (K', height, width) float32 with 1 <= K' <= len(bank). A new tensor at every call.
 
         Raises:
             BankError: The size is not two positive integers with more than one tap, or no key has a shape there.
@@ -126,11 +125,11 @@ class KeyBank:
         return torch.from_numpy(keys[kept]).float()
 
     def kept(self, kernel_size: tuple[int, int]) -> tuple[int, ...]:
-        """The keys that ``keys_for(kernel_size)`` holds, by their index in the bank, in order."""
+        """The indices in the bank of the keys that ``keys_for(kernel_size)`` returns, in order."""
         return tuple(self._at(kernel_size)[1])
 
     def left_out(self, kernel_size: tuple[int, int]) -> dict[int, str]:
-        """The keys left out at a kernel size, by their index in the bank, with the reason.
+        """The reason for each key left out at a kernel size, by its index in the bank.
 
         Example:
             >>> get_bank("babaiee2025").left_out((1, 7))
@@ -175,7 +174,7 @@ class KeyBank:
         return keys, kept, left_out
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the bank as safetensors, with name, source, licence and digest in the metadata; atomic.
+        """Writes the bank as safetensors, atomically, with name, source, licence and digest in the metadata.
 
         Raises:
             OSError: The folder does not exist or cannot be written.
@@ -201,18 +200,18 @@ class KeyBank:
             raise BankError(f"Cannot read a bank from '{path}': {error}. Expected a safetensors file.") from error
         if keys is None:
             raise BankError(f"'{path}' holds {names[:5]}, expected a tensor 'keys' of shape (keys, height, width).")
-        found = metadata.get("format", _FORMAT)
-        if found != _FORMAT:
-            raise BankError(f"'{path}' has format '{found}', this version reads '{_FORMAT}'. Upgrade timm_masterkeys.")
-        given = {name: metadata[name] for name in ("licence", "resize") if name in metadata}
-        bank = cls(metadata.get("name", Path(path).stem), keys, metadata.get("source", str(path)), **given)
+        fmt = metadata.get("format", _FORMAT)
+        if fmt != _FORMAT:
+            raise BankError(f"'{path}' has format '{fmt}', this version reads '{_FORMAT}'. Upgrade timm_masterkeys.")
+        settings = {name: metadata[name] for name in ("licence", "resize") if name in metadata}
+        bank = cls(metadata.get("name", Path(path).stem), keys, metadata.get("source", str(path)), **settings)
         if metadata.get("digest", bank.digest) != bank.digest:
             raise BankError(f"'{path}' does not match its digest: the file was altered. Download it again.")
         return bank
 
 
 def list_banks() -> list[str]:
-    """The names of banks for ``get_bank``; ``<seed>`` stands for any whole number."""
+    """The names that ``get_bank`` knows; ``<seed>`` stands for any whole number."""
     return [DEFAULT_BANK, COMPACT_BANK, *(f"scale-space-{method}" for method in SIGMAS), "random8:<seed>"]
 
 
@@ -224,9 +223,9 @@ def get_bank(bank: Bank = DEFAULT_BANK) -> KeyBank:
 
     Args:
         bank: A name of ``list_banks()``, the path of a ``.safetensors`` file, a tensor or array (K, kh, kw), or a
-            KeyBank (returned as it is). ``compact8`` are eight keys discovered in four compact networks;
-            ``scale-space-a`` to ``-d2`` are models of the published keys, differences of discrete Gaussians, sampled
-            at each size; ``random8:<seed>`` are eight Gaussian random 7x7 keys, a control.
+            KeyBank, which is returned unchanged. ``compact8`` has eight keys discovered in four compact networks.
+            ``scale-space-a`` to ``-d2`` are models of the published keys, differences of discrete Gaussians sampled at
+            each size. ``random8:<seed>`` has eight Gaussian random 7x7 keys, as a control.
 
     Raises:
         BankError: No such name, or a file or tensor that is no bank.
@@ -277,7 +276,7 @@ def _babaiee2025() -> KeyBank:
 
 
 def _fold(taps: int, window: int) -> np.ndarray:
-    """The (window, taps) matrix that adds each tap to its place in a window with the same centre, or to its edge."""
+    """The matrix (window, taps) that adds each tap to its place in a centred window, or to the window's edge."""
     place = np.clip(np.arange(taps) - (taps - 1) / 2 + (window - 1) / 2, 0, window - 1)
     low = np.floor(place).astype(int)
     fold = np.zeros((window, taps))
@@ -287,12 +286,12 @@ def _fold(taps: int, window: int) -> np.ndarray:
 
 
 def _crop(taps: int, window: int) -> np.ndarray:
-    """The (window, taps) matrix that keeps the taps in the middle."""
+    """The matrix (window, taps) that keeps the taps in the middle."""
     return np.eye(window, taps, (taps - window) // 2)
 
 
 def _normalised(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys with mean 0 and norm 1, and the norms they had (a key without a shape stays as it is)."""
+    """Keys with mean 0 and norm 1, and their norms before (a key of norm 0 is not divided)."""
     keys = keys - keys.mean(axis=(1, 2), keepdims=True)
     norms = np.sqrt((keys**2).sum(axis=(1, 2)))
     return keys / np.where(norms > 0, norms, 1)[:, None, None], norms

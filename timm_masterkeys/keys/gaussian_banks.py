@@ -2,9 +2,9 @@
 
 import numpy as np
 
-TAPS = 31  # beyond them every key is 0 to the last digit
+TAPS = 31  # a side; outside them every key is 0 to the last digit
 
-# sigma_x and sigma_y of keys 1 to 8, in taps, by the method that fitted them to the published keys.
+# sigma_x and sigma_y of keys 1 to 8, in taps, for each method by which the paper fitted them to the published keys.
 SIGMAS = {
     "a": "0.580 0.558  0.559 0.580  0.617 0.601  0.642 0.424  1.075 0.800  0.771 1.003  0.675 0.675  0.552 0.545",
     "b": "0.644 0.583  0.586 0.644  0.690 0.674  0.756 0.460  1.107 0.945  0.900 0.889  0.675 0.675  0.609 0.601",
@@ -22,10 +22,10 @@ def discrete_gaussian(sigma: float, taps: int = TAPS) -> np.ndarray:
 
     Args:
         sigma: Standard deviation in taps, 0 or more.
-        taps: Odd.
+        taps: Number of taps, odd.
 
     Returns:
-        (taps,) float64, n = 0 in the middle.
+        (taps,) float64, with n = 0 in the middle.
 
     Example:
         >>> discrete_gaussian(0.0, 3)
@@ -48,8 +48,8 @@ def scale_space_keys(method: str, taps: int = TAPS) -> np.ndarray:
     down (3) and right (4), centred ones in x (5) and y (6), T minus half its 5-point Laplacian (7), and T itself (8).
 
     Args:
-        method: "a", "b", "c1", "c2", "d1" or "d2", how the sigmas were fitted.
-        taps: Odd.
+        method: How the sigmas were fitted: "a", "b", "c1", "c2", "d1" or "d2".
+        taps: Taps a side, odd.
     """
     keys = []
     for number, (sigma_x, sigma_y) in enumerate(np.array(SIGMAS[method].split(), float).reshape(8, 2), start=1):

@@ -1,4 +1,4 @@
-"""Which differential operator a kernel resembles: least-squares fits to tables of discrete Gaussian derivatives."""
+"""Differential operators that kernels resemble: least-squares fits of discrete Gaussian derivatives."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,11 +22,11 @@ class OperatorFit:
     """The operator that each of N kernels resembles most.
 
     Attributes:
-        operator: (N,) int64, indices into ``OPERATORS``; -1 for a kernel that is constant.
-        r2: (N, 4), R^2 of the best fit ``a*x + b`` by each operator; NaN for a constant kernel.
-        sigma: (N,), the Gaussian's standard deviation in taps (of a DoG, the centre's), from 0.25 to 4.
-        orientation: (N,), the direction of the derivative in degrees [0, 180), 0 to the right, 90 up; else NaN.
-        half_pixel: (N,), True for a first derivative half a tap aside, between a tap and its neighbours.
+        operator: (N,) int64, indices into ``OPERATORS``; -1 for a constant kernel.
+        r2: (N, 4), R2 of the best fit ``a*x + b`` by each operator; NaN for a constant kernel.
+        sigma: (N,), the Gaussian's standard deviation in taps, from 0.25 to 4 (for a DoG that of its centre).
+        orientation: (N,), the direction of a derivative in degrees [0, 180), 0 to the right, 90 up; else NaN.
+        half_pixel: (N,), True for a first derivative that is half a tap off, between a tap and its neighbours.
     """
 
     operator: torch.Tensor
@@ -40,15 +40,15 @@ class OperatorFit:
 def fit_operators(kernels: torch.Tensor) -> OperatorFit:
     """Fits Gaussians and their derivatives to kernels, each as ``a*x + b`` by least squares.
 
-    With T Lindeberg's discrete Gaussian (JMIV 68(3), 2026) at 25 sigmas from 0.25 to 4 taps, 12 % apart, these are T
-    itself; the DoG, T minus T of 1.6 times the sigma; the first derivative in any direction, by central differences of
-    T, or by one-sided ones, half a tap aside as in master keys 1 to 4; and the second derivative in 36 directions.
+    T is Lindeberg's discrete Gaussian (JMIV 68(3), 2026) at 25 sigmas from 0.25 to 4 taps, 12 % apart. The operators
+    are T itself; the DoG, T minus T of 1.6 times the sigma; the first derivative of T in any direction, by central or
+    one-sided differences (half a tap off, as in master keys 1 to 4); and the second derivative in 36 directions.
 
     Args:
         kernels: (N, kh, kw) or (N, 1, kh, kw), finite.
 
     Returns:
-        The best operator of each kernel, and the R2 of all.
+        The best operator of each kernel, and the R2 of all operators.
 
     Raises:
         ProjectionError: Another shape, a single tap, or values that are not finite.
@@ -72,9 +72,9 @@ def fit_operators(kernels: torch.Tensor) -> OperatorFit:
     parts = [_best(part, tables) for part in flat.split(_CHUNK)]
     r2, sigma, orientation, half_pixel = (torch.cat(columns) for columns in zip(*parts, strict=True))
     operator = r2.argmax(1)
-    own = torch.arange(len(flat), device=flat.device), operator
+    best = torch.arange(len(flat), device=flat.device), operator
     operator[constant], r2[constant] = -1, float("nan")
-    return OperatorFit(operator, r2, sigma[own], orientation[own], half_pixel[own])
+    return OperatorFit(operator, r2, sigma[best], orientation[best], half_pixel[best])
 
 
 _Template = tuple[list[np.ndarray], float, float, bool]  # kernels that span it, sigma, orientation, half_pixel
@@ -82,10 +82,10 @@ _Template = tuple[list[np.ndarray], float, float, bool]  # kernels that span it,
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """The T templates of one operator, an orthonormal basis each."""
+    """The T templates of one operator, each as an orthonormal basis."""
 
     basis: torch.Tensor  # (T, taps, rank); a direction that vanishes at this size is 0
-    steering: torch.Tensor | None  # (T, 2, rank): from the coefficients to those along x and y
+    steering: torch.Tensor | None  # (T, 2, rank): maps coefficients to those along x and y
     sigma: torch.Tensor  # (T,)
     orientation: torch.Tensor  # (T,)
     half_pixel: torch.Tensor  # (T,)
@@ -98,15 +98,15 @@ def _tables(height: int, width: int) -> list[_Table]:
 
 
 def _best(kernels: torch.Tensor, tables: list[_Table]) -> tuple[torch.Tensor, ...]:
-    """R^2, sigma, orientation and half_pixel of the best template of every table, each (n, tables)."""
+    """R2, sigma, orientation and half_pixel of the best template in each table, each (n, tables)."""
     columns = []
     for table in tables:
         coefficients = torch.einsum("np,tpr->ntr", kernels, table.basis)
         r2, index = coefficients.square().sum(2).max(1)
         orientation = table.orientation[index]
         if table.steering is not None:
-            own = coefficients[torch.arange(len(kernels), device=kernels.device), index]
-            x, y = torch.einsum("nr,nir->in", own, table.steering[index])
+            best = coefficients[torch.arange(len(kernels), device=kernels.device), index]
+            x, y = torch.einsum("nr,nir->in", best, table.steering[index])
             orientation = torch.atan2(y, x).rad2deg() % 180
         columns.append((r2, table.sigma[index], orientation, table.half_pixel[index]))
     return tuple(torch.stack(column, 1) for column in zip(*columns, strict=True))
@@ -155,18 +155,18 @@ def _table(templates: list[_Template], steer: bool = False) -> _Table:
     columns = torch.from_numpy(np.array(kernels)).flatten(2).mT  # (T, taps, columns)
     columns = columns - columns.mean(1, keepdim=True)
     left, size, right = torch.linalg.svd(columns, full_matrices=False)
-    there = size > 1e-9
+    nonzero = size > 1e-9
     return _Table(
-        basis=left * there[:, None],
-        steering=right.mT / torch.where(there, size, torch.inf)[:, None] if steer else None,
-        sigma=torch.tensor(sigmas, dtype=torch.float64, device="cpu"),  # whatever the default device is
+        basis=left * nonzero[:, None],
+        steering=right.mT / torch.where(nonzero, size, torch.inf)[:, None] if steer else None,
+        sigma=torch.tensor(sigmas, dtype=torch.float64, device="cpu"),  # for any default device
         orientation=torch.tensor(angles, dtype=torch.float64, device="cpu"),
         half_pixel=torch.tensor(half_pixel, device="cpu"),
     )
 
 
 def _gaussian(sigma: float, side: int) -> np.ndarray:
-    """A Gaussian on a larger grid than the kernel's, so that differences have no border inside it."""
+    """A Gaussian on a grid larger than the kernel, so that its differences have no border inside the kernel."""
     taps = discrete_gaussian(sigma, side // 2 * 2 + 7)
     return np.outer(taps, taps)
 

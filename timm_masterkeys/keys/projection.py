@@ -9,9 +9,9 @@ import torch
 from ..errors import ProjectionError
 from .banks import DEFAULT_BANK, Bank, KeyBank, get_bank
 
-_TIE = 1e-12  # correlations closer than this, relative to the norm of the kernel, are a tie: the lower index wins
-_DEPENDENT = 1e-6  # a key of which less than this lies outside the span of the keys before it adds nothing but rounding
-_MOST_SUBSETS = 2000  # of keys, all of which are tried: any number of 8 or 12 keys, 4 of 16
+_TIE = 1e-12  # closer correlations, relative to the norm of the kernel, are a tie: the lower index wins
+_DEPENDENT = 1e-6  # a key with a smaller part outside the span of the keys before it adds only rounding errors
+_MOST_SUBSETS = 2000  # sets of keys, up to which all are tried: any number of 8 or 12 keys, 4 of 16
 _BLOCK = 1 << 22  # numbers at a time
 
 
@@ -20,13 +20,13 @@ class Projection:
     """Kernels as affine images of keys: ``weight[c] ~ sum_j scale[c, j] * keys[key_index[c, j]] + shift[c]``.
 
     Attributes:
-        key_index: (C, r) int64, rows of ``bank.keys_for(kernel_size)``; the most correlated first, then the one most
-            correlated with the rest.
-        scale: (C, r), in the dtype of the weight. 0 for a constant kernel, and for keys a kernel does not need.
-        shift: (C,), the constant added to every tap; the mean of the kernel.
-        r2: (C,) float32 in [0, 1]: the share of the kernel's variance over its taps that the fit explains; 1 for a
+        key_index: (C, r) int64, rows of ``bank.keys_for(kernel_size)``. First the key most correlated with the kernel,
+            then the one most correlated with the residual, and so on.
+        scale: (C, r), in the dtype of the weight. 0 for a constant kernel, and for keys that a kernel does not need.
+        shift: (C,), the constant added to every tap: the mean of the kernel.
+        r2: (C,) float32 in [0, 1], the share of the kernel's variance over its taps that the fit explains; 1 for a
             constant kernel.
-        constant: (C,) bool, which kernels are constant, see ``constant_kernels``.
+        constant: (C,) bool, True for constant kernels, see ``constant_kernels``.
     """
 
     key_index: torch.Tensor
@@ -37,14 +37,14 @@ class Projection:
 
 
 def unfilled_projection(weight: torch.Tensor, keys_per_kernel: int) -> Projection:
-    """The shapes and types of a fit on the meta device."""
+    """A fit on the meta device: shapes and dtypes only."""
     pairs = weight.new_empty(len(weight), keys_per_kernel)
     return Projection(pairs.long(), pairs, pairs[:, 0], pairs[:, 0].float(), pairs[:, 0].bool())
 
 
 @torch.no_grad()
 def constant_kernels(weight: torch.Tensor) -> torch.Tensor:
-    """(C,) bool: which kernels (C, ...) are constant up to the rounding of float64, so without a shape or an R2.
+    """(C,) bool: True for kernels (C, ...) that are constant up to float64 rounding; they have no shape and no R2.
 
     Zeros are constant; a kernel with NaN or Inf is not.
     """
@@ -59,15 +59,15 @@ def project_kernels(weight: torch.Tensor, bank: Bank = DEFAULT_BANK, keys_per_ke
 
     With keys of mean 0 and norm 1 the best ``a*x + b`` of a kernel y has ``a = <x, y>`` and ``b = mean(y)``, so the
     nearest key is the one with the largest ``|<x, y>|`` (Babaiee et al., NeurIPS 2025, section 3). With several keys
-    per kernel the best of all sets of r keys is taken, so that projecting a fit again gives the fit (of more than 2,000
-    sets, as 8 of 16 keys have, the one that orthogonal matching pursuit finds). Computed in float64 (float32 on devices
-    without it).
+    per kernel the best of all sets of r keys is taken; so the projection of a fit is the fit itself. Of more than 2,000
+    sets (8 of 16 keys have more) the one found by orthogonal matching pursuit is taken. Computed in float64, or in
+    float32 on devices without float64.
 
     Args:
         weight: Kernels (C, 1, kh, kw), any floating dtype and device. Not changed.
         bank: Anything ``get_bank`` takes.
-        keys_per_kernel: r, from 1 to the number of keys in the bank. Where fewer keys have a shape at this kernel
-            size, all of those are used.
+        keys_per_kernel: r, from 1 to the number of keys in the bank. If the bank has fewer keys at this kernel size,
+            all of them are used.
 
     Returns:
         A Projection on the device of the weight.
@@ -119,9 +119,9 @@ def _check_kernels(weight: torch.Tensor) -> None:
 
 
 def _in_units(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kernels (C, taps) in float64 (float32 on devices without it), divided by powers of two (C,) near their largest.
+    """Kernels (C, taps) in float64 (or float32) divided by powers of two near their largest taps; and the powers (C,).
 
-    So squares neither overflow nor vanish, and every step stays exact. The power is not finite where a tap is not.
+    Squares of the result neither overflow nor vanish, and the division is exact. A power is not finite if a tap is not.
     """
     kernels = weight.detach().flatten(1).to(torch.float32 if weight.device.type == "mps" else torch.float64)
     peak = kernels.abs().amax(1)
@@ -130,7 +130,7 @@ def _in_units(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def first_not_finite(weight: torch.Tensor) -> int | None:
-    """The first channel of kernels (C, ...) with NaN or Inf; None if there is none, as on the meta device."""
+    """The first channel of kernels (C, ...) with NaN or Inf; None without any, and on the meta device."""
     if weight.is_meta or weight.isfinite().all():
         return None
     return int((~weight.flatten(1).isfinite().all(1)).nonzero()[0])
@@ -154,9 +154,9 @@ def check_keys_per_kernel(keys_per_kernel: int, bank: KeyBank) -> None:
 
 
 def _best_sets(kernels: torch.Tensor, keys: torch.Tensor, steps: int) -> torch.Tensor:
-    """For each kernel the set of ``steps`` keys that explains most of its variance, (C, K) bool.
+    """For each kernel the set of ``steps`` keys that explains the most of its variance, (C, K) bool.
 
-    Of equally good sets, the first in the order of their indices wins.
+    Of equally good sets the first in the order of indices is taken.
     """
     members = torch.tensor(list(itertools.combinations(range(len(keys)), steps)), device=keys.device)
     first, second = torch.triu_indices(kernels.shape[1], kernels.shape[1], device=keys.device)
@@ -171,7 +171,7 @@ def _best_sets(kernels: torch.Tensor, keys: torch.Tensor, steps: int) -> torch.T
 
 
 def _projectors(keys: torch.Tensor) -> torch.Tensor:
-    """Sets of keys (S, r, n) -> the matrices (S, n, n) that project on their spans."""
+    """The matrices (S, n, n) that project on the spans of sets of keys (S, r, n)."""
     left, sizes, _ = torch.linalg.svd(keys.mT.cpu(), full_matrices=False)
     left = left * (sizes > _DEPENDENT).unsqueeze(1)
     return (left @ left.mT).to(keys.device)
@@ -180,16 +180,16 @@ def _projectors(keys: torch.Tensor) -> torch.Tensor:
 def _matching_pursuit(
     kernels: torch.Tensor, keys: torch.Tensor, sets: torch.Tensor | None, steps: int, negligible: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Orthogonal matching pursuit of (C, n) kernels over (K, n) unit keys -> index, scale (C, steps), residual.
+    """Orthogonal matching pursuit of kernels (C, n) over unit keys (K, n): index, scale (C, steps), residual.
 
-    Both in the same n coordinates; a kernel takes keys of its set (C, K) only, if there are sets. What is left of a
-    kernel is noise where it is below ``negligible`` (C,). A kernel that is fitted exactly before the last step takes
-    its remaining keys, lowest index first, with scale 0. A key that depends on those already chosen has scale 0 too.
+    With ``sets`` (C, K) a kernel takes keys of its own set only. Correlations with the residual below ``negligible``
+    (C,) are rounding errors. A kernel that is fitted exactly before the last step takes its remaining keys, lowest
+    index first, with scale 0. A key that depends on those already chosen has scale 0 too.
     """
     count, size = kernels.shape
     index = torch.zeros(count, 0, dtype=torch.long, device=kernels.device)
     needed = torch.zeros(count, 0, dtype=torch.bool, device=kernels.device)
-    basis = kernels.new_zeros(count, 0, size)  # the chosen keys, orthonormal; zeros for one that is not needed
+    basis = kernels.new_zeros(count, 0, size)  # the chosen keys, orthonormal; zeros for a key that is not needed
     free = torch.ones(count, len(keys), dtype=torch.bool, device=kernels.device) if sets is None else sets.clone()
     residual, tie = kernels, _TIE * kernels.norm(dim=1, keepdim=True)
     for _ in range(steps):

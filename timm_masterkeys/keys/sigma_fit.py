@@ -1,4 +1,4 @@
-"""Kernels with scales of their own: the operators of the scale-space banks, differentiable in sigma, and their fit."""
+"""Keys of the scale-space banks at any sigmas, differentiable in them, and their fit to kernels."""
 
 import math
 
@@ -6,8 +6,8 @@ import torch
 
 from .projection import Projection, check_finite, constant_kernels, unfilled_projection
 
-SMALLEST, LARGEST, STEPS = 0.1, 4.0, 24  # of the grid of sigmas a fit starts from, in taps
-FLATTEST = 10.0  # taps; a larger sigma counts as this one
+SMALLEST, LARGEST, STEPS = 0.1, 4.0, 24  # the grid of sigmas, in taps, from which a fit starts
+FLATTEST = 10.0  # taps; larger sigmas are clamped to this
 _CHUNK = 128  # kernels refined at a time
 
 
@@ -20,12 +20,12 @@ def scaled_kernels(operator: torch.Tensor, log_sigma: torch.Tensor, height: int,
 
     Args:
         operator: (C,) int64, 0 to 7 for keys 1 to 8.
-        log_sigma: (C, 2), the logarithms of sigma_x and sigma_y, in taps; above 10 taps they count as 10.
-        height: Of the kernels.
-        width: Of the kernels.
+        log_sigma: (C, 2), the logarithms of sigma_x and sigma_y in taps; sigmas above 10 taps count as 10.
+        height: Height of the kernels in taps.
+        width: Width of the kernels in taps.
 
     Returns:
-        (C, height, width) of the type of ``log_sigma`` (computed in float32 at least).
+        (C, height, width) in the dtype of ``log_sigma``, computed at least in float32.
     """
     sigma = log_sigma.to(torch.promote_types(log_sigma.dtype, torch.float32))
     sigma = sigma.clamp_max(math.log(FLATTEST)).exp()
@@ -43,10 +43,10 @@ def scaled_kernels(operator: torch.Tensor, log_sigma: torch.Tensor, height: int,
         dtype=sigma.dtype,
         device=sigma.device,
     )
-    own = stencils[operator]
+    chosen = stencils[operator]
     x, y = _windows(sigma[:, 0], width), _windows(sigma[:, 1], height)
-    p_y, q_y = (y * own[:, 0:1]).sum(2), (y * own[:, 2:3]).sum(2)
-    p_x, q_x = (x * own[:, 1:2]).sum(2), (x * own[:, 3:4]).sum(2)
+    p_y, q_y = (y * chosen[:, 0:1]).sum(2), (y * chosen[:, 2:3]).sum(2)
+    p_x, q_x = (x * chosen[:, 1:2]).sum(2), (x * chosen[:, 3:4]).sum(2)
     kernels = p_y[:, :, None] * p_x[:, None, :] + q_y[:, :, None] * q_x[:, None, :]
     kernels = kernels - kernels.mean((1, 2), keepdim=True)
     norm = kernels.square().sum((1, 2), keepdim=True).clamp_min(1e-30).sqrt()
@@ -54,9 +54,9 @@ def scaled_kernels(operator: torch.Tensor, log_sigma: torch.Tensor, height: int,
 
 
 def _windows(sigma: torch.Tensor, taps: int) -> torch.Tensor:
-    """The discrete Gaussian (C,) -> (C, taps, 3) at every tap and its two neighbours."""
+    """The discrete Gaussians of sigmas (C,) at every tap and its two neighbours, (C, taps, 3)."""
     place = torch.arange(-1, taps + 1, device=sigma.device, dtype=sigma.dtype) - taps // 2
-    half = taps + 32  # the spectrum is even: angles 0 to pi, all but these two stand for two
+    half = taps + 32  # the spectrum is even: of angles 0 to pi all but the ends count twice
     angle = torch.arange(half + 1, device=sigma.device, dtype=sigma.dtype) * (math.pi / half)
     waves = torch.cos(place[:, None] * angle) / half
     waves[:, [0, half]] /= 2
@@ -69,15 +69,15 @@ def _windows(sigma: torch.Tensor, taps: int) -> torch.Tensor:
 def fit_scales(weight: torch.Tensor, operators: tuple[int, ...]) -> tuple[Projection, torch.Tensor]:
     """Least squares ``a * key(sigma_x, sigma_y) + b`` over operators and sigmas, kernel by kernel.
 
-    The best two operators on a grid (24 sigmas a direction, from .1 to 4 taps, 17 % apart) are refined in three rounds
-    to half a percent in sigma; the better one is taken.
+    The two best operators on a grid (24 sigmas per direction, from .1 to 4 taps, 17 % apart) are refined in three
+    rounds, to half a percent in sigma; the better one is taken.
 
     Args:
         weight: (C, 1, kh, kw), the kernels.
-        operators: Which of the eight, 0 to 7, may be taken.
+        operators: The operators to choose from, of 0 to 7.
 
     Returns:
-        The projection, its key_index a row of ``operators``, and the logarithms of sigma_x and sigma_y (C, 2).
+        The projection, with indices into ``operators`` as key_index; and the logarithms of sigma_x and sigma_y (C, 2).
 
     Raises:
         ProjectionError: NaN or Inf in a kernel.
@@ -99,19 +99,19 @@ def fit_scales(weight: torch.Tensor, operators: tuple[int, ...]) -> tuple[Projec
         fit, index = (unit @ keys.flatten(1).T).abs().max(1)
         fits.append(fit)
         starts.append(grid[index])
-    candidates = torch.stack(fits, 1).topk(min(2, len(operators)), 1).indices  # rows of operators, the best two
+    candidates = torch.stack(fits, 1).topk(min(2, len(operators)), 1).indices  # indices into operators, the best two
     known = torch.tensor(operators, device=weight.device)
     channels = torch.arange(len(flat), device=weight.device)
     refined = []
     for row in candidates.unbind(1):
         start = torch.stack(starts, 1)[channels, row]
         parts = zip(unit.split(_CHUNK), known[row].split(_CHUNK), start.split(_CHUNK), strict=True)
-        found = [_refine(*part, float(line[1] - line[0]), height, width) for part in parts]
-        refined.append([torch.cat(column) for column in zip(*found, strict=True)])
+        results = [_refine(*part, float(line[1] - line[0]), height, width) for part in parts]
+        refined.append([torch.cat(column) for column in zip(*results, strict=True)])
     best = torch.stack([fit for _, fit in refined], 1).argmax(1)
     row = candidates.gather(1, best[:, None])[:, 0]
     chosen = known[row]
-    log_sigma = torch.stack([found for found, _ in refined], 1)[channels, best]
+    log_sigma = torch.stack([sigmas for sigmas, _ in refined], 1)[channels, best]
     keys = scaled_kernels(chosen, log_sigma, height, width).flatten(1)
     scale = (centred * keys).sum(1)
     constant = constant_kernels(weight)
@@ -126,7 +126,7 @@ def fit_scales(weight: torch.Tensor, operators: tuple[int, ...]) -> tuple[Projec
 def _refine(
     unit: torch.Tensor, operator: torch.Tensor, log_sigma: torch.Tensor, step: float, height: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sigmas around the given ones that fit better, in three rounds of 25; and the absolute correlation."""
+    """The best log sigmas near the given ones, in three rounds of 25 each; and their absolute correlations."""
     line = torch.linspace(-1, 1, 5, dtype=unit.dtype, device=unit.device)
     around = torch.cartesian_prod(line, line)
     fit = torch.zeros_like(unit[:, 0])

@@ -1,4 +1,4 @@
-"""A convolution whose weight is computed: reading and assigning it, the forward pass, and the geometry."""
+"""A convolution with a computed weight: reading and assigning it, the forward pass, and the geometry."""
 
 import warnings
 from typing import Any, ClassVar, NoReturn
@@ -19,11 +19,11 @@ _is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
 class ComputedConv2d(nn.Conv2d):
-    """An ``nn.Conv2d`` whose kernels come from ``compose_weight()``; its weight cannot be used as a parameter.
+    """An ``nn.Conv2d`` with kernels computed by ``compose_weight()``; its weight cannot be used as a parameter.
 
     Attributes:
-        weight: (out_channels, 1, kh, kw), computed at each access. Assigning a tensor of this shape projects it;
-            writing into what is read here changes nothing, and the next forward pass warns of it.
+        weight: (out_channels, 1, kh, kw), computed at each access. Assigning a tensor of this shape projects it.
+            Writing in place into the tensor read here does not change the layer; the next forward pass warns of it.
         same_padding: Whether it pads as timm's ``Conv2dSame``.
     """
 
@@ -39,19 +39,19 @@ class ComputedConv2d(nn.Conv2d):
     _read: tuple[torch.Tensor, tuple[int, int]] | None  # the weight last read, see _warn_if_written
 
     def compose_weight(self) -> torch.Tensor:
-        """The kernels (out_channels, 1, kh, kw), differentiable in what they are computed from."""
+        """The kernels (out_channels, 1, kh, kw), differentiable in the parameters they are computed from."""
         raise NotImplementedError
 
     def project_weight(self, weight: torch.Tensor) -> None:
-        """Takes the computable kernels nearest to the given ones. In place."""
+        """Sets the layer's kernels to those nearest to ``weight`` that it can compute. In place."""
         raise NotImplementedError
 
     def keep_kernels(self, weight: torch.Tensor) -> bool:
-        """Drops all kernels but the given ones; False, and nothing changes, if some of these are not the layer's."""
+        """Drops all kernels but those in ``weight``; returns False, unchanged, if some are not the layer's."""
         raise NotImplementedError
 
     def check_values(self, input: torch.Tensor | None = None) -> None:
-        """Raises CheckpointError if the kernels have no values, but the input, if given, has."""
+        """Raises CheckpointError if the kernels have no values, unless ``input`` has none either."""
 
     def _grad_forward(self, input: torch.Tensor) -> torch.Tensor:
         """The convolution with gradients, of an input already padded if ``same_padding``."""
@@ -69,7 +69,7 @@ class ComputedConv2d(nn.Conv2d):
             self.check_values()
             raise
         self._warn_if_written()
-        if not weight.is_inference():  # inference tensors have no version, and cannot be written to outside
+        if not weight.is_inference():  # those have no version, and cannot be written to outside inference mode
             weight = weight.as_subclass(ComputedWeight)
             self._read = weight, state_of(weight)
         return weight
@@ -79,7 +79,7 @@ class ComputedConv2d(nn.Conv2d):
         self.project_weight(weight)
 
     def _warn_if_written(self) -> None:
-        """Warns if the tensor last read as ``weight`` was written to, which changes nothing."""
+        """Warns if the tensor last read as ``weight`` was written to, which does not change the layer."""
         read, self._read = self._read, None
         if read is not None and state_of(read[0]) != read[1]:
             warnings.warn(
@@ -90,9 +90,9 @@ class ComputedConv2d(nn.Conv2d):
             )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As for any module, but a weight, or what ``torch.nn.utils`` makes of one, is refused (ConversionError).
+        """As for any module, but a weight, or a name that ``torch.nn.utils`` derives from it, raises ConversionError.
 
-        Accepted are the kernels that Torch-Pruning keeps, after it has lowered ``out_channels``.
+        Only the kernels that Torch-Pruning keeps are accepted, after it has lowered ``out_channels``.
         """
         if name == "weight" and param is not None and self.keep_kernels(param):
             return
@@ -118,14 +118,14 @@ class ComputedConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _fast_forward(self, input: torch.Tensor) -> torch.Tensor:
-        given: Any = input
-        proxy = isinstance(given, torch.fx.Proxy)  # an FX tracer that does not know to keep the layer whole
+        traced: Any = input
+        proxy = isinstance(traced, torch.fx.Proxy)  # from an FX tracer that looks inside the layer
         if not torch.compiler.is_compiling():
-            if self._read is not None:  # in this order: no guard on what was read
+            if self._read is not None:  # only when not compiling: no guard on the tensor read
                 self._warn_if_written()
             if not proxy:
                 self.check_values(input)
-        if proxy and type(given.tracer).__module__.startswith("torch.ao.quantization"):
+        if proxy and type(traced.tracer).__module__.startswith("torch.ao.quantization"):
             raise ConversionError(COMPUTED)
         if proxy or input.ndim != 4:  # 3: an image without a batch
             return self._conv_forward(input, self.compose_weight(), self.bias)
@@ -136,18 +136,18 @@ class ComputedConv2d(nn.Conv2d):
         if not any_gpu_kernel("conv"):
             return self._conv_forward(input, weight, self.bias)
         input, padding = self._padded(input)
-        given = autocast(input, weight, self.bias)
-        return convolve(*given, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        tensors = autocast(input, weight, self.bias)
+        return convolve(*tensors, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
 
     def windows(self, input: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The input under the kernel at some positions of the output.
+        """The part of the input under the kernel, at some positions of the output.
 
         Args:
             input: (N, in_channels, H, W).
-            positions: (P,) int64, of the output's H' * W' in rows.
+            positions: (P,) int64, indices into the H' * W' positions of the output, row by row.
 
         Returns:
-            (N, P, kh * kw, in_channels), so that ``weight.flatten(1) @ windows`` are the kernels' responses there.
+            (N, P, kh * kw, in_channels); ``weight.flatten(1) @ windows`` are the kernels' responses at the positions.
         """
         if self.same_padding:
             input = pad_same(input, self.kernel_size, self.stride, self.dilation)
@@ -163,7 +163,7 @@ class ComputedConv2d(nn.Conv2d):
         return input.permute(0, 2, 3, 1)[:, rows[:, :, None], columns[:, None, :]].flatten(2, 3)
 
     def _padded(self, input: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """The input, with all padding but symmetric zeros done, and those zeros (height, width) still to add."""
+        """The input, padded except for symmetric zeros, and the number of zeros (height, width) still to add."""
         if self.padding_mode != "zeros":
             return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
         if not isinstance(self.padding, str):

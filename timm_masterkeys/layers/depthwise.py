@@ -1,6 +1,6 @@
-"""A depthwise convolution with kernels affine in frozen keys, and a backward pass without their weight gradient.
+"""A depthwise convolution with kernels affine in frozen keys, and a backward pass without the weight gradient.
 
-This is the operator in plain PyTorch; ``gpu_operators`` says where GPU kernels take its place.
+This is the operator in plain PyTorch; ``gpu_operators`` decides where GPU kernels replace parts of it.
 """
 
 import inspect
@@ -17,8 +17,8 @@ Pair = tuple[int, int]
 Geometry = tuple[Pair, Pair, Pair, int]  # stride, padding, dilation, groups
 
 CACHED = 2 << 20  # bytes of input worked on at a time
-# Taps a side up to which the gradient of the shift comes from the whole weight gradient; above, from sums over windows
-# of the input (examples/benchmark_shift_gradient.py compares them).
+# Kernels of up to this many taps a side get the gradient of the shift from the whole weight gradient, larger ones from
+# sums over windows of the input (examples/benchmark_shift_gradient.py compares them).
 WHOLE_UP_TO = 3
 
 
@@ -55,11 +55,11 @@ class AffineDepthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, _, bias, scale, shift, *_ = ctx.needs_input_grad
-        grad_input, *others = affine_gradients(ctx, ctx.saved_tensors, grad, input, bias, scale, shift)
-        return grad_input, None, *others, *[None] * 6
+        grad_input, *other_grads = affine_gradients(ctx, ctx.saved_tensors, grad, input, bias, scale, shift)
+        return grad_input, None, *other_grads, *[None] * 6
 
 
-# PyTorch reads the signature at every call; computing it costs more than all else around the convolution.
+# PyTorch reads the signature at every call. Computing it would cost more than anything else around the convolution.
 AffineDepthwise.forward.__signature__ = inspect.signature(AffineDepthwise.forward)  # type: ignore[attr-defined]
 
 
@@ -80,31 +80,31 @@ def affine_depthwise_conv2d(
     """``F.conv2d`` with composed kernels whose backward gives the gradients of scale and shift directly.
 
     With ``W[c] = sum_j a[c, j] * x[key_index[c, j]] + b[c]``, dL/db[c] is the sum over the output of dL/dy times the
-    sum of the input over the kernel's window, and dL/da[c, j] that of dL/dy times the input filtered with the key.
-    So the full weight gradient, most of a depthwise backward pass, is computed only where that is cheapest: for kernels
-    of up to 3x3, and for scales with few taps or more than two keys. The input is kept only if scale or shift needs a
-    gradient. Differentiable twice, and in forward mode. Under autocast it runs in autocast's type, as conv2d.
+    sum of the input over the kernel's window. dL/da[c, j] is the sum of dL/dy times the input filtered with the key.
+    The full weight gradient takes most of a depthwise backward pass. It is computed only where that is cheapest: for
+    kernels of up to 3x3, and for scales with few taps or more than two keys. The input is kept only if scale or shift
+    needs a gradient. Differentiable twice, and in forward mode. Under autocast it runs in autocast's dtype, as conv2d.
 
     Args:
         input: (N, groups, H, W).
-        weight: (C, 1, kh, kw), composed from the arguments below; gets no first-order gradient of its own.
+        weight: (C, 1, kh, kw), composed from the arguments below; gets no first-order gradient.
         bias: (C,) or None.
         scale: (C * r,).
         shift: (C,).
         keys: (K, kh, kw).
         key_index: (C, r).
         stride: (height, width).
-        padding: (height, width) zeros on both sides.
+        padding: (height, width), zeros on either side.
         dilation: (height, width).
-        groups: Input channels.
+        groups: The number of input channels.
         function: ``AffineDepthwise``, or ``gpu_operators.affine_function()``.
 
     Returns:
-        (N, C, H', W'), bit for bit ``F.conv2d(input, weight, bias, stride, padding, dilation, groups)``, unless a GPU
-        kernel is used, which sums in another order.
+        (N, C, H', W'), equal bit for bit to ``F.conv2d(input, weight, bias, stride, padding, dilation, groups)``; not
+        where a GPU kernel is used, which sums in another order.
     """
     input, weight, bias = autocast(input, weight, bias)
-    if has_tangents(input, weight, bias):  # the composed kernels carry those of scale and shift
+    if has_tangents(input, weight, bias):  # the composed kernels carry the tangents of scale and shift
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     output: torch.Tensor = function.apply(
         input, weight, bias, scale, shift, keys, key_index, stride, padding, dilation, groups
@@ -115,7 +115,7 @@ def affine_depthwise_conv2d(
 def autocast(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The arguments of a convolution, cast as autocast does where it is on."""
+    """The arguments of a convolution, cast as autocast casts them where it is enabled."""
     device = input.device.type
     if input.is_meta or not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
         return input, weight, bias  # torch has no autocast for "meta"
@@ -124,14 +124,14 @@ def autocast(
 
 
 def has_tangents(*tensors: torch.Tensor | None) -> bool:
-    """Whether any is differentiated in forward mode, which torch.compile cannot."""
+    """Whether any tensor is differentiated in forward mode; never under torch.compile, which cannot do that."""
     if torch.compiler.is_compiling():
         return False
     return any(t is not None and unpack_dual(t).tangent is not None for t in tensors)
 
 
 def layout(tensor: torch.Tensor) -> torch.memory_format:
-    """Whether neighbours in memory are channels (``torch.channels_last``) or columns (``torch.contiguous_format``)."""
+    """``torch.channels_last`` if neighbours in memory are channels, ``torch.contiguous_format`` if they are columns."""
     return torch.channels_last if tensor.stride(1) == 1 < tensor.stride(3) else torch.contiguous_format
 
 
@@ -197,7 +197,7 @@ def _input_gradient(ctx: Any, input: torch.Tensor | None, weight: torch.Tensor, 
 
 
 def full_padding(weight: torch.Tensor, geometry: Geometry) -> list[int] | None:
-    """The padding with which the input gradient is the output gradient convolved with flipped kernels; None if none."""
+    """The padding for the input gradient as a convolution of the output gradient with flipped kernels, or None."""
     stride, padding, dilation, groups = geometry
     full = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
     return full if tuple(stride) == (1, 1) and weight.shape[0] == groups and min(full) >= 0 else None
@@ -206,7 +206,7 @@ def full_padding(weight: torch.Tensor, geometry: Geometry) -> list[int] | None:
 def key_sums(
     grad: torch.Tensor, input: torch.Tensor, keys: torch.Tensor, key_index: torch.Tensor, geometry: Geometry
 ) -> list[torch.Tensor]:
-    """The gradients of scales, a list of r (C,): sums of ``grad`` times the input filtered with each key."""
+    """The gradients of the scales, r tensors (C,): sums of ``grad`` times the input filtered with each key."""
 
     def filtered(kernels: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
         return F.conv2d(part, kernels.unsqueeze(1).to(part.dtype), None, *geometry)
@@ -217,7 +217,7 @@ def key_sums(
 def window_sums(
     grad: torch.Tensor, input: torch.Tensor, size: Pair, memory_format: torch.memory_format, geometry: Geometry
 ) -> torch.Tensor:
-    """The gradient of shifts (C,): sums of ``grad`` times the input summed over the kernel's window."""
+    """The gradient of the shifts (C,): sums of ``grad`` times the input summed over the kernel's window."""
     stride, padding, dilation, groups = geometry
     pools = dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, size, strict=True))
     # In channels_last on CPU, summing columns, then rows, is faster than a convolution with ones; elsewhere slower.
@@ -235,7 +235,7 @@ def window_sums(
 def _correlation(
     grad: torch.Tensor, input: torch.Tensor, filtered: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Per output channel, the sum of ``grad`` times the filtered input; on CPU in parts that stay in its cache."""
+    """The sum of ``grad`` times the filtered input per output channel; on CPU in parts that fit into the cache."""
     parts: Iterable[tuple[torch.Tensor, torch.Tensor]] = [(grad, input)]
     if input.device.type == "cpu" and not torch.compiler.is_compiling():
         images = math.ceil(input.shape[0] / max(1, math.ceil(input.nbytes / CACHED)))

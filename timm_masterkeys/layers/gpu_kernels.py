@@ -16,7 +16,7 @@ from .gpu_operators import output_shape
 
 Pair = tuple[int, int]
 
-# The places, columns of places, and channels that a program works on at a time, by whether the layout is channels_last.
+# The places, columns of places, and channels that a program works on at a time; the key is whether channels_last.
 # Neighbouring threads read neighbouring columns of one channel, or in channels_last neighbouring channels.
 CONVOLUTION = {  # a place is four rows of the output
     False: {"places": 256, "columns": 64, "channels": 1},
@@ -26,11 +26,11 @@ WINDOWS = {  # a place is one element of the input
     False: {"places": 512, "columns": 64, "channels": 1},
     True: {"places": 32, "columns": 8, "channels": 32},
 }
-WIDE = 2**31  # elements from which offsets take 64 bits
+WIDE = 2**31  # elements; offsets of a tensor with more take 64 bits
 
 
 def check_driver(device: str) -> None:
-    """Raises Triton's own error if it cannot run on a type of device, as without a driver."""
+    """Raises Triton's own error if Triton cannot run on a type of device, as without a driver."""
     if device == "cuda":
         triton.runtime.driver.active.get_current_device()
 
@@ -44,14 +44,14 @@ def _load(at, there, position, size, stride, TOTAL: tl.constexpr):
 
 @triton.jit
 def _store(at, values, there, position, size, stride):
-    """Writes values (places, channels) where ``_load`` would read them."""
+    """Writes values (places, channels) to the elements that ``_load`` reads."""
     inside = there & (position < size)[:, None]
     tl.store(at + (position * stride)[:, None], values.to(at.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _times(at, values, there, position, size, stride, TOTAL: tl.constexpr):
-    """Values times what ``_load`` reads; 0 outside, where the values may not be finite."""
+    """Values times the elements that ``_load`` reads; 0 outside, where the values may not be finite."""
     inside = there & (position < size)[:, None]
     return tl.where(inside, values * _load(at, there, position, size, stride, TOTAL), 0.0)
 
@@ -111,8 +111,8 @@ def _convolve(
     ROWS: tl.constexpr,  # bands of four
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    TOTAL: tl.constexpr,  # the type summed in
-    INDEX: tl.constexpr,  # the type of offsets
+    TOTAL: tl.constexpr,  # the dtype of the sums
+    INDEX: tl.constexpr,  # the dtype of offsets
 ):
     """One program: some channels, images, rows and columns of the output.
 
@@ -175,7 +175,7 @@ def _convolve(
 
 @triton.jit
 def _load_grad(at, there, shifted, height, gh, SY: tl.constexpr, TOTAL: tl.constexpr):
-    """The output gradient where the output's row times the stride is ``shifted``."""
+    """The output gradient at the row ``shifted / SY``; 0 where the stride does not divide ``shifted``."""
     if SY > 1:
         there = there & (shifted % SY == 0)[:, None]
     return _load(at, there, shifted // SY, height, gh, TOTAL)
@@ -219,8 +219,8 @@ def _window_sums(
 ):
     """One program: some channels, images and rows of the input, all columns.
 
-    In the sum over taps (i, k) of grad[y - i, x] * input[y, x + k], y is a row of the *input*: so a tap's row shifts
-    only the gradient, its column only the input, the sum is a product of two sums, and a place needs kh + kw loads.
+    In the sum over taps (i, k) of grad[y - i, x] * input[y, x + k], y is a row of the *input*. So a tap's row shifts
+    only the gradient, and its column only the input: the sum is a product of two sums, from kh + kw loads per place.
     """
     program = tl.program_id(0)
     channel_blocks = tl.cdiv(channels, CHANNELS)
@@ -248,13 +248,13 @@ def _window_sums(
             input_there = there & (row < last_row)[:, None]
             row += PY
             column = column * SX - PX
-            given = _load_grad(grad_column, grad_there, row, height, gh, SY, TOTAL)
+            grad_sum = _load_grad(grad_column, grad_there, row, height, gh, SY, TOTAL)
             for i in tl.static_range(1, KH):
-                given += _load_grad(grad_column, grad_there, row - i * DY, height, gh, SY, TOTAL)
-            taken = _load(input_row, input_there, column, in_width, xw, TOTAL)
+                grad_sum += _load_grad(grad_column, grad_there, row - i * DY, height, gh, SY, TOTAL)
+            input_sum = _load(input_row, input_there, column, in_width, xw, TOTAL)
             for k in tl.static_range(1, KW):
-                taken += _load(input_row, input_there, column + k * DX, in_width, xw, TOTAL)
-            total += taken * given
+                input_sum += _load(input_row, input_there, column + k * DX, in_width, xw, TOTAL)
+            total += input_sum * grad_sum
     tl.store(sums + chunk * channels + channel, tl.sum(total, 0), mask=exists)
 
 
@@ -286,7 +286,7 @@ def affine_sums(
     form = layout(input)
     if form is not layout(grad):  # a copy costs less than reads across the layout
         grad = grad.contiguous(memory_format=form)
-    # Rows that divide the height; a program works down several times as many.
+    # The rows of a block divide the height; a program goes down several blocks.
     sizes = _blocks(grad.shape, in_height & -in_height, WINDOWS[form is torch.channels_last])
     rows = max(32, 8 * sizes["ROWS"])
     chunks = triton.cdiv(images, sizes["IMAGES"]) * triton.cdiv(in_height, rows)
@@ -325,9 +325,9 @@ def _launch_convolution(
     geometry: tuple[Pair, Pair, Pair],
     sums: bool = False,
 ) -> torch.Tensor:
-    """Writes the output; with ``sums``, the output is a gradient, and sums of it times the result are returned.
+    """Writes the convolution to ``output``; with ``sums`` returns its products with ``output``, a gradient, summed.
 
-    The sums are (chunks, C * r). Kernels are (C * r, [1,] kh, kw), r per channel of the output.
+    The sums are (chunks, C * r). The kernels are (C * r, [1,] kh, kw), r for each channel of the output.
     """
     images, _, height, width = output.shape
     channels, dtype = len(kernels), torch.promote_types(input.dtype, torch.float32)
@@ -341,7 +341,7 @@ def _launch_convolution(
         _convolve[(chunks * triton.cdiv(channels, sizes["CHANNELS"]),)](
             input,
             kernels.flatten(1).t().contiguous(),
-            kernels if bias is None else bias.contiguous(),  # without one it is not read
+            kernels if bias is None else bias.contiguous(),  # without a bias this is not read
             output,
             partial,
             images,
@@ -364,7 +364,7 @@ def _launch_convolution(
 
 
 def _blocks(output: torch.Size, rows: int, block: dict[str, int]) -> dict[str, int]:
-    """How a program's places are divided: columns first, then at most ``rows`` (a power of 2), then images."""
+    """The block sizes of a program: its places are columns first, then at most ``rows`` (a power of 2), then images."""
     columns = min(triton.next_power_of_2(output[3]), block["columns"])
     rows = min(rows, block["places"] // columns)
     images = min(block["places"] // (columns * rows), triton.next_power_of_2(output[0]))
@@ -372,7 +372,7 @@ def _blocks(output: torch.Size, rows: int, block: dict[str, int]) -> dict[str, i
 
 
 def _types(total: torch.dtype, *tensors: torch.Tensor) -> dict[str, Any]:
-    """The types of a GPU kernel's sums and of its offsets: 64 bits where a tensor needs them."""
+    """The dtypes of a GPU kernel's sums and of its offsets, which take 64 bits for large tensors."""
     spans = [sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors]
     return {
         "TOTAL": tl.float64 if total == torch.float64 else tl.float32,

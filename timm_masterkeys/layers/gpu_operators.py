@@ -1,4 +1,4 @@
-"""Chooses where depthwise layers use GPU kernels, and registers those. Triton is imported only when one runs."""
+"""Chooses where depthwise layers use GPU kernels, and registers them. Triton is imported only when one runs."""
 
 import inspect
 import logging
@@ -27,22 +27,22 @@ _logger = logging.getLogger(__name__)
 
 
 class Case(NamedTuple):
-    """What the speed of a GPU kernel depends on, but for the size of the input."""
+    """All that the speed of a GPU kernel depends on, except the size of the input."""
 
     operation: str  # "conv", a convolution or its input gradient; or "sums", the gradients of shift and scales
     kernel_size: Pair
     stride: Pair
     dilation: Pair
-    multiplier: int  # output channels to each of the input
+    multiplier: int  # output channels per input channel
     channels_last: bool
     dtype: torch.dtype
-    scales: int = 0  # keys per kernel with a scale that trains
+    scales: int = 0  # keys per kernel, if the scales train
 
 
 # The cases in which a GPU kernel was faster at every size that examples/benchmark_train.py measures: none yet.
 MEASURED: frozenset[Case] = frozenset()
-# "1" uses both GPU kernels wherever they run, "conv" or "sums" that one alone, "0" none, "" those in MEASURED.
-# A global, as torch.compile compiles again when it changes. (Before PyTorch 2.7 compiled code uses no GPU kernel.)
+# "1" uses both GPU kernels wherever they run, "conv" or "sums" only that one, "0" none, "" the cases in MEASURED.
+# A global, so that torch.compile compiles again when it changes. (Compiled code uses none before PyTorch 2.7.)
 TRITON = os.environ.get("TIMM_MASTERKEYS_TRITON", "")
 _runs: dict[str, bool] = {}  # whether GPU kernels run, by type of device
 _registering = threading.Lock()
@@ -50,7 +50,7 @@ _TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")  # an older PyTorch can
 
 
 class _GpuAffineDepthwise(AffineDepthwise):
-    """``AffineDepthwise`` with GPU kernels for the operations that use one."""
+    """``AffineDepthwise`` with GPU kernels for those operations that use one."""
 
     @staticmethod
     def forward(*inputs: Any) -> torch.Tensor:  # as for AffineDepthwise
@@ -65,18 +65,18 @@ class _GpuAffineDepthwise(AffineDepthwise):
         sums_used = (needs_scale or needs_shift) and uses_gpu_kernel("sums", grad, *case, scales)
         conv_used = needs_input and uses_gpu_kernel("conv", grad, *case)
         full = full_padding(weight, ctx.geometry) if conv_used else None
-        own_input = own_scale = own_shift = None
+        gpu_input = gpu_scale = gpu_shift = None
         if full is not None:
             grad = grad.contiguous(memory_format=ctx.memory_format)
-            own_input = depthwise_conv2d(grad, weight.flip(2, 3), None, (1, 1), full, ctx.geometry[2])
+            gpu_input = depthwise_conv2d(grad, weight.flip(2, 3), None, (1, 1), full, ctx.geometry[2])
         if sums_used:
             sums = affine_sums(grad, input, keys, key_index[:, :scales], *ctx.geometry[:3])
-            own_scale = sums[:, 1:].flatten().to(ctx.types[0]) if needs_scale else None
-            own_shift = sums[:, 0].to(ctx.types[1]) if needs_shift else None
+            gpu_scale = sums[:, 1:].flatten().to(ctx.types[0]) if needs_scale else None
+            gpu_shift = sums[:, 0].to(ctx.types[1]) if needs_shift else None
         needs = needs_input and full is None, needs_bias, needs_scale and not sums_used, needs_shift and not sums_used
         grad_input, grad_bias, grad_scale, grad_shift = affine_gradients(ctx, saved, grad, *needs)
-        grad_input = grad_input if full is None else own_input
-        grad_scale, grad_shift = (own_scale, own_shift) if sums_used else (grad_scale, grad_shift)
+        grad_input = grad_input if full is None else gpu_input
+        grad_scale, grad_shift = (gpu_scale, gpu_shift) if sums_used else (grad_scale, grad_shift)
         return grad_input, None, grad_bias, grad_scale, grad_shift, *[None] * 6
 
 
@@ -97,7 +97,7 @@ def convolve(
     dilation: Pair,
     groups: int,
 ) -> torch.Tensor:
-    """``F.conv2d`` by the GPU kernel, if it is used and the arguments are right; else by PyTorch, which checks them."""
+    """``F.conv2d`` by the GPU kernel if it is used and takes the arguments; else by PyTorch, which checks them."""
     if uses_gpu_kernel("conv", input, layout(input), weight, (stride, padding, dilation, groups)):
         sizes = *input.shape[1:], *output_shape(input, weight, stride, padding, dilation)[2:]
         types = {t.dtype for t in (input, weight, bias) if t is not None}
@@ -107,7 +107,7 @@ def convolve(
 
 
 def any_gpu_kernel(operation: str) -> bool:
-    """Whether an operation uses a GPU kernel in any case; fast, as every call asks this."""
+    """Whether an operation uses a GPU kernel in at least one case; fast, as every forward pass calls this."""
     return TRITON in ("1", operation) or (TRITON == "" and len(MEASURED) > 0)
 
 
@@ -119,7 +119,7 @@ def uses_gpu_kernel(
     geometry: Geometry,
     scales: int = 0,
 ) -> bool:
-    """Whether an operation uses its GPU kernel; of ``input`` only the type and device count."""
+    """Whether an operation uses its GPU kernel; of ``input`` only dtype and device count."""
     if not any_gpu_kernel(operation) or (torch.compiler.is_compiling() and not _TELLS_EXPORTS):
         return False
     stride, _, dilation, groups = geometry
@@ -129,9 +129,9 @@ def uses_gpu_kernel(
 
 
 def _case_uses_gpu_kernel(device: str, operation: str, height: int, width: int, *rest: Any) -> bool:
-    """``uses_gpu_kernel`` by the fields of ``Case``; a constant in compiled code.
+    """``uses_gpu_kernel`` from the fields of ``Case``; a constant in compiled code.
 
-    False within vmap and the like, and in exported programs, which run without this package.
+    False within vmap and other functorch transforms, and in exported programs, which run without this package.
     """
     if TRITON == "" and Case(operation, (height, width), *rest) not in MEASURED:
         return False
@@ -158,7 +158,7 @@ def _registered(device: str) -> bool:
         from . import gpu_kernels
 
         gpu_kernels.check_driver(device)
-    except (ImportError, RuntimeError, OSError) as error:  # not installed, no driver, or an unknown one
+    except (ImportError, RuntimeError, OSError) as error:  # no Triton, no driver, or an unknown one
         _logger.warning("Triton does not run here, so depthwise layers use no GPU kernels: %s", error)
         return False
     affine_sums.register_kernel(device, gpu_kernels.affine_sums)
@@ -180,9 +180,9 @@ def plain_sums(
     return torch.stack([shift, *key_sums(grad, input, keys, key_index, geometry)], 1)
 
 
-# The gradients of shift and scales, (C, 1 + r), from an output gradient (N, C, H', W') and an input: for each output
-# channel the sum of the gradient times the input summed over the window, then times the input filtered with each of
-# its keys; in float32 or float64. ``key_index`` is (C, r); with r = 0 only the gradient of the shifts.
+# The gradients of shift and scales, (C, 1 + r) in float32 or float64, from an output gradient (N, C, H', W') and an
+# input. For each output channel: the sum of the gradient times the input summed over the window, then the sums of the
+# gradient times the input filtered with each key. ``key_index`` is (C, r); with r = 0 only the shifts' gradient.
 affine_sums = torch.library.custom_op(
     "timm_masterkeys::affine_sums",
     plain_sums,
@@ -204,7 +204,7 @@ def _setup_sums(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None
 
 
 def _sums_backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The sums are linear in each argument: a convolution with kernels composed from ``cotangent``."""
+    """The gradients by convolutions with kernels composed from ``cotangent``, as the sums are linear in each tensor."""
     grad, input, keys, key_index = ctx.saved_tensors
     geometry = (ctx.stride, ctx.padding, ctx.dilation, input.shape[1])
     kernels = cotangent[:, 0, None, None] + (cotangent[:, 1:, None, None] * keys[key_index]).sum(1)

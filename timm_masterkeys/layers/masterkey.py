@@ -1,4 +1,4 @@
-"""The depthwise convolution whose kernels are affine images of frozen keys. Knows nothing of models."""
+"""The depthwise convolution with kernels that are affine images of frozen keys. Knows nothing of models."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ Trainable = Literal["none", "shift", "affine", "sigmas"]
 
 Layer = TypeVar("Layer", bound="MasterKeyConv2d")
 
-RANDOM, CONSTANT = -1.0, -2.0  # in place of an R2
+RANDOM, CONSTANT = -1.0, -2.0  # stand in place of an R2
 
 _LIBRARIES = (
     "A library that adds layers of the class it finds, as PEFT's LoRA does, wants ordinary ones: call "
@@ -29,7 +29,7 @@ _LIBRARIES = (
 )
 _ENTRIES = ("keys", "key_index", "scale", "shift", "r2", "log_sigma")
 _ATTRIBUTES = ("bank", "keys_per_kernel", "trainable", "frozen", "same_padding", "operators", "_read", "_empty")
-_NO_KEY = 0.1  # a tensor that differs more from the keys holds none: averages and half precision are nearer
+_NO_KEY = 0.1  # a tensor that differs more from the keys has no values; averages and half precision differ less
 
 _NO_VALUES = (
     "A MasterKeyConv2d has no values: it was made empty (on the meta device, or by to_empty), and what was loaded "
@@ -42,33 +42,33 @@ _NO_VALUES = (
 class MasterKeyConv2d(ComputedConv2d):
     """A depthwise ``nn.Conv2d`` with kernels ``W[c] = sum_j scale[c, j] * keys[key_index[c, j]] + shift[c]``.
 
-    The kernels are computed, the keys never train. Everything else is the convolution it replaces: the same geometry,
-    padding rule, bias and hooks. What trains is a parameter, what is frozen a buffer, so ``parameters()`` holds just
-    what an optimiser should see, all of it 1-D (timm's optimisers give 1-D parameters no weight decay).
+    The kernels are computed, and the keys never train. Everything else is as in the convolution it replaces: geometry,
+    padding rule, bias and hooks. Trainable entries are parameters, frozen ones are buffers. So ``parameters()`` holds
+    only what an optimiser should train, all of it 1-D (timm's optimisers give 1-D parameters no weight decay).
 
     Args:
         in_channels: Channels, all depthwise (``groups == in_channels``).
         out_channels: A multiple of ``in_channels``.
-        kernel_size: Taps, as for ``nn.Conv2d``; more than one in all.
+        kernel_size: As for ``nn.Conv2d``; more than one tap.
         stride, dilation, padding_mode, device, dtype: As for ``nn.Conv2d``.
         padding: As for ``nn.Conv2d``, or ``"same_dynamic"`` for timm's TensorFlow-like SAME padding (``Conv2dSame``).
         groups: ``in_channels``, or None for the same.
-        bias: Adds a trainable bias.
+        bias: Whether to add a trainable bias.
         bank: Anything ``get_bank`` takes.
         keys_per_kernel: Keys per kernel, r; fewer where the bank has fewer at this kernel size.
         trainable: ``"none"``, ``"shift"`` (one constant per kernel, as in the paper) or ``"affine"`` (scale and shift);
-            ``"sigmas"`` is that of ``ScaledKeyConv2d``.
+            ``"sigmas"`` is for ``ScaledKeyConv2d`` only.
 
     Attributes:
         weight: (out_channels, 1, kh, kw), computed at each access; see ``ComputedConv2d``.
-        keys: Buffer (K, kh, kw), the bank at this kernel size: its own digits, also after casts and averages.
-        key_index: Buffer (out_channels, r) float32, whole numbers: rows of ``keys``. Floats, as averages of weights
+        keys: Buffer (K, kh, kw), the bank at this kernel size, restored exactly after casts and averages.
+        key_index: Buffer (out_channels, r) float32, rows of ``keys`` as whole numbers. Floats, as averages of weights
             truncate integers; ``key_rows()`` gives int64.
         scale: (out_channels * r,), channel by channel; a parameter if trainable is "affine", else a buffer.
         shift: (out_channels,); a parameter unless trainable is "none", else a buffer.
         r2: Buffer (out_channels,) float32, the R2 of each kernel when it was fitted; or ``RANDOM`` (-1) for random
             initialisation, ``CONSTANT`` (-2) where the dense kernel is constant.
-        frozen: Whether the dense weight is frozen, for ``fuse`` where neither scale nor shift is a parameter.
+        frozen: Whether ``fuse`` returns a frozen weight where neither scale nor shift is a parameter.
         bank: The KeyBank.
 
     Raises:
@@ -135,9 +135,9 @@ class MasterKeyConv2d(ComputedConv2d):
         *,
         fit: bool = True,
     ) -> Layer:
-        """A layer of this class in place of a depthwise convolution; the convolution itself is left as it is.
+        """A layer of this class made from a depthwise convolution, which is not changed.
 
-        Shares the bias and the hooks with ``conv``, and keeps its training mode, device, dtype and requires_grad.
+        The layer shares bias and hooks with ``conv``, and keeps its training mode, device, dtype and requires_grad.
 
         Args:
             conv: ``nn.Conv2d``, timm's ``Conv2dSame``, or a subclass that computes as they do, with
@@ -145,13 +145,13 @@ class MasterKeyConv2d(ComputedConv2d):
             bank: Anything ``get_bank`` takes.
             keys_per_kernel: Keys per kernel.
             trainable: "none", "shift" or "affine"; for ``ScaledKeyConv2d.from_conv`` also "sigmas".
-            fit: Project the kernels of ``conv``; else random initialisation (``reset_parameters``).
+            fit: Whether to project the kernels of ``conv``; else random initialisation (``reset_parameters``).
 
         Raises:
             BankError: No such bank, or it has no key at this kernel size.
             ProjectionError: The kernels hold NaN or Inf, or keys_per_kernel is out of range.
-            ConversionError: Unknown ``trainable``, or a convolution that is not depthwise or has a rule of its own
-                (``obstacle``).
+            ConversionError: Unknown ``trainable``, or a convolution that is not depthwise or computes in another way
+                than ``nn.Conv2d`` (``obstacle``).
 
         Example:
             >>> layer = MasterKeyConv2d.from_conv(nn.Conv2d(96, 96, 7, padding=3, groups=96))
@@ -171,14 +171,14 @@ class MasterKeyConv2d(ComputedConv2d):
         keys_per_kernel: int = 1,
         trainable: Trainable = "shift",
     ) -> Layer:
-        """As ``from_conv``, with kernels of zeros and an ``r2`` of ``RANDOM``, for compact entries to be loaded."""
+        """As ``from_conv``, with zero kernels and ``r2`` at ``RANDOM``; for compact entries to be loaded into."""
         layer = cls.__new__(cls)
         layer._copy_from(conv, get_bank(bank), keys_per_kernel, trainable)
         layer.r2.fill_(RANDOM)
         return layer
 
     def _copy_from(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
-        """Takes over all of ``conv`` but its weight."""
+        """Copies everything but the weight from ``conv``. In place."""
         if not isinstance(conv, nn.Conv2d) or not conv.in_channels == conv.groups or conv.weight.shape[1] != 1:
             raise ConversionError(f"Got {conv}, expected a depthwise Conv2d (groups == in_channels).")
         if reason := obstacle(conv):
@@ -199,7 +199,7 @@ class MasterKeyConv2d(ComputedConv2d):
         self.set_trainable(trainable, requires_grad=weight.requires_grad)
 
     def _make_entries(self, weight: torch.Tensor, keys: torch.Tensor) -> None:
-        """Registers the compact entries, all as buffers, in the dtype and on the device of a dense weight."""
+        """Registers the compact entries as buffers of the dense weight's dtype and device."""
         channels, rows = self.out_channels, self.keys_per_kernel
         self.register_buffer("keys", keys)
         self.register_buffer("key_index", weight.new_zeros(channels, rows, dtype=torch.float32))
@@ -208,13 +208,13 @@ class MasterKeyConv2d(ComputedConv2d):
         self.register_buffer("r2", weight.new_ones(channels, dtype=torch.float32))
 
     def set_trainable(self, trainable: Trainable, requires_grad: bool = True) -> None:
-        """Chooses what trains: makes scale, shift and sigmas parameters or buffers, values unchanged. In place.
+        """Makes scale, shift and sigmas parameters or buffers; their values stay the same. In place.
 
-        Make the optimiser afterwards: parameters made here are new ones.
+        Create the optimiser afterwards: the parameters made here are new.
 
         Args:
             trainable: "none", "shift" or "affine"; for a ``ScaledKeyConv2d`` also "sigmas".
-            requires_grad: Of the parameters made; where there are none, of the weight that ``fuse`` returns.
+            requires_grad: Of the new parameters; if there are none, of the weight that ``fuse`` returns.
 
         Raises:
             ConversionError: Unknown ``trainable``, or sigmas to train where there are none.
@@ -242,11 +242,11 @@ class MasterKeyConv2d(ComputedConv2d):
     def reset_parameters(self, weight: torch.Tensor | None = None) -> None:
         """Random initialisation, for training from scratch: keys uniform over the bank, shift 0. In place.
 
-        Numbers come from torch's generator. Scales are Gaussian over a kernel's keys (with one key: its sign); every
-        kernel has the mean norm of kernels of the stock initialisation without their means.
+        Uses torch's generator. The scales of a kernel's keys are Gaussian (with one key only the sign is random). Every
+        kernel gets the mean norm of kernels of the stock initialisation, less their means.
 
         Args:
-            weight: (out_channels, 1, kh, kw), kernels of the stock initialisation; made here if None.
+            weight: (out_channels, 1, kh, kw), kernels of the stock initialisation; None initialises some.
 
         Raises:
             ProjectionError: The given kernels hold NaN or Inf.
@@ -259,29 +259,29 @@ class MasterKeyConv2d(ComputedConv2d):
             if self.bias is not None:
                 bound = self.keys[0].numel() ** -0.5
                 nn.init.uniform_(self.bias, -bound, bound)
-        self.keys.copy_(self.own_keys())  # without values after to_empty()
+        self.keys.copy_(self.own_keys())  # as they have no values after to_empty()
         order = torch.rand(self.out_channels, len(self.keys), device=self.keys.device)
         self.key_index.copy_(order.topk(self.keys_per_kernel).indices)
-        norm = (weight - weight.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1).mean()
-        self.scale.copy_(torch.randn(self.scale.shape, device=self.scale.device))  # an old torch gives 0 in bfloat16
+        target_norm = (weight - weight.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1).mean()
+        self.scale.copy_(torch.randn(self.scale.shape, device=self.scale.device))  # an old torch draws 0 in bfloat16
         self.shift.zero_()
-        now = self.compose_weight().flatten(1).norm(dim=1, keepdim=True)
-        self.scale.copy_((self.scale.view(self.out_channels, -1) * (norm / now)).flatten())
+        current_norm = self.compose_weight().flatten(1).norm(dim=1, keepdim=True)
+        self.scale.copy_((self.scale.view(self.out_channels, -1) * (target_norm / current_norm)).flatten())
         self.r2.fill_(RANDOM)
 
     def fitted(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The compact entries without the keys, fitted to kernels (out_channels, 1, kh, kw)."""
+        """The compact entries, except the keys, fitted to kernels (out_channels, 1, kh, kw)."""
         return fitted_entries(project_kernels(weight, self.bank, self.keys_per_kernel))
 
     def own_keys(self) -> torch.Tensor:
-        """``keys`` as the bank has them, float32 on the CPU."""
+        """The exact keys of the bank at this kernel size, float32 on the CPU."""
         return self.bank.keys_for(self.kernel_size)  # type: ignore[arg-type]  # nn.Conv2d's is (int, int)
 
     def project_weight(self, weight: torch.Tensor) -> None:
         """Projects kernels (out_channels, 1, kh, kw) on the keys. In place.
 
         Raises:
-            ConversionError: Kernels of another shape, or NaN or Inf in them.
+            ConversionError: The kernels have another shape, or hold NaN or Inf.
         """
         problems = self.check_state_dict({"weight": weight})
         if problems:
@@ -305,40 +305,40 @@ class MasterKeyConv2d(ComputedConv2d):
         taps = self.keys.flatten(1)
         weight = self.shift.unsqueeze(1)
         scale = self.scale.view(-1, self.keys_per_kernel)
-        for j in range(self.keys_per_kernel):  # no slice of scale: Torch-Pruning would count it as one of channels
+        for j in range(self.keys_per_kernel):  # scale is not sliced: Torch-Pruning would take that for channels
             weight = torch.addcmul(weight, scale[:, j, None], taps.index_select(0, rows[:, j]))
         return weight.view(-1, 1, self.kernel_size[0], self.kernel_size[1])
 
     def random_kernels(self) -> torch.Tensor:
-        """(out_channels,) bool: which kernels have randomly initialised keys, not fitted ones."""
+        """(out_channels,) bool: True for kernels with randomly initialised keys, not fitted ones."""
         return (self.r2 - RANDOM).abs() < 0.5  # averages of weights round it
 
     def constant_kernels(self) -> torch.Tensor:
-        """(out_channels,) bool: which kernels are constant in the dense model; calibration does not change this."""
+        """(out_channels,) bool: True for kernels constant in the dense model; calibration does not change this."""
         return (self.r2 - CONSTANT).abs() < 0.5
 
     @torch.no_grad()
     def keep_kernels(self, weight: torch.Tensor) -> bool:
-        """Drops all kernels but the given ones, if these are some of the layer's own, in their order.
+        """Drops all kernels but those in ``weight``, which must be some of the layer's, in their order. In place.
 
-        ``out_channels`` is their number already. All entries stay the same, bit for bit.
+        ``out_channels`` has to be their number. The entries of the kept kernels stay the same, bit for bit.
         """
-        own, left = self.compose_weight().flatten(1), weight.detach().flatten(1)
-        if weight.is_meta or not len(left) == self.out_channels < len(own) or own.shape[1] != left.shape[1]:
+        kernels, left = self.compose_weight().flatten(1), weight.detach().flatten(1)
+        if weight.is_meta or not len(left) == self.out_channels < len(kernels) or kernels.shape[1] != left.shape[1]:
             return False
         rows: list[int] = []
         for kernel in left:
             start = rows[-1] + 1 if rows else 0
-            equal = (own[start:] == kernel).all(1).nonzero()
+            equal = (kernels[start:] == kernel).all(1).nonzero()
             if not len(equal):
                 return False
             rows.append(start + int(equal[0, 0]))
-        index = torch.tensor(rows, device=own.device)
+        index = torch.tensor(rows, device=kernels.device)
         for name in self.compact_entries:
             if name == "keys":
                 continue
             value = getattr(self, name)
-            kept = value.detach().unflatten(0, (len(own), -1)).index_select(0, index).flatten(0, 1)
+            kept = value.detach().unflatten(0, (len(kernels), -1)).index_select(0, index).flatten(0, 1)
             if name in self._parameters:
                 kept = nn.Parameter(kept, requires_grad=value.requires_grad)
             setattr(self, name, kept)
@@ -380,7 +380,7 @@ class MasterKeyConv2d(ComputedConv2d):
         """Raises CheckpointError if the layer was made empty, and nothing was loaded since.
 
         Args:
-            input: If given and not on the meta device, neither may the layer be there.
+            input: If it is on another device than meta, a layer on the meta device has no values either.
         """
         if self._is_empty() or (input is not None and self.keys.is_meta and not input.is_meta):
             raise CheckpointError(_NO_VALUES)
@@ -392,23 +392,23 @@ class MasterKeyConv2d(ComputedConv2d):
 
     @torch.no_grad()
     def _make_empty(self) -> None:
-        """Marks that there are no values, so that uninitialised memory does not pass for some."""
+        """Marks the layer as without values, so that uninitialised memory is not used. In place."""
         self.key_index.fill_(torch.nan)
         self._empty = True
 
     def train(self, mode: bool = True) -> "MasterKeyConv2d":
-        """As for any module; also ``check_keys``, if the layer has values."""
+        """As for any module; also calls ``check_keys`` if the layer has values."""
         self._restore_keys()
         if not self._is_empty():
             self.check_keys()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "MasterKeyConv2d":
-        """Casts and moves as for any module, but keys and key indices lose no digits."""
+        """Casts and moves as for any module, but keeps keys and key indices exact."""
         keys, key_index = self.keys, self.key_index
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        except NotImplementedError as error:  # from torch: there is nothing to copy
+        except NotImplementedError as error:  # from torch, which cannot copy a meta tensor
             if not any(value.is_meta for value in self.state_dict().values()):
                 raise
             raise CheckpointError(_NO_VALUES) from error
@@ -422,7 +422,7 @@ class MasterKeyConv2d(ComputedConv2d):
 
     @torch.no_grad()
     def _restore_keys(self) -> None:
-        """Writes the bank's own digits over keys that differ from them; keys far off mean an empty layer."""
+        """Restores the bank's exact keys. In place; a layer with keys far from them is marked as empty."""
         if self.keys.is_meta:
             return
         keys = self.own_keys().to(self.keys)
@@ -432,7 +432,7 @@ class MasterKeyConv2d(ComputedConv2d):
             self.keys.copy_(keys)
 
     def fuse(self) -> nn.Conv2d:
-        """The ordinary convolution with these kernels: a new module that shares bias and hooks; this one is unchanged.
+        """The ordinary convolution with these kernels: a new module that shares bias and hooks with this one.
 
         The output is the same bit for bit. The weight trains if scale and shift do; with ``trainable="none"``, if it
         did in the dense model. timm's ``reparameterize_model`` and its scripts' ``--reparam`` call this.
@@ -465,10 +465,10 @@ class MasterKeyConv2d(ComputedConv2d):
         )
 
     def check_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> list[str]:
-        """What is wrong with this layer's entries of a state dict, as messages; an empty list if they can be loaded.
+        """Messages about this layer's entries in a state dict; an empty list if they can be loaded.
 
-        Either a dense ``weight`` (it is projected) or all compact entries, of this bank, kernel size and channel count.
-        ``load_state_dict(strict=...)`` decides where there is none of them.
+        A state dict has either a dense ``weight``, which is projected, or all compact entries, of this bank, kernel
+        size and channel count. If it has none of them, ``load_state_dict(strict=...)`` decides.
         """
         return state_problems(self, state_dict, prefix)
 
@@ -493,7 +493,7 @@ class MasterKeyConv2d(ComputedConv2d):
 
 
 def fitted_entries(projection: Projection) -> dict[str, torch.Tensor]:
-    """The entries of a layer, without its keys, from a fit of its kernels."""
+    """The entries of a layer, except its keys, from a fit of its kernels."""
     return {
         "key_index": projection.key_index,
         "scale": projection.scale.flatten(),
@@ -503,7 +503,7 @@ def fitted_entries(projection: Projection) -> dict[str, torch.Tensor]:
 
 
 def obstacle(conv: nn.Conv2d) -> str:
-    """Why no layer with frozen keys can replace a convolution, groups aside; empty if one can."""
+    """The reason why no MasterKeyConv2d can replace a convolution, apart from its groups; empty if one can."""
     kind = type(conv)
     if "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__:
         return "its forward is replaced"
@@ -529,6 +529,6 @@ def _check_geometry(
 
 
 def check_trainable(trainable: str) -> None:
-    """Raises ConversionError unless ``trainable`` is one of the modes."""
+    """Raises ConversionError unless ``trainable`` is a value of ``Trainable``."""
     if trainable not in get_args(Trainable):
         raise ConversionError(f"trainable is {trainable!r}, expected one of {', '.join(get_args(Trainable))}.")

@@ -1,4 +1,4 @@
-"""The layer that learns a scale for each of its kernels, as in the scale-space paper."""
+"""The layer that learns sigmas for each of its kernels, as in the scale-space paper."""
 
 from typing import ClassVar
 
@@ -15,21 +15,21 @@ from .masterkey import MasterKeyConv2d, Trainable, fitted_entries
 
 
 class ScaledKeyConv2d(MasterKeyConv2d):
-    """A MasterKeyConv2d whose keys have a scale of their own in each channel, learned as in the scale-space paper.
+    """A MasterKeyConv2d with sigmas for each kernel, learned as in the scale-space paper.
 
-    Each channel keeps one of the eight operators of the ``scale-space-*`` banks (Lindeberg et al., JMIV 68(3), 2026)
-    and its scale; with ``trainable="sigmas"`` it learns sigma_x, sigma_y and shift. The sigmas are positive by
-    construction, the key is normalised (mean 0, norm 1) at any of them, and gamma of key 7 stays 1/2.
-    ``convert_to_masterkeys`` makes these layers for ``trainable="sigmas"``, the sigmas fitted to each kernel by least
-    squares, or, for training from scratch, as in the bank.
+    Each channel keeps its scale and one of the eight operators of the ``scale-space-*`` banks (Lindeberg et al., JMIV
+    68(3), 2026); with ``trainable="sigmas"`` it learns sigma_x, sigma_y and shift. The sigmas are positive by
+    construction. The key is normalised (mean 0, norm 1) at any sigmas, and gamma of key 7 stays 1/2.
+    ``convert_to_masterkeys`` makes these layers for ``trainable="sigmas"``. The sigmas are fitted to each kernel by
+    least squares, or, for training from scratch, those of the bank.
 
     Args:
-        As for ``MasterKeyConv2d``, with ``bank`` one of the ``scale-space-*`` and one key per kernel.
+        As for ``MasterKeyConv2d``; ``bank`` is one of ``scale-space-*``, and each kernel has one key.
 
     Attributes:
         log_sigma: (out_channels * 2,), the logarithms of sigma_x and sigma_y in taps, channel by channel; a parameter
             if trainable is "sigmas", else a buffer.
-        operators: Which of the eight keys, from 0, each row of ``keys`` is.
+        operators: For each row of ``keys``, which of the eight keys it is, from 0.
 
     Raises:
         ConversionError: Another bank, or several keys per kernel.
@@ -51,7 +51,7 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         """Raises ConversionError unless the bank's keys have sigmas, and each kernel one key."""
         names = [f"scale-space-{method}" for method in SIGMAS]
         keys = get_bank(bank.name).keys if bank.name in names else bank.keys[:0]
-        # The keys are computed: another numpy's differ in the last digit.
+        # The keys are computed, and differ in the last digit with another numpy.
         if bank.keys.shape != keys.shape or not np.allclose(bank.keys, keys, rtol=0, atol=1e-9):
             raise ConversionError(
                 f"Bank '{bank.name}' has no sigmas to train: trainable='sigmas' needs one of {', '.join(names)}."
@@ -70,7 +70,7 @@ class ScaledKeyConv2d(MasterKeyConv2d):
 
     @torch.no_grad()
     def reset_parameters(self, weight: torch.Tensor | None = None) -> None:
-        """As for a MasterKeyConv2d; sigmas as in the bank. In place."""
+        """As for a MasterKeyConv2d; the sigmas become those of the bank. In place."""
         super().reset_parameters(weight)
         values = [float(sigma) for sigma in SIGMAS[self.bank.name.removeprefix("scale-space-")].split()]
         sigmas = torch.tensor(values, device=self.keys.device)
@@ -86,4 +86,4 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         keys = scaled_kernels(operator, self.log_sigma.view(-1, 2), self.kernel_size[0], self.kernel_size[1])
         return (keys * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)).unsqueeze(1)
 
-    _grad_forward = ComputedConv2d._grad_forward  # the sigmas' gradient needs the whole weight gradient
+    _grad_forward = ComputedConv2d._grad_forward  # as the gradient of the sigmas needs the whole weight gradient

@@ -1,4 +1,4 @@
-"""The entries of a state dict that a converted layer loads or refuses."""
+"""Checks and prepares the entries of a state dict that a converted layer loads."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,31 +9,31 @@ from ..keys.projection import first_not_finite
 if TYPE_CHECKING:
     from .masterkey import MasterKeyConv2d
 
-_DRIFT = 1e-3  # of equal keys after thousands of updates of an average, if it is saved before train() or eval()
-_WHOLE = 0.05  # an average of equal key indices is much nearer to a whole number than this
+_DRIFT = 1e-3  # how far equal keys drift in thousands of updates of an average that is saved before train() or eval()
+_WHOLE = 0.05  # tolerance of a key index; an average of equal ones is much nearer to a whole number
 
 
 def state_problems(layer: "MasterKeyConv2d", state_dict: dict[str, Any], prefix: str) -> list[str]:
     """See ``MasterKeyConv2d.check_state_dict``."""
-    here = prefix or "layer "
-    given = [name for name in layer.compact_entries if prefix + name in state_dict]
+    place = prefix or "layer "
+    compact = [name for name in layer.compact_entries if prefix + name in state_dict]
     dense = state_dict.get(prefix + "weight")
-    if dense is not None and given:
-        return [f"{here}weight: given together with {', '.join(given)}. Keep the dense or the compact entries."]
-    for name in (*given, *(["weight"] if prefix + "weight" in state_dict else [])):
+    if dense is not None and compact:
+        return [f"{place}weight: given together with {', '.join(compact)}. Keep the dense or the compact entries."]
+    for name in (*compact, *(["weight"] if prefix + "weight" in state_dict else [])):
         if not isinstance(state_dict[prefix + name], torch.Tensor):
-            return [f"{here}{name}: got a {type(state_dict[prefix + name]).__name__}, expected a tensor."]
+            return [f"{place}{name}: got a {type(state_dict[prefix + name]).__name__}, expected a tensor."]
     if dense is not None:
         problem = _dense_problem(dense, (layer.out_channels, 1, *layer.kernel_size))
-        return [f"{here}weight: {problem}"] if problem else []
+        return [f"{place}weight: {problem}"] if problem else []
     if not layer.has_sigmas and prefix + "log_sigma" in state_dict:
-        return [f"{here}log_sigma: made with trainable='sigmas'; convert with that, or load the dense weights."]
-    missing = [name for name in layer.compact_entries if name not in given]
+        return [f"{place}log_sigma: made with trainable='sigmas'; convert with that, or load the dense weights."]
+    missing = [name for name in layer.compact_entries if name not in compact]
     if missing == ["log_sigma"]:
-        return [f"{here}log_sigma: missing, not made with trainable='sigmas'; load the dense weights."]
-    if given and missing:
-        return [f"{here}{given[0]}: given without {', '.join(missing)}. The compact entries belong together."]
-    return [here + problem for problem in _compact_problems(layer, {n: state_dict[prefix + n] for n in given})]
+        return [f"{place}log_sigma: missing, not made with trainable='sigmas'; load the dense weights."]
+    if compact and missing:
+        return [f"{place}{compact[0]}: given without {', '.join(missing)}. The compact entries belong together."]
+    return [place + problem for problem in _compact_problems(layer, {n: state_dict[prefix + n] for n in compact})]
 
 
 def entries_to_load(
@@ -46,7 +46,7 @@ def entries_to_load(
         dtype = dense.dtype if assign else torch.promote_types(dense.dtype, layer.keys.dtype)
         entries |= {prefix + name: value for name, value in layer.fitted(dense.to(dtype)).items()}
     if prefix + "scale" in entries:
-        # The bank's own digits, as keys are rounded in half precision and averages, and absent from a dense file.
+        # The bank's exact keys: those in half precision and in averages are rounded, and a dense file has none.
         target = entries[prefix + "scale"] if assign else layer.keys
         entries[prefix + "keys"] = layer.own_keys().to(target.device, target.dtype)
         entries[prefix + "key_index"] = entries[prefix + "key_index"].round().float()
@@ -62,30 +62,30 @@ def _dense_problem(weight: torch.Tensor, shape: tuple[int, ...]) -> str:
     return ""
 
 
-def _compact_problems(layer: "MasterKeyConv2d", given: dict[str, torch.Tensor]) -> list[str]:
+def _compact_problems(layer: "MasterKeyConv2d", compact: dict[str, torch.Tensor]) -> list[str]:
     problems = []
-    for name, value in given.items():
-        got, own = tuple(value.shape), tuple(getattr(layer, name).shape)
-        if got != own:
+    for name, value in compact.items():
+        shape, expected = tuple(value.shape), tuple(getattr(layer, name).shape)
+        if shape != expected:
             reasons = "another number of keys per kernel, bank, size or channel count"
-            problems.append(f"{name}: got shape {got}, expected {own} ({reasons}).")
-    if problems or not given or given["keys"].is_meta:
+            problems.append(f"{name}: got shape {shape}, expected {expected} ({reasons}).")
+    if problems or not compact or compact["keys"].is_meta:
         return problems
     for name in ("scale", "shift", "log_sigma"):
-        if name in given and not given[name].isfinite().all():
+        if name in compact and not compact[name].isfinite().all():
             problems.append(f"{name}: holds NaN or Inf; fix the checkpoint first.")
-    keys, own_keys = given["keys"].cpu().double(), layer.own_keys().double()
-    if not torch.allclose(keys, own_keys, rtol=0, atol=max(2 * torch.finfo(given["keys"].dtype).eps, _DRIFT)):
+    keys, own_keys = compact["keys"].cpu().double(), layer.own_keys().double()
+    if not torch.allclose(keys, own_keys, rtol=0, atol=max(2 * torch.finfo(compact["keys"].dtype).eps, _DRIFT)):
         problems.append(
             f"keys: the checkpoint was made with another bank than '{layer.bank.name}'. "
             "Convert with its bank, or load its dense weights."
         )
-    problem = index_problem(given["key_index"], len(layer.keys))
+    problem = index_problem(compact["key_index"], len(layer.keys))
     return [*problems, f"key_index: {problem}"] if problem else problems
 
 
 def index_problem(key_index: torch.Tensor, keys: int) -> str:
-    """What is wrong with key indices into so many keys; empty if nothing is."""
+    """The message if key indices are no whole numbers below the number of keys; else empty."""
     index = key_index.cpu().double()
     low, high = index.round().aminmax()
     if not (index - index.round()).abs().max() < _WHOLE:  # NaN is refused too

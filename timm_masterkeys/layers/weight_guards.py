@@ -1,4 +1,4 @@
-"""Errors for code that uses a computed weight as a parameter, whose changes would be lost."""
+"""Errors for code that uses a computed weight as a parameter: changes of it would be lost."""
 
 import copy
 from collections import defaultdict
@@ -17,9 +17,9 @@ COMPUTED = (
 
 
 class ComputedWeight(torch.Tensor):
-    """A computed weight: an ordinary tensor, but setting its ``data``, which would be lost, is an error.
+    """A computed weight: an ordinary tensor, but setting its ``data`` is an error, as the change would be lost.
 
-    Whatever is computed from it, copied or saved is a plain tensor, and ``nn.Parameter(weight)`` a plain parameter.
+    Results computed from it, its copies and its pickles are plain tensors; ``nn.Parameter(weight)`` is a plain one.
     """
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
@@ -33,7 +33,7 @@ class ComputedWeight(torch.Tensor):
         raise ConversionError(COMPUTED)
 
     def detach(self) -> torch.Tensor:
-        return super().detach().as_subclass(ComputedWeight)  # of its own type, or nn.Parameter refuses it
+        return super().detach().as_subclass(ComputedWeight)  # of this class, as nn.Parameter requires
 
     @property
     def _is_param(self) -> bool:
@@ -51,7 +51,7 @@ class ComputedWeight(torch.Tensor):
 
 
 def state_of(weight: torch.Tensor) -> tuple[int, int]:
-    """What changes when a tensor is written to: its version, or through ``.data`` its memory."""
+    """A tensor's version and memory address: writing to it changes the version, setting ``.data`` the address."""
     try:
         return weight._version, weight.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):  # within vmap and grad, fake, on the meta device
@@ -59,12 +59,12 @@ def state_of(weight: torch.Tensor) -> tuple[int, int]:
 
 
 def raise_no_weight() -> NoReturn:
-    """Raises where ``torch.nn.utils`` looks for the parameter "weight"."""
+    """Raises ConversionError; called where ``torch.nn.utils`` looks for the parameter "weight"."""
     raise ConversionError(COMPUTED)
 
 
 class _Parameters(defaultdict[str, nn.Parameter | None]):
-    """The parameters of a layer: to read or to delete one named "weight" is an error."""
+    """The parameters of a layer; reading or deleting one named "weight" raises ConversionError."""
 
     def __delitem__(self, name: str) -> None:
         if name == "weight":
@@ -73,10 +73,10 @@ class _Parameters(defaultdict[str, nn.Parameter | None]):
 
 
 def parameters_without_weight(conv: nn.Conv2d) -> dict[str, nn.Parameter | None]:
-    """The parameters of a convolution for a layer that computes its weight.
+    """The parameters of a convolution except its weight, for a layer that computes it.
 
-    On torch 2.5, where torch.compile traces no class of our own here, the old ``torch.nn.utils.weight_norm``, which
-    deletes the parameter unseen, raises a bare KeyError.
+    torch.compile of torch 2.5 does not trace the class used here. There the old ``torch.nn.utils.weight_norm``, which
+    deletes the parameter without reading it, raises a bare KeyError.
     """
     kind = defaultdict if torch.__version__ < "2.6" else _Parameters
     return kind(raise_no_weight, {name: value for name, value in conv._parameters.items() if name != "weight"})

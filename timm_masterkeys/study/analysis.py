@@ -1,4 +1,4 @@
-"""Networks and banks side by side: do a bank's keys fit the kernels of every network, at every size?
+"""Compares banks on several networks: how well their keys fit the kernels of each network, size by size.
 
 Not imported with the package: ``from timm_masterkeys.study.analysis import compare_networks``.
 """
@@ -23,15 +23,15 @@ class ComparedKernels:
     """How well one bank fits the depthwise kernels of one size of one network.
 
     Attributes:
-        network: Its name.
+        network: The network's name.
         kernel_size: (height, width).
         bank: The bank's name.
-        kernels: How many were fitted; the figures are of these, and NaN if there is none.
-        left_out: Kernels that are constant or not finite.
+        kernels: The number of fitted kernels; the figures are of these, and NaN if there are none.
+        left_out: The number of kernels left out, as they are constant or not finite.
         mean_r2: Mean R2 of the nearest key, in [0, 1].
-        above_50: Share with R2 above 0.5.
-        above_90: Share with R2 above 0.9.
-        key_histogram: How many kernels are nearest to each key, by index in the bank.
+        above_50: The share of kernels with R2 above 0.5.
+        above_90: The share of kernels with R2 above 0.9.
+        key_histogram: The number of kernels nearest to each key, by index in the bank.
     """
 
     network: str
@@ -45,7 +45,7 @@ class ComparedKernels:
     key_histogram: tuple[int, ...]
 
     def cells(self) -> list[str]:
-        """The cells of a row of the table."""
+        """The cells of its row in the table."""
         size = "x".join(map(str, self.kernel_size))
         figures = number(self.mean_r2), share(self.above_50), share(self.above_90)
         histogram = " ".join(map(str, self.key_histogram))
@@ -70,11 +70,11 @@ class Comparison:
 def compare_networks(
     sources: Mapping[str, Source] | Sequence[Source], banks: Sequence[Bank] = DEFAULT_BANKS
 ) -> Comparison:
-    """Fits every depthwise kernel of some networks with the nearest key of some banks, size by size.
+    """Fits every depthwise kernel of the networks with its nearest key in each bank, size by size.
 
     Args:
         sources: Dense networks, as ``collect_kernels`` takes them: timm names, models, checkpoints, files and arrays
-            of kernels. Converted models are refused; a fused one fits perfectly, and nothing tells it from a dense one.
+            of kernels. Converted models are refused. Leave out fused ones: they look dense, but fit perfectly.
         banks: Anything ``get_bank`` takes; random keys are the control.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The unsupervised search for a bank: how the master keys were found, on any networks.
+"""The unsupervised search for a bank of keys, by which the master keys were found, on any networks.
 
 Not imported with the package: ``from timm_masterkeys.study.discovery import collect_kernels, discover_bank``.
 """
@@ -31,29 +31,29 @@ __all__ = [
 Found = tuple[dict[int, torch.Tensor], dict[int, float]]  # keys (count, taps) and their mean R2, by count
 
 CODES = 50  # candidates along the autoencoder's code
-LOCAL = 10  # candidates whose neighbourhoods the second round samples
+LOCAL = 10  # candidates around which the second round samples
 STEPS = 3000  # of training
 BATCH = 512
-STARTS = 4  # of the fit of lines
-FEWEST = 32  # kernels
+STARTS = 4  # random starts of ``fit_lines``
+FEWEST = 32  # kernels to search
 MOST = 25  # keys on the curve
 
 
 @dataclass(frozen=True)
 class Discovery:
-    """A bank that was found; ``str()`` says how well it fits.
+    """A discovered bank; ``str()`` says how well it fits.
 
     Attributes:
-        bank: The keys, most used first, with where they come from.
-        curve: Mean R2 by number of keys, on the kernels searched, in the last round of elimination.
+        bank: The keys, most used first; its source names the search and the networks.
+        curve: Mean R2 by number of keys, on the searched kernels, in the last round of elimination.
         elbow: The number of keys at which the curve bends most.
-        r2: Mean R2 of the nearest key, on the kernels held out (on those searched where none are), by bank: the one
-            found; as many lines fitted directly to the kernels searched; the published keys; random keys; and the
-            ceiling, as many lines fitted to the very kernels measured.
-        searched: Kernels searched.
-        held_out: Kernels held out.
-        constant: Kernels left out, as they are constant.
-        non_finite: Kernels left out, as they hold NaN or Inf.
+        r2: Mean R2 of the nearest key, on the held-out kernels (without any, on the searched ones), by bank: this bank;
+            as many lines fitted directly to the searched kernels; the published keys; random keys; and the ceiling, as
+            many lines fitted to the held-out kernels themselves.
+        searched: The number of searched kernels.
+        held_out: The number of held-out kernels.
+        constant: The number of kernels left out as constant.
+        non_finite: The number of kernels left out as they hold NaN or Inf.
     """
 
     bank: KeyBank
@@ -91,18 +91,18 @@ def discover_bank(
     """Searches a bank of keys that fit kernels as ``a*x + b``; a kernel and its negative count as one.
 
     ``"autoencoder"`` is the paper's search (Babaiee et al., NeurIPS 2025, section 3). An autoencoder whose code is one
-    number is trained with a cosine loss. Of 50 candidates along the code, the one that costs least mean R2 is
-    removed, again and again; then the same among candidates sampled finely around the last ten.
-    ``"lines"`` fits lines through the origin directly (``fit_lines``): about the best that so many keys can do.
+    number is trained with a cosine loss. Of 50 candidates along the code, the one whose removal costs the least mean
+    R2 is removed, again and again; then the same is done with candidates sampled finely around the last ten.
+    ``"lines"`` fits lines through the origin directly (``fit_lines``): close to the best fit of that many keys.
 
     Args:
         kernels: From ``collect_kernels``.
-        keys: How many, 1 to 25; None takes the elbow of the curve of 1 to 25 keys (``find_elbow``).
-        held_out: Network(s) to measure on instead of searching them.
-        equal_networks: Every network counts the same, else every kernel.
-        method: See above.
+        keys: The number of keys, 1 to 25; None takes the elbow of the curve of 1 to 25 keys (``find_elbow``).
+        held_out: Network(s) to hold out of the search, and to measure on.
+        equal_networks: Whether every network has the same weight; else every kernel has.
+        method: "autoencoder" or "lines", see above.
         seed: Of the training and the starts; the same seed gives the same bank on the same device.
-        name: Of the bank. At smaller kernel sizes the bank is cropped: such keys fit real kernels better than folded.
+        name: Of the bank. At smaller kernel sizes it is cropped: cropped keys fit real kernels better than folded ones.
         device: Where the search computes; kernels and bank stay on the CPU.
 
     Raises:
@@ -115,22 +115,22 @@ def discover_bank(
     """
     names = (held_out,) if isinstance(held_out, str) else tuple(held_out)
     _check_search(keys, method, device)
-    searched, apart = (part.to(device) for part in _split(kernels, names))
+    searched, held_out_kernels = (part.to(device) for part in _split(kernels, names))
     weights = searched.weights(equal_networks)
     search = _search_lines if method == "lines" else _search_autoencoder
     sets, curve = search(searched, weights, seed)
     elbow = find_elbow({count: value for count, value in curve.items() if count <= MOST})
     best = sets[keys or elbow]
-    use = _by_group(weights, searched.fit_keys(best)[1], len(best)).sum(0)
-    best = best[use.argsort(descending=True, stable=True)]
+    key_weights = _by_group(weights, searched.fit_keys(best)[1], len(best)).sum(0)
+    best = best[key_weights.argsort(descending=True, stable=True)]
     lines = best if method == "lines" else fit_lines(searched.values, weights, len(best), seed)
-    how = f"{method}, seed {seed}, all {'networks' if equal_networks else 'kernels'} count the same"
+    settings = f"{method}, seed {seed}, all {'networks' if equal_networks else 'kernels'} count the same"
     networks = ", ".join(network for network in kernels.names if network not in names)
-    source = f"discovered ({how}) in {len(searched):,} kernels of {networks}"
+    source = f"discovered ({settings}) in {len(searched):,} kernels of {networks}"
     source += f"; held out: {', '.join(names)}" if names else ""
     bank = KeyBank(name, best.cpu().unflatten(1, kernels.kernel_size).numpy(), source, resize="crop")
-    r2 = _measure(best, lines, searched, apart, equal_networks, seed)
-    return Discovery(bank, curve, elbow, r2, len(searched), len(apart), kernels.constant, kernels.non_finite)
+    r2 = _measure(best, lines, searched, held_out_kernels, equal_networks, seed)
+    return Discovery(bank, curve, elbow, r2, len(searched), len(held_out_kernels), kernels.constant, kernels.non_finite)
 
 
 def _check_search(keys: int | None, method: str, device: str | torch.device) -> None:
@@ -143,45 +143,45 @@ def _check_search(keys: int | None, method: str, device: str | torch.device) -> 
 
 
 def _split(kernels: Kernels, held_out: tuple[str, ...]) -> tuple[Kernels, Kernels]:
-    """The kernels to search and those held out; refused where there are too few of either."""
+    """The kernels to search and the held-out ones; raises BankError if there are too few."""
     for name in held_out:
         if name not in kernels.names:
             raise BankError(f"There is no network '{name}' to hold out; there are {', '.join(kernels.names)}.")
     out = torch.tensor([name in held_out for name in kernels.names], device="cpu")[kernels.network]
-    searched, apart = (
-        replace(kernels, values=kernels.values[own], network=kernels.network[own]) for own in (~out, out)
+    searched, held_out_kernels = (
+        replace(kernels, values=kernels.values[part], network=kernels.network[part]) for part in (~out, out)
     )
-    if held_out and not len(apart):
+    if held_out and not len(held_out_kernels):
         raise BankError(f"All kernels of {', '.join(held_out)} are constant: nothing is held out.")
     if len(searched) < FEWEST:
         raise BankError(f"{len(searched)} kernels that are not constant are left to search, expected {FEWEST} or more.")
-    return searched, apart
+    return searched, held_out_kernels
 
 
 def _measure(
-    best: torch.Tensor, lines: torch.Tensor, searched: Kernels, apart: Kernels, equal_networks: bool, seed: int
+    best: torch.Tensor, lines: torch.Tensor, searched: Kernels, held_out: Kernels, equal_networks: bool, seed: int
 ) -> dict[str, float]:
-    """Mean R2 by bank, see ``Discovery.r2``."""
-    measured = apart if len(apart) else searched
+    """Mean R2 by bank, as in ``Discovery.r2``."""
+    measured = held_out if len(held_out) else searched
     weights = measured.weights(equal_networks)
     published, random = (
         get_bank(bank).keys_for(measured.kernel_size).flatten(1) for bank in (DEFAULT_BANK, CONTROL_BANK)
     )
     banks = {"this bank": best, "lines fitted directly": lines, "published keys": published, "random keys": random}
-    if len(apart):
+    if len(held_out):
         banks["ceiling"] = fit_lines(measured.values, weights, len(best), seed)
     return {title: float(weights @ measured.fit_keys(keys.to(best))[0]) for title, keys in banks.items()}
 
 
 def _search_lines(kernels: Kernels, weights: torch.Tensor, seed: int) -> Found:
-    """Lines fitted anew for every number of keys."""
+    """Lines fitted for every number of keys, and their mean R2."""
     counts = tqdm(range(1, MOST + 1), desc="lines", leave=False, disable=None, delay=2)
     sets = {count: fit_lines(kernels.values, weights, count, seed) for count in counts}
     return sets, {count: float(weights @ kernels.fit_keys(lines)[0]) for count, lines in sets.items()}
 
 
 def _search_autoencoder(kernels: Kernels, weights: torch.Tensor, seed: int) -> Found:
-    """Elimination along the code, then around the last ones removed."""
+    """The keys left by elimination along the code, then around the last ten; and their mean R2."""
     decode = _train_autoencoder(kernels.values, weights, seed)
     codes = torch.linspace(0, 1, CODES, dtype=torch.float64, device=weights.device)
     order, _ = eliminate(kernels.values, weights, decode(codes))
@@ -195,16 +195,16 @@ def _search_autoencoder(kernels: Kernels, weights: torch.Tensor, seed: int) -> F
 def eliminate(
     kernels: torch.Tensor, weights: torch.Tensor, candidates: torch.Tensor
 ) -> tuple[list[int], dict[int, float]]:
-    """Removes candidates (K, taps) one by one, each time the one that costs least R2 (greedy backward elimination).
+    """Removes candidates (K, taps) one by one, each time the one that costs the least R2 (backward elimination).
 
-    Returns the candidates in the order of removal (the last one is never removed), and the mean R2 of the kernels
-    (N, taps), weighted, by how many are left.
+    Returns the indices of the candidates in the order of removal (the last one is never removed); and the weighted mean
+    R2 of the kernels (N, taps) by the number of candidates left.
     """
     left, removed = list(range(len(candidates))), []
     fits = (kernels @ candidates.T).square()
     curve = {len(left): float(weights @ fits.amax(1))}
     for count in tqdm(range(len(left) - 1, 0, -1), desc="eliminate", leave=False, disable=None, delay=2):
-        best = fits[:, left].topk(2, 1)  # a kernel whose nearest candidate goes takes the second nearest
+        best = fits[:, left].topk(2, 1)  # without its nearest candidate a kernel takes the second nearest
         lost = weights * (best.values[:, 0] - best.values[:, 1])
         means = (curve[count + 1] - _by_group(lost, best.indices[:, 0], len(left)).sum(0)).tolist()
         curve[count] = max(means)
@@ -222,16 +222,16 @@ def find_elbow(curve: Mapping[int, float]) -> int:
 
 @torch.no_grad()
 def fit_lines(kernels: torch.Tensor, weights: torch.Tensor, count: int, seed: int = 0) -> torch.Tensor:
-    """Lines through the origin nearest to kernels: (count, taps) of mean 0 and norm 1.
+    """Fits lines through the origin to kernels, by directions (count, taps) of mean 0 and norm 1.
 
     Every kernel is assigned to the line it correlates with most, sign apart; every line takes a step of the power
-    iteration towards the principal direction of its kernels; and so on. Neither lowers the mean R2. The best of four
-    random starts is returned; in a start each line begins at a kernel that the lines before it do not fit.
+    iteration towards the principal direction of its kernels; both are repeated, and neither lowers the mean R2. The
+    best of four random starts is returned. In a start each line begins at a kernel that the earlier ones fit badly.
 
     Args:
         kernels: (N, taps), mean 0 and norm 1.
-        weights: (N,) of sum 1.
-        count: Lines; at most N are returned.
+        weights: (N,), with sum 1.
+        count: The number of lines; at most N are returned.
         seed: Of the starts.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -240,7 +240,7 @@ def fit_lines(kernels: torch.Tensor, weights: torch.Tensor, count: int, seed: in
 
 
 def _start(kernels: torch.Tensor, weights: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Some of the kernels, at random: the worse those chosen before fit a kernel, the likelier it is chosen."""
+    """Random kernels: the worse the earlier ones fit a kernel, the likelier it is chosen."""
     lines = kernels[_sample(weights, 1, generator=generator)]
     while len(lines) < min(count, len(kernels)):
         error = weights * (1 - (kernels @ lines.T).square().amax(1)).clamp_min(1e-12)
@@ -249,17 +249,17 @@ def _start(kernels: torch.Tensor, weights: torch.Tensor, count: int, generator: 
 
 
 def _improve(lines: torch.Tensor, kernels: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Lines after as many steps as raise their mean R2, and that."""
+    """The lines after all steps that raise their mean R2, and this R2."""
     before = r2 = -1.0
     for _ in range(1000):
         projected = kernels @ lines.T
         nearest = projected.abs().argmax(1)
-        own = projected.gather(1, nearest[:, None])[:, 0]
-        r2 = float(weights @ own.square())
+        responses = projected.gather(1, nearest[:, None])[:, 0]
+        r2 = float(weights @ responses.square())
         if r2 < before + 1e-7:
             break
         before = r2
-        step = _by_group(weights * own, nearest, len(lines)).T @ kernels
+        step = _by_group(weights * responses, nearest, len(lines)).T @ kernels
         norm = step.norm(dim=1, keepdim=True)
         lines = torch.where(norm > 0, step / norm.clamp_min(1e-30), lines)
     return lines, r2
@@ -268,19 +268,19 @@ def _improve(lines: torch.Tensor, kernels: torch.Tensor, weights: torch.Tensor) 
 def _sample(
     weights: torch.Tensor, count: int, replacement: bool = False, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Random indices with these weights, from the CPU's generator, so that every device has the same."""
+    """Random indices with these weights, from the CPU's generator, so that they are the same on every device."""
     return torch.multinomial(weights.cpu(), count, replacement, generator=generator).to(weights.device)
 
 
 def _by_group(values: torch.Tensor, group: torch.Tensor, count: int) -> torch.Tensor:
-    """(N, count), each value (N,) in the column of its group: sums over it have an order, on GPUs too."""
+    """Each value (N,) in the column of its group, (N, count), so that sums are deterministic on GPUs too."""
     return values.new_zeros(len(values), count).scatter_(1, group[:, None], values[:, None])
 
 
 def match_banks(bank: Bank, other: Bank, kernel_size: tuple[int, int] = (7, 7)) -> list[tuple[int, int, float]]:
-    """Which keys of two banks are each other's: (index, index in the other, absolute correlation), best first.
+    """Pairs the keys of two banks: (index, index in the other bank, absolute correlation), best first.
 
-    The assignment with the largest sum of absolute correlations; every key at most once.
+    The pairs have the largest sum of absolute correlations; every key is in one pair at most.
 
     Raises:
         BankError: No such bank, or no key at this size.
@@ -295,11 +295,11 @@ def match_banks(bank: Bank, other: Bank, kernel_size: tuple[int, int] = (7, 7)) 
     except ImportError as error:
         raise ImportError("Matching two banks needs scipy: pip install scipy") from error
     first, second = get_bank(bank), get_bank(other)
-    keys, others = (b.keys_for(kernel_size).flatten(1).double() for b in (first, second))
-    correlation = (keys @ others.T).abs().numpy()
-    kept, others_kept = first.kept(kernel_size), second.kept(kernel_size)
+    keys, other_keys = (b.keys_for(kernel_size).flatten(1).double() for b in (first, second))
+    correlation = (keys @ other_keys.T).abs().numpy()
+    kept, other_kept = first.kept(kernel_size), second.kept(kernel_size)
     rows, columns = linear_sum_assignment(correlation, maximize=True)
-    pairs = [(kept[i], others_kept[j], float(correlation[i, j])) for i, j in zip(rows, columns, strict=True)]
+    pairs = [(kept[i], other_kept[j], float(correlation[i, j])) for i, j in zip(rows, columns, strict=True)]
     return sorted(pairs, key=lambda pair: -pair[2])
 
 
@@ -309,10 +309,10 @@ def _train_autoencoder(
     """Trains on kernels (N, taps); returns the decoder of codes (K,) in [0, 1] into keys (K, taps)."""
     taps = kernels.shape[1]
     largest = kernels.gather(1, kernels.abs().argmax(1, keepdim=True))
-    data = (kernels * largest.sign()).float()  # a kernel and its negative are one
+    data = (kernels * largest.sign()).float()  # a kernel and its negative count as one
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with torch.device("cpu"):  # initialised there, as the batches are chosen there
+        with torch.device("cpu"):  # initialised on the CPU, as the batches are chosen on it
             encoder = nn.Sequential(nn.Linear(taps, 128), nn.GELU(), nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 1))
             decoder = nn.Sequential(nn.Linear(1, 64), nn.GELU(), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, taps))
         encoder, decoder = encoder.to(data.device), decoder.to(data.device)

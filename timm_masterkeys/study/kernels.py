@@ -35,10 +35,10 @@ class Kernels:
     Attributes:
         values: (N, kh * kw) float64.
         network: (N,) int64, indices into ``names``.
-        names: Of the networks.
+        names: The names of the networks.
         kernel_size: (height, width).
-        constant: How many were left out as they are constant or all zero: they have no R2.
-        non_finite: How many were left out as they hold NaN or Inf.
+        constant: The number of kernels left out as constant (or zero): they have no R2.
+        non_finite: The number of kernels left out as they hold NaN or Inf.
     """
 
     values: torch.Tensor
@@ -56,13 +56,13 @@ class Kernels:
         return replace(self, values=self.values.to(device), network=self.network.to(device))
 
     def weights(self, equal_networks: bool = True) -> torch.Tensor:
-        """(N,) of sum 1: every network, or else every kernel, counts the same."""
+        """Weights (N,) with sum 1, equal for every network, or else for every kernel."""
         counts = torch.bincount(self.network, minlength=len(self.names)).double()
         each = 1 / counts[self.network] if equal_networks else torch.ones_like(counts[self.network])
         return each / each.sum()
 
     def fit(self, bank: Bank) -> tuple[torch.Tensor, torch.Tensor]:
-        """R2 (N,) of the least-squares fit ``a*x + b`` by the nearest key, and that key's index in the bank (N,)."""
+        """R2 (N,) of the least-squares fit ``a*x + b`` by the nearest key, and this key's index in the bank (N,)."""
         bank = get_bank(bank)
         r2, index = self.fit_keys(bank.keys_for(self.kernel_size).flatten(1).to(self.values))
         return r2, torch.tensor(bank.kept(self.kernel_size), device=index.device)[index]
@@ -78,9 +78,9 @@ def collect_kernels(
 ) -> Kernels:
     """Gathers the depthwise kernels of one size from dense networks.
 
-    Converted models are refused: their kernels are computed from keys, so that a fit by these keys is perfect and says
-    nothing. The same holds for a network that was fused after conversion, but nothing tells it from a dense one: leave
-    it out yourself.
+    Converted models are refused: their kernels are computed from keys, so a fit by these keys is perfect and says
+    nothing. The same is true of a network that was fused after conversion. It cannot be told from a dense one: leave it
+    out yourself.
 
     Args:
         sources: Dense networks by name, or a list of them: timm names (their pretrained weights), models, checkpoints
@@ -101,13 +101,13 @@ def collect_kernels(
     bar = tqdm(named.items(), desc="networks", leave=False, disable=None, delay=2)
     for index, (name, source) in enumerate(bar):
         arrays = read_kernels(source)
-        found = [array.flatten(1) for array in arrays if tuple(array.shape[1:]) == (height, width)]
-        if not found:
+        matching = [array.flatten(1) for array in arrays if tuple(array.shape[1:]) == (height, width)]
+        if not matching:
             sizes = ", ".join(sorted({f"{array.shape[1]}x{array.shape[2]}" for array in arrays})) or "none at all"
             raise BankError(
                 f"'{name}' holds no depthwise kernel of {height}x{width}, but {sizes}. Leave it out, or take one."
             )
-        kernels = torch.cat(found)
+        kernels = torch.cat(matching)
         finite = kernels.isfinite().all(1)
         kernels = kernels[finite]
         varied = ~constant_kernels(kernels)
@@ -120,7 +120,7 @@ def collect_kernels(
 
 
 def name_sources(sources: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]:
-    """Sources by name: that of the file (its path, where two have one name), or the type and the place in the list.
+    """Sources by name: a file's name (its path, if two files have one name), or the type and the place in the list.
 
     Raises:
         BankError: Two of one name, or none at all.
@@ -138,9 +138,9 @@ def name_sources(sources: Mapping[str, Source] | Sequence[Source]) -> dict[str, 
     names = [os.path.basename(path) for path in paths]
     if len(set(names)) < len(names):  # a/net.npz and b/net.npz
         names = paths
-    twins = [name for name, count in Counter(names).items() if count > 1]
-    if twins:
-        raise BankError(f"Two sources are called '{twins[0]}'. Give them names: collect_kernels({{'a': ...}}).")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise BankError(f"Two sources are called '{repeated[0]}'. Give them names: collect_kernels({{'a': ...}}).")
     return dict(zip(names, sources, strict=True))
 
 
@@ -159,7 +159,7 @@ def read_kernels(source: Source) -> list[torch.Tensor]:
 
 
 def _read_name(name: str) -> list[torch.Tensor]:
-    """The kernels of a timm name's pretrained weights; what is no such name is refused with what to give instead."""
+    """The kernels of a timm name's pretrained weights; for anything else BankError says what to give instead."""
     if os.path.isdir(name):
         if _is_converted_folder(Path(name)):
             raise _converted(f"'{name}'")
@@ -174,7 +174,7 @@ def _read_name(name: str) -> list[torch.Tensor]:
 
 
 def read_file(path: str) -> dict[str, torch.Tensor]:
-    """The kernels (C, kh, kw) in an ``.npz`` file or a checkpoint, by the names that they have there.
+    """The kernels (C, kh, kw) in an ``.npz`` file or a checkpoint, by their names in it.
 
     Raises:
         BankError: It cannot be read, or belongs to a converted model.
@@ -182,7 +182,7 @@ def read_file(path: str) -> dict[str, torch.Tensor]:
     arrays = path.endswith(".npz")
     try:
         if arrays:
-            with zipfile.ZipFile(path), np.load(path) as file:  # np.load alone takes other files as well
+            with zipfile.ZipFile(path), np.load(path) as file:  # np.load alone takes other files too
                 state = dict(file.items())
         else:
             state = load_state_dict(path, use_ema=True, weights_only=True)
@@ -197,7 +197,7 @@ def read_file(path: str) -> dict[str, torch.Tensor]:
 
 
 def _is_converted_folder(folder: Path, file: str = FUSED_NAME) -> bool:
-    """Whether a folder holds a converted model as ``save_pretrained`` writes it, of which the file is a part."""
+    """Whether a folder holds a converted model as ``save_pretrained`` writes it, and the file is part of it."""
     if os.path.basename(file) != FUSED_NAME:
         return False
     try:
@@ -214,7 +214,7 @@ def _converted(what: str) -> BankError:
 
 
 def _stacks(arrays: Mapping[Any, Array]) -> dict[Any, torch.Tensor]:
-    """Those of shape (C, kh, kw) or (C, 1, kh, kw), as (C, kh, kw)."""
+    """The arrays of shape (C, kh, kw) or (C, 1, kh, kw), as tensors (C, kh, kw)."""
     try:
         tensors = {name: torch.as_tensor(array, device="cpu").detach().double() for name, array in arrays.items()}
     except (TypeError, ValueError, RuntimeError) as error:

@@ -60,17 +60,17 @@ _OPERATORS = (
 
 
 def html_page(model: nn.Module, dense: nn.Module | None, report: ConversionReport, title: str) -> str:
-    """A page with the pictures and tables of a conversion; nothing is loaded from elsewhere.
+    """A page with the pictures and tables of a conversion; it loads nothing from elsewhere.
 
     Args:
         model: A converted model. Not changed.
-        dense: The dense model it was made from. Not changed. Without it, what needs its kernels is left out, and the
-            page says so.
+        dense: The dense model it was converted from. Not changed. If None, everything that needs its kernels is left
+            out, and the page says so.
         report: ``conversion_report(model, dense)``.
-        title: Of the page.
+        title: The title of the page.
 
     Raises:
-        ConversionError: The dense model is not the one that this one was made from.
+        ConversionError: The model was not converted from this dense model.
 
     Example:
         >>> page = html_page(model, dense, conversion_report(model, dense), "convnext_tiny")
@@ -113,7 +113,7 @@ def _facts(report: ConversionReport, control: ConversionReport | None) -> str:
 def _figures(
     model: nn.Module, dense: nn.Module | None, report: ConversionReport, control: ConversionReport | None
 ) -> Iterator[tuple[str, "Figure", str]]:
-    """The pictures, each with its title and what it shows."""
+    """The pictures, each with its title and caption."""
     bank = next(iter(converted_layers(model).values())).bank
     has_fit = not math.isnan(report.total.mean_r2)
     yield "The bank", plot_bank(bank), "The keys: red is positive, blue negative, white zero."

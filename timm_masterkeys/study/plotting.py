@@ -1,7 +1,7 @@
 """Pictures of banks, conversions and searches. Needs matplotlib: ``pip install matplotlib``.
 
 Not imported with the package: ``from timm_masterkeys.study.plotting import plot_bank``. Every function returns a
-matplotlib ``Figure`` of its own, to show or to save: ``plot_bank("babaiee2025").savefig("bank.png")``.
+new matplotlib ``Figure``, to show or to save: ``plot_bank("babaiee2025").savefig("bank.png")``.
 """
 
 from collections import Counter
@@ -28,7 +28,7 @@ except ImportError as error:
     raise ImportError("Pictures need matplotlib: pip install matplotlib") from error
 
 DIVERGING = "RdBu_r"  # zero is white; readable with any colour vision
-# Okabe and Ito's colours, readable with any colour vision; beyond eight they come again, hatched.
+# Okabe and Ito's colours, readable with any colour vision; beyond eight they repeat, with hatches.
 BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"
 COLOURS = (ORANGE, "#E69F00", "#CC79A7", "#F0E442", "#009E73", BLACK, "#56B4E9", BLUE)
 
@@ -38,7 +38,7 @@ def plot_bank(bank: Bank = DEFAULT_BANK, kernel_size: tuple[int, int] | None = N
 
     Args:
         bank: Anything ``get_bank`` takes.
-        kernel_size: The size to bring them to; 7x7 if None, or the bank's own if that is smaller.
+        kernel_size: The size to show the keys at; if None 7x7, or the bank's own size if that is smaller.
 
     Example:
         >>> plot_bank("scale-space-b").savefig("bank.png")
@@ -59,16 +59,16 @@ def plot_bank(bank: Bank = DEFAULT_BANK, kernel_size: tuple[int, int] | None = N
 
 
 def plot_used_keys(model: nn.Module) -> Figure:
-    """The keys as the layers of a converted model use them: a row for each bank and kernel size, on a scale of its own.
+    """The keys as the layers of a converted model use them: a row, with its own scale, for each bank and kernel size.
 
-    A key that a bank leaves out at a size has no picture there. Where each kernel has scales of its own
-    (``ScaledKeyConv2d``), the keys are those of the bank.
+    A key that a bank leaves out at a size has no picture there. For a ``ScaledKeyConv2d``, whose kernels have sigmas of
+    their own, the keys are those of the bank.
 
     Args:
         model: A converted model. Not changed.
 
     Raises:
-        ConversionError: It has no converted layer.
+        ConversionError: The model has no converted layer.
     """
     uses: Counter[Any] = Counter((layer.bank, layer.kernel_size) for layer in _converted(unwrapped(model)).values())
     banks = {bank for bank, _ in uses}
@@ -91,34 +91,34 @@ def plot_used_keys(model: nn.Module) -> Figure:
 
 @torch.no_grad()
 def plot_kernels(model: nn.Module, dense: nn.Module, count: int = 8) -> Figure:
-    """Kernels of the dense model above their fits, with their R2: those that fit best, around the median, and worst.
+    """Kernels of the dense model above their fits, with R2: the best fits, those around the median, and the worst.
 
     Kernel and fit are shown less their means, as R2 compares them, and in units of the pair's largest value, so that
-    one scale serves all. The fit is as it is now; R2 is that of conversion or calibration.
+    all pairs share one scale. The fit is that of the model now; R2 is that of its conversion or calibration.
 
     Args:
         model: A converted model. Not changed.
-        dense: The dense model it was made from.
-        count: Kernels of each sort.
+        dense: The dense model it was converted from.
+        count: The number of kernels in each of the three groups.
 
     Raises:
-        ConversionError: No converted layer with fitted kernels, or the dense model has other layers.
+        ConversionError: No converted layer has fitted kernels, or the dense model lacks a converted layer.
     """
     model, dense = unwrapped(model), unwrapped(dense)
-    layers, found = _converted(model), []
+    layers, ranked = _converted(model), []
     for name, layer in layers.items():
         try:
             kernels: Any = dense.get_submodule(name).weight
         except AttributeError as error:
             raise ConversionError(f"The dense model has no layer '{name}'. Give the one this was made from.") from error
         fits = kernel_fits(layer)
-        found += [(float(fits.r2[i]), name, i, kernels[i, 0]) for i in fits.fitted.nonzero()[:, 0].tolist()]
-    if not found:
+        ranked += [(float(fits.r2[i]), name, i, kernels[i, 0]) for i in fits.fitted.nonzero()[:, 0].tolist()]
+    if not ranked:
         raise ConversionError(f"{type(model).__name__} has no fitted kernel: its keys are of random initialisation.")
-    found.sort(key=lambda kernel: -kernel[0])
-    count = min(count, len(found))
-    middle = (len(found) - count) // 2
-    groups = {"best": found[:count], "median": found[middle : middle + count], "worst": found[-count:]}
+    ranked.sort(key=lambda kernel: -kernel[0])
+    count = min(count, len(ranked))
+    middle = (len(ranked) - count) // 2
+    groups = {"best": ranked[:count], "median": ranked[middle : middle + count], "worst": ranked[-count:]}
     figure = Figure(figsize=(1.15 * count + 1.1, 9.2), layout="constrained")
     axes = figure.subplots(2 * len(groups), count, squeeze=False)
     for top, (title, group) in zip(range(0, 2 * len(groups), 2), groups.items(), strict=True):
@@ -136,7 +136,7 @@ def plot_kernels(model: nn.Module, dense: nn.Module, count: int = 8) -> Figure:
 
 
 def plot_keys(report: ConversionReport) -> Figure:
-    """Which keys the layers use, by depth: shares of each layer's kernels."""
+    """The keys that the layers use, by depth: the share of each key among a layer's kernels."""
     counts = np.array([layer.key_histogram for layer in report.layers], float).T
     shares = counts / counts.sum(0).clip(1)
     figure, axis = _by_depth(report)
@@ -152,7 +152,7 @@ def plot_keys(report: ConversionReport) -> Figure:
 
 
 def plot_r2(report: ConversionReport) -> Figure:
-    """How well each layer's kernels fit, by depth: mean, median and worst R2."""
+    """The mean, median and worst R2 of each layer's kernels, by depth."""
     figure, axis = _by_depth(report)
     places = np.arange(len(report.layers))
     worst, median, mean = np.array([(layer.worst_r2, layer.median_r2, layer.mean_r2) for layer in report.layers]).T
@@ -184,7 +184,7 @@ def plot_coverage(reports: ConversionReport | Mapping[str, ConversionReport]) ->
 
 
 def plot_elimination(found: Discovery) -> Figure:
-    """Mean R2 by number of keys in a search, and where it bends."""
+    """Mean R2 by number of keys in a search, and its elbow."""
     counts = sorted(count for count in found.curve if count <= 25)
     figure, axis = _curves(xlabel="keys", ylabel="mean R²", title=f"Search of {found.searched:,} kernels")
     axis.plot(counts, [found.curve[count] for count in counts], ".-", color=BLUE)
@@ -196,7 +196,7 @@ def plot_elimination(found: Discovery) -> Figure:
 
 
 def draw_kernel(axis: Axes, kernel: torch.Tensor, most: float) -> AxesImage:
-    """Draws one kernel, colours from ``-most`` to ``most``, zero white; axes without ticks."""
+    """Draws one kernel, with colours from ``-most`` to ``most`` (zero is white) and without ticks."""
     axis.axis("on")
     axis.set(xticks=[], yticks=[])
     return axis.imshow(kernel.float().cpu().numpy(), cmap=DIVERGING, vmin=-most, vmax=most)
@@ -211,7 +211,7 @@ def draw_colour_bar(figure: Figure, image: AxesImage, axes: np.ndarray, label: s
 
 
 def _draw_keys(axes: Mapping[int, Axes], bank: KeyBank, size: tuple[int, int], fontsize: int) -> AxesImage:
-    """Draws the keys that a bank has at a size, each into the axes of its index in the bank, all on one scale."""
+    """Draws the keys of a bank at a size, each into the axes of its index in the bank, all on one scale."""
     keys = bank.keys_for(size)
     for key, index in zip(keys, bank.kept(size), strict=True):
         image = draw_kernel(axes[index], key, float(keys.abs().max()))
@@ -227,7 +227,7 @@ def _converted(model: nn.Module) -> dict[str, MasterKeyConv2d]:
 
 
 def _by_depth(report: ConversionReport) -> tuple[Figure, Axes]:
-    """A figure and its axes, with a place for each layer and their names below; of many every second, third ... one."""
+    """A figure and its axes, with a place for each layer and at most 40 of their names below."""
     names = [layer.name.removesuffix(".conv_dw") or "all" for layer in report.layers]
     size = min(14, max(4.8, 0.28 * len(names) + 2)), 2.7 + 0.055 * max(map(len, names))
     figure = Figure(figsize=size, layout="constrained")
