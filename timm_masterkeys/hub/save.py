@@ -156,7 +156,7 @@ def timm_cfg(model: nn.Module) -> dict[str, Any]:
 def _check_config(config: Mapping[str, Any]) -> None:
     reserved = [name for name in config if name in OWN_ENTRIES]
     if reserved:
-        raise ConversionError(f"config holds {', '.join(reserved)}, which the model says by itself. Leave it out.")
+        raise ConversionError(f"config holds {', '.join(reserved)}, which come from the model. Leave them out.")
     try:
         json.dumps(dict(config))
     except (TypeError, ValueError) as error:
