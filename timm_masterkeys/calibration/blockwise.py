@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..layers import MasterKeyConv2d, ScaledKeyConv2d
+from ..layers import MasterKeyConv2d
 from .blocks import BlockwiseNetwork, Hook, Reached, find_blocks
 from .least_squares import Gram, choose_keys, fit_ridge
 from .outputs import Output
@@ -114,7 +114,7 @@ def _layers(block: BlockPair, stage: Stage) -> list[LayerPair]:
     if stage == "norms":
         return [LayerPair(block, name, ROWS, MomentsObserver()) for name in block.parts.converted]
     pairs = [LayerPair(block, name, KERNEL_ROWS) for name in block.parts.converted]
-    return [pair for pair in pairs if not isinstance(pair.layer, ScaledKeyConv2d)]
+    return [pair for pair in pairs if not pair.layer.has_sigmas]
 
 
 class BlockPair:
