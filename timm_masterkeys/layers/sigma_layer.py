@@ -54,7 +54,8 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         # The keys are computed, and differ in the last digit with another numpy.
         if bank.keys.shape != keys.shape or not np.allclose(bank.keys, keys, rtol=0, atol=1e-9):
             raise ConversionError(
-                f"Bank '{bank.name}' has no sigmas to train: trainable='sigmas' needs one of {', '.join(names)}."
+                f"Bank '{bank.name}' has no sigmas to train: trainable='sigmas' needs one of {', '.join(names)}. What "
+                "makes layers of its own (LoRA) needs ordinary ones: fuse_masterkeys(model) first."
             )
         if keys_per_kernel != 1:
             raise ConversionError(f"keys_per_kernel is {keys_per_kernel}, expected 1 with trainable='sigmas'.")
