@@ -215,15 +215,16 @@ def test_weights_that_change_while_they_are_loaded(files, tmp_path, root, monkey
     monkeypatch.undo()
 
 
-def test_an_entry_that_is_cleared_while_it_is_read_is_made_again(files, root, monkeypatch, calibrations):
-    load, expected = loading._load, create(files["dense"])
+@pytest.mark.parametrize(("module", "step"), [(loading, "_load"), (calibrated, "SavedModel"), (loading, "load_layers")])
+def test_an_entry_that_is_cleared_while_it_is_read_is_made_again(files, root, monkeypatch, calibrations, module, step):
+    function, expected = getattr(module, step), create(files["dense"])
 
-    def cleared_before(call, saved):
+    def cleared_before(*args):
         if len(calibrations) == 1:
             assert cache.clear_entries(root) == 1
-        return load(call, saved)
+        return function(*args)
 
-    monkeypatch.setattr(loading, "_load", cleared_before)
+    monkeypatch.setattr(module, step, cleared_before)
     same(create(files["dense"]), expected)
     assert len(calibrations) == 2 and len(entries(root)) == 1
 

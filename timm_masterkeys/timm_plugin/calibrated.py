@@ -97,9 +97,8 @@ def calibrated_entry(call: Call, state: Mapping[str, Any] | None, images: str) -
         return model
 
     with cached_folder(folder, partial(_undisturbed, calibrate), partial(_save, key), _usable) as saved:
-        section = read_section(saved / "config.json")
-        assert section is not None
-        yield SavedModel(saved, section)
+        section = read_section(saved / "config.json")  # None if another process has just cleared the cache
+        yield SavedModel(saved, section or {})
 
 
 def convert_and_calibrate(
