@@ -279,7 +279,8 @@ def _same_outputs(model: nn.Module, reloaded: nn.Module) -> bool:
         return True
     if torch.finfo(first.dtype).bits >= 32:
         return torch.allclose(output, restored, rtol=1e-3, atol=1e-4)
-    return torch.allclose(output, restored, rtol=0.05, atol=0.05 * float(output.abs().max()))  # half precision rounds every layer
+    # Half precision rounds the output of every layer.
+    return torch.allclose(output, restored, rtol=0.05, atol=0.05 * float(output.abs().max()))
 
 
 def in_short(error: Exception) -> str:
