@@ -28,7 +28,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import nn
 
 from timm_masterkeys import MasterKeyConv2d, calibrate_masterkeys, convert_to_masterkeys, fuse_masterkeys
-from timm_masterkeys.conversion.apply import replace_layers
+from timm_masterkeys.conversion.convert import replace_layers
 from timm_masterkeys.layers import gpu_operators
 
 Shape = tuple[int, int, int, int | tuple[int, int], int]

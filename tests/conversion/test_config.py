@@ -11,9 +11,8 @@ from torch import nn
 
 import timm_masterkeys as mk
 from timm_masterkeys import MasterKeysConfig
-from timm_masterkeys.conversion.apply import describe
 from timm_masterkeys.conversion.config import LayerSettings
-from timm_masterkeys.conversion.plan import resolve
+from timm_masterkeys.conversion.plan import layer_settings, resolve
 
 DESCRIPTIONS = [
     {},
@@ -80,6 +79,6 @@ def test_the_settings_of_a_converted_model(given):
     config = MasterKeysConfig(**given)
     model = mk.convert_to_masterkeys(nn.Sequential(nn.Conv2d(4, 4, 7, groups=4)), **given)
     banks = {config.bank.digest: config.bank}
-    (settings,) = describe(model).values()
+    (settings,) = layer_settings(model).values()
     assert settings == config.layer
     assert LayerSettings.from_dict(json.loads(json.dumps(settings.to_dict())), banks) == settings

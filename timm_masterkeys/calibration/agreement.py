@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..conversion.apply import apply, converted_layers, make_layer
 from ..conversion.config import LayerSettings, MasterKeysConfig, Patterns
-from ..conversion.convert import convert
+from ..conversion.convert import apply, convert, make_layer
 from ..conversion.copies import copy_model
+from ..conversion.plan import converted_layers
 from ..conversion.record import CalibrationRecord, read_record, write_record
 from ..conversion.table import table
 from ..conversion.wrapped import evaluating

@@ -9,7 +9,7 @@ import timm
 from timm.models import load_checkpoint
 from torch import nn
 
-from ..conversion.apply import converted_layers
+from ..conversion.plan import converted_layers
 from ..conversion.tags import is_masterkeys_tag
 from ..errors import CheckpointError, MasterKeysError
 from ..timm_plugin.names import dense_name

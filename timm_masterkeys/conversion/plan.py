@@ -180,6 +180,22 @@ def _suggest(candidates: list[str]) -> str:
     return f"Depthwise are {', '.join(candidates[:3])}{more}{whole}."
 
 
+def converted_layers(model: nn.Module, required: bool = False) -> dict[str, MasterKeyConv2d]:
+    """The converted layers of a model by name; ConversionError if ``required`` and there are none."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
+    if required and not layers:
+        raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
+    return layers
+
+
+def layer_settings(model: nn.Module) -> dict[str, LayerSettings]:
+    """The settings of the converted layers of a model, by name."""
+    return {
+        name: LayerSettings(layer.bank, layer.keys_per_kernel, layer.trainable, layer.has_sigmas)
+        for name, layer in converted_layers(model).items()
+    }
+
+
 def is_dense_depthwise(module: nn.Module) -> bool:
     """Whether a module is a depthwise convolution that is not converted, with kernels larger than 1x1."""
     if not isinstance(module, nn.Conv2d) or isinstance(module, MasterKeyConv2d):

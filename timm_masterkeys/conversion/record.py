@@ -15,8 +15,8 @@ from torch import nn
 from ..files import tensors_sha256
 from ..keys.banks import KeyBank
 from ..layers import MasterKeyConv2d, Trainable
-from .apply import converted_layers
 from .config import MasterKeysConfig
+from .plan import converted_layers
 from .tags import dense_tag
 from .wrapped import quantised_entry
 

@@ -13,8 +13,7 @@ from torch import nn
 from ..errors import ConversionError
 from ..keys.operators import OPERATORS, OperatorFit, fit_operators
 from ..layers import MasterKeyConv2d
-from .apply import converted_layers
-from .plan import is_dense_depthwise, stage_of
+from .plan import converted_layers, is_dense_depthwise, stage_of
 from .record import CalibrationRecord, Record, read_record
 from .table import number, share, table
 from .wrapped import unwrapped

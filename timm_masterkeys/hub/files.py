@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..conversion.apply import converted_layers, describe, make_layers, replace_layers
 from ..conversion.config import LayerSettings
-from ..conversion.plan import flat_name, is_feature_extractor
+from ..conversion.convert import make_layers, replace_layers
+from ..conversion.plan import converted_layers, flat_name, is_feature_extractor, layer_settings
 from ..conversion.wrapped import check_unwrapped, unwrapped
 from ..errors import BankError, CheckpointError
 from ..files import atomic_path
@@ -70,7 +70,7 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> save_compact(model, "masterkeys.safetensors")
     """
     model = unwrapped(model)
-    layers, settings = converted_layers(model, required=True), describe(model)
+    layers, settings = converted_layers(model, required=True), layer_settings(model)
     tensors = {f"banks.{s.bank.digest}": torch.from_numpy(s.bank.keys.copy()) for s in settings.values()}
     for name, layer in layers.items():
         layer.check_keys()

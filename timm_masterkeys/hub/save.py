@@ -18,8 +18,8 @@ from timm.layers import get_act_layer, get_norm_layer
 from timm.models import get_model_args, save_for_hf
 from torch import nn
 
-from ..conversion.apply import converted_layers, describe
 from ..conversion.convert import fuse_masterkeys
+from ..conversion.plan import converted_layers, layer_settings
 from ..conversion.record import Source, keys_digest
 from ..conversion.report import conversion_report
 from ..conversion.tags import masterkeys_tag
@@ -96,7 +96,7 @@ def save_pretrained(
     _check_config(config or {})
     report = conversion_report(model)
     _check_finite(model)
-    layers = describe(model)
+    layers = layer_settings(model)
     banks = {settings.bank for settings in layers.values()}
     record = report.record
     record = replace(record, conversions=tuple(config for config in record.conversions if config.bank in banks))

@@ -16,7 +16,7 @@ from timm.models import load_state_dict
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..conversion.apply import converted_layers
+from ..conversion.plan import converted_layers
 from ..conversion.tags import is_masterkeys_tag
 from ..errors import BankError
 from ..hub.files import COMPACT_NAME, FUSED_NAME

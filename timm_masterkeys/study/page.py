@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..conversion.apply import converted_layers
 from ..conversion.convert import convert_to_masterkeys
 from ..conversion.copies import copy_model
+from ..conversion.plan import converted_layers
 from ..conversion.report import OPERATOR_TITLES, R2_MEANS, ConversionReport, conversion_report
 from ..conversion.table import number
 from ..conversion.wrapped import unwrapped

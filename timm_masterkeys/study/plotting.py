@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..conversion.apply import converted_layers
+from ..conversion.plan import converted_layers
 from ..conversion.report import COVERAGE, ConversionReport, kernel_fits
 from ..conversion.wrapped import unwrapped
 from ..errors import ConversionError

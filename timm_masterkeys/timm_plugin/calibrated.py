@@ -29,10 +29,9 @@ from torch import nn
 from ..calibration.agreement import KeyBudget, convert_to_agreement
 from ..calibration.calibrate import CalibrationReport, calibrate_masterkeys
 from ..calibration.images import BUILTIN, photographs_sha256
-from ..conversion.apply import describe
 from ..conversion.config import MasterKeysConfig
 from ..conversion.convert import convert, fuse_masterkeys
-from ..conversion.plan import resolve
+from ..conversion.plan import layer_settings, resolve
 from ..conversion.record import read_record, write_record
 from ..errors import CheckpointError
 from ..files import file_sha256, folder_sha256, os_errors, tensors_sha256
@@ -221,7 +220,7 @@ def _save(key: Any, model: nn.Module, folder: Path) -> None:
     with os_errors():
         save_file(dense.state_dict(), folder / FUSED_NAME)
     save_compact(model, folder / COMPACT_NAME)
-    section = {**describe_layers(describe(model)), **read_record(model).to_dict()}
+    section = {**describe_layers(layer_settings(model)), **read_record(model).to_dict()}
     section["crc32"] = {**_checksums(folder), "section": _crc32(section)}
     config = {"made_by": MARK, "key": key, SECTION: section}
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -12,9 +12,8 @@ import timm
 from huggingface_hub import EvalResult
 from torch import nn
 
-from ..conversion.apply import converted_layers
 from ..conversion.config import MasterKeysConfig
-from ..conversion.plan import resolve
+from ..conversion.plan import converted_layers, resolve
 from ..conversion.record import read_record
 from ..errors import ZooError
 from ..files import atomic_path

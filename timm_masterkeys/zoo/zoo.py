@@ -24,8 +24,9 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from timm.data import is_img_extension
 
 from ..calibration.images import BUILTIN, FEWEST, photographs_sha256
-from ..conversion.apply import apply, describe
 from ..conversion.config import MasterKeysConfig
+from ..conversion.convert import apply
+from ..conversion.plan import layer_settings
 from ..conversion.record import Source, read_record, write_record
 from ..conversion.tags import is_masterkeys_tag, masterkeys_tag
 from ..errors import ZooError
@@ -261,7 +262,7 @@ def _make(name: str, zoo: Zoo) -> Result:
     cache = None if zoo.keep_weights else folder / "download"
     dense = timm.create_model(name, pretrained=True, cache_dir=cache).eval().to(zoo.device)
     calibrated, _ = convert_and_calibrate(dense, zoo.config, zoo.calibrate)
-    uncalibrated = apply(copy.deepcopy(dense), describe(calibrated))
+    uncalibrated = apply(copy.deepcopy(dense), layer_settings(calibrated))
     models = [calibrated, dense, uncalibrated]
     measured = measure(models, zoo.labels, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device)
     columns = {"seconds": round(time.perf_counter() - start, 1), "source": name, "repo": zoo.repo(name)}
