@@ -19,9 +19,9 @@ from torch import nn
 
 import timm_masterkeys as mk
 from timm_masterkeys import ConversionError
-from timm_masterkeys.calibration import images
+from timm_masterkeys.calibration import agreement, images
 from timm_masterkeys.conversion.record import read_record
-from timm_masterkeys.timm_plugin import cache, calibrated
+from timm_masterkeys.timm_plugin import cache, cache_key, calibrated
 from timm_masterkeys.timm_plugin import create as loading
 
 ARCH = "test_convnext3"
@@ -82,7 +82,7 @@ def calibrations(monkeypatch):
         seen.append(copy.deepcopy(dense))
         return mk.calibrate_masterkeys(model, dense, *args, stages="norms")
 
-    monkeypatch.setattr(calibrated, "calibrate_masterkeys", calibrate)
+    monkeypatch.setattr(agreement, "calibrate_masterkeys", calibrate)
     return seen
 
 
@@ -183,9 +183,9 @@ def test_no_call_changes_what_another_gives(files, tmp_path, monkeypatch, calibr
 
 def test_a_file_that_is_rewritten_in_place(files, tmp_path, monkeypatch):
     """Its digest is remembered for as long as it is the same file, even if its time is set back."""
-    hashed, file_sha256 = [], calibrated.file_sha256
-    monkeypatch.setattr(calibrated, "file_sha256", lambda path: hashed.append(str(path)) or file_sha256(path))
-    monkeypatch.setattr(calibrated, "_SETTLED", -1)  # as if it had been there for long
+    hashed, file_sha256 = [], cache_key.file_sha256
+    monkeypatch.setattr(cache_key, "file_sha256", lambda path: hashed.append(str(path)) or file_sha256(path))
+    monkeypatch.setattr(cache_key, "_SETTLED", -1)  # as if it had been there for long
     path = tmp_path / "weights.safetensors"
     path.write_bytes(Path(files["dense"]).read_bytes())
     first, again, before = create(str(path)), create(str(path)), path.stat()
@@ -195,7 +195,7 @@ def test_a_file_that_is_rewritten_in_place(files, tmp_path, monkeypatch):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_size == before.st_size
     same(create(str(path)), create(files["other"]))
-    monkeypatch.setattr(calibrated, "_SETTLED", 60)
+    monkeypatch.setattr(cache_key, "_SETTLED", 60)
     create(str(path)), create(str(path))
     assert hashed.count(str(path)) == 4
 
@@ -251,7 +251,8 @@ def test_calibration_has_full_precision_whatever_the_caller_has():
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            assert calibrated._undisturbed(precisions) == (False, "highest")
+            with calibrated._undisturbed():
+                assert precisions() == (False, "highest")
             assert precisions() == (True, "medium")
     finally:
         torch.set_float32_matmul_precision(before)
@@ -262,16 +263,16 @@ def test_a_function_that_has_taken_a_name_of_torchs_is_not_compared():
     def leaky(*args, **kwargs):
         return nn.LeakyReLU(0.5)
 
-    assert calibrated._as_json(nn.ReLU) == {"name": "torch.nn.modules.activation.ReLU"}
+    assert cache_key._as_json(nn.ReLU) == {"name": "torch.nn.modules.activation.ReLU"}
     with pytest.raises(TypeError, match="cannot be compared"):
-        calibrated._as_json(leaky)
+        cache_key._as_json(leaky)
 
 
 def test_patterns_in_the_spelling_of_features_choose_keys_by_agreement_too(monkeypatch):
     given = {}
-    monkeypatch.setattr(calibrated, "convert_to_agreement", lambda dense, **kwargs: given.update(kwargs))
+    monkeypatch.setattr(agreement, "convert_to_agreement", lambda dense, **kwargs: given.update(kwargs))
     config = mk.MasterKeysConfig(include="stages_0*", agreement=0.9)
-    calibrated.convert_and_calibrate(timm.create_model(ARCH), config, "builtin", flat_names=True)
+    agreement.convert_and_calibrate(timm.create_model(ARCH), config, "builtin", flat_names=True)
     assert given["include"] == ("stages.0.blocks.0.conv_dw",) and given["agreement"] == 0.9
 
 

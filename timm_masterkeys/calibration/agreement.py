@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..conversion.config import LayerSettings, MasterKeysConfig, Patterns
 from ..conversion.convert import apply, convert, make_layer
 from ..conversion.copies import copy_model
-from ..conversion.plan import converted_layers
+from ..conversion.plan import converted_layers, resolve
 from ..conversion.record import CalibrationRecord, read_record, write_record
 from ..conversion.table import table
 from ..conversion.wrapped import evaluating
@@ -22,7 +22,7 @@ from ..errors import CalibrationError, ConversionError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank
 from ..layers import MasterKeyConv2d, Trainable
 from .blocks import hooked
-from .calibrate import calibrate_masterkeys, check_models, find_metric
+from .calibrate import CalibrationReport, calibrate_masterkeys, check_models, find_metric
 from .images import BUILTIN, Images, Pixels, Size, origin_of, split_for_choice
 from .memory import check_memory
 from .metrics import Figures, Metric, MetricLike, share_intervals
@@ -188,6 +188,33 @@ def convert_to_agreement(
     model, chosen, record = best
     by_keys, seconds = tuple(sorted(tried, key=lambda tried_network: tried_network.keys)), time.perf_counter() - start
     return model, KeyBudget(agreement, chosen_metric.score_name, record, chosen, by_keys, kernels, seconds)
+
+
+def convert_and_calibrate(
+    dense: nn.Module, config: MasterKeysConfig, images: str, flat_names: bool = False, **options: Any
+) -> tuple[nn.Module, CalibrationReport | KeyBudget]:
+    """Converts and calibrates a copy of a dense network; returns the copy and its figures.
+
+    Args:
+        dense: A timm model.
+        config: The conversion.
+        images: "builtin", or the path of a folder.
+        flat_names: As for ``convert``.
+        **options: As for ``calibrate_masterkeys`` and ``convert_to_agreement``, such as ``max_images``.
+
+    Raises:
+        MasterKeysError: As ``calibrate_masterkeys`` and ``convert_to_agreement``.
+    """
+    if config.agreement is not None:
+        if flat_names and (config.include or config.exclude):  # patterns replaced by names of the dense model
+            names = tuple(layer.name for layer in resolve(config, dense, flat_names=True).converted)
+            config = replace(config, include=names, exclude=())
+        settings: Any = {
+            name: getattr(config, name) for name in ("agreement", "bank", "include", "exclude", "trainable")
+        }
+        return convert_to_agreement(dense, images=images, **settings, **options)
+    model = convert(dense, config, "project", flat_names=flat_names)
+    return model, calibrate_masterkeys(model, dense, images, **options)
 
 
 Attempt = tuple[nn.Module, TriedNetwork, CalibrationRecord]

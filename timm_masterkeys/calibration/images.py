@@ -21,7 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..conversion.wrapped import unwrapped
-from ..errors import CalibrationError
+from ..errors import CalibrationError, ConversionError
 from ..files import walk_files
 from .outputs import describe
 
@@ -32,6 +32,7 @@ Size = int | Sequence[int] | None
 
 FEWEST = 10  # images
 BUILTIN = "builtin"  # in place of a folder: the photographs that ship
+CALIBRATE_VARIABLE = "TIMM_MASTERKEYS_CALIBRATE"
 COUNT = 76  # crops, as many as there are photographs
 HELD_OUT = 4  # every fourth photograph can be held out
 PART = 5  # every fifth batch is held out, unless held-out images are given
@@ -99,6 +100,35 @@ def _find_cfg(model: nn.Module) -> tuple[Any, nn.Module | None]:
             models[name] = module
     inner = next(iter(models.values())) if len(models) == 1 else None
     return getattr(inner, "pretrained_cfg", None), inner
+
+
+def calibration_images(given: Any = None, option: str = "mk_calibrate") -> str | None:
+    """The images to calibrate with: ``"builtin"``, the path of a folder, or None for no calibration.
+
+    Args:
+        given: "builtin", True, False, "none" or a folder. None stands for the environment variable
+            ``TIMM_MASTERKEYS_CALIBRATE``, which is "builtin" by default.
+        option: The name of the argument, for errors.
+
+    Raises:
+        ConversionError: No such folder.
+    """
+    images = os.environ.get(CALIBRATE_VARIABLE) or BUILTIN if given is None else given
+    if images is True or images == BUILTIN:
+        return BUILTIN
+    if is_off(images):
+        return None
+    if not isinstance(images, (str, os.PathLike)) or not os.path.isdir(images):
+        name = option if given is not None else CALIBRATE_VARIABLE
+        raise ConversionError(
+            f"{name} is {images!r}, expected a folder of images, 'builtin', or 'none' for no calibration."
+        )
+    return os.path.abspath(images)
+
+
+def is_off(images: Any) -> bool:
+    """Whether images stand for no calibration."""
+    return images is False or (isinstance(images, str) and images.lower() in ("none", "false", "0", "no"))
 
 
 def builtin_images(

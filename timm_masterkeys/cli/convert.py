@@ -1,7 +1,6 @@
 """``timm-masterkeys convert``."""
 
 import argparse
-from dataclasses import replace
 
 from ..errors import MasterKeysError
 from .options import TRAINABLE, add_conversion, add_model, add_options, check_device, read_config
@@ -60,13 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import timm
 
+    from ..calibration.agreement import convert_and_calibrate
+    from ..calibration.images import calibration_images
     from ..conversion.convert import convert
-    from ..conversion.record import Source, read_record, write_record
+    from ..conversion.record import Source, set_source
     from ..conversion.report import conversion_report
     from ..hub.save import save_pretrained
     from ..hub.source import check_license
-    from ..timm_plugin.calibrated import convert_and_calibrate
-    from ..timm_plugin.call import calibration_images
     from ..timm_plugin.names import dense_name
     from .load_model import is_converted, load_model, require_weights
 
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         model = convert(dense, config, "project")
     if args.pretrained and (cfg := timm.get_pretrained_cfg(dense_name(args.model))):  # the licence is inherited
-        write_record(model, replace(read_record(model), source=Source.from_cfg(cfg)))
+        set_source(model, Source.from_cfg(cfg))
     directory = save_pretrained(model.cpu(), args.output, license=args.license)
     print(conversion_report(model))
     print(f"\nsaved to {directory}: timm.create_model('local-dir:{directory}', pretrained=True) loads it")

@@ -157,6 +157,11 @@ def write_record(model: nn.Module, record: Record) -> None:
     model.masterkeys = replace(record, keys=keys_digest(model) if record.source else "")  # type: ignore[assignment]
 
 
+def set_source(model: nn.Module, source: Source | None) -> None:
+    """Stores the source of a model's weights in its record. In place."""
+    write_record(model, replace(read_record(model), source=source))
+
+
 def add_conversion(model: nn.Module, config: MasterKeysConfig, layers: Collection[str]) -> None:
     """Adds the conversion of the named layers to a model's record; a source that held before is kept. In place."""
     record: Record = getattr(model, ATTRIBUTE, Record())

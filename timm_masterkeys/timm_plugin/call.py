@@ -1,7 +1,6 @@
 """The arguments of a ``timm.create_model`` call for a ``.mk8`` name: of its weights, conversion and network."""
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -12,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from timm.models import PretrainedCfg, load_model_config_from_hf, resolve_pretrained_cfg
 
-from ..calibration.images import BUILTIN
+from ..calibration.images import calibration_images, is_off
 from ..conversion.config import MasterKeysConfig
 from ..conversion.record import Source
 from ..errors import CheckpointError, ConversionError
@@ -20,8 +19,6 @@ from . import compat
 from .published import published_source
 
 _logger = logging.getLogger(__name__)
-
-CALIBRATE_VARIABLE = "TIMM_MASTERKEYS_CALIBRATE"
 
 _SETTINGS = tuple(field.name for field in fields(MasterKeysConfig))
 _LOCATION = ("source", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "custom_load")  # of a cfg's weights
@@ -108,7 +105,7 @@ class Call:
 
     def warn_unused(self, why: str) -> None:
         """Warns that the call's calibration images have no effect, if it gives any."""
-        if self.calibrate is not None and not _is_off(self.calibrate):
+        if self.calibrate is not None and not is_off(self.calibrate):
             _logger.warning("%s: mk_calibrate=%r has no effect: %s.", self.name, self.calibrate, why)
 
 
@@ -146,40 +143,12 @@ def tag_of(cfg: Any) -> str | None:
     return cfg.get("tag") if isinstance(cfg, dict) else getattr(cfg, "tag", None)
 
 
-def calibration_images(given: Any = None, option: str = "mk_calibrate") -> str | None:
-    """The images to calibrate with: ``"builtin"``, the path of a folder, or None for no calibration.
-
-    Args:
-        given: "builtin", True, False, "none" or a folder. None stands for the environment variable
-            ``TIMM_MASTERKEYS_CALIBRATE``, which is "builtin" by default.
-        option: The name of the argument, for errors.
-
-    Raises:
-        ConversionError: No such folder.
-    """
-    images = os.environ.get(CALIBRATE_VARIABLE) or BUILTIN if given is None else given
-    if images is True or images == BUILTIN:
-        return BUILTIN
-    if _is_off(images):
-        return None
-    if not isinstance(images, (str, os.PathLike)) or not os.path.isdir(images):
-        name = option if given is not None else CALIBRATE_VARIABLE
-        raise ConversionError(
-            f"{name} is {images!r}, expected a folder of images, 'builtin', or 'none' for no calibration."
-        )
-    return os.path.abspath(images)
-
-
-def _is_off(images: Any) -> bool:
-    return images is False or (isinstance(images, str) and images.lower() in ("none", "false", "0", "no"))
-
-
 def _location(cfg: PretrainedCfg) -> list[Any]:
     return [getattr(cfg, name) or None for name in _LOCATION]
 
 
 def _published_cfg(
-    arch: str, source: str, resolved: PretrainedCfg, registered: PretrainedCfg, kwargs: dict[str, Any]
+    arch: str, source: str, resolved: PretrainedCfg, own_cfg: PretrainedCfg, kwargs: dict[str, Any]
 ) -> PretrainedCfg:
     """The cfg of published weights with the call's changes; adds their model arguments to ``kwargs``, as timm does."""
     cfg, architecture, model_args = load_model_config_from_hf(source, cache_dir=kwargs.get("cache_dir"))
@@ -190,7 +159,7 @@ def _published_cfg(
     changed = {
         field.name: value
         for field in fields(PretrainedCfg)
-        if (value := getattr(resolved, field.name)) != getattr(registered, field.name)
+        if (value := getattr(resolved, field.name)) != getattr(own_cfg, field.name)
     }
     kwargs["pretrained_model_args"] = dict(model_args or {})
     for name, value in kwargs["pretrained_model_args"].items():

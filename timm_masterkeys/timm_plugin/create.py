@@ -15,7 +15,7 @@ from torch import nn
 from ..conversion.config import LayerSettings
 from ..conversion.convert import convert
 from ..conversion.plan import resolve
-from ..conversion.record import Record, write_record
+from ..conversion.record import Record, set_source, write_record
 from ..conversion.report import conversion_report
 from ..errors import CheckpointError, ConversionError
 from ..hub.files import FUSED_NAME, Compact, names_in, restore_layers
@@ -91,7 +91,7 @@ def _convert_only(call: Call) -> nn.Module:
     _refuse_agreement(call)
     call.warn_unused("only weights that timm has under a name, or in a file or state dict, are calibrated")
     model = convert(call.build(True), call.config, "project", inplace=True, flat_names=call.flat_names)
-    write_record(model, Record((call.config,), call.source))
+    set_source(model, call.source)
     if not any(parameter.is_meta for parameter in model.parameters()):
         report = conversion_report(model)
         _logger.warning(

@@ -23,18 +23,18 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from timm.data import is_img_extension
 
+from ..calibration.agreement import convert_and_calibrate
 from ..calibration.images import BUILTIN, FEWEST, photographs_sha256
 from ..conversion.config import MasterKeysConfig
 from ..conversion.convert import apply
 from ..conversion.plan import layer_settings
-from ..conversion.record import Source, read_record, write_record
+from ..conversion.record import Source, set_source
 from ..conversion.tags import is_masterkeys_tag, masterkeys_tag
 from ..errors import ZooError
 from ..files import atomic_path, folder_sha256, locked, walk_files
 from ..hub.publish import push_to_hub
 from ..hub.save import save_pretrained
 from ..hub.source import check_license
-from ..timm_plugin.calibrated import convert_and_calibrate
 from ..timm_plugin.published import list_architectures
 from ..version import __version__
 from .evaluate import Labels, measure
@@ -267,7 +267,7 @@ def _make(name: str, zoo: Zoo) -> Result:
     measured = measure(models, zoo.labels, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device)
     columns = {"seconds": round(time.perf_counter() - start, 1), "source": name, "repo": zoo.repo(name)}
     result = make_result(_converted_name(name), calibrated, dense, zoo.config, measured, **columns)
-    write_record(calibrated, replace(read_record(calibrated), source=Source.from_cfg(cfg)))
+    set_source(calibrated, Source.from_cfg(cfg))
     entries = result.card_entries(zoo.dataset or zoo.labels.folder.name)
     save_pretrained(calibrated.cpu(), folder / "weights", license=license, **entries)
     with locked(zoo.output / ".zoo.lock"):
