@@ -43,7 +43,7 @@ def cache_key(
             "in_chans, num_classes": shape,
             "reading": _as_json([getattr(call.cfg, name) for name in _READING]),
             "preprocessing": _as_json([getattr(call.cfg, name) for name in _PREPROCESSING]),
-            "source": _as_json(call.source.__dict__),
+            "source": _as_json(call.dense_source.__dict__),
             "images": photographs_sha256() if images == BUILTIN else folder_sha256(images, changed=True),
             "origin": images if images == BUILTIN else os.path.basename(images),
             "conversion": config.to_dict(),

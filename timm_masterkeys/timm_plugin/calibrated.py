@@ -82,7 +82,7 @@ def calibrated_entry(call: Call, state: Mapping[str, Any] | None, images: str) -
         )
         model, report = convert_and_calibrate(dense, config, images, call.flat_names)
         _logger.warning("%s: calibrated %s.", call.name, report.summary())
-        set_source(model, replace(call.source, sha256=digest))
+        set_source(model, replace(call.dense_source, sha256=digest))
         return model
 
     with cached_folder(folder, calibrate, partial(_save, key), _usable) as saved:

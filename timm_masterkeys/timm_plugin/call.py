@@ -68,7 +68,7 @@ class Call:
         return {name: value for name, value in self.kwargs.items() if name not in _WHEN_LOADING}
 
     @property
-    def source(self) -> Source:
+    def dense_source(self) -> Source:
         """The source of the dense weights, as far as it is known."""
         if self.registered or self.cfg.source == "hf-hub":
             return Source.from_cfg(self.own_cfg if self.registered else self.cfg)

@@ -12,25 +12,25 @@ import timm
 from timm.models import PretrainedCfg
 from torch import nn
 
+try:
+    from timm.models import _registry
+except ImportError:
+    _registry = None
+
 TESTED = ("1.0.31",)
 
 Entrypoint = Callable[..., nn.Module]
 
+_NAMES = "_model_entrypoints", "_model_has_pretrained", "_model_pretrained_cfgs", "_model_with_tags"
 _MARK = "_timm_masterkeys_stock"
 
 
 def unsupported() -> str:
     """Why tags cannot be added to this timm; empty if they can."""
-    try:
-        from timm.models._registry import (  # noqa: F401
-            _model_entrypoints,
-            _model_has_pretrained,
-            _model_pretrained_cfgs,
-            _model_with_tags,
-        )
-    except ImportError as error:
-        return f"timm {timm.__version__} moved what timm_masterkeys needs ({error}); tested with {', '.join(TESTED)}"
-    return ""
+    missing = [name for name in _NAMES if not hasattr(_registry, name)]
+    if not missing:
+        return ""
+    return f"timm {timm.__version__} moved what timm_masterkeys needs ({missing[0]}); tested with {', '.join(TESTED)}"
 
 
 def too_old() -> str:
@@ -47,42 +47,35 @@ def too_old() -> str:
 
 def architectures() -> set[str]:
     """All architectures timm knows."""
-    from timm.models._registry import _model_entrypoints
-
-    return set(_model_entrypoints)
+    return set(_registry._model_entrypoints)
 
 
 def cfgs(arch: str) -> dict[str, PretrainedCfg]:
     """The pretrained cfgs of an architecture by tag, the default under ''. Not copies: do not change them."""
-    from timm.models._registry import _model_pretrained_cfgs, _model_with_tags
-
-    names = [arch, *_model_with_tags.get(arch, ())]
-    return {name.partition(".")[2]: _model_pretrained_cfgs[name] for name in names if name in _model_pretrained_cfgs}
+    known = _registry._model_pretrained_cfgs
+    names = [arch, *_registry._model_with_tags.get(arch, ())]
+    return {name.partition(".")[2]: known[name] for name in names if name in known}
 
 
 def add_tag(arch: str, tag: str, cfg: PretrainedCfg) -> None:
     """Registers ``arch.tag`` with timm, or replaces it; stock tags and the default stay as they are."""
-    from timm.models._registry import _model_has_pretrained, _model_pretrained_cfgs, _model_with_tags
-
-    name = f"{arch}.{tag}"
-    _model_pretrained_cfgs[name] = cfg
-    if not _model_with_tags.get(arch):  # an architecture registered without cfgs: list what timm falls back to
-        _model_with_tags[arch] = [arch]
-        _model_pretrained_cfgs.setdefault(arch, PretrainedCfg(architecture=arch))
-    if name not in _model_with_tags[arch]:
-        _model_with_tags[arch].append(name)
+    name, known, tagged = f"{arch}.{tag}", _registry._model_pretrained_cfgs, _registry._model_with_tags
+    known[name] = cfg
+    if not tagged.get(arch):  # an architecture registered without cfgs: list what timm falls back to
+        tagged[arch] = [arch]
+        known.setdefault(arch, PretrainedCfg(architecture=arch))
+    if name not in tagged[arch]:
+        tagged[arch].append(name)
     if cfg.has_weights:
-        _model_has_pretrained.add(name)
+        _registry._model_has_pretrained.add(name)
     else:
-        _model_has_pretrained.discard(name)
+        _registry._model_has_pretrained.discard(name)
 
 
 def wrap_entrypoint(arch: str, wrap: Callable[[Entrypoint], Entrypoint]) -> None:
     """Replaces the function that builds ``arch`` with ``wrap(function)``; a wrapped one stays as it is."""
-    from timm.models._registry import _model_entrypoints
-
-    stock = _model_entrypoints[arch]
+    stock = _registry._model_entrypoints[arch]
     if not hasattr(stock, _MARK):
         wrapped = wrap(stock)
         setattr(wrapped, _MARK, stock)
-        _model_entrypoints[arch] = wrapped
+        _registry._model_entrypoints[arch] = wrapped

@@ -91,7 +91,7 @@ def _convert_only(call: Call) -> nn.Module:
     _refuse_agreement(call)
     call.warn_unused("only weights that timm has under a name, or in a file or state dict, are calibrated")
     model = convert(call.build(True), call.config, "project", inplace=True, flat_names=call.flat_names)
-    set_source(model, call.source)
+    set_source(model, call.dense_source)
     if not any(parameter.is_meta for parameter in model.parameters()):
         report = conversion_report(model)
         _logger.warning(
@@ -176,7 +176,7 @@ def _load_checkpoint(call: Call, state: Mapping[str, Any], entries: Mapping[str,
             "Create it with the settings the checkpoint was made with (mk_include, mk_exclude)."
         )
     restore_layers(model, Compact(layers, entries))
-    write_record(model, Record((call.config,), call.source))
+    write_record(model, Record((call.config,), call.dense_source))
     return model
 
 
