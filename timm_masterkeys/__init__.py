@@ -18,9 +18,9 @@ from .errors import (
     ProjectionError,
     ZooError,
 )
-from .hub.files import load_compact, save_compact
 from .hub.publish import Publication, push_to_hub
 from .hub.save import save_pretrained
+from .hub.weights import load_compact, save_compact
 from .keys.banks import KeyBank, get_bank, list_banks
 from .keys.projection import Projection, project_kernels
 from .layers import MasterKeyConv2d, ScaledKeyConv2d

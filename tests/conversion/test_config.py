@@ -80,5 +80,5 @@ def test_the_settings_of_a_converted_model(given):
     model = mk.convert_to_masterkeys(nn.Sequential(nn.Conv2d(4, 4, 7, groups=4)), **given)
     banks = {config.bank.digest: config.bank}
     (settings,) = layer_settings(model).values()
-    assert settings == config.layer
+    assert settings == config.layer_settings
     assert LayerSettings.from_dict(json.loads(json.dumps(settings.to_dict())), banks) == settings

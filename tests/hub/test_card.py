@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard
 import timm_masterkeys as mk
 from timm_masterkeys import ConversionError
 from timm_masterkeys.conversion.record import Source
-from timm_masterkeys.hub.source import HUB_LICENSES, require_license, saved_source
+from timm_masterkeys.hub.license import HUB_LICENSES, require_license, saved_source
 from timm_masterkeys.timm_plugin import compat
 
 

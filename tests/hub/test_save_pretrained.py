@@ -21,7 +21,7 @@ import timm_masterkeys as mk
 from timm_masterkeys import CheckpointError, ConversionError
 from timm_masterkeys.conversion.config import LayerSettings
 from timm_masterkeys.files import file_sha256
-from timm_masterkeys.hub.files import describe_layers
+from timm_masterkeys.hub.weights import describe_layers
 from timm_masterkeys.timm_plugin import compat
 
 ARCH = "test_convnext3"  # depthwise kernels 7x7, 5x5, 5x5 and 3x3

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from timm_masterkeys import CheckpointError, ConversionError, MasterKeyConv2d, fuse_masterkeys, project_kernels
-from timm_masterkeys.hub.files import save_compact
+from timm_masterkeys.hub.weights import save_compact
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -215,7 +215,9 @@ def test_weights_that_change_while_they_are_loaded(files, tmp_path, root, monkey
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize(("module", "step"), [(loading, "_load"), (calibrated, "SavedModel"), (loading, "load_layers")])
+@pytest.mark.parametrize(
+    ("module", "step"), [(loading, "_load"), (calibrated, "SavedModel"), (loading, "convert_as_saved")]
+)
 def test_an_entry_that_is_cleared_while_it_is_read_is_made_again(files, root, monkeypatch, calibrations, module, step):
     function, expected = getattr(module, step), create(files["dense"])
 

@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> None:
     from ..conversion.convert import convert
     from ..conversion.record import Source, set_source
     from ..conversion.report import conversion_report
+    from ..hub.license import check_license
     from ..hub.save import save_pretrained
-    from ..hub.source import check_license
     from ..timm_plugin.names import dense_name
     from .load_model import is_converted, load_model, require_weights
 

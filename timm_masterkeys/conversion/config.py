@@ -96,7 +96,7 @@ class MasterKeysConfig:
             object.__setattr__(self, name, value)
 
     @property
-    def layer(self) -> LayerSettings:
+    def layer_settings(self) -> LayerSettings:
         """The settings of every converted layer."""
         return LayerSettings(self.bank, self.keys_per_kernel, self.trainable, self.trainable == "sigmas")
 

@@ -176,10 +176,10 @@ def apply(
         ProjectionError: NaN or Inf in a kernel; the message names the layer and the channel.
         CheckpointError: Entries that do not fit their layer.
     """
-    return replace_layers(model, make_layers(model, layers, weights))
+    return replace_layers(model, new_layers(model, layers, weights))
 
 
-def make_layers(
+def new_layers(
     model: nn.Module,
     layers: Mapping[str, LayerSettings],
     weights: Literal["project", "random"] | Mapping[str, Entries] = "project",

@@ -59,7 +59,7 @@ class ConversionPlan:
     @property
     def settings(self) -> dict[str, LayerSettings]:
         """The settings of the layers that would be converted, by name."""
-        return {layer.name: self.config.layer for layer in self.converted}
+        return {layer.name: self.config.layer_settings for layer in self.converted}
 
     @property
     def skipped(self) -> tuple[PlannedLayer, ...]:

@@ -12,7 +12,8 @@ from ..conversion.record import Source
 from ..conversion.report import ConversionReport
 from ..conversion.table import number
 from ..errors import ConversionError
-from .source import HUB_LICENSES
+from .license import HUB_LICENSES
+from .weights import SECTION
 
 _BEGIN, _END = "<!-- timm_masterkeys: begin (rewritten at every publication) -->", "<!-- timm_masterkeys: end -->"
 
@@ -199,7 +200,7 @@ def _body(config: Mapping[str, Any], report: ConversionReport, repo_id: str, sou
     cfg = config["pretrained_cfg"]
     size = "x".join(map(str, cfg["input_size"]))
     total = report.total
-    banks = [f"`{bank['name']}`" for bank in config["masterkeys"]["banks"].values()]
+    banks = [f"`{bank['name']}`" for bank in config[SECTION]["banks"].values()]
     keys = f"{len(total.key_histogram)} frozen *master keys* of the bank {banks[0]}"
     keys = keys if len(banks) == 1 else f"frozen *master keys* of the banks {', '.join(banks)}"
     licence = f"{source.license}, {'given by the author' if source.license_given else 'inherited from them'}"
@@ -221,7 +222,7 @@ std {tuple(cfg["std"])}; {config["num_classes"]} classes.
 
 ## The conversion
 
-{_conversion(config["masterkeys"], report)}
+{_conversion(config[SECTION], report)}
 
 ## Cite
 

@@ -14,9 +14,7 @@ from ..conversion.record import restore_record
 from ..errors import CheckpointError
 from ..files import file_sha256
 from ..layers import Trainable
-from .files import COMPACT_NAME, FUSED_NAME, check_version, read_compact, restore_layers
-
-SECTION = "masterkeys"  # of config.json
+from .weights import COMPACT_NAME, FUSED_NAME, SECTION, check_version, read_compact, restore_layers
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def _download(repo_id: str, names: Iterable[str], folder: Path, cache_dir: Any) 
             pass  # ``SavedModel.check`` raises
 
 
-def load_layers(
+def convert_as_saved(
     model: nn.Module, saved: SavedModel, trainable: Trainable | None = None, *, random: bool = False
 ) -> nn.Module:
     """Converts a dense model with the fused weights as the saved model was, see ``restore_layers``. In place."""

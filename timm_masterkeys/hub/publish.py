@@ -27,8 +27,8 @@ from ..errors import HubError, MasterKeysError
 from ..files import file_sha256
 from ..version import __version__
 from .card import read_readme
+from .license import require_license, saved_source
 from .save import FILES, in_short, save_pretrained, timm_cfg
-from .source import require_license, saved_source
 
 _logger = logging.getLogger(__name__)
 

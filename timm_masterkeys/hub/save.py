@@ -28,8 +28,8 @@ from ..errors import ConversionError
 from ..files import atomic_path, file_sha256, os_errors, work_folder
 from ..version import __version__
 from .card import make_card, read_readme
-from .files import COMPACT_NAME, FUSED_NAME, describe_layers, read_compact, restore_layers, save_compact
-from .source import saved_source
+from .license import saved_source
+from .weights import COMPACT_NAME, FUSED_NAME, SECTION, describe_layers, read_compact, restore_layers, save_compact
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ OWN_ENTRIES = (
     "global_pool",
     "model_args",
     "pretrained_cfg",
-    "masterkeys",
+    SECTION,
 )
 _ORIGIN = ("license", "hf_hub_id", "url", "origin_url", "tag")  # of a cfg: left out if the source is unknown
 _STRUCTURE = "Is the model's structure as timm.create_model made it?"
@@ -205,7 +205,7 @@ def _write(
     args = saved.get("model_args", {})
     saved["model_args"] = {n: v for n, v in args.items() if not n.startswith("mk_") and n != "num_classes"}
     files = {name: file_sha256(folder / name) for name in (FUSED_NAME, COMPACT_NAME)}
-    saved["masterkeys"] = {**section, "files": files}
+    saved[SECTION] = {**section, "files": files}
     (folder / "config.json").write_text(json.dumps(saved, indent=2))
     return saved
 

@@ -183,7 +183,6 @@ class MasterKeyConv2d(ComputedConv2d):
             raise ConversionError(f"Got {conv}, expected a depthwise Conv2d (groups == in_channels).")
         if reason := obstacle(conv):
             raise ConversionError(f"Got {conv}, expected a convolution that computes as nn.Conv2d does: {reason}.")
-        check_trainable(trainable)
         check_keys_per_kernel(keys_per_kernel, bank)
         weight = conv.weight
         keys = bank.keys_for((weight.shape[2], weight.shape[3])).to(weight.device, weight.dtype)

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..conversion.plan import converted_layers
 from ..conversion.tags import is_masterkeys_tag
 from ..errors import BankError
-from ..hub.files import COMPACT_NAME, FUSED_NAME
+from ..hub.weights import COMPACT_NAME, FUSED_NAME, SECTION
 from ..keys.banks import Bank, get_bank
 from ..keys.projection import constant_kernels
 
@@ -201,7 +201,7 @@ def _is_converted_folder(folder: Path, file: str = FUSED_NAME) -> bool:
     if os.path.basename(file) != FUSED_NAME:
         return False
     try:
-        return "masterkeys" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return SECTION in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return (folder / COMPACT_NAME).is_file()
 

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from ..files import locked, work_folder
-from ..hub.files import COMPACT_NAME, FUSED_NAME
+from ..hub.weights import COMPACT_NAME, FUSED_NAME
 
 _logger = logging.getLogger(__name__)
 

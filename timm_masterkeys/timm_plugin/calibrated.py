@@ -28,9 +28,9 @@ from ..conversion.plan import layer_settings
 from ..conversion.record import read_record, set_source
 from ..errors import CheckpointError
 from ..files import os_errors, tensors_sha256
-from ..hub.files import COMPACT_NAME, FUSED_NAME, describe_layers, save_compact
-from ..hub.load import SECTION, SavedModel, read_section
+from ..hub.load import SavedModel, read_section
 from ..hub.save import contiguous
+from ..hub.weights import COMPACT_NAME, FUSED_NAME, SECTION, describe_layers, save_compact
 from .cache import MARK, cache_folder, cached_folder
 from .cache_key import cache_key, weights_sha256
 from .call import Call

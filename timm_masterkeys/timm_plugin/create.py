@@ -18,8 +18,8 @@ from ..conversion.plan import resolve
 from ..conversion.record import Record, set_source, write_record
 from ..conversion.report import conversion_report
 from ..errors import CheckpointError, ConversionError
-from ..hub.files import FUSED_NAME, Compact, names_in, restore_layers
-from ..hub.load import SavedModel, find_saved, load_layers
+from ..hub.load import SavedModel, convert_as_saved, find_saved
+from ..hub.weights import FUSED_NAME, Compact, names_in, restore_layers
 from ..layers import MasterKeyConv2d, ScaledKeyConv2d
 from . import compat
 from .calibrated import calibrated_entry
@@ -67,7 +67,7 @@ def _load_saved(call: Call, saved: SavedModel, pretrained: bool) -> nn.Module:
     call.warn_unused("these weights are of a converted model, and loaded as they were saved")
     if pretrained:
         return _load(call, saved)
-    return load_layers(call.build(False), saved, call.given.get("trainable"), random=True)
+    return convert_as_saved(call.build(False), saved, call.given.get("trainable"), random=True)
 
 
 def _load_calibrated(call: Call, state: Mapping[str, Any] | None, images: str) -> nn.Module:
@@ -83,7 +83,7 @@ def _load_calibrated(call: Call, state: Mapping[str, Any] | None, images: str) -
 
 def _load(call: Call, saved: SavedModel) -> nn.Module:
     """The network with saved weights: timm loads the fused weights, then the layers are converted as saved."""
-    return load_layers(call.build(True, file=str(saved.fused)), saved, call.given.get("trainable"))
+    return convert_as_saved(call.build(True, file=str(saved.fused)), saved, call.given.get("trainable"))
 
 
 def _convert_only(call: Call) -> nn.Module:

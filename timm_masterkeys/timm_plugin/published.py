@@ -11,7 +11,7 @@ from timm.models import PretrainedCfg
 
 from ..conversion.tags import is_masterkeys_tag
 from ..errors import ConversionError
-from ..hub.files import FUSED_NAME
+from ..hub.weights import FUSED_NAME
 from . import compat
 
 WEIGHTS_VARIABLE = "TIMM_MASTERKEYS_WEIGHTS"

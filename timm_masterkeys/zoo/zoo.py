@@ -32,9 +32,9 @@ from ..conversion.record import Source, set_source
 from ..conversion.tags import is_masterkeys_tag, masterkeys_tag
 from ..errors import ZooError
 from ..files import atomic_path, folder_sha256, locked, walk_files
+from ..hub.license import check_license
 from ..hub.publish import push_to_hub
 from ..hub.save import save_pretrained
-from ..hub.source import check_license
 from ..timm_plugin.published import list_architectures
 from ..version import __version__
 from .evaluate import Labels, measure

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..conversion.config import LayerSettings
-from ..conversion.convert import make_layers, replace_layers
+from ..conversion.convert import new_layers, replace_layers
 from ..conversion.plan import converted_layers, flat_name, is_feature_extractor, layer_settings
 from ..conversion.wrapped import check_unwrapped, unwrapped
 from ..errors import BankError, CheckpointError
@@ -30,6 +30,7 @@ from ..layers import MasterKeyConv2d, Trainable
 FUSED_NAME = "model.safetensors"
 COMPACT_NAME = "masterkeys.safetensors"
 FORMAT_VERSION = 1
+SECTION = "masterkeys"  # of config.json: the layers and the record
 
 _METADATA = "timm_masterkeys"
 
@@ -99,9 +100,9 @@ def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trai
     check_unwrapped(model)
     compact = read_compact(path)
     try:
-        new_layers = _make_layers(model, compact, trainable)
+        layers = _new_layers(model, compact, trainable)
         coarsest = max((e["scale"].dtype for e in compact.entries.values()), key=lambda t: torch.finfo(t).eps)
-        for name, layer in new_layers.items():
+        for name, layer in layers.items():
             if not _agree(layer, model.get_submodule(name).weight.detach(), coarsest):  # type: ignore[operator]
                 raise CheckpointError(
                     f"It disagrees with the model's weights of {name}: the two are not of one conversion. Get both "
@@ -109,7 +110,7 @@ def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trai
                 )
     except CheckpointError as error:
         raise CheckpointError(f"'{path}' does not fit. {error}") from None
-    replace_layers(model, new_layers)
+    replace_layers(model, layers)
 
 
 def restore_layers(
@@ -119,10 +120,10 @@ def restore_layers(
 
     With ``random`` only the settings are used, and keys are assigned at random, for training from scratch.
     """
-    replace_layers(model, _make_layers(model, compact, trainable, random))
+    replace_layers(model, _new_layers(model, compact, trainable, random))
 
 
-def _make_layers(
+def _new_layers(
     model: nn.Module, compact: Compact, trainable: Trainable | None, random: bool = False
 ) -> dict[str, MasterKeyConv2d]:
     """The new layers of a compact file, by their names in this model."""
@@ -131,7 +132,7 @@ def _make_layers(
     if trainable:
         layers = {new_name: replace(settings, trainable=trainable) for new_name, settings in layers.items()}
     entries = {new_name: compact.entries[name] for name, new_name in names.items()}
-    return make_layers(model, layers, "random" if random else entries)
+    return new_layers(model, layers, "random" if random else entries)
 
 
 def read_compact(path: str | os.PathLike[str]) -> Compact:

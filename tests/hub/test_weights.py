@@ -244,7 +244,7 @@ def test_a_failed_save_keeps_the_old_file(converted, file, tmp_path, monkeypatch
         args[1].write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("timm_masterkeys.hub.files.save_file", full)
+    monkeypatch.setattr("timm_masterkeys.hub.weights.save_file", full)
     for target, message in ((path, "No space left"), (tmp_path / "missing" / "c.safetensors", "No such file")):
         with pytest.raises(OSError, match=message):
             save_compact(converted, target)
