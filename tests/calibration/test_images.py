@@ -157,6 +157,18 @@ def test_deterministic_and_no_random_state_is_read_or_changed():
     assert all((a - b).abs().mean() > 0.3 for a, b in itertools.combinations([first, *others], 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_whatever_the_default_dtype_and_device(dtype):
+    expected, before = mk.builtin_images(CFG, 2), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            images = mk.builtin_images(CFG, 2)
+    finally:
+        torch.set_default_dtype(before)
+    assert images.dtype == torch.float32 and torch.equal(images, expected)
+
+
 def test_models_and_cfgs_of_every_kind():
     model = timm.create_model("test_efficientnet")
     images = mk.builtin_images(model, 3)

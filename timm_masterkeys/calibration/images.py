@@ -148,7 +148,8 @@ def builtin_images(
         pictures = [picture for i, picture in enumerate(pictures) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
     crops = draw_crops(pictures, (width, height), count, seed, interpolation=config["interpolation"])
     pixels = torch.stack([_channels(crop, channels) for crop in crops])
-    centre, spread = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    kind: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults
+    centre, spread = (torch.tensor(config[name], **kind).view(-1, 1, 1) for name in ("mean", "std"))
     return (pixels.float() / 255 - centre) / spread
 
 
@@ -217,7 +218,7 @@ def _in_chans(model: nn.Module, stem: Any, otherwise: int) -> int:
 def _channels(image: Image.Image, channels: int) -> torch.Tensor:
     """The pixels (channels, height, width) as bytes: grey for one channel, else the three colours in turn."""
     pixels = torch.from_numpy(np.array(image.convert("L" if channels == 1 else "RGB")))
-    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)[torch.arange(channels) % 3]
+    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)[[i % 3 for i in range(channels)]]
 
 
 def load_images(images: Images, model: nn.Module, max_images: int, given: Pixels = FROM_CFG) -> torch.Tensor:
