@@ -158,15 +158,17 @@ def test_deterministic_and_no_random_state_is_read_or_changed():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_whatever_the_default_dtype_and_device(dtype):
-    expected, before = mk.builtin_images(CFG, 2), torch.get_default_dtype()
+def test_whatever_the_default_dtype_and_device(dtype, tmp_path):
+    folder_of(tmp_path)
+    expected, loaded = mk.builtin_images(CFG, 2), load_images(tmp_path, PLAIN, 10, Pixels(**GIVEN))
+    before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            images = mk.builtin_images(CFG, 2)
+            images, loaded_again = mk.builtin_images(CFG, 2), load_images(tmp_path, PLAIN, 10, Pixels(**GIVEN))
     finally:
         torch.set_default_dtype(before)
-    assert images.dtype == torch.float32 and torch.equal(images, expected)
+    assert images.dtype == torch.float32 and torch.equal(images, expected) and torch.equal(loaded_again, loaded)
 
 
 def test_models_and_cfgs_of_every_kind():

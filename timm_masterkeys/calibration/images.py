@@ -148,9 +148,7 @@ def builtin_images(
         pictures = [picture for i, picture in enumerate(pictures) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
     crops = draw_crops(pictures, (width, height), count, seed, interpolation=config["interpolation"])
     pixels = torch.stack([_channels(crop, channels) for crop in crops])
-    kind: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults
-    centre, spread = (torch.tensor(config[name], **kind).view(-1, 1, 1) for name in ("mean", "std"))
-    return (pixels.float() / 255 - centre) / spread
+    return _normalised(pixels, config)
 
 
 def photographs() -> dict[str, Image.Image]:
@@ -219,6 +217,14 @@ def _channels(image: Image.Image, channels: int) -> torch.Tensor:
     """The pixels (channels, height, width) as bytes: grey for one channel, else the three colours in turn."""
     pixels = torch.from_numpy(np.array(image.convert("L" if channels == 1 else "RGB")))
     return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)[[i % 3 for i in range(channels)]]
+
+
+def _normalised(pixels: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    """Bytes as timm's transform gives them to a model, in float32 whatever torch's default dtype is."""
+    mean, std = (
+        torch.tensor(config[name], dtype=torch.float32, device="cpu").view(-1, 1, 1) for name in ("mean", "std")
+    )
+    return (pixels.float() / 255 - mean) / std
 
 
 def load_images(images: Images, model: nn.Module, max_images: int, given: Pixels = FROM_CFG) -> torch.Tensor:
@@ -342,7 +348,7 @@ def _load_folder(folder: str, model: nn.Module, max_images: int, config: dict[st
     bar = tqdm(total=len(chosen), desc="load images", unit="image", leave=False, disable=None)
     with bar, warnings.catch_warnings(), torch.device("cpu"):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        mode, transform = "L" if channels == 1 else "RGB", create_transform(**config)
+        mode, transform = "L" if channels == 1 else "RGB", create_transform(**config, normalize=False)
         for i in [*chosen, *spare]:
             if len(tensors) == len(chosen):
                 break
@@ -357,7 +363,7 @@ def _load_folder(folder: str, model: nn.Module, max_images: int, config: dict[st
         raise CalibrationError(
             f"{len(tensors)} of {len(files)} images in '{folder}' can be read, expected at least {FEWEST}."
         )
-    return torch.stack(tensors)
+    return _normalised(torch.stack(tensors), config)
 
 
 def _spread(count: int, most: int) -> torch.Tensor:
