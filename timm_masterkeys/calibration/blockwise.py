@@ -349,7 +349,8 @@ def _block_factor(pair: LayerPair) -> tuple[torch.Tensor, bool] | None:
     nudges: list[torch.Tensor] = []
 
     def nudge(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(output)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(output.shape, generator=generator, dtype=torch.float32, device="cpu").to(output)
         nudges.append(noise * output.std() / 8)
         return output + nudges[-1]
 

@@ -357,9 +357,10 @@ def _classify(fit: OperatorFit) -> torch.Tensor:
 @lru_cache(maxsize=16)
 def _chance(height: int, width: int) -> torch.Tensor:
     """The share of random kernels that resemble each operator, and none, (5,)."""
-    kernels = torch.randn(1000, height, width, generator=torch.Generator().manual_seed(0), device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    kernels = torch.randn(1000, height, width, generator=generator, dtype=torch.float32, device="cpu")
     operator = _classify(fit_operators(kernels))
-    return torch.bincount(operator, minlength=len(OPERATORS) + 1) / len(operator)
+    return torch.bincount(operator, minlength=len(OPERATORS) + 1).double() / len(operator)
 
 
 def _finite(value: Any) -> Any:
