@@ -98,6 +98,14 @@ class Crossing(nn.Module):
         return self.blocks[2](c + a).mean((2, 3))
 
 
+class Dark(Crossing):
+    """The connection is zero where the image is."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem.bias = None
+
+
 class Folding(Crossing):
     """Folds positions into the batch, so that the first dimension is not that of the images."""
 
@@ -355,10 +363,11 @@ def test_a_lone_layer_does_not_make_its_parent_a_block():
     assert [block.name for block in blocks] == ["position", "one", "two"]
 
 
-@pytest.mark.parametrize("make", [Crossing, Folding, lambda: pair()[1], lambda: pair("edgenext_xx_small")[1]])
+@pytest.mark.parametrize("make", [Crossing, Dark, Folding, lambda: pair()[1], lambda: pair("edgenext_xx_small")[1]])
 def test_a_network_run_part_by_part_gives_what_it_gives_in_one_go(make):
     model = mk.convert_to_masterkeys(make().eval())
     batches = list(torch.randn(6, 3, 64, 64).split(3))
+    batches[0][0] = 0
     blocks, _ = find_blocks(model, batches[0])
     network = BlockwiseNetwork(model, blocks, batches)
     for index in range(len(blocks)):

@@ -1,5 +1,6 @@
 """Finds the blocks of a model around its converted layers by running it, and runs them one at a time."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -187,7 +188,8 @@ class BlockwiseNetwork:
         skipped: dict[str, torch.Tensor] = {}
         if output is not None:
             before = self.blocks[index - 1]
-            skipped = {name: batch.new_zeros(len(batch), *shape) for name, shape in before.done.items()}
+            # NaN, so that a use of them shows even where the true outputs are zero
+            skipped = {name: batch.new_full((len(batch), *shape), math.nan) for name, shape in before.done.items()}
             skipped[before.name] = output
         with ExitStack() as undo:
             if index < len(self.blocks):
