@@ -386,6 +386,23 @@ def test_blocks_that_fold_positions_into_the_batch():
     assert error(model, dense, x) < 0.9 * start and "fc" in {*report.stages[2].changed, *report.stages[2].left}
 
 
+def test_a_model_that_changes_its_images():
+    class Changing(Crossing):
+        def forward(self, x):
+            return super().forward(x.sub_(0.5))
+
+    dense, x, held_out = Changing().eval(), torch.randn(40, 3, 16, 16), torch.randn(10, 3, 16, 16)
+    model = mk.convert_to_masterkeys(dense)
+    report = mk.calibrate_masterkeys(model, dense, x, held_out=held_out)
+    with torch.no_grad():
+        figures = metrics.classification_figures(model(held_out.clone()), dense(held_out.clone()))
+    assert report.after == pytest.approx(figures, rel=1e-4)
+    model, budget = mk.convert_to_agreement(dense, 0.1, x)
+    with torch.no_grad():
+        figures = metrics.classification_figures(model(x[3::4].clone()), dense(x[3::4].clone()))
+    assert budget.record.after == pytest.approx(figures, rel=1e-4)
+
+
 def test_layers_it_cannot_place_are_named():
     dense = Twice().eval()
     model = mk.convert_to_masterkeys(dense)

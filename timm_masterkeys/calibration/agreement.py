@@ -277,7 +277,7 @@ class _Search:
     def _outputs(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         batches, output = images.split(self.options["batch_size"]), self.options["output"]
         with evaluating(model), torch.autocast(images.device.type, enabled=False):
-            return torch.cat([pick_output(model, model(batch), output) for batch in batches])
+            return torch.cat([pick_output(model, model(batch.clone()), output) for batch in batches])
 
 
 def order_steps(kernels: Mapping[str, int], distances: Mapping[str, Mapping[int, float]]) -> list[tuple[str, int]]:

@@ -97,7 +97,7 @@ def _trace(model: nn.Module, modules: dict[str, nn.Module], images: torch.Tensor
         for name, module in modules.items():
             undo.callback(module.register_forward_pre_hook(partial(note_start, name)).remove)
             undo.callback(module.register_forward_hook(partial(note_end, name)).remove)
-        model(images)
+        model(images.clone())
     return trace
 
 
@@ -198,7 +198,7 @@ class BlockwiseNetwork:
             for name, out in skipped.items():
                 undo.enter_context(_returning(self.modules[name], out))
             try:
-                return pick_output(self._model, self._model(batch), self._output)
+                return pick_output(self._model, self._model(batch.clone()), self._output)  # it may change its images
             except Reached:
                 return reached[0]
 
