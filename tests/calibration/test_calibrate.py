@@ -106,6 +106,17 @@ class Dark(Crossing):
         self.stem.bias = None
 
 
+class Uncalled(Crossing):
+    """Calls the layers by keyword, and no block."""
+
+    def forward(self, x):
+        x = self.stem(input=x)
+        for block in self.blocks:
+            for layer in block.inner:
+                x = layer(input=x)
+        return x.mean((2, 3))
+
+
 class Folding(Crossing):
     """Folds positions into the batch, so that the first dimension is not that of the images."""
 
@@ -247,6 +258,20 @@ def test_norms_of_every_kind(norm):
     assert find_blocks(changed_in_place, x[:2])[1] == {"fc": "bn"}
 
 
+def test_a_norm_over_positions_is_not_that_of_the_layer():
+    class Tokens(Normed):
+        def forward(self, x):
+            x = self.fc(self.norm(self.dw(self.stem(x))).relu().flatten(2).transpose(1, 2))
+            return self.head(self.bn(x).relu().mean(1))
+
+    for positions in (6, 4):  # a side; fc has as many channels as 4 x 4 positions
+        dense, x = Tokens(nn.BatchNorm2d), torch.randn(40, 3, positions, positions)
+        dense.bn = nn.BatchNorm1d(positions**2)
+        model = mk.convert_to_masterkeys(dense.eval())
+        assert find_blocks(model, x[:2])[1] == {"dw": "norm"}
+        mk.calibrate_masterkeys(model, dense, x)
+
+
 @pytest.mark.slow
 def test_a_trained_network_on_photographs():
     dense = lite0()
@@ -363,7 +388,9 @@ def test_a_lone_layer_does_not_make_its_parent_a_block():
     assert [block.name for block in blocks] == ["position", "one", "two"]
 
 
-@pytest.mark.parametrize("make", [Crossing, Dark, Folding, lambda: pair()[1], lambda: pair("edgenext_xx_small")[1]])
+@pytest.mark.parametrize(
+    "make", [Crossing, Dark, Uncalled, Folding, lambda: pair()[1], lambda: pair("edgenext_xx_small")[1]]
+)
 def test_a_network_run_part_by_part_gives_what_it_gives_in_one_go(make):
     model = mk.convert_to_masterkeys(make().eval())
     batches = list(torch.randn(6, 3, 64, 64).split(3))
@@ -401,6 +428,16 @@ def test_a_model_that_changes_its_images():
     with torch.no_grad():
         figures = metrics.classification_figures(model(x[3::4].clone()), dense(x[3::4].clone()))
     assert budget.record.after == pytest.approx(figures, rel=1e-4)
+
+
+def test_layers_called_by_keyword_from_outside_their_blocks():
+    dense, x = Uncalled().eval(), torch.randn(60, 3, 16, 16)
+    model = mk.convert_to_masterkeys(dense)
+    start = error(model, dense, x)
+    report = mk.calibrate_masterkeys(model, dense, x)
+    assert error(model, dense, x) < 0.5 * start
+    assert len(report.stages[0].changed) == 3 and "blocks.0.inner.2" in report.stages[2].changed
+    assert len(mk.convert_to_agreement(dense, 0.1, x)[1].tried) > 1
 
 
 def test_layers_it_cannot_place_are_named():
