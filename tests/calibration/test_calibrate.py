@@ -440,6 +440,16 @@ def test_layers_called_by_keyword_from_outside_their_blocks():
     assert len(mk.convert_to_agreement(dense, 0.1, x)[1].tried) > 1
 
 
+def test_a_pointwise_layer_whose_weight_is_computed_stays():
+    """With its bias: the two are fitted together."""
+    head = nn.utils.parametrizations.weight_norm(nn.Linear(8, 5))
+    layers = [nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head]
+    dense = nn.Sequential(*layers).eval()
+    model = mk.convert_to_masterkeys(dense)
+    report = mk.calibrate_masterkeys(model, dense, torch.randn(40, 8, 16, 16) + torch.randn(40, 8, 1, 1))
+    assert not report.stages[2].changed and same(head.state_dict(), model[4].state_dict())
+
+
 def test_layers_it_cannot_place_are_named():
     dense = Twice().eval()
     model = mk.convert_to_masterkeys(dense)

@@ -221,7 +221,12 @@ def _returning(module: nn.Module, out: torch.Tensor) -> Iterator[None]:
 
 
 def is_pointwise(module: nn.Module) -> bool:
-    """Whether a layer applies one matrix at every position: a linear layer or a 1x1 convolution."""
+    """Whether a layer applies one matrix at every position: a linear layer or a 1x1 convolution.
+
+    A layer whose weight is computed, as by ``weight_norm``, is none: its matrix cannot be set.
+    """
+    if "weight" not in module._parameters:
+        return False
     if type(module) is nn.Conv2d:
         return module.kernel_size == module.stride == (1, 1) and module.groups == 1 and module.padding in (0, (0, 0))
     return isinstance(module, nn.Linear)
