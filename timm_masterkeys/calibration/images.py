@@ -260,10 +260,16 @@ def split_images(
     images: Images, held_out: Images | None, model: nn.Module, max_images: int, given: Pixels
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Images to fit to, and the held-out images; None in their place if ``split_batches`` has to hold some out."""
-    if held_out is None and _is_builtin(images):
+    if _is_builtin(images) and (held_out is None or _is_builtin(held_out)):
         return _split_builtin(model, max_images, min(COUNT, max_images), given)
     fitted = load_images(images, model, max_images, given)
-    return fitted, None if held_out is None else load_images(held_out, model, max_images, given)
+    if held_out is None:
+        return fitted, None
+    held_out_images = load_images(held_out, model, max_images, given)
+    if held_out_images.shape[1:] != fitted.shape[1:]:
+        shapes = " and ".join(str(tuple(part.shape[1:])) for part in (fitted, held_out_images))
+        raise CalibrationError(f"images and held_out are of {shapes}, expected one size.")
+    return fitted, held_out_images
 
 
 def split_for_choice(
