@@ -450,6 +450,20 @@ def test_a_pointwise_layer_whose_weight_is_computed_stays():
     assert not report.stages[2].changed and same(head.state_dict(), model[4].state_dict())
 
 
+@pytest.mark.parametrize("above", [0.0, 1e9])
+def test_a_layer_at_positions_that_the_network_chooses(above):
+    class Choosing(Folding):
+        def forward(self, x):
+            x = self.blocks[1](self.blocks[0](self.stem(x)))
+            chosen = x[:, 0] > x[:, 0].mean() + above
+            return {"logits": x.mean((2, 3)), "regions": self.fc(x.permute(0, 2, 3, 1)[chosen])}
+
+    dense = Choosing().eval()
+    model = mk.convert_to_masterkeys(dense)
+    report = mk.calibrate_masterkeys(model, dense, torch.randn(20, 3, 16, 16))
+    assert "fc" not in report.stages[2].changed and len(report.stages[0].changed) == 2
+
+
 def test_layers_it_cannot_place_are_named():
     dense = Twice().eval()
     model = mk.convert_to_masterkeys(dense)

@@ -89,7 +89,7 @@ def _trace(model: nn.Module, modules: dict[str, nn.Module], images: torch.Tensor
         trace.clock.append(name)
         if isinstance(output, torch.Tensor):
             trace.shapes[name] = tuple(output.shape[1:])
-        if is_pointwise(module) or isinstance(module, MasterKeyConv2d):
+        if (is_pointwise(module) or isinstance(module, MasterKeyConv2d)) and len(output):
             axis = -1 if isinstance(module, nn.Linear) else 1
             trace.ran.append(name)
             trace.positions[name] = output.numel() // output.shape[axis] // len(output)
