@@ -464,6 +464,31 @@ def test_a_layer_at_positions_that_the_network_chooses(above):
     assert "fc" not in report.stages[2].changed and len(report.stages[0].changed) == 2
 
 
+@pytest.mark.parametrize("in_list", [False, True])
+def test_a_block_that_changes_its_arguments(in_list):
+    class Changing(Block):
+        def forward(self, *, x):
+            return super().forward((x[0] if in_list else x).add_(1))
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block = nn.Conv2d(3, 8, 1), Changing()
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.block(x=[x] if in_list else x)
+
+    model = mk.convert_to_masterkeys(Network())
+    blocks, _ = find_blocks(model, torch.randn(2, 3, 16, 16))
+    network = BlockwiseNetwork(model, blocks, [torch.randn(2, 3, 16, 16)])
+    network.outputs = network.run(0, list(network.resume(0)))
+    index = [block.name for block in blocks].index("block")
+    calls = list(network.resume(index))
+    first, again = (network.run(index, calls)[0] for _ in range(2))
+    assert torch.equal(first, again)
+
+
 def test_layers_it_cannot_place_are_named():
     dense = Twice().eval()
     model = mk.convert_to_masterkeys(dense)

@@ -174,8 +174,7 @@ class BlockwiseNetwork:
         with hooked((self.modules[name], hook) for name, hook in hooks):
             for args, kwargs in calls:
                 try:
-                    copies = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
-                    outputs.append(module(*copies, **kwargs))  # copies, as some blocks change their arguments
+                    outputs.append(module(*_copied(args), **_copied(kwargs)))
                 except Reached:
                     outputs.append(None)
         return outputs
@@ -205,6 +204,15 @@ class BlockwiseNetwork:
                 return pick_output(self._model, self._model(batch.clone()), self._output)  # it may change its images
             except Reached:
                 return reached[0]
+
+
+def _copied(value: Any) -> Any:
+    """Arguments with copies of their tensors, as some blocks change them."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    return {key: _copied(item) for key, item in value.items()} if type(value) is dict else value
 
 
 @contextmanager
