@@ -489,6 +489,14 @@ def test_a_block_that_changes_its_arguments(in_list):
     assert torch.equal(first, again)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_scripted_part_is_run_as_it_is():
+    dense, x = Crossing().eval(), torch.randn(40, 3, 16, 16)
+    dense.blocks[2] = torch.jit.trace(nn.ReLU(), x)
+    report = mk.calibrate_masterkeys(mk.convert_to_masterkeys(dense), dense, x)
+    assert len(report.stages[0].changed) == 2
+
+
 def test_layers_it_cannot_place_are_named():
     dense = Twice().eval()
     model = mk.convert_to_masterkeys(dense)

@@ -97,6 +97,8 @@ def _trace(model: nn.Module, modules: dict[str, nn.Module], images: torch.Tensor
 
     with ExitStack() as undo:
         for name, module in modules.items():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
             undo.callback(module.register_forward_pre_hook(partial(note_start, name), with_kwargs=True).remove)
             undo.callback(module.register_forward_hook(partial(note_end, name)).remove)
         model(images.clone())
@@ -249,5 +251,7 @@ def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
 
     with ExitStack() as undo:
         for module, hook in hooks:
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
             undo.callback(module.register_forward_hook(partial(call, hook), with_kwargs=True).remove)
         yield
