@@ -191,6 +191,15 @@ def test_bad_input_is_found_before_the_work(images, monkeypatch):
         mk.convert_to_agreement(nn.DataParallel(dense), 0.9, images)
 
 
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.autocast("cpu")])
+def test_in_any_mode_of_torch(images, context):
+    dense = tiny(1, 2)
+    expected = mk.convert_to_agreement(dense, 0.9, images, bank=BANK)[1]
+    with context():
+        budget = mk.convert_to_agreement(dense, 0.9, images, bank=BANK)[1]
+    assert budget.tried == expected.tried and budget.record.after == expected.record.after
+
+
 def test_one_output_is_judged_as_regression(images):
     """One key per kernel agreed on 100 % of one class, with a relative error above 1."""
     dense = tiny(2, 4, outputs=1)

@@ -98,6 +98,25 @@ class Crossing(nn.Module):
         return self.blocks[2](c + a).mean((2, 3))
 
 
+class Dark(Crossing):
+    """The connection is zero where the image is."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem.bias = None
+
+
+class Uncalled(Crossing):
+    """Calls the layers by keyword, and no block."""
+
+    def forward(self, x):
+        x = self.stem(input=x)
+        for block in self.blocks:
+            for layer in block.inner:
+                x = layer(input=x)
+        return x.mean((2, 3))
+
+
 class Folding(Crossing):
     """Folds positions into the batch, so that the first dimension is not that of the images."""
 
@@ -239,6 +258,20 @@ def test_norms_of_every_kind(norm):
     assert find_blocks(changed_in_place, x[:2])[1] == {"fc": "bn"}
 
 
+def test_a_norm_over_positions_is_not_that_of_the_layer():
+    class Tokens(Normed):
+        def forward(self, x):
+            x = self.fc(self.norm(self.dw(self.stem(x))).relu().flatten(2).transpose(1, 2))
+            return self.head(self.bn(x).relu().mean(1))
+
+    for positions in (6, 4):  # a side; fc has as many channels as 4 x 4 positions
+        dense, x = Tokens(nn.BatchNorm2d), torch.randn(40, 3, positions, positions)
+        dense.bn = nn.BatchNorm1d(positions**2)
+        model = mk.convert_to_masterkeys(dense.eval())
+        assert find_blocks(model, x[:2])[1] == {"dw": "norm"}
+        mk.calibrate_masterkeys(model, dense, x)
+
+
 @pytest.mark.slow
 def test_a_trained_network_on_photographs():
     dense = lite0()
@@ -355,10 +388,13 @@ def test_a_lone_layer_does_not_make_its_parent_a_block():
     assert [block.name for block in blocks] == ["position", "one", "two"]
 
 
-@pytest.mark.parametrize("make", [Crossing, Folding, lambda: pair()[1], lambda: pair("edgenext_xx_small")[1]])
+@pytest.mark.parametrize(
+    "make", [Crossing, Dark, Uncalled, Folding, lambda: pair()[1], lambda: pair("edgenext_xx_small")[1]]
+)
 def test_a_network_run_part_by_part_gives_what_it_gives_in_one_go(make):
     model = mk.convert_to_masterkeys(make().eval())
     batches = list(torch.randn(6, 3, 64, 64).split(3))
+    batches[0][0] = 0
     blocks, _ = find_blocks(model, batches[0])
     network = BlockwiseNetwork(model, blocks, batches)
     for index in range(len(blocks)):
@@ -375,6 +411,90 @@ def test_blocks_that_fold_positions_into_the_batch():
     start = error(model, dense, x)
     report = mk.calibrate_masterkeys(model, dense, x)
     assert error(model, dense, x) < 0.9 * start and "fc" in {*report.stages[2].changed, *report.stages[2].left}
+
+
+def test_a_model_that_changes_its_images():
+    class Changing(Crossing):
+        def forward(self, x):
+            return super().forward(x.sub_(0.5))
+
+    dense, x, held_out = Changing().eval(), torch.randn(40, 3, 16, 16), torch.randn(10, 3, 16, 16)
+    model = mk.convert_to_masterkeys(dense)
+    report = mk.calibrate_masterkeys(model, dense, x, held_out=held_out)
+    with torch.no_grad():
+        figures = metrics.classification_figures(model(held_out.clone()), dense(held_out.clone()))
+    assert report.after == pytest.approx(figures, rel=1e-4)
+    model, budget = mk.convert_to_agreement(dense, 0.1, x)
+    with torch.no_grad():
+        figures = metrics.classification_figures(model(x[3::4].clone()), dense(x[3::4].clone()))
+    assert budget.record.after == pytest.approx(figures, rel=1e-4)
+
+
+def test_layers_called_by_keyword_from_outside_their_blocks():
+    dense, x = Uncalled().eval(), torch.randn(60, 3, 16, 16)
+    model = mk.convert_to_masterkeys(dense)
+    start = error(model, dense, x)
+    report = mk.calibrate_masterkeys(model, dense, x)
+    assert error(model, dense, x) < 0.5 * start
+    assert len(report.stages[0].changed) == 3 and "blocks.0.inner.2" in report.stages[2].changed
+    assert len(mk.convert_to_agreement(dense, 0.1, x)[1].tried) > 1
+
+
+def test_a_pointwise_layer_whose_weight_is_computed_stays():
+    """With its bias: the two are fitted together."""
+    head = nn.utils.parametrizations.weight_norm(nn.Linear(8, 5))
+    layers = [nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head]
+    dense = nn.Sequential(*layers).eval()
+    model = mk.convert_to_masterkeys(dense)
+    report = mk.calibrate_masterkeys(model, dense, torch.randn(40, 8, 16, 16) + torch.randn(40, 8, 1, 1))
+    assert not report.stages[2].changed and same(head.state_dict(), model[4].state_dict())
+
+
+@pytest.mark.parametrize("above", [0.0, 1e9])
+def test_a_layer_at_positions_that_the_network_chooses(above):
+    class Choosing(Folding):
+        def forward(self, x):
+            x = self.blocks[1](self.blocks[0](self.stem(x)))
+            chosen = x[:, 0] > x[:, 0].mean() + above
+            return {"logits": x.mean((2, 3)), "regions": self.fc(x.permute(0, 2, 3, 1)[chosen])}
+
+    dense = Choosing().eval()
+    model = mk.convert_to_masterkeys(dense)
+    report = mk.calibrate_masterkeys(model, dense, torch.randn(20, 3, 16, 16))
+    assert "fc" not in report.stages[2].changed and len(report.stages[0].changed) == 2
+
+
+@pytest.mark.parametrize("in_list", [False, True])
+def test_a_block_that_changes_its_arguments(in_list):
+    class Changing(Block):
+        def forward(self, *, x):
+            return super().forward((x[0] if in_list else x).add_(1))
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block = nn.Conv2d(3, 8, 1), Changing()
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.block(x=[x] if in_list else x)
+
+    model = mk.convert_to_masterkeys(Network())
+    blocks, _ = find_blocks(model, torch.randn(2, 3, 16, 16))
+    network = BlockwiseNetwork(model, blocks, [torch.randn(2, 3, 16, 16)])
+    network.outputs = network.run(0, list(network.resume(0)))
+    index = [block.name for block in blocks].index("block")
+    calls = list(network.resume(index))
+    first, again = (network.run(index, calls)[0] for _ in range(2))
+    assert torch.equal(first, again)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_scripted_part_is_run_as_it_is():
+    dense, x = Crossing().eval(), torch.randn(40, 3, 16, 16)
+    dense.blocks[2] = torch.jit.trace(nn.ReLU(), x)
+    report = mk.calibrate_masterkeys(mk.convert_to_masterkeys(dense), dense, x)
+    assert len(report.stages[0].changed) == 2
 
 
 def test_layers_it_cannot_place_are_named():
@@ -462,6 +582,7 @@ def test_bad_models_and_images(message, spoil):
         ("stages is .*training.*, expected some of kernels", {"stages": "training"}),
         ("max_images", {"max_images": 3}),
         ("metric is 'accuracy'", {"metric": "accuracy"}),
+        (r"of \(3, 64, 64\) and \(3, 32, 32\), expected one size", {"held_out": torch.zeros(12, 3, 32, 32)}),
     ],
 )
 def test_bad_arguments(message, arguments):

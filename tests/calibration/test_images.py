@@ -157,6 +157,20 @@ def test_deterministic_and_no_random_state_is_read_or_changed():
     assert all((a - b).abs().mean() > 0.3 for a, b in itertools.combinations([first, *others], 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_whatever_the_default_dtype_and_device(dtype, tmp_path):
+    folder_of(tmp_path)
+    expected, loaded = mk.builtin_images(CFG, 2), load_images(tmp_path, PLAIN, 10, Pixels(**GIVEN))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            images, loaded_again = mk.builtin_images(CFG, 2), load_images(tmp_path, PLAIN, 10, Pixels(**GIVEN))
+    finally:
+        torch.set_default_dtype(before)
+    assert images.dtype == torch.float32 and torch.equal(images, expected) and torch.equal(loaded_again, loaded)
+
+
 def test_models_and_cfgs_of_every_kind():
     model = timm.create_model("test_efficientnet")
     images = mk.builtin_images(model, 3)
@@ -344,12 +358,14 @@ def test_given_to_a_calibration_they_count(tmp_path):
         mk.convert_to_agreement(dense, 0.2, tmp_path)
 
 
-def test_calibrate_takes_the_photographs_and_holds_out_some():
+@pytest.mark.parametrize("part", [None, BUILTIN])
+def test_calibrate_takes_the_photographs_and_holds_out_some(part):
     dense = timm.create_model("test_efficientnet", in_chans=1, num_classes=10)
     models = [mk.convert_to_masterkeys(dense) for _ in range(2)]
-    fitted, held_out = (mk.builtin_images(dense, 10, held_out=part, size=32) for part in (False, True))
+    fitted, held_out = (mk.builtin_images(dense, 10, held_out=which, size=32) for which in (False, True))
     report = mk.calibrate_masterkeys(models[0], dense, fitted, held_out=held_out, stages=["norms"])
-    named = mk.calibrate_masterkeys(models[1], dense, BUILTIN, stages=["norms"], max_images=10, size=32)
+    options = {"held_out": part, "stages": ["norms"], "max_images": 10, "size": 32}
+    named = mk.calibrate_masterkeys(models[1], dense, BUILTIN, **options)
     assert report.record.images == named.record.images == 20 and named.record.origin == BUILTIN
     assert report.record.held_out == 10 and report.after == named.after and same(*models)
 

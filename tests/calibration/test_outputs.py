@@ -100,6 +100,7 @@ def test_which_tensor_counts():
         ((1, 2), 5, "returns a tuple of int, int, without 5"),
         ({"a": 1}, "a", "expected a tensor at 'a', got a int"),
         (ModelOutput(), "nothing", "returns a ModelOutput, without 'nothing'"),
+        (torch.zeros(2, 3), 0, r"returns a Tensor, without 0 \(a tensor has no parts"),  # not the first image
     ],
 )
 def test_what_is_not_there_is_named(raw, output, message):

@@ -1,7 +1,8 @@
-"""With another default device everything gives what it gives without; "meta" shows every tensor made there."""
+"""With another default device or dtype everything gives the same; "meta" shows every tensor made there."""
 
 import contextlib
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,17 +13,29 @@ from PIL import Image
 import timm_masterkeys as mk
 from timm_masterkeys.conversion.report import _chance
 from timm_masterkeys.keys.operators import _tables
+from timm_masterkeys.study import discovery
 from timm_masterkeys.study.discovery import collect_kernels, discover_bank
 
 
-@pytest.fixture(params=["meta", pytest.param("cuda", marks=pytest.mark.cuda)])
+@contextlib.contextmanager
+def default(kind):
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(kind if isinstance(kind, torch.dtype) else before)
+        with torch.device("cpu" if isinstance(kind, torch.dtype) else kind):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.fixture(params=["meta", torch.float64, torch.bfloat16, pytest.param("cuda", marks=pytest.mark.cuda)])
 def both(request):
-    """A function: what some work gives as usual and with tensors made on another device unless told otherwise."""
-    device = request.param if request.param == "meta" else request.getfixturevalue("cuda")
+    """A function: what some work gives as usual and with tensors made otherwise unless told how."""
+    other = request.getfixturevalue("cuda") if request.param == "cuda" else request.param
 
     def run(work):
         results = []
-        for context in (contextlib.nullcontext(), torch.device(device)):
+        for context in (contextlib.nullcontext(), default(other)):
             _chance.cache_clear()
             _tables.cache_clear()
             torch.manual_seed(0)
@@ -59,11 +72,11 @@ def test_layers(dense, trainable, both):
         scratch = mk.initialize_masterkeys(dense, bank, trainable=trainable)
         model(x).sum().backward()
         grads = {name: p.grad for name, p in model.named_parameters()}
-        again = copy.deepcopy(scratch)
+        again, drawn = copy.deepcopy(scratch), copy.deepcopy(scratch.state_dict())
         again.load_state_dict(dense.state_dict())
         assert {p.device.type for p in [*model.parameters(), *scratch.buffers()]} == {"cpu"}
         states = [m.state_dict() for m in (model, again, mk.fuse_masterkeys(again))]
-        return [*states, grads], str(mk.conversion_report(model, dense))
+        return [*states, drawn, grads], str(mk.conversion_report(model, dense))
 
     (one, report), (other, text) = both(work)
     assert all(map(equal, one, other)) and report == text
@@ -83,10 +96,12 @@ def test_calibration(dense, both, tmp_path):
     assert equal(one, other) and after == again
 
 
-def test_kernels_for_a_search(dense, both):
+def test_kernels_for_a_search(dense, both, monkeypatch):
+    monkeypatch.setattr(discovery, "STEPS", 20)
     data = np.random.default_rng(0).standard_normal((9, 3, 3))
     one, other = both(lambda: collect_kernels({"a": dense, "b": data}, 3))
-    found, again = both(lambda: discover_bank(one, held_out="b", method="lines", keys=2))
     assert torch.equal(one.values, other.values) and torch.equal(one.network, other.network)
-    assert found.bank == again.bank and found.r2 == again.r2 and found.held_out == 9
+    for method in ("lines", "autoencoder"):
+        found, again = both(partial(discover_bank, one, held_out="b", method=method, keys=2))
+        assert found.bank == again.bank and found.r2 == again.r2 and found.held_out == 9
     assert all(map(torch.equal, *both(lambda: (*one.fit("babaiee2025"), one.weights(), one.weights(False)))))

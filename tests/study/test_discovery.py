@@ -117,6 +117,16 @@ def test_a_planted_bank_is_discovered(method, tmp_path, monkeypatch):
     assert first.bank.digest == again.bank.digest and first.elbow == again.elbow and len(first.bank) == 3
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
+def test_a_search_in_any_mode_of_torch(context, monkeypatch):
+    monkeypatch.setattr(discovery, "STEPS", 20)
+    kernels = planted(2, each=20)[0]
+    expected = discover_bank(collect_kernels([kernels]), keys=2).bank
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds the GPUs"))
+    with context():
+        assert discover_bank(collect_kernels([kernels]), keys=2).bank == expected
+
+
 @pytest.mark.parametrize("swap", [False, True])
 def test_match_banks_against_every_assignment(swap):
     """Also of banks that have fewer keys at this size than in all: indices are those in the bank."""

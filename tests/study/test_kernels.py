@@ -51,6 +51,8 @@ def test_strips_and_what_is_no_kernel():
         ([torch.randn(40, 5, 5), torch.randn(9, 1, 3, 3)], "of 7x7, but 5x5. Leave it out"),
         (["a/x.npz", "a/x.npz"], "Two sources are called 'a/x.npz'"),
         ("convnext_tiny", "one string, 'convnext_tiny'. Give a list"),
+        (torch.randn(40, 1, 7, 7), "one Tensor, expected a list"),  # not forty networks of a kernel each
+        (torch.nn.Linear(2, 2), "one Linear, expected a list"),
         ([None], "Expected arrays of kernels"),
         (["tests"], "'tests' is a folder"),
         *([[name], f"'{name}' is no file, and timm cannot make it"] for name in ("no_such_network", "no.npz", "/no")),

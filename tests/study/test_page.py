@@ -119,6 +119,11 @@ def test_random_initialisation_has_no_fit_to_show(dense):
     assert headings(page)[:3] == ["The bank", "The keys as the layers use them", "Keys by depth"]
 
 
+def test_a_convolution_alone():
+    conv = torch.nn.Conv2d(4, 4, 3, groups=4)
+    assert "Best, median and worst fits" in headings(page_of(mk.convert_to_masterkeys(conv), conv))
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [400, 1280])
 def test_it_is_readable_in_a_browser(rendered_page, tmp_path, width):

@@ -112,8 +112,13 @@ def test_constant_kernels_are_not_among_the_best():
 
 
 def test_kernels_that_cannot_be_shown(model, dense):
+    def conv(channels):
+        return torch.nn.Conv2d(channels, channels, 3, groups=channels)
+
     for call, message in (
-        (lambda: plotting.plot_kernels(model, torch.nn.Sequential()), "The dense model has no layer"),
+        (lambda: plotting.plot_kernels(model, torch.nn.Sequential()), "The dense model has no convolution"),
+        (lambda: plotting.plot_kernels(mk.convert_to_masterkeys(conv(4)), conv(2)), r"weight of \(4, 1, 3, 3\)"),
+        (lambda: mk.conversion_report(mk.convert_to_masterkeys(conv(2)), conv(4)), r"weight of \(2, 1, 3, 3\)"),
         (lambda: plotting.plot_kernels(dense, dense), "holds no MasterKeyConv2d"),
         (lambda: plotting.plot_kernels(mk.initialize_masterkeys(dense), dense), "no fitted kernel"),
     ):

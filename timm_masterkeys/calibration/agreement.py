@@ -99,6 +99,7 @@ class KeyBudget:
         return "\n".join([*lines, f"calibrated {self.summary()}, {self.seconds:.0f} s"])
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def convert_to_agreement(
     dense: nn.Module,
@@ -171,7 +172,7 @@ def convert_to_agreement(
     fitted, held_out = split_for_choice(images, dense, max_images, Pixels(mean, std, size))
     layers = {name: _choices(dense.get_submodule(name), config.bank) for name in kernels}
     options = {"metric": metric, "output": output, "batch_size": batch_size, "time_budget": time_budget}
-    with evaluating(dense):
+    with evaluating(dense), torch.autocast(fitted.device.type, enabled=False):
         chosen_metric = find_metric(dense, fitted[:2], metric, output)
         check_memory(dense, fitted)
     search = _Search(dense, config, kernels, layers, fitted, held_out, origin_of(images), chosen_metric, options)
@@ -302,8 +303,8 @@ class _Search:
 
     def _outputs(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         batches, output = images.split(self.options["batch_size"]), self.options["output"]
-        with evaluating(model):
-            return torch.cat([pick_output(model, model(batch), output) for batch in batches])
+        with evaluating(model), torch.autocast(images.device.type, enabled=False):
+            return torch.cat([pick_output(model, model(batch.clone()), output) for batch in batches])
 
 
 def order_steps(kernels: Mapping[str, int], distances: Mapping[str, Mapping[int, float]]) -> list[tuple[str, int]]:

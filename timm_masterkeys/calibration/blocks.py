@@ -1,5 +1,6 @@
 """Finds the blocks of a model around its converted layers by running it, and runs them one at a time."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ def find_blocks(model: nn.Module, images: torch.Tensor) -> tuple[list[Block], di
     modules = dict(model.named_modules())
     trace = _trace(model, modules, images)
     once = [name for name in trace.ran if trace.ran.count(name) == 1]
-    owners = _owning_blocks(modules, once, trace.positions)
+    owners = _owning_blocks(modules, once, trace)
     blocks: dict[str, Block] = {}
     for name in once:
         owner = next((b for b in owners if name == b or _is_in(name, b)), name)
@@ -73,45 +74,51 @@ def find_blocks(model: nn.Module, images: torch.Tensor) -> tuple[list[Block], di
 def _trace(model: nn.Module, modules: dict[str, nn.Module], images: torch.Tensor) -> _Trace:
     """Runs the model, and returns what its hooks recorded."""
     trace = _Trace()
-    outputs: dict[int, tuple[str, torch.Tensor, int]] = {}  # by storage, as a norm may read a view
+    outputs: dict[int, tuple[str, torch.Tensor, int, int]] = {}  # by storage, as a norm may read a view
 
-    def note_start(name: str, module: nn.Module, args: Any) -> None:
+    def note_start(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         trace.clock.append(name)
         if isinstance(getattr(module, "running_mean", None), torch.Tensor):
-            layer, output, version = outputs.get(args[0].untyped_storage().data_ptr(), ("", args[0], -1))
-            if args[0]._version == version and args[0].numel() == output.numel():  # not written to since
+            x = next(iter((*args, *kwargs.values())))
+            layer, output, version, axis = outputs.get(x.untyped_storage().data_ptr(), ("", x, -1, 1))
+            same_channels = x.shape[1] == output.shape[axis] and x.stride(1) == output.stride(axis)
+            if x._version == version and x.numel() == output.numel() and same_channels:  # not written to since
                 trace.norms[layer] = name
 
     def note_end(name: str, module: nn.Module, args: Any, output: Any) -> None:
         trace.clock.append(name)
         if isinstance(output, torch.Tensor):
             trace.shapes[name] = tuple(output.shape[1:])
-        if is_pointwise(module) or isinstance(module, MasterKeyConv2d):
-            channels = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
+        if (is_pointwise(module) or isinstance(module, MasterKeyConv2d)) and len(output):
+            axis = -1 if isinstance(module, nn.Linear) else 1
             trace.ran.append(name)
-            trace.positions[name] = output.numel() // channels // len(output)
-            outputs[output.untyped_storage().data_ptr()] = name, output, output._version  # kept: no storage is reused
+            trace.positions[name] = output.numel() // output.shape[axis] // len(output)
+            outputs[output.untyped_storage().data_ptr()] = name, output, output._version, axis  # no storage is reused
 
     with ExitStack() as undo:
         for name, module in modules.items():
-            undo.callback(module.register_forward_pre_hook(partial(note_start, name)).remove)
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
+            undo.callback(module.register_forward_pre_hook(partial(note_start, name), with_kwargs=True).remove)
             undo.callback(module.register_forward_hook(partial(note_end, name)).remove)
-        model(images)
+        model(images.clone())
     return trace
 
 
-def _owning_blocks(modules: dict[str, nn.Module], once: list[str], positions: dict[str, int]) -> set[str]:
-    """The names of the outermost blocks around the converted layers."""
+def _owning_blocks(modules: dict[str, nn.Module], once: list[str], trace: _Trace) -> set[str]:
+    """The names of the outermost blocks around the converted layers; each is called once, as not every parent is."""
     block_of: dict[str, str] = {}
     for i, layer in enumerate(once):
         if isinstance(modules[layer], MasterKeyConv2d):
-            later = [name for name in once[i:] if is_pointwise(modules[name]) and positions[name] > 1]
+            later = [name for name in once[i:] if is_pointwise(modules[name]) and trace.positions[name] > 1]
             parts = layer.split(".")
             above = [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
             fitting = (
                 name
                 for name in above
-                if not isinstance(modules[name], (nn.Sequential, nn.ModuleList)) and any(_is_in(n, name) for n in later)
+                if not isinstance(modules[name], nn.Sequential)
+                and trace.clock.count(name) == 2
+                and any(_is_in(n, name) for n in later)
             )
             block_of[layer] = next(fitting, layer)
     for layer, block in block_of.items():  # the parent of several blocks is no block, whatever lies between them
@@ -169,8 +176,7 @@ class BlockwiseNetwork:
         with hooked((self.modules[name], hook) for name, hook in hooks):
             for args, kwargs in calls:
                 try:
-                    copies = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
-                    outputs.append(module(*copies, **kwargs))  # copies, as some blocks change their arguments
+                    outputs.append(module(*_copied(args), **_copied(kwargs)))
                 except Reached:
                     outputs.append(None)
         return outputs
@@ -187,7 +193,8 @@ class BlockwiseNetwork:
         skipped: dict[str, torch.Tensor] = {}
         if output is not None:
             before = self.blocks[index - 1]
-            skipped = {name: batch.new_zeros(len(batch), *shape) for name, shape in before.done.items()}
+            # NaN, so that a use of them shows even where the true outputs are zero
+            skipped = {name: batch.new_full((len(batch), *shape), math.nan) for name, shape in before.done.items()}
             skipped[before.name] = output
         with ExitStack() as undo:
             if index < len(self.blocks):
@@ -196,9 +203,18 @@ class BlockwiseNetwork:
             for name, out in skipped.items():
                 undo.enter_context(_returning(self.modules[name], out))
             try:
-                return pick_output(self._model, self._model(batch), self._output)
+                return pick_output(self._model, self._model(batch.clone()), self._output)  # it may change its images
             except Reached:
                 return reached[0]
+
+
+def _copied(value: Any) -> Any:
+    """Arguments with copies of their tensors, as some blocks change them."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    return {key: _copied(item) for key, item in value.items()} if type(value) is dict else value
 
 
 @contextmanager
@@ -215,7 +231,12 @@ def _returning(module: nn.Module, out: torch.Tensor) -> Iterator[None]:
 
 
 def is_pointwise(module: nn.Module) -> bool:
-    """Whether a layer applies one matrix at every position: a linear layer or a 1x1 convolution."""
+    """Whether a layer applies one matrix at every position: a linear layer or a 1x1 convolution.
+
+    A layer whose weight is computed, as by ``weight_norm``, is none: its matrix cannot be set.
+    """
+    if "weight" not in module._parameters:
+        return False
     if type(module) is nn.Conv2d:
         return module.kernel_size == module.stride == (1, 1) and module.groups == 1 and module.padding in (0, (0, 0))
     return isinstance(module, nn.Linear)
@@ -223,8 +244,14 @@ def is_pointwise(module: nn.Module) -> bool:
 
 @contextmanager
 def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
-    """Registers forward hooks until the context ends."""
+    """Registers forward hooks until the context ends; their arguments include those given by keyword."""
+
+    def call(hook: Hook, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return hook(module, (*args, *kwargs.values()), output)
+
     with ExitStack() as undo:
         for module, hook in hooks:
-            undo.callback(module.register_forward_hook(hook).remove)
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
+            undo.callback(module.register_forward_hook(partial(call, hook), with_kwargs=True).remove)
         yield

@@ -306,6 +306,8 @@ def _refit_pointwise(pair: LayerPair) -> str:
     block_factor = _block_factor(pair) if in_block else None
     factor = block_factor[0] if block_factor else layer.weight.new_ones(len(layer.weight))
     folds = _residual_folds(pair, block_factor)
+    if not folds:
+        return "it runs at other positions than in the dense network"
     solution = fit_ridge(folds, factor.square().double(), layer.bias is not None or norm is not None)
     if solution is None:
         return "a refit does not help on images it was not fitted to"
@@ -327,13 +329,18 @@ def _refit_pointwise(pair: LayerPair) -> str:
 
 
 def _residual_folds(pair: LayerPair, block_factor: tuple[torch.Tensor, bool] | None) -> list[Gram]:
-    """Sums over the layer's inputs and the residual of the block's output; without a factor, of the layer's output."""
+    """Sums over the layer's inputs and the residual of the block's output; without a factor, of the layer's output.
+
+    Empty if the two networks run the layer at different positions, as where they choose regions.
+    """
     layer, norm = pair.layer, pair.norm
     offset = 0 if norm is None else norm.running_mean - pair.dense_norm.running_mean  # taken away by the norm
     folds: dict[int, Gram] = {}
     for k, (i, expected) in enumerate(zip(pair.batches, pair.observer.outputs, strict=True)):
         rows = RowsObserver(layer, pair.observer.rows, inputs=True)
         (out,) = pair.block.run([i], (pair.name, rows))
+        if block_factor is None and expected.shape != rows.outputs[0].shape:
+            return []
         if block_factor is None:
             residual = expected - rows.outputs[0] + offset
         else:
@@ -349,7 +356,8 @@ def _block_factor(pair: LayerPair) -> tuple[torch.Tensor, bool] | None:
     nudges: list[torch.Tensor] = []
 
     def nudge(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(output)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(output.shape, generator=generator, dtype=torch.float32, device="cpu").to(output)
         nudges.append(noise * output.std() / 8)
         return output + nudges[-1]
 
@@ -404,7 +412,7 @@ class RowsObserver:
 
     def positions(self, count: int, images: int) -> torch.Tensor:
         """Indices of the positions kept in each image, out of ``count``, at a call with ``images`` images."""
-        most = max(1, self.rows // images)
+        most = max(1, self.rows // max(1, images))
         if count <= most:
             return torch.arange(count, device="cpu")
         return torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")[:most]

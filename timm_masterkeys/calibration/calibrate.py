@@ -168,7 +168,7 @@ def calibrate_masterkeys(
         find_metric(model, batches[0][:2], metric, output)  # raises if the converted model cannot take the images
         check_memory(dense, torch.cat(batches))
         try:
-            before = torch.cat([_finite(model, pick_output(model, model(batches[i]), output)) for i in held])
+            before = torch.cat([_finite(model, pick_output(model, model(batches[i].clone()), output)) for i in held])
             reports, outputs, dense_outputs = calibrate_blocks(model, dense, batches, held, stages, time_budget, output)
             after = _held_out_outputs(model, outputs, held)
             expected = _held_out_outputs(dense, dense_outputs, held)
@@ -284,7 +284,7 @@ def _finite(model: nn.Module, out: torch.Tensor) -> torch.Tensor:
 def find_metric(model: nn.Module, images: torch.Tensor, metric: MetricLike = None, output: Output = None) -> Metric:
     """The metric for a model's outputs; raises CalibrationError if the model cannot take these images."""
     try:
-        raw = model(images)
+        raw = model(images.clone())  # some models change their images
     except Exception as error:
         raise CalibrationError(
             f"{type(model).__name__} cannot work with images of {tuple(images.shape[1:])}: {error}"

@@ -178,8 +178,7 @@ def builtin_images(
         pictures = [picture for i, picture in enumerate(pictures) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
     crops = draw_crops(pictures, (width, height), count, seed, interpolation=config["interpolation"])
     pixels = torch.stack([_channels(crop, channels) for crop in crops])
-    centre, spread = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    return (pixels.float() / 255 - centre) / spread
+    return _normalised(pixels, config)
 
 
 def photographs() -> dict[str, Image.Image]:
@@ -247,7 +246,15 @@ def _in_chans(model: nn.Module, stem: Any, otherwise: int) -> int:
 def _channels(image: Image.Image, channels: int) -> torch.Tensor:
     """The pixels (channels, height, width) as bytes: grey for one channel, else the three colours in turn."""
     pixels = torch.from_numpy(np.array(image.convert("L" if channels == 1 else "RGB")))
-    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)[torch.arange(channels) % 3]
+    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)[[i % 3 for i in range(channels)]]
+
+
+def _normalised(pixels: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    """Bytes as timm's transform gives them to a model, in float32 whatever torch's default dtype is."""
+    mean, std = (
+        torch.tensor(config[name], dtype=torch.float32, device="cpu").view(-1, 1, 1) for name in ("mean", "std")
+    )
+    return (pixels.float() / 255 - mean) / std
 
 
 def load_images(images: Images, model: nn.Module, max_images: int, given: Pixels = FROM_CFG) -> torch.Tensor:
@@ -283,10 +290,16 @@ def split_images(
     images: Images, held_out: Images | None, model: nn.Module, max_images: int, given: Pixels
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Images to fit to, and the held-out images; None in their place if ``split_batches`` has to hold some out."""
-    if held_out is None and _is_builtin(images):
+    if _is_builtin(images) and (held_out is None or _is_builtin(held_out)):
         return _split_builtin(model, max_images, min(COUNT, max_images), given)
     fitted = load_images(images, model, max_images, given)
-    return fitted, None if held_out is None else load_images(held_out, model, max_images, given)
+    if held_out is None:
+        return fitted, None
+    held_out_images = load_images(held_out, model, max_images, given)
+    if held_out_images.shape[1:] != fitted.shape[1:]:
+        shapes = " and ".join(str(tuple(part.shape[1:])) for part in (fitted, held_out_images))
+        raise CalibrationError(f"images and held_out are of {shapes}, expected one size.")
+    return fitted, held_out_images
 
 
 def split_for_choice(
@@ -371,7 +384,7 @@ def _load_folder(folder: str, model: nn.Module, max_images: int, config: dict[st
     bar = tqdm(total=len(chosen), desc="load images", unit="image", leave=False, disable=None)
     with bar, warnings.catch_warnings(), torch.device("cpu"):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        mode, transform = "L" if channels == 1 else "RGB", create_transform(**config)
+        mode, transform = "L" if channels == 1 else "RGB", create_transform(**config, normalize=False)
         for i in [*chosen, *spare]:
             if len(tensors) == len(chosen):
                 break
@@ -386,7 +399,7 @@ def _load_folder(folder: str, model: nn.Module, max_images: int, config: dict[st
         raise CalibrationError(
             f"{len(tensors)} of {len(files)} images in '{folder}' can be read, expected at least {FEWEST}."
         )
-    return torch.stack(tensors)
+    return _normalised(torch.stack(tensors), config)
 
 
 def _spread(count: int, most: int) -> torch.Tensor:

@@ -70,7 +70,7 @@ def needed_memory(model: nn.Module, images: torch.Tensor) -> int:
             largest = max(largest, output.nbytes // len(sample))
 
     with hooked((module, measure) for module in model.modules()):
-        model(sample)
+        model(sample.clone())
     weights = sum(parameter.nbytes for parameter in model.parameters())
     return len(images) * (4 * largest + images[0].nbytes) + 4 * weights
 

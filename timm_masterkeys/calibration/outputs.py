@@ -64,6 +64,8 @@ def _is_normalised(out: torch.Tensor | None) -> bool:
 def _pick(model: nn.Module, raw: Any, output: Output) -> Any:
     if callable(output):
         return output(raw)
+    if output is not None and isinstance(raw, torch.Tensor):
+        raise TypeError("a tensor has no parts to choose from, leave output out")
     if isinstance(output, str):
         return raw[output] if isinstance(raw, Mapping) and output in raw else getattr(raw, output)
     if output is not None:

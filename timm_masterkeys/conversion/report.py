@@ -266,7 +266,7 @@ def conversion_report(model: nn.Module, dense: nn.Module | None = None) -> Conve
         **_parameters(model, list(layers.values())),
         dense=sum(map(is_dense_depthwise, model.modules())),
         record=read_record(model),
-        operators=() if dense is None else _operators(unwrapped(dense), list(layers)),
+        operators=() if dense is None else _operators(unwrapped(dense), layers),
     )
 
 
@@ -316,13 +316,22 @@ def _parameters(model: nn.Module, layers: Sequence[MasterKeyConv2d]) -> dict[str
     }
 
 
-def _operators(dense: nn.Module, names: list[str]) -> tuple[OperatorReport, ...]:
-    """The reports of all operators, and of none, for the kernels of the named layers."""
+def dense_kernels(dense: nn.Module, layers: Mapping[str, MasterKeyConv2d]) -> list[torch.Tensor]:
+    """The kernels of converted layers in the dense model; raises ConversionError if it is another one."""
     modules = dict(dense.named_modules())
-    missing = [name for name in names if not isinstance(modules.get(name), nn.Conv2d)]
-    if missing:
-        raise ConversionError(f"The dense model has no convolution '{missing[0]}'. Give the one this was made from.")
-    weights = [modules[name].weight.detach().float() for name in names]
+    for name, layer in layers.items():
+        conv = modules.get(name)
+        if not isinstance(conv, nn.Conv2d) or conv.weight.shape != layer.weight.shape:
+            raise ConversionError(
+                f"The dense model has no convolution '{name}' with a weight of {tuple(layer.weight.shape)}. Give the "
+                "one this was made from."
+            )
+    return [modules[name].weight.detach() for name in layers]
+
+
+def _operators(dense: nn.Module, layers: Mapping[str, MasterKeyConv2d]) -> tuple[OperatorReport, ...]:
+    """The reports of all operators, and of none, for the dense kernels of converted layers."""
+    weights = [weight.float() for weight in dense_kernels(dense, layers)]
     fits = [fit_operators(weight) for weight in weights]
     operator, best = torch.cat([_classify(fit) for fit in fits]), torch.cat([fit.r2.amax(1) for fit in fits])
     sigma, orientation = torch.cat([fit.sigma for fit in fits]), torch.cat([fit.orientation for fit in fits])
@@ -356,9 +365,10 @@ def _classify(fit: OperatorFit) -> torch.Tensor:
 @lru_cache(maxsize=16)
 def _chance(height: int, width: int) -> torch.Tensor:
     """The share of random kernels that resemble each operator, and none, (5,)."""
-    kernels = torch.randn(1000, height, width, generator=torch.Generator().manual_seed(0), device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    kernels = torch.randn(1000, height, width, generator=generator, dtype=torch.float32, device="cpu")
     operator = _classify(fit_operators(kernels))
-    return torch.bincount(operator, minlength=len(OPERATORS) + 1) / len(operator)
+    return torch.bincount(operator, minlength=len(OPERATORS) + 1).double() / len(operator)
 
 
 def _finite(value: Any) -> Any:

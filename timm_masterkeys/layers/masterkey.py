@@ -250,19 +250,20 @@ class MasterKeyConv2d(ComputedConv2d):
         Raises:
             ProjectionError: The given kernels hold NaN or Inf.
         """
+        like: Any = {"dtype": torch.float32, "device": self.keys.device}  # an old torch draws 0 in bfloat16
         if weight is not None:
             check_finite(weight)
         else:
-            weight = torch.empty(self.out_channels, 1, *self.kernel_size, device=self.keys.device)
+            weight = torch.empty(self.out_channels, 1, *self.kernel_size, **like)
             nn.init.kaiming_uniform_(weight, a=5**0.5)
             if self.bias is not None:
                 bound = self.keys[0].numel() ** -0.5
                 nn.init.uniform_(self.bias, -bound, bound)
         self.keys.copy_(self.own_keys())  # as they have no values after to_empty()
-        order = torch.rand(self.out_channels, len(self.keys), device=self.keys.device)
+        order = torch.rand(self.out_channels, len(self.keys), **like)
         self.key_index.copy_(order.topk(self.keys_per_kernel).indices)
         target_norm = (weight - weight.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1).mean()
-        self.scale.copy_(torch.randn(self.scale.shape, device=self.scale.device))  # an old torch draws 0 in bfloat16
+        self.scale.copy_(torch.randn(self.scale.shape, **like))
         self.shift.zero_()
         current_norm = self.compose_weight().flatten(1).norm(dim=1, keepdim=True)
         self.scale.copy_((self.scale.view(self.out_channels, -1) * (target_norm / current_norm)).flatten())

@@ -74,7 +74,7 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         """As for a MasterKeyConv2d; the sigmas become those of the bank. In place."""
         super().reset_parameters(weight)
         values = [float(sigma) for sigma in SIGMAS[self.bank.name.removeprefix("scale-space-")].split()]
-        sigmas = torch.tensor(values, device=self.keys.device)
+        sigmas = torch.tensor(values, dtype=torch.float32, device=self.keys.device)
         nominal = sigmas.clamp_min(SMALLEST).log().view(8, 2)[self.operators]
         self.log_sigma.copy_(nominal[self.key_rows()[:, 0]].flatten())
 

@@ -5,6 +5,7 @@ Not imported with the package: ``from timm_masterkeys.study.discovery import col
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -118,7 +119,8 @@ def discover_bank(
     searched, held_out_kernels = (part.to(device) for part in _split(kernels, names))
     weights = searched.weights(equal_networks)
     search = _search_lines if method == "lines" else _search_autoencoder
-    sets, curve = search(searched, weights, seed)
+    with torch.autocast(searched.values.device.type, enabled=False):
+        sets, curve = search(searched, weights, seed)
     elbow = find_elbow({count: value for count, value in curve.items() if count <= MOST})
     best = sets[keys or elbow]
     key_weights = _by_group(weights, searched.fit_keys(best)[1], len(best)).sum(0)
@@ -303,6 +305,8 @@ def match_banks(bank: Bank, other: Bank, kernel_size: tuple[int, int] = (7, 7)) 
     return sorted(pairs, key=lambda pair: -pair[2])
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _train_autoencoder(
     kernels: torch.Tensor, weights: torch.Tensor, seed: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -310,11 +314,11 @@ def _train_autoencoder(
     taps = kernels.shape[1]
     largest = kernels.gather(1, kernels.abs().argmax(1, keepdim=True))
     data = (kernels * largest.sign()).float()  # a kernel and its negative count as one
+    linear = partial(nn.Linear, device="cpu", dtype=torch.float32)  # on the CPU, as the batches are chosen on it
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        with torch.device("cpu"):  # initialised on the CPU, as the batches are chosen on it
-            encoder = nn.Sequential(nn.Linear(taps, 128), nn.GELU(), nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 1))
-            decoder = nn.Sequential(nn.Linear(1, 64), nn.GELU(), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, taps))
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
+        encoder = nn.Sequential(linear(taps, 128), nn.GELU(), linear(128, 64), nn.GELU(), linear(64, 1))
+        decoder = nn.Sequential(linear(1, 64), nn.GELU(), linear(64, 128), nn.GELU(), linear(128, taps))
         encoder, decoder = encoder.to(data.device), decoder.to(data.device)
         optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=2e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)

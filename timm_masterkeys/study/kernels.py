@@ -123,10 +123,12 @@ def name_sources(sources: Mapping[str, Source] | Sequence[Source]) -> dict[str, 
     """Sources by name: a file's name (its path, if two files have one name), or the type and the place in the list.
 
     Raises:
-        BankError: Two of one name, or none at all.
+        BankError: Two of one name, none at all, or one source without a list around it.
     """
     if isinstance(sources, (str, os.PathLike)):
         raise BankError(f"The sources are one string, '{sources}'. Give a list: ['{sources}'].")
+    if isinstance(sources, (nn.Module, torch.Tensor, np.ndarray)):  # whose layers or channels are no networks
+        raise BankError(f"The sources are one {type(sources).__name__}, expected a list of them, or names with them.")
     if not len(sources):
         raise BankError("There is no network to take kernels from.")
     if isinstance(sources, Mapping):

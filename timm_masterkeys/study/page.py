@@ -143,7 +143,8 @@ def _control(dense: nn.Module, report: ConversionReport) -> nn.Module:
     most = len(get_bank(CONTROL_BANK))
     for count in sorted({layer.keys_per_kernel for layer in report.layers}):
         names = [layer.name for layer in report.layers if layer.keys_per_kernel == count]
-        convert_to_masterkeys(model, CONTROL_BANK, include=names, keys_per_kernel=min(count, most), inplace=True)
+        each = min(count, most)
+        model = convert_to_masterkeys(model, CONTROL_BANK, include=names, keys_per_kernel=each, inplace=True)
     return model
 
 

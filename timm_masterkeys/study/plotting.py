@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..conversion.plan import converted_layers
-from ..conversion.report import COVERAGE, ConversionReport, kernel_fits
+from ..conversion.report import COVERAGE, ConversionReport, dense_kernels, kernel_fits
 from ..conversion.wrapped import unwrapped
 from ..errors import ConversionError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
@@ -106,11 +106,7 @@ def plot_kernels(model: nn.Module, dense: nn.Module, count: int = 8) -> Figure:
     """
     model, dense = unwrapped(model), unwrapped(dense)
     layers, ranked = _converted(model), []
-    for name, layer in layers.items():
-        try:
-            kernels: Any = dense.get_submodule(name).weight
-        except AttributeError as error:
-            raise ConversionError(f"The dense model has no layer '{name}'. Give the one this was made from.") from error
+    for (name, layer), kernels in zip(layers.items(), dense_kernels(dense, layers), strict=True):
         fits = kernel_fits(layer)
         ranked += [(float(fits.r2[i]), name, i, kernels[i, 0]) for i in fits.fitted.nonzero()[:, 0].tolist()]
     if not ranked:
