@@ -283,6 +283,16 @@ def test_a_dense_folder_of_timms(succeeds, model, tmp_path):
     assert same(saved(tmp_path / "out"), converted)
 
 
+def test_a_checkpoint_takes_the_place_of_a_folders_weights(succeeds, fails, model, tmp_path):
+    timm.models.save_for_hf(model, tmp_path / "dense", safe_serialization=True)
+    other = timm.create_model(ARCH, num_classes=model.num_classes)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    checkpoint = ["--checkpoint", tmp_path / "other.safetensors"]
+    succeeds("convert", tmp_path / "dense", *checkpoint, "--output", tmp_path / "out")
+    assert same(saved(tmp_path / "out"), mk.convert_to_masterkeys(other))
+    fails("inspect", tmp_path / "dense", "--checkpoint", "nope.pth", says="There is no file 'nope.pth'")
+
+
 # --- discover and compare
 
 
