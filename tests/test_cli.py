@@ -312,8 +312,11 @@ def test_discover(succeeds, fails, sources, tmp_path):
     found = json.loads(succeeds(*args, "--output", bank_file, "--json"))
     assert found["bank"]["keys"] == len(found["matches"]) == 4 and found["r2"]["this bank"] > 0
     before = sources[0].read_bytes()
+    (tmp_path / "d.safetensors").mkdir()
     fails(*args, "--output", tmp_path / "bank.txt", says="ends in .safetensors")
     fails(*args, "--output", tmp_path / "no" / "bank.safetensors", says="there is no folder")
+    fails(*args, "--output", tmp_path / "d.safetensors", says="it is a folder")
+    fails(*args, "--output", "/proc/bank.safetensors", says="Cannot write")
     fails(*args, "--output", sources[0], says="is one of the sources")
     assert not (tmp_path / "no").exists() and sources[0].read_bytes() == before
 
@@ -522,6 +525,12 @@ def test_the_script_and_a_reader_that_has_enough():
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait(300) == 0
+
+
+def test_output_that_is_closed(monkeypatch):
+    """As in ``timm-masterkeys list >&-``."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["list", "convnext_at*"]) == 0
 
 
 def test_ctrl_c_while_packages_are_imported(capsys):
