@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None, before_command: Callable[[], None] =
         before_command()
         _configure_logging(args.verbose)
         args.run(args)
-        sys.stdout.flush()
+        print(end="", flush=True)  # there is no sys.stdout where it is closed
     except KeyboardInterrupt:
         print("timm-masterkeys: interrupted", file=sys.stderr)
         return 130
