@@ -235,10 +235,12 @@ def test_forward_mode(geometry, trainable):
     layer = make(geometry, 1, trainable)
     f, values = as_function(layer), (torch.randn(2, 2, 9, 8, dtype=torch.float64), *layer.parameters())
     tangents = tuple(torch.randn_like(value) for value in values)
-    _, got = torch.func.jvp(f, values, tangents)
-    step = 1e-6
-    ahead, behind = (f(*[v + s * t for v, t in zip(values, tangents, strict=True)]) for s in (step, -step))
-    torch.testing.assert_close(got, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
+    gradient = torch.func.grad(lambda *v: f(*v).square().mean())
+    for function in (f, gradient):  # the second is a product with the Hessian
+        _, got = torch.func.jvp(function, values, tangents)
+        step = 1e-6
+        ahead, behind = (function(*[v + s * t for v, t in zip(values, tangents, strict=True)]) for s in (step, -step))
+        torch.testing.assert_close(got, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow

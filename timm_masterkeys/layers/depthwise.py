@@ -124,9 +124,14 @@ def autocast(
 
 
 def has_tangents(*tensors: torch.Tensor | None) -> bool:
-    """Whether any tensor is differentiated in forward mode; never under torch.compile, which cannot do that."""
+    """Whether any tensor is differentiated in forward mode; never under torch.compile, which cannot do that.
+
+    True within ``torch.func.jvp`` and what is made of it: a gradient in it, as for a Hessian, hides the tangents.
+    """
     if torch.compiler.is_compiling():
         return False
+    if any(transform.key().name == "Jvp" for transform in torch._C._functorch.get_interpreter_stack() or ()):
+        return True
     return any(t is not None and unpack_dual(t).tangent is not None for t in tensors)
 
 
