@@ -1,5 +1,6 @@
 """The command ``timm-masterkeys``: what it prints, what it writes, and how it fails."""
 
+import io
 import json
 import os
 import re
@@ -531,6 +532,14 @@ def test_output_that_is_closed(monkeypatch):
     """As in ``timm-masterkeys list >&-``."""
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["list", "convnext_at*"]) == 0
+
+
+def test_output_that_cannot_show_every_letter(monkeypatch, tmp_path):
+    """As with PYTHONIOENCODING=ascii, or where a terminal has an encoding of its own."""
+    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setenv("TIMM_MASTERKEYS_CACHE", str(tmp_path / "größe"))
+    assert main(["cache"]) == 0 and b"gr\\xf6\\xdfe" in stdout.buffer.getvalue()
 
 
 def test_ctrl_c_while_packages_are_imported(capsys):
