@@ -213,6 +213,18 @@ def test_vmap_and_functional_gradients():
     torch.testing.assert_close(got, torch.stack(expected))
 
 
+@pytest.mark.parametrize(("geometry", "trainable"), [("3x3", "affine"), ("7x7", "affine"), ("7x7", "shift")])
+def test_batched_gradients(geometry, trainable):
+    """As ``torch.autograd.functional.jacobian(vectorize=True)`` takes them."""
+    layer = make(geometry, 1, trainable)
+    x = torch.randn(2, 2, 7, 6, dtype=torch.float64, requires_grad=True)
+    inputs, output = (x, *layer.parameters()), layer(x)
+    grads = torch.randn(3, *output.shape, dtype=torch.float64)
+    got = torch.autograd.grad(output, inputs, grads, is_grads_batched=True)
+    each = [torch.autograd.grad(layer(x), inputs, grad) for grad in grads]
+    torch.testing.assert_close(got, tuple(map(torch.stack, zip(*each, strict=True))))
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_vmap_over_an_ensemble(grad):
     layers = [make("3x3", 2, "shift", dtype=torch.float64) for _ in range(3)]
