@@ -1,5 +1,6 @@
 """The command ``timm-masterkeys``: what it prints, what it writes, and how it fails."""
 
+import io
 import json
 import os
 import re
@@ -283,6 +284,16 @@ def test_a_dense_folder_of_timms(succeeds, model, tmp_path):
     assert same(saved(tmp_path / "out"), converted)
 
 
+def test_a_checkpoint_takes_the_place_of_a_folders_weights(succeeds, fails, model, tmp_path):
+    timm.models.save_for_hf(model, tmp_path / "dense", safe_serialization=True)
+    other = timm.create_model(ARCH, num_classes=model.num_classes)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    checkpoint = ["--checkpoint", tmp_path / "other.safetensors"]
+    succeeds("convert", tmp_path / "dense", *checkpoint, "--output", tmp_path / "out")
+    assert same(saved(tmp_path / "out"), mk.convert_to_masterkeys(other))
+    fails("inspect", tmp_path / "dense", "--checkpoint", "nope.pth", says="There is no file 'nope.pth'")
+
+
 # --- discover and compare
 
 
@@ -302,8 +313,11 @@ def test_discover(succeeds, fails, sources, tmp_path):
     found = json.loads(succeeds(*args, "--output", bank_file, "--json"))
     assert found["bank"]["keys"] == len(found["matches"]) == 4 and found["r2"]["this bank"] > 0
     before = sources[0].read_bytes()
+    (tmp_path / "d.safetensors").mkdir()
     fails(*args, "--output", tmp_path / "bank.txt", says="ends in .safetensors")
     fails(*args, "--output", tmp_path / "no" / "bank.safetensors", says="there is no folder")
+    fails(*args, "--output", tmp_path / "d.safetensors", says="it is a folder")
+    fails(*args, "--output", "/proc/bank.safetensors", says="Cannot write")
     fails(*args, "--output", sources[0], says="is one of the sources")
     assert not (tmp_path / "no").exists() and sources[0].read_bytes() == before
 
@@ -512,6 +526,20 @@ def test_the_script_and_a_reader_that_has_enough():
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait(300) == 0
+
+
+def test_output_that_is_closed(monkeypatch):
+    """As in ``timm-masterkeys list >&-``."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["list", "convnext_at*"]) == 0
+
+
+def test_output_that_cannot_show_every_letter(monkeypatch, tmp_path):
+    """As with PYTHONIOENCODING=ascii, or where a terminal has an encoding of its own."""
+    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setenv("TIMM_MASTERKEYS_CACHE", str(tmp_path / "größe"))
+    assert main(["cache"]) == 0 and b"gr\\xf6\\xdfe" in stdout.buffer.getvalue()
 
 
 def test_ctrl_c_while_packages_are_imported(capsys):

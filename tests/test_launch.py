@@ -26,11 +26,12 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(("argument", "code", "error"), [("3", 3, ""), ("fail", 1, "ValueError: own")])
 def test_as_if_the_script_ran_alone(tmp_path, argument, code, error):
     (tmp_path / "beside.py").write_text("VALUE = 7")
-    (tmp_path / "train.py").write_text(SCRIPT)
-    script = os.path.relpath(tmp_path / "train.py")
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    script = os.path.relpath(path)
     done = run("-m", "timm_masterkeys.launch", script, argument, "--model", "a b")
     assert done.returncode == code and error in done.stderr
-    assert json.loads(done.stdout) == [[script, argument, "--model", "a b"], os.getcwd(), 7, True, script]
+    assert json.loads(done.stdout) == [[script, argument, "--model", "a b"], os.getcwd(), 7, True, str(path)]
 
 
 SPAWNING = """

@@ -31,13 +31,14 @@ def main() -> None:
         sys.exit(2)
     import timm_masterkeys  # noqa: F401  # registers the names
 
-    os.environ[SCRIPT_VARIABLE] = os.path.abspath(script)
+    path = os.path.abspath(script)  # as Python names a script, so that it can find itself from another folder
+    os.environ[SCRIPT_VARIABLE] = path
     del sys.argv[0]
     sys.path[0] = str(Path(script).resolve().parent)
     module = ModuleType("__main__")
-    module.__file__, module.__spec__ = script, __spec__
+    module.__file__, module.__spec__ = path, __spec__
     sys.modules["__main__"] = module
-    exec(compile(Path(script).read_bytes(), script, "exec"), module.__dict__)
+    exec(compile(Path(path).read_bytes(), path, "exec"), module.__dict__)
 
 
 if __name__ == "__main__":

@@ -539,6 +539,17 @@ def test_networks_that_keep_computed_tensors_are_copied(inplace):
     assert torch.equal(fuse_masterkeys(model, inplace=inplace)(x), model(x))
 
 
+def test_a_copied_feature_extractor_stays_in_eval_mode():
+    """A deep copy of torchvision's graphs, which timm uses, is in training mode."""
+    model = timm.create_model("test_efficientnet.mk8", features_only=True, feature_cls="fx").eval()
+    model.graph_module.bn1.train()
+    copied, x = fuse_masterkeys(model), torch.randn(2, 3, 32, 32)
+    modes = [{name: module.training for name, module in net.named_modules()} for net in (model, copied)]
+    assert modes[0] == modes[1]
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(copied(x), model(x), strict=True))
+
+
 def test_what_cannot_be_copied_is_named():
     model = Net()
     model.blocks[1].lock = threading.Lock()

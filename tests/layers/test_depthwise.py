@@ -213,6 +213,18 @@ def test_vmap_and_functional_gradients():
     torch.testing.assert_close(got, torch.stack(expected))
 
 
+@pytest.mark.parametrize(("geometry", "trainable"), [("3x3", "affine"), ("7x7", "affine"), ("7x7", "shift")])
+def test_batched_gradients(geometry, trainable):
+    """As ``torch.autograd.functional.jacobian(vectorize=True)`` takes them."""
+    layer = make(geometry, 1, trainable)
+    x = torch.randn(2, 2, 7, 6, dtype=torch.float64, requires_grad=True)
+    inputs, output = (x, *layer.parameters()), layer(x)
+    grads = torch.randn(3, *output.shape, dtype=torch.float64)
+    got = torch.autograd.grad(output, inputs, grads, is_grads_batched=True)
+    each = [torch.autograd.grad(layer(x), inputs, grad) for grad in grads]
+    torch.testing.assert_close(got, tuple(map(torch.stack, zip(*each, strict=True))))
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_vmap_over_an_ensemble(grad):
     layers = [make("3x3", 2, "shift", dtype=torch.float64) for _ in range(3)]
@@ -235,10 +247,12 @@ def test_forward_mode(geometry, trainable):
     layer = make(geometry, 1, trainable)
     f, values = as_function(layer), (torch.randn(2, 2, 9, 8, dtype=torch.float64), *layer.parameters())
     tangents = tuple(torch.randn_like(value) for value in values)
-    _, got = torch.func.jvp(f, values, tangents)
-    step = 1e-6
-    ahead, behind = (f(*[v + s * t for v, t in zip(values, tangents, strict=True)]) for s in (step, -step))
-    torch.testing.assert_close(got, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
+    gradient = torch.func.grad(lambda *v: f(*v).square().mean())
+    for function in (f, gradient):  # the second is a product with the Hessian
+        _, got = torch.func.jvp(function, values, tangents)
+        step = 1e-6
+        ahead, behind = (function(*[v + s * t for v, t in zip(values, tangents, strict=True)]) for s in (step, -step))
+        torch.testing.assert_close(got, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow

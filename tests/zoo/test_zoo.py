@@ -18,6 +18,7 @@ from torch import nn
 
 import timm_masterkeys as mk
 from timm_masterkeys.cli import main
+from timm_masterkeys.conversion.record import read_record
 from timm_masterkeys.zoo.evaluate import Labels, Measurement, find_labels, measure
 from timm_masterkeys.zoo.results import Result, make_result, write_result, write_tables
 from timm_masterkeys.zoo.zoo import Zoo, make_zoo, plan_zoo
@@ -347,6 +348,18 @@ def test_a_licence_that_is_missing_comes_before_the_download(zoo, monkeypatch):
     [outcome] = make_zoo(["cpubone_b0_bfrobust.r224_in1k"], zoo)
     assert outcome.result is None and "licence" in outcome.error
     assert (zoo.output / "results.csv").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("given", ["CC-BY-4.0", None])
+def test_a_licence_that_is_corrected_after_a_dry_run_is_published(zoo, monkeypatch, given):
+    name = "test_convnext.r160_in1k"
+    folder, model = zoo.folder(name), mk.convert_to_masterkeys(timm.create_model("test_convnext"))
+    mk.save_pretrained(model, folder / "weights", license="apache-2.0")
+    write_result(folder / "result.json", result(repo=zoo.repo(name), sha=""))
+    published = []
+    monkeypatch.setattr("timm_masterkeys.zoo.zoo.push_to_hub", lambda model, **_: published.append(read_record(model)))
+    [outcome] = make_zoo([name], replace(zoo, license=given))
+    assert not outcome.error and published[0].source.license == (given or "apache-2.0").lower()
 
 
 def test_other_settings_need_another_folder(dry, pictures, capsys):

@@ -1,6 +1,7 @@
 """Reads the command line of ``timm-masterkeys`` and runs the command."""
 
 import argparse
+import io
 import logging
 import os
 import re
@@ -45,12 +46,14 @@ def main(argv: Sequence[str] | None = None, before_command: Callable[[], None] =
     Returns:
         The exit code: 0; 1 after an error, which is one line on stderr; 130 after Ctrl-C. Wrong usage exits with 2.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name the terminal cannot show is no reason to fail after the work
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = _read_arguments(argv)
         before_command()
         _configure_logging(args.verbose)
         args.run(args)
-        sys.stdout.flush()
+        print(end="", flush=True)  # there is no sys.stdout where it is closed
     except KeyboardInterrupt:
         print("timm-masterkeys: interrupted", file=sys.stderr)
         return 130

@@ -25,10 +25,11 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     """
     classes = {} if args.num_classes is None else {"num_classes": args.num_classes}
     if _is_folder(args.model):
-        return create(f"local-dir:{args.model}", pretrained=True, **classes)
-    check_name(args.model)
-    published = args.pretrained and published_source(args.model)
-    model = create(args.model if published else dense_name(args.model), pretrained=args.pretrained, **classes)
+        model = create(f"local-dir:{args.model}", pretrained=True, **classes)
+    else:
+        check_name(args.model)
+        published = args.pretrained and published_source(args.model)
+        model = create(args.model if published else dense_name(args.model), pretrained=args.pretrained, **classes)
     if args.checkpoint:
         _load_checkpoint(model, args.checkpoint)
     return model

@@ -10,12 +10,15 @@ from ..errors import MasterKeysError
 
 
 def check_file(path: str, suffix: str = "") -> None:
-    """Raises MasterKeysError unless the file's name ends in the suffix and its folder exists."""
+    """Raises MasterKeysError unless the file's name ends in the suffix and its folder can be written into."""
     folder = Path(path).absolute().parent
     if not path.endswith(suffix):
         raise MasterKeysError(f"Cannot write '{path}': expected a name that ends in {suffix}.")
     if not folder.is_dir():
         raise MasterKeysError(f"Cannot write '{path}': there is no folder '{folder}'.")
+    if Path(path).is_dir():
+        raise MasterKeysError(f"Cannot write '{path}': it is a folder, expected the name of a file.")
+    check_folder(str(folder))
 
 
 def check_folder(path: str) -> None:

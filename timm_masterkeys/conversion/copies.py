@@ -20,12 +20,17 @@ def copy_model(model: Model) -> Model:
     """
     memo = {id(tensor): tensor.detach().clone() for tensor in _computed_tensors(model)}
     try:
-        return copy.deepcopy(model, dict(memo))
+        copied = copy.deepcopy(model, dict(memo))
     except Exception as error:  # whatever a class of the model raises
         raise ConversionError(
             f"{type(model).__name__} cannot be copied: {_uncopyable(model, memo)} {error}. Take that away until the "
             "call is done, or change the model itself (inplace=True)."
         ) from error
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in copied.named_modules():
+        if module.training != modes.get(name, module.training):  # torchvision's feature extractors are copied so
+            module.train(modes[name])
+    return copied
 
 
 def _computed_tensors(model: nn.Module) -> Iterator[torch.Tensor]:

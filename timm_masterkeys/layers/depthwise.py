@@ -124,9 +124,14 @@ def autocast(
 
 
 def has_tangents(*tensors: torch.Tensor | None) -> bool:
-    """Whether any tensor is differentiated in forward mode; never under torch.compile, which cannot do that."""
+    """Whether any tensor is differentiated in forward mode; never under torch.compile, which cannot do that.
+
+    True within ``torch.func.jvp`` and what is made of it: a gradient in it, as for a Hessian, hides the tangents.
+    """
     if torch.compiler.is_compiling():
         return False
+    if any(transform.key().name == "Jvp" for transform in torch._C._functorch.get_interpreter_stack() or ()):
+        return True
     return any(t is not None and unpack_dual(t).tangent is not None for t in tensors)
 
 
@@ -155,9 +160,9 @@ def affine_gradients(
     if (needs_shift and max(size) <= WHOLE_UP_TO) or (needs_scale and (size[0] * size[1] < 16 or keys_per_kernel > 2)):
         mask = [needs_input, True, needs_bias]
         grad_input, grad_weight, grad_bias = convolution_backward(grad, input, weight, ctx.geometry, mask)
-        taps = grad_weight.flatten(1).to(keys.dtype)
+        taps = grad_weight.reshape(len(weight), -1).to(keys.dtype)  # not flatten: grad(is_grads_batched=True) lacks it
         if needs_scale:
-            grad_scale = torch.stack([(taps * keys[i].flatten(1)).sum(1) for i in key_index.unbind(1)], 1).flatten()
+            grad_scale = torch.stack([(taps * keys[i].flatten(1)).sum(1) for i in key_index.unbind(1)], 1).reshape(-1)
         if needs_shift:
             grad_shift = taps.sum(1)
     else:
@@ -166,7 +171,7 @@ def affine_gradients(
         if needs_bias:
             grad_bias = grad.sum((0, 2, 3))
         if needs_scale:
-            grad_scale = torch.stack(key_sums(grad, input, keys, key_index, ctx.geometry), 1).flatten()
+            grad_scale = torch.stack(key_sums(grad, input, keys, key_index, ctx.geometry), 1).reshape(-1)
         if needs_shift:
             grad_shift = window_sums(grad, input, size, ctx.memory_format, ctx.geometry)
     grad_scale = None if grad_scale is None else grad_scale.to(ctx.types[0])

@@ -284,8 +284,12 @@ def _converted_name(name: str) -> str:
 def _publish(name: str, result: Result, zoo: Zoo) -> Result:
     """Publishes the network that ``_make`` saved, except in a dry run; returns and writes its row with the commit."""
     folder = zoo.folder(name)
+    model = timm.create_model(f"local-dir:{folder / 'weights'}", pretrained=True)
+    record = read_record(model)
+    if zoo.license and record.source and record.source.license_given:  # an earlier run may have had another
+        write_record(model, replace(record, source=replace(record.source, license=zoo.license.lower())))
     published = push_to_hub(
-        timm.create_model(f"local-dir:{folder / 'weights'}", pretrained=True),
+        model,
         private=zoo.private,
         dry_run=zoo.dry_run,
         commit_message=f"Publish {result.model}",
