@@ -69,7 +69,7 @@ def save_pretrained(
     Args:
         model: A converted model made by ``timm.create_model``, wrapped or not. Not changed.
         directory: Created if missing. Other files in it are kept, and so is the hand-written part of its README.
-        repo_id: ``org/name`` for the card's examples; the directory's name if None.
+        repo_id: ``org/name`` for the card's examples; if None, they load the directory.
         license: The weights' licence, needed where this package did not load them; else it is inherited.
         base_model: Hub id of the source weights, where this package did not load them.
         datasets: Hub ids of training data, for the card.
