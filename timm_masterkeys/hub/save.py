@@ -284,7 +284,7 @@ def _same_outputs(model: nn.Module, reloaded: nn.Module) -> bool:
 
 
 def in_short(error: Exception) -> str:
-    """The first lines of an error's message, without those of addresses and request ids."""
+    """The first lines of an error's message, without those of addresses and request ids if there are others."""
     lines = [line.strip() for line in (getattr(error, "server_message", None) or str(error)).splitlines()]
-    lines = [line for line in lines if line and "http" not in line and "Request ID" not in line]
-    return " ".join(lines[:3])[:300] or type(error).__name__
+    plain = [line for line in lines if line and "http" not in line and "Request ID" not in line]
+    return " ".join((plain or lines)[:3])[:300] or type(error).__name__
