@@ -116,3 +116,9 @@ def test_settings_are_told_for_each_value(dense, tmp_path):
     assert "| keys per kernel | 1 (1 layer), 2 (3 layers) |" in text
     assert "| trainable | none (1 layer), shift (3 layers) |" in text
     assert "frozen *master keys* of the banks `babaiee2025`, `random8:0`" in text
+
+
+@pytest.mark.parametrize(("given", "address"), [(None, "local-dir:out"), ("me/net", "hf-hub:me/net")])
+def test_what_it_loads_is_there(model, tmp_path, given, address):
+    text = card(model, tmp_path / "out", repo_id=given).text
+    assert text.count(f'create_model("{address}", pretrained=True)') == text.count("create_model") == 2

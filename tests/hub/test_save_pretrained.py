@@ -12,6 +12,7 @@ import timm
 import torch
 from compare import all_equal, layers, same
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 from timm.utils import ModelEmaV3
@@ -21,6 +22,7 @@ import timm_masterkeys as mk
 from timm_masterkeys import CheckpointError, ConversionError
 from timm_masterkeys.conversion.config import LayerSettings
 from timm_masterkeys.files import file_sha256
+from timm_masterkeys.hub.save import in_short
 from timm_masterkeys.hub.weights import describe_layers
 from timm_masterkeys.timm_plugin import compat
 
@@ -570,3 +572,8 @@ def test_a_killed_save_is_removed_what_others_write_is_left_alone(model, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == FILES | {"notes.txt", "old"}
     assert (tmp_path / "notes.txt").read_text() == "here before"
     same(load(tmp_path), model)
+
+
+def test_an_error_in_short_keeps_its_only_line():
+    assert in_short(RuntimeError("Refused.\n\nRequest ID: 1\nhttps://a.b/c")) == "Refused."
+    assert in_short(OfflineModeIsEnabled("Cannot reach https://a.b: offline.")) == "Cannot reach https://a.b: offline."

@@ -126,7 +126,7 @@ def convert_to_agreement(
     the steps: another key per kernel goes first to the layer where it brings the output nearest. The number of steps
     is found by bisection. About six networks are converted, calibrated with ``calibrate_masterkeys`` and measured on
     held-out images, which neither order the steps nor calibrate; all of it takes about seven times as long as one
-    calibration. ``read_record(model).calibration`` has the returned model's figures on the held-out images.
+    calibration. ``KeyBudget.record`` has the returned model's figures on the held-out images.
 
     Args:
         dense: A timm model or any other that ``calibrate_masterkeys`` takes, not converted in any layer.

@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="a bank, which is a set of keys: its name, or a .safetensors file that `discover` wrote; may be repeated; "
-        "of two banks, the keys are also matched with each other (default: the eight published keys, babaiee2025, and "
-        "eight random ones, random8:0)",
+        "of two banks, the keys are also matched with each other, which needs scipy (default: the eight published "
+        "keys, babaiee2025, and eight random ones, random8:0)",
     )
     add_options(parser, "--json")
 

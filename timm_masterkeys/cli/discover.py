@@ -9,7 +9,7 @@ from .compare import describe_matches
 from .options import DEFAULT_BANK, add_options, check_device
 from .outputs import check_file, print_result
 
-SUMMARY = "search the depthwise kernels of some networks for the few keys that fit them best, and save these as a bank"
+SUMMARY = "search networks' depthwise kernels for the few keys that fit them best, and save them as a bank; needs scipy"
 EXAMPLE = "discover convnext_tiny mine.safetensors --hold-out mine.safetensors --output bank.safetensors"
 
 

@@ -47,7 +47,7 @@ With the plug-in: the keys frozen, bit for bit as published.
 ```python
 import timm, timm_masterkeys
 
-model = timm.create_model("hf-hub:{repo_id}", pretrained=True)
+model = timm.create_model("{address}", pretrained=True)
 ```
 
 Without it: the same outputs, ordinary convolutions.
@@ -55,7 +55,7 @@ Without it: the same outputs, ordinary convolutions.
 ```python
 import timm
 
-model = timm.create_model("hf-hub:{repo_id}", pretrained=True)
+model = timm.create_model("{address}", pretrained=True)
 ```"""
 
 
@@ -213,7 +213,7 @@ Licence: {licence if source.license else "unknown"}.
 
 Conversion costs accuracy unless the model was calibrated or trained afterwards. {_measured(report)}
 
-{_LOADING.format(repo_id=repo_id)}
+{_LOADING.format(address=f"hf-hub:{repo_id}" if "/" in repo_id else f"local-dir:{repo_id}")}
 
 ## Preprocessing
 

@@ -69,7 +69,7 @@ def save_pretrained(
     Args:
         model: A converted model made by ``timm.create_model``, wrapped or not. Not changed.
         directory: Created if missing. Other files in it are kept, and so is the hand-written part of its README.
-        repo_id: ``org/name`` for the card's examples; the directory's name if None.
+        repo_id: ``org/name`` for the card's examples; if None, they load the directory.
         license: The weights' licence, needed where this package did not load them; else it is inherited.
         base_model: Hub id of the source weights, where this package did not load them.
         datasets: Hub ids of training data, for the card.
@@ -284,7 +284,7 @@ def _same_outputs(model: nn.Module, reloaded: nn.Module) -> bool:
 
 
 def in_short(error: Exception) -> str:
-    """The first lines of an error's message, without those of addresses and request ids."""
+    """The first lines of an error's message, without those of addresses and request ids if there are others."""
     lines = [line.strip() for line in (getattr(error, "server_message", None) or str(error)).splitlines()]
-    lines = [line for line in lines if line and "http" not in line and "Request ID" not in line]
-    return " ".join(lines[:3])[:300] or type(error).__name__
+    plain = [line for line in lines if line and "http" not in line and "Request ID" not in line]
+    return " ".join((plain or lines)[:3])[:300] or type(error).__name__

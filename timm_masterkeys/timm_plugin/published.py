@@ -34,14 +34,15 @@ def use_weights(name: str | os.PathLike[str], source: str = "") -> None:
     Args:
         name: ``<arch>.mk8``, or ``<arch>.mk8_<anything>`` for a new name. Or, without a source, the path of a list such
             as ``timm-masterkeys zoo`` writes: ``name=source`` a line; empty lines and those with # are ignored.
-        source: ``org/name`` or ``org/name@revision`` on the Hub, published by ``push_to_hub``.
+        source: ``org/name`` or ``org/name@revision`` on the Hub, published by ``push_to_hub``. A revision is a
+            branch, a tag, or all 40 digits of a commit.
 
     Raises:
         ConversionError: Not such a name, an architecture without depthwise convolutions, no such source, or a list that
             cannot be read or has such a line; none of its names is then pointed at weights.
 
     Example:
-        >>> use_weights("convnext_tiny.mk8_ours", "org/convnext_tiny.mk8@4f2a91c")
+        >>> use_weights("convnext_tiny.mk8_ours", "org/convnext_tiny.mk8@v1")
         >>> model = timm.create_model("convnext_tiny.mk8_ours", pretrained=True)
         >>> use_weights("zoo/names.txt")
     """

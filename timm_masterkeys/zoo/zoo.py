@@ -28,7 +28,7 @@ from ..calibration.images import BUILTIN, FEWEST, photographs_sha256
 from ..conversion.config import MasterKeysConfig
 from ..conversion.convert import apply
 from ..conversion.plan import layer_settings
-from ..conversion.record import Source, set_source
+from ..conversion.record import Source, read_record, set_source
 from ..conversion.tags import is_masterkeys_tag, masterkeys_tag
 from ..errors import ZooError
 from ..files import atomic_path, folder_sha256, locked, walk_files
@@ -285,9 +285,9 @@ def _publish(name: str, result: Result, zoo: Zoo) -> Result:
     """Publishes the network that ``_make`` saved, except in a dry run; returns and writes its row with the commit."""
     folder = zoo.folder(name)
     model = timm.create_model(f"local-dir:{folder / 'weights'}", pretrained=True)
-    record = read_record(model)
-    if zoo.license and record.source and record.source.license_given:  # an earlier run may have had another
-        write_record(model, replace(record, source=replace(record.source, license=zoo.license.lower())))
+    source = read_record(model).source
+    if zoo.license and source and source.license_given:  # an earlier run may have had another
+        set_source(model, replace(source, license=zoo.license.lower()))
     published = push_to_hub(
         model,
         private=zoo.private,
