@@ -44,7 +44,7 @@ from .call import Call
 
 _logger = logging.getLogger(__name__)
 
-CALIBRATION = 4  # increased whenever calibration gives other networks
+CALIBRATION = 5  # increased whenever calibration gives other networks or records
 
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # how images are prepared
 _SETTLED = 2  # seconds: the coarsest tick of a file system's clock, see ``_digest``
