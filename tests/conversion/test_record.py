@@ -6,7 +6,9 @@ import pickle
 from dataclasses import asdict, replace
 
 import pytest
+import timm
 import torch
+from compare import layers
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -18,6 +20,7 @@ from timm_masterkeys.conversion.record import (
     entries_digest,
     keys_digest,
     read_record,
+    structure_digest,
     write_record,
 )
 
@@ -98,6 +101,25 @@ def test_digests_see_every_value(model):
         other.state_dict()[name].view(-1)[-1:].add_(1)
         assert entries_digest(other) != before[1], name
         assert (keys_digest(other) != before[0]) == name.endswith("key_index"), (name, value)
+
+
+@pytest.mark.parametrize(
+    ("arch", "arguments"),
+    [
+        ("test_efficientnet", {"output_stride": 8}),  # strides and dilations of converted layers alone
+        ("test_mambaout", {"global_pool": ""}),
+        ("pvt_v2_b0", {"global_pool": ""}),
+    ],
+)
+def test_another_structure_with_the_same_entries(arch, arguments):
+    with torch.device("meta"):
+        model, other = (mk.convert_to_masterkeys(timm.create_model(arch, **given)) for given in ({}, arguments))
+    assert structure_digest(model) != structure_digest(other)
+    assert entries_digest(model) == entries_digest(other)
+    before = structure_digest(model)
+    for layer in layers(model).values():
+        layer.set_trainable("affine")
+    assert structure_digest(model.train()) == before
 
 
 def test_a_quantised_model_has_no_calibration(model):

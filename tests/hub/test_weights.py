@@ -122,6 +122,8 @@ def test_another_dtype(tmp_path, dtype, r):
 def test_meta_device(converted, file):
     model = timm.create_model(ARCH, device="meta")
     load_compact(model, file)
+    with pytest.raises(CheckpointError, match="no values"):
+        save_compact(model, file)
     model = model.to_empty(device="cpu")
     model.load_state_dict(converted.state_dict())
     same(model, converted)

@@ -325,6 +325,21 @@ def test_arguments_that_cannot_be_compared_are_not_kept(files, root, caplog):
     assert "cannot be compared with those of other calls" in caplog.text and entries(root) == []
 
 
+def test_a_network_from_outside_timm_is_not_kept(files, root, calibrations, caplog, monkeypatch):
+    """Its code may be another in the next process."""
+
+    def own_net(pretrained=False, **kwargs):
+        return getattr(timm.models.convnext, ARCH)(pretrained, **kwargs)
+
+    for name in ("_model_entrypoints", "_model_pretrained_cfgs", "_model_with_tags"):
+        monkeypatch.setattr(timm.models._registry, name, dict(getattr(timm.models._registry, name)))
+    timm.models._registry._model_entrypoints["own_net"] = own_net
+    mk.register_names("own_net")
+    cfg = {name: getattr(timm.get_pretrained_cfg(ARCH), name) for name in ("num_classes", "first_conv", "classifier")}
+    same(*(create(files["dense"], "own_net.mk8", cfg) for _ in range(2)))
+    assert len(calibrations) == 2 and entries(root) == [] and "it is not kept in the cache" in caplog.text
+
+
 def test_an_error_of_a_call_is_not_damage(files, root, caplog):
     create(files["dense"])
     with pytest.raises(TypeError):

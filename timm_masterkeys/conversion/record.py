@@ -22,8 +22,8 @@ from .wrapped import quantised_entry
 
 ATTRIBUTE = "masterkeys"
 
-# Modules left out of ``structure_digest``: their entries determine them, or they do nothing in eval mode.
-_IDLE = (MasterKeyConv2d, nn.Identity, nn.Dropout, nn.Dropout2d, DropBlock2d, DropPath, PatchDropout)
+# Modules left out of ``structure_digest``, as they do nothing in eval mode.
+_IDLE = (nn.Identity, nn.Dropout, nn.Dropout2d, DropBlock2d, DropPath, PatchDropout)
 
 
 @dataclass(frozen=True)
@@ -195,10 +195,18 @@ def structure_digest(model: nn.Module) -> str:
 
     These are types and settings of modules (activations, pooling, the eps of norms, ...), and mean and std of images.
     """
-    lines = [f"{n} {type(m).__name__} {m.extra_repr()}" for n, m in model.named_modules() if not isinstance(m, _IDLE)]
+    lines = [f"{n} {type(m).__name__} {_settings(m)}" for n, m in model.named_modules() if not isinstance(m, _IDLE)]
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     lines += [f"{name} {[float(value) for value in cfg[name]]}" for name in ("mean", "std") if cfg.get(name)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _settings(module: nn.Module) -> str:
+    """What a module's output in eval mode depends on beside its entries, as text."""
+    if isinstance(module, MasterKeyConv2d):  # its bank and keys are entries, and what trains does not matter
+        return f"{nn.Conv2d.extra_repr(module)} {module.same_padding}"
+    pooling = (getattr(module, name, None) for name in ("global_pool", "pool_type"))  # text if no module of its own
+    return " ".join([module.extra_repr(), *(kind for kind in pooling if isinstance(kind, str))])
 
 
 def restore_record(

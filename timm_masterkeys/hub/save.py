@@ -146,8 +146,8 @@ def timm_cfg(model: nn.Module) -> dict[str, Any]:
     cfg: Any = getattr(model, "pretrained_cfg", None)
     if not cfg or not cfg.get("architecture") or not hasattr(model, "num_classes"):
         raise ConversionError(
-            f"{type(model).__name__} is not a whole timm model (no pretrained_cfg), so timm could not load it again. "
-            "Save its state_dict instead."
+            f"{type(model).__name__} is not a whole timm model (no pretrained_cfg, or no classes), so timm could not "
+            "load it again. Save its state_dict instead."
         )
     converted_layers(model, required=True)
     return dict(cfg)

@@ -65,6 +65,7 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ConversionError: The model holds no MasterKeyConv2d, or is an average of networks with different keys.
+        CheckpointError: A layer has no values: it is on the meta device, or was created empty.
         OSError: The file cannot be written.
 
     Example:
@@ -75,6 +76,7 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors = {f"banks.{s.bank.digest}": torch.from_numpy(s.bank.keys.copy()) for s in settings.values()}
     for name, layer in layers.items():
         layer.check_keys()
+        layer.check_values(torch.empty(0, device="cpu"))
         entries = {entry: getattr(layer, entry) for entry in layer.compact_entries} | {"key_index": layer.key_rows()}
         tensors |= {f"{name}.{entry}": v.detach().cpu().contiguous().clone() for entry, v in entries.items()}
     with atomic_path(path) as tmp:  # one metadata entry, as safetensors writes several in random order

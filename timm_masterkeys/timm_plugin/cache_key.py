@@ -17,7 +17,7 @@ from ..conversion.config import MasterKeysConfig
 from ..files import file_sha256, folder_sha256, tensors_sha256
 from .call import Call
 
-CALIBRATION = 4  # increased whenever calibration gives other networks
+CALIBRATION = 5  # increased whenever calibration gives other networks or records
 
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # how images are prepared
 _SETTLED = 2  # seconds: the coarsest tick of a file system's clock, see ``_digest``
@@ -37,7 +37,7 @@ def cache_key(
         return {
             "calibration": CALIBRATION,
             "versions": [timm.__version__, torch.__version__],
-            "architecture": call.arch,
+            "architecture": [call.arch, _as_json(call.stock)],  # of a network from outside timm the code may change
             "arguments": _as_json(call.arguments),
             "weights": digest,
             "in_chans, num_classes": shape,

@@ -61,7 +61,11 @@ def calibrated_entry(call: Call, state: Mapping[str, Any] | None, images: str) -
     key = cache_key(call, config, shape, digest, images)
     folder = None
     if key is None:
-        _logger.warning("%s: its arguments cannot be compared with those of other calls: it is not kept.", call.name)
+        _logger.warning(
+            "%s: its code or its arguments cannot be compared with those of other calls: it is not kept in the cache. "
+            "save_pretrained(model, folder) keeps it.",
+            call.name,
+        )
     else:
         key_digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         folder = cache_folder(call.cache_dir) / re.sub(r"[^\w.-]", "_", f"{call.name}-{key_digest}")

@@ -30,7 +30,8 @@ def register_names(architectures: str | Sequence[str] | None = None) -> None:
 
     Stock names, tags, defaults and weights stay as they are. ``<arch>.mk8`` takes the stock default weights and
     ``<arch>.mk8_<tag>`` those of that tag, through timm's own loader, and converts them. Any other ``.mk8`` name raises
-    ConversionError, with the names that exist or the reason why there are none.
+    ConversionError, with the names that exist or the reason why there are none. The cache keeps networks of timm's own
+    code only, as a change of other code would not be noticed: those are calibrated at each call.
 
     Args:
         architectures: Name or names; ``list_architectures()`` if None. Names timm does not know are ignored.
