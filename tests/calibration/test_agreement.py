@@ -225,7 +225,7 @@ def test_interrupted_the_dense_network_is_as_it_was(images, monkeypatch):
     def failing(*args, **kwargs):
         raise KeyboardInterrupt
 
-    for name in ("order_steps", "share_intervals", "calibrate_masterkeys"):
+    for name in ("order_steps", "calibrate_masterkeys"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, name, failing)
             mk.convert_to_agreement(dense, 0.9, images, bank=BANK)

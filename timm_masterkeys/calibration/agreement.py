@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from .blocks import hooked
 from .calibrate import CalibrationReport, calibrate_masterkeys, check_models, find_metric
 from .images import BUILTIN, Images, Pixels, Size, origin_of, split_for_choice
 from .memory import check_memory
-from .metrics import Figures, Metric, MetricLike, share_intervals
+from .metrics import Metric, MetricLike
 from .outputs import Output, pick_output
 
 _logger = logging.getLogger(__name__)
@@ -172,9 +172,10 @@ def convert_to_agreement(
     fitted, held_out = split_for_choice(images, dense, max_images, Pixels(mean, std, size))
     layers = {name: _choices(dense.get_submodule(name), config.bank) for name in kernels}
     options = {"metric": metric, "output": output, "batch_size": batch_size, "time_budget": time_budget}
+    options["max_images"] = max(len(fitted), len(held_out))
     with evaluating(dense), torch.autocast(fitted.device.type, enabled=False):
         chosen_metric = find_metric(dense, fitted[:2], metric, output)
-        check_memory(dense, fitted)
+        check_memory(dense, torch.cat([fitted, held_out]))
     search = _Search(dense, config, kernels, layers, fitted, held_out, origin_of(images), chosen_metric, options)
     steps = order_steps(kernels, search.distances(fitted[:: max(1, len(fitted) // JUDGES)]))
     nothing_left = all(None in choices.values() for choices in layers.values())  # after the last step
@@ -236,11 +237,6 @@ class _Search:
     metric: Metric
     options: Mapping[str, Any]  # of calibrate_masterkeys
 
-    @cached_property
-    def expected(self) -> torch.Tensor:
-        """The dense network's outputs for the held-out images."""
-        return self._outputs(self.dense, self.held_out)
-
     def distances(self, images: torch.Tensor) -> dict[str, dict[int, float]]:
         """The distance from the dense output when one layer alone is converted, by layer and keys per kernel."""
         expected = self._outputs(self.dense, images)
@@ -281,25 +277,12 @@ class _Search:
         layers = {name: LayerSettings(self.config.bank, n, self.config.trainable) for name, n in keyed.items()}
         model, known = apply(copy_model(self.dense), layers), read_record(self.dense)
         write_record(model, replace(known, conversions=(*known.conversions, self.config)))
-        before = self._measure(model)
-        calibrated = calibrate_masterkeys(model, self.dense, self.fitted, **self.options).record
-        after, held_out = self._measure(model), len(self.held_out)
-        record = replace(
-            calibrated,
-            before=before,
-            after=after,
-            images=len(self.fitted) + held_out,
-            held_out=held_out,
-            origin=self.origin,
-            intervals=share_intervals(self.metric.name, after, held_out),
-        )
+        report = calibrate_masterkeys(model, self.dense, self.fitted, held_out=self.held_out, **self.options)
+        record = replace(report.record, origin=self.origin)
         write_record(model, replace(read_record(model), calibration=record))
         spent = sum(self.kernels[name] * count for name, count in counts.items())
         each = {name: count if name in keyed else 0 for name, count in counts.items()}
-        return model, TriedNetwork(spent, self.metric.score(after), after, each), record
-
-    def _measure(self, model: nn.Module) -> Figures:
-        return self.metric.measure(self._outputs(model, self.held_out), self.expected)
+        return model, TriedNetwork(spent, self.metric.score(record.after), record.after, each), record
 
     def _outputs(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         batches, output = images.split(self.options["batch_size"]), self.options["output"]
