@@ -23,7 +23,7 @@ from .hub.save import save_pretrained
 from .hub.weights import load_compact, save_compact
 from .keys.banks import KeyBank, get_bank, list_banks
 from .keys.projection import Projection, project_kernels
-from .layers import MasterKeyConv2d, ScaledKeyConv2d
+from .layers import MasterKeyConv2d, SigmaKeyConv2d
 from .timm_plugin.names import register_names
 from .timm_plugin.published import list_architectures, use_weights
 from .version import __version__
@@ -47,7 +47,7 @@ __all__ = [
     "Projection",
     "ProjectionError",
     "Publication",
-    "ScaledKeyConv2d",
+    "SigmaKeyConv2d",
     "StageReport",
     "TriedNetwork",
     "ZooError",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from timm_masterkeys import BankError, MasterKeysError, ProjectionError, get_bank, project_kernels
 from timm_masterkeys.keys.operators import fit_operators
 from timm_masterkeys.keys.projection import constant_kernels
-from timm_masterkeys.keys.sigma_fit import fit_scales
+from timm_masterkeys.keys.sigma_fit import fit_sigmas
 
 LIGHT = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SIZES = [
@@ -527,7 +527,7 @@ def test_one_definition_of_constant_kernels(dtype):
     expected = [True, False, True, False, True, True, dtype == torch.float64, False, True]
     assert constant_kernels(kernels).tolist() == expected
     assert constant_kernels(kernels[:, 0]).tolist() == constant_kernels(kernels.flatten(1)).tolist() == expected
-    projection, (scaled, _) = project_kernels(kernels), fit_scales(kernels, tuple(range(8)))
+    projection, (scaled, _) = project_kernels(kernels), fit_sigmas(kernels, tuple(range(8)))
     for fit in (projection, scaled):
         assert fit.constant.tolist() == expected
         assert (fit.r2[fit.constant] == 1).all() and (fit.scale[fit.constant] == 0).all()

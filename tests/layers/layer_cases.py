@@ -7,7 +7,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import nn
 
-from timm_masterkeys import MasterKeyConv2d, ScaledKeyConv2d, get_bank
+from timm_masterkeys import MasterKeyConv2d, SigmaKeyConv2d, get_bank
 
 BANK = get_bank("babaiee2025")
 COMPACT = {"keys", "key_index", "scale", "shift", "r2"}
@@ -80,7 +80,7 @@ def assert_fitted(layer, projection):
 
 
 def kind_and_bank(trainable):
-    return (ScaledKeyConv2d, "scale-space-b") if trainable == "sigmas" else (MasterKeyConv2d, BANK)
+    return (SigmaKeyConv2d, "scale-space-b") if trainable == "sigmas" else (MasterKeyConv2d, BANK)
 
 
 TRAINED = {"none": set(), "shift": {"shift"}, "affine": {"scale", "shift"}}

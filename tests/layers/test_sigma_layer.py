@@ -14,7 +14,7 @@ from torch import nn
 
 import timm_masterkeys as mk
 from timm_masterkeys.keys.gaussian_banks import SIGMAS, scale_space_keys
-from timm_masterkeys.keys.sigma_fit import fit_scales, scaled_kernels
+from timm_masterkeys.keys.sigma_fit import fit_sigmas, sigma_kernels
 
 BANK = "scale-space-b"
 
@@ -25,14 +25,14 @@ def nominal(method):
 
 def layer(trainable="sigmas", size=7, channels=12, **settings):
     torch.manual_seed(0)
-    return mk.ScaledKeyConv2d(channels, channels, size, padding=size // 2, bank=BANK, trainable=trainable, **settings)
+    return mk.SigmaKeyConv2d(channels, channels, size, padding=size // 2, bank=BANK, trainable=trainable, **settings)
 
 
 @pytest.mark.parametrize("method", ["a", "b", "c2", "d2"])
 @pytest.mark.parametrize("size", [(7, 7), (3, 3), (4, 6), (1, 7), (13, 13)])
 def test_kernels_are_those_of_the_bank_at_its_sigmas(method, size):
     kept = list(mk.get_bank(f"scale-space-{method}").kept(size))
-    kernels = scaled_kernels(torch.tensor(kept), nominal(method)[kept].log(), *size)
+    kernels = sigma_kernels(torch.tensor(kept), nominal(method)[kept].log(), *size)
     torch.testing.assert_close(kernels.float(), mk.get_bank(f"scale-space-{method}").keys_for(size), rtol=0, atol=2e-6)
 
 
@@ -42,14 +42,14 @@ def test_large_sigmas_against_the_bank_builder(monkeypatch):
     expected = expected - expected.mean(1, keepdims=True)
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     log_sigma = torch.tensor([[2.5, 3.5]], dtype=torch.float64).log().repeat(8, 1)
-    kernels = scaled_kernels(torch.arange(8), log_sigma, 7, 7).flatten(1)
+    kernels = sigma_kernels(torch.arange(8), log_sigma, 7, 7).flatten(1)
     np.testing.assert_allclose(kernels, expected, atol=1e-10)
 
 
 def test_gradients():
     log_sigma = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.3
     assert torch.autograd.gradcheck(
-        lambda s: scaled_kernels(torch.arange(8), s, 5, 5), (log_sigma.requires_grad_(),), atol=1e-6
+        lambda s: sigma_kernels(torch.arange(8), s, 5, 5), (log_sigma.requires_grad_(),), atol=1e-6
     )
     conv = layer(channels=4).double()
     x = torch.randn(2, 4, 4, 3, dtype=torch.float64)
@@ -66,8 +66,8 @@ def test_planted_kernels_are_fitted():
     sigma = 0.3 + 1.2 * torch.rand(160, 2, generator=generator).double()
     operator = torch.arange(160) % 8
     a, b = torch.randn(2, 160, 1, 1, generator=generator).double()
-    keys = scaled_kernels(operator, sigma.log(), 7, 7)
-    projection, log_sigma = fit_scales((a * keys + b)[:, None], tuple(range(8)))
+    keys = sigma_kernels(operator, sigma.log(), 7, 7)
+    projection, log_sigma = fit_sigmas((a * keys + b)[:, None], tuple(range(8)))
     assert projection.r2.min() > 0.9998 and torch.equal(projection.key_index[:, 0], operator)
     assert (log_sigma - sigma.log()).abs().median() < 0.01
     torch.testing.assert_close(projection.shift, (a * keys + b).mean((1, 2)))
@@ -77,8 +77,8 @@ def test_planted_kernels_are_fitted():
 def test_the_fit_is_near_that_of_an_exhaustive_search():
     kernels = torch.randn(6, 1, 5, 5, generator=torch.Generator().manual_seed(1)).double()
     kernels[5] = 2.5
-    projection, log_sigma = fit_scales(kernels, (0, 4, 6, 7))
-    keys = scaled_kernels(torch.tensor([0, 4, 6, 7])[projection.key_index[:, 0]], log_sigma, 5, 5)
+    projection, log_sigma = fit_sigmas(kernels, (0, 4, 6, 7))
+    keys = sigma_kernels(torch.tensor([0, 4, 6, 7])[projection.key_index[:, 0]], log_sigma, 5, 5)
     rebuilt = projection.scale[:, :, None] * keys + projection.shift[:, None, None]
     flat, rest = kernels[:, 0].flatten(1), (kernels[:, 0] - rebuilt).flatten(1)
     r2 = 1 - rest.square().sum(1) / (flat - flat.mean(1, keepdim=True)).square().sum(1)
@@ -89,13 +89,13 @@ def test_the_fit_is_near_that_of_an_exhaustive_search():
     unit = nn.functional.normalize(flat - flat.mean(1, keepdim=True))
     for index in range(5):
         best = max(
-            float((scaled_kernels(torch.full((len(grid),), o), grid, 5, 5).flatten(1) @ unit[index]).square().max())
+            float((sigma_kernels(torch.full((len(grid),), o), grid, 5, 5).flatten(1) @ unit[index]).square().max())
             for o in (0, 4, 6, 7)
         )
         assert float(projection.r2[index]) > best - 0.005
     kernels[0, 0, 0, 0] = torch.nan
     with pytest.raises(mk.ProjectionError, match="Channel 0 of the weight holds NaN"):
-        fit_scales(kernels, (7,))
+        fit_sigmas(kernels, (7,))
 
 
 def test_conversion_fits_better_than_fixed_scales_and_trains_only_scales_and_shift():
@@ -105,7 +105,7 @@ def test_conversion_fits_better_than_fixed_scales_and_trains_only_scales_and_shi
     model = mk.convert_to_masterkeys(dense, BANK, trainable="sigmas")
     assert mk.conversion_report(model).total.mean_r2 > mk.conversion_report(fixed).total.mean_r2
     conv = model.stages[0].blocks[0].conv_dw
-    assert isinstance(conv, mk.ScaledKeyConv2d)
+    assert isinstance(conv, mk.SigmaKeyConv2d)
     assert {n for n, _ in conv.named_parameters()} == {"log_sigma", "shift", "bias"}
     assert all(p.ndim == 1 for p in conv.parameters())  # no weight decay
     before = {n: b.clone() for n, b in conv.named_buffers()}
@@ -130,7 +130,7 @@ def test_from_scratch_starts_at_the_banks_sigmas_and_the_stock_norm():
     torch.manual_seed(3)
     fixed = timm.create_model("test_convnext.mk8", mk_bank=BANK)
     for learned, own in zip(model.modules(), fixed.modules(), strict=True):
-        if isinstance(learned, mk.ScaledKeyConv2d):
+        if isinstance(learned, mk.SigmaKeyConv2d):
             torch.testing.assert_close(learned.weight, own.weight, rtol=0, atol=1e-5)
 
 
@@ -176,7 +176,7 @@ def test_compact_and_dense_files(tmp_path, mode):
     model = timm.create_model("test_convnext.mk8", **settings).eval()
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, mk.ScaledKeyConv2d):
+            if isinstance(module, mk.SigmaKeyConv2d):
                 module.log_sigma.add_(0.3 * torch.randn_like(module.log_sigma))
                 module.set_trainable(mode)
     folder = mk.save_pretrained(model, tmp_path / "out")
@@ -184,7 +184,7 @@ def test_compact_and_dense_files(tmp_path, mode):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
-    convs = [m for m in again.modules() if isinstance(m, mk.ScaledKeyConv2d)]
+    convs = [m for m in again.modules() if isinstance(m, mk.SigmaKeyConv2d)]
     assert convs and all(conv.trainable == mode for conv in convs)
     assert all(("log_sigma" in dict(conv.named_parameters())) == (mode == "sigmas") for conv in convs)
     other = timm.create_model("test_convnext.mk8", **settings).eval()
@@ -217,9 +217,9 @@ def test_calibration_leaves_keys_and_scales(tmp_path):
     torch.manual_seed(0)
     dense = timm.create_model("test_efficientnet").eval()
     model = mk.convert_to_masterkeys(dense, BANK, trainable="sigmas")
-    kept = [m.log_sigma.clone() for m in model.modules() if isinstance(m, mk.ScaledKeyConv2d)]
+    kept = [m.log_sigma.clone() for m in model.modules() if isinstance(m, mk.SigmaKeyConv2d)]
     mk.calibrate_masterkeys(model, dense, torch.randn(40, 3, 64, 64))
-    now = [m.log_sigma for m in model.modules() if isinstance(m, mk.ScaledKeyConv2d)]
+    now = [m.log_sigma for m in model.modules() if isinstance(m, mk.SigmaKeyConv2d)]
     assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
 
 
@@ -244,15 +244,15 @@ def test_meta_kernels_have_shapes():
     with torch.device("meta"):
         model = timm.create_model("test_convnext")
     converted = mk.convert_to_masterkeys(model, BANK, trainable="sigmas")
-    convs = [m for m in converted.modules() if isinstance(m, mk.ScaledKeyConv2d)]
+    convs = [m for m in converted.modules() if isinstance(m, mk.SigmaKeyConv2d)]
     assert convs and all(conv.log_sigma.is_meta for conv in convs)
 
 
 def test_sigmas_of_any_size_give_kernels():
     log_sigma = torch.tensor([-20.0, 0.0, math.log(9), math.log(10), 5.0, 50.0])[:, None].expand(6, 2)
     for operator in range(8):
-        kernels = scaled_kernels(torch.full((6,), operator), log_sigma, 7, 7)
-        precise = scaled_kernels(torch.full((6,), operator), log_sigma.double(), 7, 7)
+        kernels = sigma_kernels(torch.full((6,), operator), log_sigma, 7, 7)
+        precise = sigma_kernels(torch.full((6,), operator), log_sigma.double(), 7, 7)
         torch.testing.assert_close(kernels.double(), precise, rtol=0, atol=2e-3)
         assert torch.equal(kernels[3], kernels[4]) and torch.equal(kernels[4], kernels[5])
 

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import CheckpointError, ConversionError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
 from ..keys.projection import check_keys_per_kernel
-from ..layers import ScaledKeyConv2d, Trainable, check_trainable
+from ..layers import SigmaKeyConv2d, Trainable, check_trainable
 
 Patterns = str | Sequence[str] | None
 
@@ -16,7 +16,7 @@ _RENAMED = {"scales": "sigmas"}  # values of ``trainable`` in saved files of the
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """The settings of one layer; ``sigmas``: each of its kernels has its own sigmas (``ScaledKeyConv2d``)."""
+    """The settings of one layer; ``sigmas``: each of its kernels has its own sigmas (``SigmaKeyConv2d``)."""
 
     bank: KeyBank
     keys_per_kernel: int = 1
@@ -88,7 +88,7 @@ class MasterKeysConfig:
         check_keys_per_kernel(keys_per_kernel, bank)
         check_trainable(trainable)
         if trainable == "sigmas":
-            ScaledKeyConv2d.check_settings(bank, keys_per_kernel)
+            SigmaKeyConv2d.check_settings(bank, keys_per_kernel)
         _check_agreement(agreement, keys_per_kernel, trainable)
         patterns = _as_tuple("include", include), _as_tuple("exclude", exclude)
         values = (bank, keys_per_kernel, trainable, *patterns, agreement)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, ConversionError, ProjectionError
 from ..keys.banks import DEFAULT_BANK, Bank
-from ..layers import MasterKeyConv2d, ScaledKeyConv2d, Trainable
+from ..layers import MasterKeyConv2d, SigmaKeyConv2d, Trainable
 from .config import LayerSettings, MasterKeysConfig, Patterns
 from .copies import copy_model
 from .plan import converted_layers, resolve
@@ -220,7 +220,7 @@ def make_layer(
     conv: nn.Conv2d, settings: LayerSettings, weights: Literal["project", "random"] | Entries = "project"
 ) -> MasterKeyConv2d:
     """The MasterKeyConv2d for a depthwise convolution, which is not changed; arguments and errors as for ``apply``."""
-    kind = ScaledKeyConv2d if settings.sigmas else MasterKeyConv2d
+    kind = SigmaKeyConv2d if settings.sigmas else MasterKeyConv2d
     arguments = settings.bank, settings.keys_per_kernel, settings.trainable
     if isinstance(weights, str):
         return kind.from_conv(conv, *arguments, fit=weights == "project")

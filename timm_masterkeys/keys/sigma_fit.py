@@ -11,7 +11,7 @@ FLATTEST = 10.0  # taps; larger sigmas are clamped to this
 _CHUNK = 128  # kernels refined at a time
 
 
-def scaled_kernels(operator: torch.Tensor, log_sigma: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def sigma_kernels(operator: torch.Tensor, log_sigma: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The keys of the scale-space banks at any sigmas: mean 0, norm 1, differentiable in the sigmas.
 
     Key k of Lindeberg et al. (JMIV 68(3), 2026) is ``P_y x P_x + Q_y x Q_x``, each factor a discrete Gaussian
@@ -66,7 +66,7 @@ def _windows(sigma: torch.Tensor, taps: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fit_scales(weight: torch.Tensor, operators: tuple[int, ...]) -> tuple[Projection, torch.Tensor]:
+def fit_sigmas(weight: torch.Tensor, operators: tuple[int, ...]) -> tuple[Projection, torch.Tensor]:
     """Least squares ``a * key(sigma_x, sigma_y) + b`` over operators and sigmas, kernel by kernel.
 
     The two best operators on a grid (24 sigmas per direction, from .1 to 4 taps, 17 % apart) are refined in three
@@ -95,7 +95,7 @@ def fit_scales(weight: torch.Tensor, operators: tuple[int, ...]) -> tuple[Projec
     grid = torch.cartesian_prod(line, line)
     fits, starts = [], []
     for operator in operators:
-        keys = scaled_kernels(torch.full((len(grid),), operator, device=weight.device), grid, height, width)
+        keys = sigma_kernels(torch.full((len(grid),), operator, device=weight.device), grid, height, width)
         fit, index = (unit @ keys.flatten(1).T).abs().max(1)
         fits.append(fit)
         starts.append(grid[index])
@@ -112,7 +112,7 @@ def fit_scales(weight: torch.Tensor, operators: tuple[int, ...]) -> tuple[Projec
     row = candidates.gather(1, best[:, None])[:, 0]
     chosen = known[row]
     log_sigma = torch.stack([sigmas for sigmas, _ in refined], 1)[channels, best]
-    keys = scaled_kernels(chosen, log_sigma, height, width).flatten(1)
+    keys = sigma_kernels(chosen, log_sigma, height, width).flatten(1)
     scale = (centred * keys).sum(1)
     constant = constant_kernels(weight)
     scale = torch.where(constant, 0.0, scale)
@@ -133,7 +133,7 @@ def _refine(
     for _ in range(3):
         step /= 3
         tried = (log_sigma[:, None] + 2 * step * around).clamp(math.log(SMALLEST), math.log(LARGEST))
-        keys = scaled_kernels(operator.repeat_interleave(len(around)), tried.flatten(0, 1), height, width)
+        keys = sigma_kernels(operator.repeat_interleave(len(around)), tried.flatten(0, 1), height, width)
         fits = torch.einsum("np,njp->nj", unit, keys.flatten(1).unflatten(0, (len(unit), -1))).abs()
         fit, index = fits.max(1)
         log_sigma = tried[torch.arange(len(unit), device=unit.device), index]

@@ -57,7 +57,7 @@ class MasterKeyConv2d(ComputedConv2d):
         bank: Anything ``get_bank`` takes.
         keys_per_kernel: Keys per kernel, r; fewer where the bank has fewer at this kernel size.
         trainable: ``"none"``, ``"shift"`` (one constant per kernel, as in the paper) or ``"affine"`` (scale and shift);
-            ``"sigmas"`` is for ``ScaledKeyConv2d`` only.
+            ``"sigmas"`` is for ``SigmaKeyConv2d`` only.
 
     Attributes:
         weight: (out_channels, 1, kh, kw), computed at each access; see ``ComputedConv2d``.
@@ -83,7 +83,7 @@ class MasterKeyConv2d(ComputedConv2d):
     """
 
     compact_entries: ClassVar[tuple[str, ...]] = ("keys", "key_index", "scale", "shift", "r2")
-    has_sigmas: ClassVar[bool] = False  # whether keys have sigmas, see ScaledKeyConv2d
+    has_sigmas: ClassVar[bool] = False  # whether keys have sigmas, see SigmaKeyConv2d
     trained_entries: ClassVar[dict[str, tuple[str, ...]]] = {  # the parameters, by what ``trainable`` may be
         "none": (),
         "shift": ("shift",),
@@ -144,7 +144,7 @@ class MasterKeyConv2d(ComputedConv2d):
                 ``groups == in_channels``.
             bank: Anything ``get_bank`` takes.
             keys_per_kernel: Keys per kernel.
-            trainable: "none", "shift" or "affine"; for ``ScaledKeyConv2d.from_conv`` also "sigmas".
+            trainable: "none", "shift" or "affine"; for ``SigmaKeyConv2d.from_conv`` also "sigmas".
             fit: Whether to project the kernels of ``conv``; else random initialisation (``reset_parameters``).
 
         Raises:
@@ -212,7 +212,7 @@ class MasterKeyConv2d(ComputedConv2d):
         Create the optimiser afterwards: the parameters made here are new.
 
         Args:
-            trainable: "none", "shift" or "affine"; for a ``ScaledKeyConv2d`` also "sigmas".
+            trainable: "none", "shift" or "affine"; for a ``SigmaKeyConv2d`` also "sigmas".
             requires_grad: Of the new parameters; if there are none, of the weight that ``fuse`` returns.
 
         Raises:
@@ -221,7 +221,7 @@ class MasterKeyConv2d(ComputedConv2d):
         check_trainable(trainable)
         if trainable not in self.trained_entries:
             raise ConversionError(
-                "A MasterKeyConv2d has no sigmas to train: a ScaledKeyConv2d has. Convert the dense model with "
+                "A MasterKeyConv2d has no sigmas to train: a SigmaKeyConv2d has. Convert the dense model with "
                 "trainable='sigmas'."
             )
         self.trainable: Trainable = trainable

@@ -9,12 +9,12 @@ from torch import nn
 from ..errors import ConversionError
 from ..keys.banks import KeyBank, get_bank
 from ..keys.gaussian_banks import SIGMAS
-from ..keys.sigma_fit import SMALLEST, fit_scales, scaled_kernels
+from ..keys.sigma_fit import SMALLEST, fit_sigmas, sigma_kernels
 from .computed import ComputedConv2d
 from .masterkey import MasterKeyConv2d, Trainable, fitted_entries
 
 
-class ScaledKeyConv2d(MasterKeyConv2d):
+class SigmaKeyConv2d(MasterKeyConv2d):
     """A MasterKeyConv2d with sigmas for each kernel, learned as in the scale-space paper.
 
     Each channel keeps its scale and one of the eight operators of the ``scale-space-*`` banks (Lindeberg et al., JMIV
@@ -35,7 +35,7 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         ConversionError: Another bank, or several keys per kernel.
 
     Example:
-        >>> conv = ScaledKeyConv2d(96, 96, 7, padding=3, bank="scale-space-b", trainable="sigmas")
+        >>> conv = SigmaKeyConv2d(96, 96, 7, padding=3, bank="scale-space-b", trainable="sigmas")
         >>> conv.log_sigma.exp().view(96, 2)  # sigma_x, sigma_y
     """
 
@@ -79,12 +79,12 @@ class ScaledKeyConv2d(MasterKeyConv2d):
         self.log_sigma.copy_(nominal[self.key_rows()[:, 0]].flatten())
 
     def fitted(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        projection, log_sigma = fit_scales(weight, tuple(self.operators))
+        projection, log_sigma = fit_sigmas(weight, tuple(self.operators))
         return {**fitted_entries(projection), "log_sigma": log_sigma.flatten()}
 
     def _compose(self, rows: torch.Tensor) -> torch.Tensor:
         operator = torch.tensor(self.operators, device=self.scale.device)[rows[:, 0]]
-        keys = scaled_kernels(operator, self.log_sigma.view(-1, 2), self.kernel_size[0], self.kernel_size[1])
+        keys = sigma_kernels(operator, self.log_sigma.view(-1, 2), self.kernel_size[0], self.kernel_size[1])
         return (keys * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)).unsqueeze(1)
 
     _grad_forward = ComputedConv2d._grad_forward  # as the gradient of the sigmas needs the whole weight gradient

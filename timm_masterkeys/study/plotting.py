@@ -61,7 +61,7 @@ def plot_bank(bank: Bank = DEFAULT_BANK, kernel_size: tuple[int, int] | None = N
 def plot_used_keys(model: nn.Module) -> Figure:
     """The keys as the layers of a converted model use them: a row, with its own scale, for each bank and kernel size.
 
-    A key that a bank leaves out at a size has no picture there. For a ``ScaledKeyConv2d``, whose kernels have sigmas of
+    A key that a bank leaves out at a size has no picture there. For a ``SigmaKeyConv2d``, whose kernels have sigmas of
     their own, the keys are those of the bank.
 
     Args:

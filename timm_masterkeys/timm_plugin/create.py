@@ -20,7 +20,7 @@ from ..conversion.report import conversion_report
 from ..errors import CheckpointError, ConversionError
 from ..hub.load import SavedModel, convert_as_saved, find_saved
 from ..hub.weights import FUSED_NAME, Compact, names_in, restore_layers
-from ..layers import MasterKeyConv2d, ScaledKeyConv2d
+from ..layers import MasterKeyConv2d, SigmaKeyConv2d
 from . import compat
 from .calibrated import calibrated_entry
 from .call import Call, read_call
@@ -154,7 +154,7 @@ def _inner_state_dict(state: Mapping[str, Any]) -> Mapping[str, Any]:
 def _compact_entries(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
     """The entries of the converted layers in a state dict, by layer name."""
     names = [name.removesuffix(".key_index") for name in state if name.endswith(".key_index")]
-    entries = ScaledKeyConv2d.compact_entries
+    entries = SigmaKeyConv2d.compact_entries
     return {name: {e: state[f"{name}.{e}"] for e in entries if f"{name}.{e}" in state} for name in names}
 
 

@@ -1,6 +1,6 @@
 """R2 of real kernels fitted by fixed keys, and by keys with sigmas fitted to each kernel.
 
-python examples/compare_scales.py kernels/*.npz   # networks: .npz files of arrays (C, kh, kw), checkpoints, timm names
+python examples/compare_sigmas.py kernels/*.npz   # networks: .npz files of arrays (C, kh, kw), checkpoints, timm names
 """
 
 import argparse
@@ -11,7 +11,7 @@ from statistics import mean
 from intervals import print_head, print_row
 
 from timm_masterkeys import get_bank
-from timm_masterkeys.keys.sigma_fit import fit_scales
+from timm_masterkeys.keys.sigma_fit import fit_sigmas
 from timm_masterkeys.study.kernels import collect_kernels, read_kernels
 
 BANK = get_bank("scale-space-b")
@@ -32,7 +32,7 @@ def main() -> None:
             if len(kernels) < args.fewest:
                 continue
             start = time.perf_counter()
-            fitted = fit_scales(kernels.values.unflatten(1, (1, *size)), BANK.kept(size))[0].r2
+            fitted = fit_sigmas(kernels.values.unflatten(1, (1, *size)), BANK.kept(size))[0].r2
             seconds = time.perf_counter() - start
             row = tuple(float(r2.mean()) for r2 in (kernels.fit("babaiee2025")[0], kernels.fit(BANK)[0], fitted))
             means.setdefault(size, []).append(row)
