@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import timm_masterkeys as mk
-from timm_masterkeys.conversion.report import _chance
+from timm_masterkeys.conversion.operator_report import _chance
 from timm_masterkeys.keys.operators import _tables
 from timm_masterkeys.study import discovery
 from timm_masterkeys.study.discovery import collect_kernels, discover_bank

@@ -14,8 +14,9 @@ from torch import nn
 
 from ..conversion.convert import convert_to_masterkeys
 from ..conversion.copies import copy_model
+from ..conversion.operator_report import OPERATOR_TITLES
 from ..conversion.plan import converted_layers
-from ..conversion.report import OPERATOR_TITLES, R2_MEANS, ConversionReport, conversion_report
+from ..conversion.report import R2_MEANS, ConversionReport, conversion_report
 from ..conversion.table import number
 from ..conversion.wrapped import unwrapped
 from ..keys.banks import get_bank
