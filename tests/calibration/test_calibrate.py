@@ -16,7 +16,8 @@ from torch import nn
 
 import timm_masterkeys as mk
 from timm_masterkeys.calibration import metrics
-from timm_masterkeys.calibration.blocks import BlockwiseNetwork, find_blocks
+from timm_masterkeys.calibration.block_runner import BlockRunner
+from timm_masterkeys.calibration.blocks import find_blocks
 from timm_masterkeys.calibration.least_squares import RIDGES, Gram, choose_keys, fit_ridge
 from timm_masterkeys.conversion.record import CalibrationRecord, read_record
 
@@ -396,7 +397,7 @@ def test_a_network_run_part_by_part_gives_what_it_gives_in_one_go(make):
     batches = list(torch.randn(6, 3, 64, 64).split(3))
     batches[0][0] = 0
     blocks, _ = find_blocks(model, batches[0])
-    network = BlockwiseNetwork(model, blocks, batches)
+    network = BlockRunner(model, blocks, batches)
     for index in range(len(blocks)):
         network.outputs = network.run(index, list(network.resume(index)))
     with torch.no_grad():
@@ -481,7 +482,7 @@ def test_a_block_that_changes_its_arguments(in_list):
 
     model = mk.convert_to_masterkeys(Network())
     blocks, _ = find_blocks(model, torch.randn(2, 3, 16, 16))
-    network = BlockwiseNetwork(model, blocks, [torch.randn(2, 3, 16, 16)])
+    network = BlockRunner(model, blocks, [torch.randn(2, 3, 16, 16)])
     network.outputs = network.run(0, list(network.resume(0)))
     index = [block.name for block in blocks].index("block")
     calls = list(network.resume(index))
@@ -643,7 +644,7 @@ def everything(*models):
         (KeyboardInterrupt, "blockwise._error_variance"),
         (MemoryError, "blockwise.fit_ridge"),
         (KeyboardInterrupt, "blockwise._residual_folds"),
-        (MemoryError, "blocks.pick_output"),
+        (MemoryError, "block_runner.pick_output"),
         (KeyboardInterrupt, "calibrate.share_intervals"),
         (MemoryError, "calibrate.write_record"),
     ],

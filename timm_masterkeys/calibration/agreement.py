@@ -21,7 +21,7 @@ from ..conversion.wrapped import evaluating
 from ..errors import CalibrationError, ConversionError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank
 from ..layers import MasterKeyConv2d, Trainable
-from .blocks import hooked
+from .block_runner import hooked
 from .calibrate import CalibrationReport, calibrate_masterkeys, check_models, find_metric
 from .images import BUILTIN, Images, Pixels, Size, origin_of, split_for_choice
 from .memory import check_memory

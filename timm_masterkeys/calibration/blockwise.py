@@ -17,7 +17,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..layers import MasterKeyConv2d
-from .blocks import BlockwiseNetwork, Hook, Reached, find_blocks
+from .block_runner import BlockRunner, Hook, Reached
+from .blocks import find_blocks
 from .least_squares import Gram, choose_keys, fit_ridge
 from .outputs import Output
 
@@ -75,7 +76,7 @@ def calibrate_blocks(
     """
     start = time.perf_counter()
     blocks, norms = find_blocks(model, batches[0][:2])
-    converted_blocks, dense_blocks = (BlockwiseNetwork(network, blocks, batches, output) for network in (model, dense))
+    runner, dense_runner = (BlockRunner(network, blocks, batches, output) for network in (model, dense))
     reports = {stage: StageReport(stage) for stage in STAGES if stage in stages}
     placed = {name for block in blocks for name in block.converted}
     unplaced = [n for n, m in model.named_modules() if isinstance(m, MasterKeyConv2d) and n not in placed]
@@ -83,10 +84,10 @@ def calibrate_blocks(
         report.left.update(dict.fromkeys(unplaced, "runs not at all or more than once"))
     for index in tqdm(range(len(blocks)), desc="calibrate", unit="block", leave=False, disable=None):
         out_of_time = time_budget is not None and time.perf_counter() - start > time_budget
-        block = BlockPair(index, converted_blocks, dense_blocks, norms, held_out)
-        converted_blocks.outputs = _calibrate_block(block, reports, out_of_time)
-        dense_blocks.outputs = block.expected
-    return tuple(reports.values()), converted_blocks.resume(len(blocks)), dense_blocks.resume(len(blocks))
+        block = BlockPair(index, runner, dense_runner, norms, held_out)
+        runner.outputs = _calibrate_block(block, reports, out_of_time)
+        dense_runner.outputs = block.expected
+    return tuple(reports.values()), runner.resume(len(blocks)), dense_runner.resume(len(blocks))
 
 
 def _calibrate_block(block: BlockPair, reports: dict[Stage, StageReport], out_of_time: bool) -> list[Any]:
@@ -130,26 +131,26 @@ class BlockPair:
     def __init__(
         self,
         index: int,
-        converted: BlockwiseNetwork,
-        dense: BlockwiseNetwork,
+        runner: BlockRunner,
+        dense_runner: BlockRunner,
         norms: dict[str, str],
         held_out: Sequence[int],
     ) -> None:
-        self.parts, self.norms = converted.blocks[index], norms
-        self.index, self.converted, self.dense = index, converted, dense
-        self.fitted = [i for i in range(len(converted.batches)) if i not in held_out]
-        self.calls = list(converted.resume(index))
+        self.parts, self.norms = runner.blocks[index], norms
+        self.index, self.runner, self.dense_runner = index, runner, dense_runner
+        self.fitted = [i for i in range(len(runner.batches)) if i not in held_out]
+        self.calls = list(runner.resume(index))
         self.expected: list[Any] = []
 
     def run(self, batches: Iterable[int], *hooks: tuple[str, Hook]) -> list[Any]:
         """The converted block's outputs for some of the batches; None where a hook raised ``Reached``."""
-        return self.converted.run(self.index, [self.calls[i] for i in batches], hooks)
+        return self.runner.run(self.index, [self.calls[i] for i in batches], hooks)
 
     def run_dense(self, observed: Sequence[LayerPair]) -> None:
         """Runs the dense block on all batches and sets ``expected``; each layer is observed in its own batches."""
-        for i, call in enumerate(self.dense.resume(self.index)):
+        for i, call in enumerate(self.dense_runner.resume(self.index)):
             hooks = [(pair.name, pair.observer) for pair in observed if i in pair.batches]
-            self.expected += self.dense.run(self.index, [call], hooks)
+            self.expected += self.dense_runner.run(self.index, [call], hooks)
 
     def error(self, batches: Sequence[int]) -> float:
         """The mean squared error of the converted block's outputs over the variance of the expected ones.
@@ -173,13 +174,13 @@ class LayerPair:
 
     def __init__(self, block: BlockPair, name: str, rows: int, moments: MomentsObserver | None = None) -> None:
         self.block, self.name, norm = block, name, block.norms.get(name)
-        modules, dense = block.converted.modules, block.dense.modules
+        modules, dense = block.runner.modules, block.dense_runner.modules
         self.layer: Any = modules[name]
         self.dense_layer: Any = dense[name]
         self.norm: Any = modules[norm] if norm else None
         self.dense_norm: Any = dense[norm] if norm else None
         images = max(IMAGES, rows / block.parts.positions[name])
-        step = sum(len(block.converted.batches[i]) for i in block.fitted) / images
+        step = sum(len(block.runner.batches[i]) for i in block.fitted) / images
         self.batches = block.fitted[:: max(1, min(int(step), len(block.fitted) // FOLDS))]
         self.observer: Any = moments or RowsObserver(self.layer, rows // len(self.batches))
 

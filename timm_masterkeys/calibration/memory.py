@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import CalibrationError
-from .blocks import hooked
+from .block_runner import hooked
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # numbers of glibc's mallopt
 LARGEST = 32 << 20  # bytes; glibc raises its own mmap threshold up to this
