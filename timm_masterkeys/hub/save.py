@@ -98,7 +98,7 @@ def save_pretrained(
     _check_finite(model)
     layers = layer_settings(model)
     banks = {settings.bank for settings in layers.values()}
-    record = report.record
+    record = report.record  # of conversions that were undone since, the files do not hold the bank
     record = replace(record, conversions=tuple(config for config in record.conversions if config.bank in banks))
     source = saved_source(record.source, license, base_model)
     if not (record.source and record.source.name):

@@ -58,6 +58,11 @@ class Call:
         return self.kwargs.get("cache_dir")
 
     @property
+    def has_dense_weights(self) -> bool:
+        """Whether there are weights to calibrate: timm's own, a file, or a state dict; not those of a saved model."""
+        return bool(self.cfg.has_weights or self.cfg.state_dict) and not self.cfg.source
+
+    @property
     def flat_names(self) -> bool:
         """Whether patterns may use the names of a ``features_only`` model."""
         return bool(self.kwargs.get("features_only"))
@@ -118,7 +123,8 @@ def read_call(arch: str, stock: compat.Entrypoint, pretrained: bool, given: Mapp
     kwargs = dict(given)
     cfg, overlay = kwargs.pop("pretrained_cfg"), kwargs.pop("pretrained_cfg_overlay", None)
     name = f"{arch}.{tag_of(cfg)}"
-    published = published_source(name) if pretrained or tag_of(cfg) not in compat.cfgs(arch) else None
+    unknown = tag_of(cfg) not in compat.cfgs(arch)  # the environment variable may name it
+    published = published_source(name) if pretrained or unknown else None
     resolved = resolve_pretrained_cfg(arch, cfg, overlay)
     own_cfg = timm.get_pretrained_cfg(name)
     registered = own_cfg is not None and _location(resolved) == _location(own_cfg)
@@ -126,10 +132,10 @@ def read_call(arch: str, stock: compat.Entrypoint, pretrained: bool, given: Mapp
         resolved, registered = _published_cfg(arch, published, resolved, own_cfg, kwargs), False
     settings = {setting: kwargs.pop(f"mk_{setting}") for setting in _SETTINGS if f"mk_{setting}" in kwargs}
     calibrate = kwargs.pop("mk_calibrate", None)
-    unknown = [argument for argument in kwargs if argument.startswith("mk_")]
-    if unknown:
+    others = [argument for argument in kwargs if argument.startswith("mk_")]
+    if others:
         known = ", ".join(f"mk_{setting}" for setting in (*_SETTINGS, "calibrate"))
-        raise ConversionError(f"{name}: there is no {unknown[0]}; the settings of a .mk8 name are {known}.")
+        raise ConversionError(f"{name}: there is no {others[0]}; the settings of a .mk8 name are {known}.")
     if isinstance(kwargs.get("pretrained_model_args"), dict):  # a published model's own arguments
         arguments = kwargs["pretrained_model_args"].items()
         kwargs["pretrained_model_args"] = {n: value for n, value in arguments if not n.startswith("mk_")}

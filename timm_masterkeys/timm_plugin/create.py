@@ -52,7 +52,7 @@ def create(arch: str, stock: compat.Entrypoint, pretrained: bool, kwargs: Mappin
     state = _read_weights(call)
     if state and (entries := _compact_entries(state)):
         return _load_checkpoint(call, state, entries)
-    if (call.cfg.has_weights or call.cfg.state_dict) and not call.cfg.source and (images := call.images()):
+    if call.has_dense_weights and (images := call.images()):
         return _load_calibrated(call, state, images)
     return _convert_only(call)
 
@@ -115,7 +115,10 @@ def _refuse_agreement(call: Call) -> None:
 
 
 def _read_weights(call: Call) -> Mapping[str, Any] | None:
-    """The state dict of weights that are not timm's own, of dense files on the meta device; None if timm reads them."""
+    """The state dict of weights that are not timm's own; None where timm alone reads them.
+
+    Of a dense safetensors file it has the shapes only: its tensors are on the meta device.
+    """
     cfg = call.cfg
     if call.registered and not cfg.file:
         return None  # timm's own
