@@ -140,6 +140,15 @@ def layout(tensor: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if tensor.stride(1) == 1 < tensor.stride(3) else torch.contiguous_format
 
 
+def output_shape(input: torch.Tensor, weight: torch.Tensor, *geometry: Pair) -> tuple[int, int, int, int]:
+    """The shape of a depthwise convolution's output; geometry is stride, padding and dilation."""
+    height, width = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(input.shape[2:], weight.shape[2:], *geometry, strict=True)
+    )
+    return input.shape[0], weight.shape[0], height, width
+
+
 def affine_gradients(
     ctx: Any,
     saved: tuple[torch.Tensor, ...],

@@ -11,8 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .depthwise import layout
-from .gpu_operators import output_shape
+from .depthwise import layout, output_shape
 
 Pair = tuple[int, int]
 

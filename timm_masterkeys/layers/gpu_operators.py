@@ -20,6 +20,7 @@ from .depthwise import (
     has_tangents,
     key_sums,
     layout,
+    output_shape,
     window_sums,
 )
 
@@ -229,15 +230,6 @@ depthwise_conv2d = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation) -> Tensor",
 )
-
-
-def output_shape(input: torch.Tensor, weight: torch.Tensor, *geometry: Pair) -> tuple[int, int, int, int]:
-    """The shape of a depthwise convolution's output; geometry is stride, padding and dilation."""
-    height, width = (
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(input.shape[2:], weight.shape[2:], *geometry, strict=True)
-    )
-    return input.shape[0], weight.shape[0], height, width
 
 
 @depthwise_conv2d.register_fake
