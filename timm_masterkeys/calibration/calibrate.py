@@ -19,7 +19,7 @@ from ..layers import MasterKeyConv2d
 from ..version import __version__
 from .blocks import is_pointwise
 from .blockwise import OVER, STAGES, Stage, StageReport, calibrate_blocks
-from .images import Images, Pixels, Size, origin_of, split_batches, split_images
+from .images import Images, Pixels, Size, origin_of, split_images
 from .memory import check_memory, freed_memory_kept
 from .metrics import Metric, MetricLike, choose_metric, share_intervals
 from .outputs import Output, gives_features, pick_output
@@ -159,10 +159,9 @@ def calibrate_masterkeys(
         raise CalibrationError(f"batch_size is {batch_size}, expected at least 1.")
     model, dense = unwrapped(model), unwrapped(dense)
     check_models(model, dense)
-    fitted, held_out_images = split_images(images, held_out, model, max_images, Pixels(mean, std, size))
-    batches, held = split_batches(fitted, held_out_images, batch_size)
+    batches, held = split_images(images, held_out, model, max_images, Pixels(mean, std, size), batch_size)
     state, record = copy.deepcopy(model.state_dict()), read_record(model)
-    full_precision = torch.autocast(fitted.device.type, enabled=False)
+    full_precision = torch.autocast(batches[0].device.type, enabled=False)
     with evaluating(model, dense), full_precision, freed_memory_kept():
         chosen_metric = find_metric(dense, batches[0][:2], metric, output)
         find_metric(model, batches[0][:2], metric, output)  # raises if the converted model cannot take the images

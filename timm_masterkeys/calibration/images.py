@@ -287,19 +287,24 @@ def _is_builtin(images: Any) -> bool:
 
 
 def split_images(
-    images: Images, held_out: Images | None, model: nn.Module, max_images: int, given: Pixels
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Images to fit to, and the held-out images; None in their place if ``split_batches`` has to hold some out."""
+    images: Images, held_out: Images | None, model: nn.Module, max_images: int, given: Pixels, batch_size: int
+) -> tuple[list[torch.Tensor], list[int]]:
+    """All batches of images, and the indices of the held-out ones: every fifth, if there are no held-out images."""
     if _is_builtin(images) and (held_out is None or _is_builtin(held_out)):
-        return _split_builtin(model, max_images, min(COUNT, max_images), given)
-    fitted = load_images(images, model, max_images, given)
-    if held_out is None:
-        return fitted, None
-    held_out_images = load_images(held_out, model, max_images, given)
-    if held_out_images.shape[1:] != fitted.shape[1:]:
-        shapes = " and ".join(str(tuple(part.shape[1:])) for part in (fitted, held_out_images))
+        fitted, others = _split_builtin(model, max_images, min(COUNT, max_images), given)
+    else:
+        fitted = load_images(images, model, max_images, given)
+        others = fitted[:0] if held_out is None else load_images(held_out, model, max_images, given)
+    if others.shape[1:] != fitted.shape[1:]:
+        shapes = " and ".join(str(tuple(part.shape[1:])) for part in (fitted, others))
         raise CalibrationError(f"images and held_out are of {shapes}, expected one size.")
-    return fitted, held_out_images
+    if len(others):
+        batches = (*fitted.split(batch_size), *others.split(batch_size))
+        indices = range(len(fitted.split(batch_size)), len(batches))
+    else:
+        batches = fitted.split(max(1, min(batch_size, len(fitted) // PART)))
+        indices = range(PART - 1, len(batches), PART)
+    return [batch.contiguous(memory_format=torch.channels_last) for batch in batches], list(indices)
 
 
 def split_for_choice(
@@ -326,20 +331,6 @@ def _split_builtin(
     fitted = builtin_images(model, min(COUNT, max_images), held_out=False, **pixels)
     held_out_crops = builtin_images(model, held_out, held_out=True, **pixels)
     return load_images(fitted, model, max_images), load_images(held_out_crops, model, held_out)
-
-
-def split_batches(
-    fitted: torch.Tensor, held_out: torch.Tensor | None, batch_size: int
-) -> tuple[list[torch.Tensor], list[int]]:
-    """All batches, and the indices of the held-out ones: every fifth, if there are no held-out images."""
-    if held_out is None:
-        batch_size = max(1, min(batch_size, len(fitted) // PART))
-        batches = fitted.split(batch_size)
-        held_out_batches = list(range(PART - 1, len(batches), PART))
-    else:
-        batches = (*fitted.split(batch_size), *held_out.split(batch_size))
-        held_out_batches = list(range(len(fitted.split(batch_size)), len(batches)))
-    return [batch.contiguous(memory_format=torch.channels_last) for batch in batches], held_out_batches
 
 
 def origin_of(images: Images) -> str:
