@@ -133,7 +133,11 @@ def convert(
     *,
     flat_names: bool = False,
 ) -> nn.Module:
-    """Converts a model by a configuration; arguments as for ``resolve``, ``apply`` and ``convert_to_masterkeys``.
+    """Converts a model by a configuration, in three steps.
+
+    ``resolve`` decides for each convolution whether it is converted, or why not; ``apply`` puts a MasterKeyConv2d in
+    the place of each that is; ``add_conversion`` notes the configuration in the model's record. Arguments as for these
+    functions and ``convert_to_masterkeys``.
 
     Raises:
         ConversionError, ProjectionError: As for ``convert_to_masterkeys``.

@@ -165,6 +165,7 @@ def set_source(model: nn.Module, source: Source | None) -> None:
 def add_conversion(model: nn.Module, config: MasterKeysConfig, layers: Collection[str]) -> None:
     """Adds the conversion of the named layers to a model's record; a source that held before is kept. In place."""
     record: Record = getattr(model, ATTRIBUTE, Record())
+    # It held if the layers converted before have the keys that were noted with it.
     source_holds = record.source is not None and record.keys == keys_digest(model, besides=layers)
     write_record(model, Record((*record.conversions, config), record.source if source_holds else None))
 

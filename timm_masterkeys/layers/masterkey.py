@@ -186,7 +186,8 @@ class MasterKeyConv2d(ComputedConv2d):
         check_keys_per_kernel(keys_per_kernel, bank)
         weight = conv.weight
         keys = bank.keys_for((weight.shape[2], weight.shape[3])).to(weight.device, weight.dtype)
-        self.__dict__.update(conv.__dict__)  # hooks stay the same objects, so handles to them keep working
+        # All attributes, in place of nn.Conv2d.__init__. Hooks stay the same objects, so handles to them keep working.
+        self.__dict__.update(conv.__dict__)
         self._parameters = parameters_without_weight(conv)
         self._buffers = dict(conv._buffers)
         self._non_persistent_buffers_set = set(conv._non_persistent_buffers_set)
