@@ -83,6 +83,16 @@ def test_a_second_conversion_is_of_the_same_source():
     assert record.source == Source("somewhere") and [c.keys_per_kernel for c in record.conversions] == [1, 2]
 
 
+def test_an_attribute_of_the_same_name_is_not_lost():
+    model = net()
+    model.masterkeys = "mine"
+    with pytest.raises(mk.ConversionError, match="'masterkeys' of its own"):
+        mk.convert_to_masterkeys(model, inplace=True)
+    assert type(model[0]) is nn.Conv2d
+    outer = nn.Sequential(model)
+    assert mk.fuse_masterkeys(mk.convert_to_masterkeys(outer))[0].masterkeys == "mine"
+
+
 def test_the_same_after_json(model):
     record = read_record(model)
     data = json.loads(json.dumps(record.to_dict()))

@@ -19,7 +19,7 @@ from ..layers import MasterKeyConv2d, SigmaKeyConv2d, Trainable
 from .config import LayerSettings, MasterKeysConfig, Patterns
 from .copies import copy_model
 from .plan import converted_layers, resolve
-from .record import add_conversion, forget_record
+from .record import add_conversion, check_attribute, forget_record
 from .wrapped import check_unwrapped, unwrapped
 
 _logger = logging.getLogger(__name__)
@@ -41,8 +41,9 @@ def convert_to_masterkeys(
 
     Everything else is kept: other layers, hooks, training mode, requires_grad, dtype, device, and modules used in
     several places. Conversion alone costs accuracy; compact networks lose nearly all of it. Read
-    ``conversion_report(model)``, then calibrate or fine-tune. Converted layers are not changed, so several calls can
-    give different layers different settings; a call that finds nothing to convert raises ConversionError.
+    ``conversion_report(model)``, then calibrate or fine-tune. Layers that an earlier call converted stay as they are,
+    so several calls can give different layers different settings. A call that finds nothing to convert raises
+    ConversionError.
 
     Args:
         model: Any module that holds depthwise ``nn.Conv2d`` or timm ``Conv2dSame``.
@@ -51,7 +52,7 @@ def convert_to_masterkeys(
             model, patterns may also use the names of the whole model.
         exclude: fnmatch pattern(s) on module names; layers that match one are not converted.
         keys_per_kernel: Keys per kernel, from 1 to the size of the bank; fewer at kernel sizes that have fewer
-            keys. All eight at 3x3 get large scales that cancel: fuse such a model before casting to half precision.
+            keys. All eight at 3x3 get large scales that cancel, which half precision rounds badly: fuse before casting.
         trainable: What is trained of each kernel afterwards: "none", "shift" (as in the paper) or "affine"; "sigmas",
             for the ``scale-space-*`` banks, also fits each kernel's sigmas and trains them with the shift.
         inplace: Change ``model`` itself; else a deep copy is converted and ``model`` is not changed.
@@ -63,8 +64,9 @@ def convert_to_masterkeys(
         BankError: No such bank.
         ProjectionError: NaN or Inf in a kernel (named by layer and channel), or keys_per_kernel out of range.
         ConversionError: Nothing to convert, a pattern that matches nothing, an unknown ``trainable``, sigmas to train
-            with another bank or several keys, a model that is wrapped or sharded already, or that cannot be copied.
-        In every case ``model`` is not changed.
+            with another bank or several keys, a model that is wrapped or sharded already, that cannot be copied, or has
+            an attribute ``masterkeys`` of its own.
+        Whatever is raised, ``model`` is not changed: all layers are made before the first is replaced.
 
     Example:
         >>> model = convert_to_masterkeys(timm.create_model("convnext_tiny", pretrained=True))
@@ -136,13 +138,15 @@ def convert(
     """Converts a model by a configuration, in three steps.
 
     ``resolve`` decides for each convolution whether it is converted, or why not; ``apply`` puts a MasterKeyConv2d in
-    the place of each that is; ``add_conversion`` notes the configuration in the model's record. Arguments as for these
-    functions and ``convert_to_masterkeys``.
+    the place of each that is; ``add_conversion`` notes the configuration in the model's record.
+
+    ``weights`` is as for ``apply``, ``flat_names`` as for ``resolve``, ``inplace`` as for ``convert_to_masterkeys``.
 
     Raises:
         ConversionError, ProjectionError: As for ``convert_to_masterkeys``.
     """
     check_unwrapped(model)
+    check_attribute(model)
     plan = resolve(config, model, flat_names=flat_names)
     if not plan.converted:
         reason_counts = Counter(layer.reason for layer in plan.layers)
@@ -223,7 +227,10 @@ def _broadcast_from_rank_0(layers: Iterable[MasterKeyConv2d]) -> None:
 def make_layer(
     conv: nn.Conv2d, settings: LayerSettings, weights: Literal["project", "random"] | Entries = "project"
 ) -> MasterKeyConv2d:
-    """The MasterKeyConv2d for a depthwise convolution, which is not changed; arguments and errors as for ``apply``."""
+    """The MasterKeyConv2d for a depthwise convolution, which is not changed; errors as for ``apply``.
+
+    ``weights`` is "project", "random", or the entries of this layer. With sigmas it is a SigmaKeyConv2d.
+    """
     kind = SigmaKeyConv2d if settings.sigmas else MasterKeyConv2d
     arguments = settings.bank, settings.keys_per_kernel, settings.trainable
     if isinstance(weights, str):

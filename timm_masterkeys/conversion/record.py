@@ -12,6 +12,7 @@ from typing import Any
 from timm.layers import DropBlock2d, DropPath, PatchDropout
 from torch import nn
 
+from ..errors import ConversionError
 from ..files import tensors_sha256
 from ..keys.banks import KeyBank
 from ..layers import MasterKeyConv2d, Trainable
@@ -152,6 +153,15 @@ def read_record(model: nn.Module) -> Record:
     return record
 
 
+def check_attribute(model: nn.Module) -> None:
+    """Raises ConversionError if a model has another attribute in the place of the record."""
+    if not isinstance(getattr(model, ATTRIBUTE, Record()), Record):
+        raise ConversionError(
+            f"{type(model).__name__} has an attribute '{ATTRIBUTE}' of its own, which is where the record of a "
+            "conversion goes. Give it another name."
+        )
+
+
 def write_record(model: nn.Module, record: Record) -> None:
     """Stores the record of a model; ties its source to the keys that the model has now. In place."""
     model.masterkeys = replace(record, keys=keys_digest(model) if record.source else "")  # type: ignore[assignment]
@@ -172,7 +182,8 @@ def add_conversion(model: nn.Module, config: MasterKeysConfig, layers: Collectio
 
 def forget_record(model: nn.Module) -> None:
     """Removes the record of a model. In place."""
-    model.__dict__.pop(ATTRIBUTE, None)
+    if isinstance(getattr(model, ATTRIBUTE, None), Record):
+        delattr(model, ATTRIBUTE)
 
 
 def keys_digest(model: nn.Module, besides: Collection[str] = ()) -> str:

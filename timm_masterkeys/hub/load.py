@@ -112,7 +112,10 @@ def _download(repo_id: str, names: Iterable[str], folder: Path, cache_dir: Any) 
 def convert_as_saved(
     model: nn.Module, saved: SavedModel, trainable: Trainable | None = None, *, random: bool = False
 ) -> nn.Module:
-    """Converts a dense model with the fused weights as the saved model was, see ``restore_layers``. In place."""
+    """Gives a dense model with the fused weights the layers and the record of the saved one. In place.
+
+    ``trainable`` and ``random`` are as for ``restore_layers``; with ``random`` there is no record.
+    """
     compact = read_compact(saved.folder / COMPACT_NAME)
     restore_layers(model, compact, trainable, random)
     if not random:

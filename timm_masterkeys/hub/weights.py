@@ -118,9 +118,10 @@ def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trai
 def restore_layers(
     model: nn.Module, compact: Compact, trainable: Trainable | None = None, random: bool = False
 ) -> None:
-    """Converts a dense model as ``load_compact`` does, but does not compare its dense kernels. In place.
+    """Puts converted layers with the entries of a compact file in the place of a model's convolutions. In place.
 
-    With ``random`` only the settings are used, and keys are assigned at random, for training from scratch.
+    Unlike ``load_compact`` it does not compare the dense kernels. With ``random`` only the settings are used, and keys
+    are assigned at random, for training from scratch.
     """
     replace_layers(model, _new_layers(model, compact, trainable, random))
 

@@ -20,8 +20,8 @@ class Projection:
     """Kernels as affine images of keys: ``weight[c] ~ sum_j scale[c, j] * keys[key_index[c, j]] + shift[c]``.
 
     Attributes:
-        key_index: (C, r) int64, rows of ``bank.keys_for(kernel_size)``. First the key most correlated with the kernel,
-            then the one most correlated with the residual, and so on.
+        key_index: (C, r) int64, rows of ``bank.keys_for(kernel_size)``. Of the chosen keys the one most correlated with
+            the kernel comes first, then the one most correlated with the residual, and so on.
         scale: (C, r), in the dtype of the weight. 0 for a constant kernel, and for keys that a kernel does not need.
         shift: (C,), the constant added to every tap: the mean of the kernel.
         r2: (C,) float32 in [0, 1], the share of the kernel's variance over its taps that the fit explains; 1 for a
@@ -59,9 +59,9 @@ def project_kernels(weight: torch.Tensor, bank: Bank = DEFAULT_BANK, keys_per_ke
 
     With keys of mean 0 and norm 1 the best ``a*x + b`` of a kernel y has ``a = <x, y>`` and ``b = mean(y)``, so the
     nearest key is the one with the largest ``|<x, y>|`` (Babaiee et al., NeurIPS 2025, section 3). With several keys
-    per kernel the best of all sets of r keys is taken; so the projection of a fit is the fit itself. Of more than 2,000
-    sets (8 of 16 keys have more) the one found by orthogonal matching pursuit is taken. Computed in float64, or in
-    float32 on devices without float64.
+    per kernel the best of all sets of r keys is taken; so projecting a fitted kernel again changes nothing. Of more
+    than 2,000 sets (8 of 16 keys have more) the one found by orthogonal matching pursuit is taken. Computed in float64,
+    or in float32 on devices without float64.
 
     Args:
         weight: Kernels (C, 1, kh, kw), any floating dtype and device. Not changed.

@@ -23,13 +23,13 @@ Layer = TypeVar("Layer", bound="MasterKeyConv2d")
 
 RANDOM, CONSTANT = -1.0, -2.0  # stand in place of an R2
 
-_LIBRARIES = (
+_FUSE_FIRST = (
     "A library that adds layers of the class it finds, as PEFT's LoRA does, wants ordinary ones: call "
     "fuse_masterkeys(model) first, or target other layers than the depthwise ones."
 )
 _ENTRIES = ("keys", "key_index", "scale", "shift", "r2", "log_sigma")
 _ATTRIBUTES = ("bank", "keys_per_kernel", "trainable", "frozen", "same_padding", "operators", "_read", "_empty")
-_NO_KEY = 0.1  # a tensor that differs more from the keys has no values; averages and half precision differ less
+_NO_KEY = 0.1  # keys farther from the bank's are uninitialised memory; averages and half precision stay nearer
 
 _NO_VALUES = (
     "A MasterKeyConv2d has no values: it was made empty (on the meta device, or by to_empty), and what was loaded "
@@ -68,7 +68,7 @@ class MasterKeyConv2d(ComputedConv2d):
         shift: (out_channels,); a parameter unless trainable is "none", else a buffer.
         r2: Buffer (out_channels,) float32, the R2 of each kernel when it was fitted; or ``RANDOM`` (-1) for random
             initialisation, ``CONSTANT`` (-2) where the dense kernel is constant.
-        frozen: Whether ``fuse`` returns a frozen weight where neither scale nor shift is a parameter.
+        frozen: Whether the dense weight did not require gradients; ``fuse`` needs it with ``trainable="none"``.
         bank: The KeyBank.
 
     Raises:
@@ -178,7 +178,7 @@ class MasterKeyConv2d(ComputedConv2d):
         return layer
 
     def _copy_from(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
-        """Copies everything but the weight from ``conv``. In place."""
+        """Takes over everything but the weight from ``conv``; objects are shared, not copied. In place."""
         if not isinstance(conv, nn.Conv2d) or not conv.in_channels == conv.groups or conv.weight.shape[1] != 1:
             raise ConversionError(f"Got {conv}, expected a depthwise Conv2d (groups == in_channels).")
         if reason := obstacle(conv):
@@ -521,10 +521,10 @@ def _check_geometry(
     if groups not in (None, in_channels):
         raise ConversionError(
             f"groups is {groups}, expected {in_channels}, the in_channels of a depthwise layer; take nn.Conv2d for "
-            f"others. {_LIBRARIES}"
+            f"others. {_FUSE_FIRST}"
         )
     if kernel_size in (1, (1, 1)):
-        raise ConversionError(f"kernel_size is 1x1, expected several taps: one has no shape for a key. {_LIBRARIES}")
+        raise ConversionError(f"kernel_size is 1x1, expected several taps: one has no shape for a key. {_FUSE_FIRST}")
     if padding == "same_dynamic" and padding_mode != "zeros":
         raise ConversionError(f"padding_mode is '{padding_mode}', expected 'zeros' with padding='same_dynamic'.")
 

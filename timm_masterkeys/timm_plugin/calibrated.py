@@ -52,9 +52,9 @@ def calibrated_entry(call: Call, state: Mapping[str, Any] | None, images: str) -
     """
     config = _shared_config(call)  # checked before anything is downloaded
     shape = _weights_shape(call, state)
-    built: list[nn.Module] = []
+    built: list[nn.Module] = []  # the dense network, if its digest needed it
     digest = weights_sha256(call)
-    if digest == "":  # building the network downloads them
+    if digest == "":  # the weights are not here yet: building the network downloads them
         with _undisturbed():
             built.append(_build(call, shape))
         digest = weights_sha256(call) or tensors_sha256(built[0].state_dict())

@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 _SETTINGS = tuple(field.name for field in fields(MasterKeysConfig))
 _LOCATION = ("source", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "custom_load")  # of a cfg's weights
 
-# Arguments that do not change the dense weights: they apply when an entry of the cache is loaded.
+# Arguments that timm applies when it loads an entry of the cache, so they are not part of its key.
 _WHEN_LOADING = frozenset(
     "num_classes in_chans global_pool drop_rate drop_path_rate drop_block_rate attn_drop_rate proj_drop_rate "
     "features_only feature_cls out_indices cache_dir device dtype".split()
@@ -38,7 +38,7 @@ class Call:
     stock: compat.Entrypoint  # timm's own function that builds the architecture
     cfg: PretrainedCfg  # with the call's overlay
     own_cfg: PretrainedCfg | None  # timm's cfg of the name, without the call's overlay
-    registered: bool  # the weights are those of ``own_cfg``
+    registered: bool  # the call does not move the weights from where ``own_cfg`` says
     given: Mapping[str, Any]  # the call's settings of the conversion, by their names without ``mk_``
     calibrate: Any  # the call's ``mk_calibrate``; None if absent
     kwargs: Mapping[str, Any]  # the arguments of ``stock`` besides the cfg

@@ -29,7 +29,10 @@ _logger = logging.getLogger(__name__)
 
 
 def create(arch: str, stock: compat.Entrypoint, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
-    """Builds the network that a call asks for.
+    """Builds the network that a call asks for, from the first of these that the call has.
+
+    A saved model; random keys, without ``pretrained``; a checkpoint of a converted network; dense weights and images,
+    which give a calibrated network; dense weights alone.
 
     Args:
         arch: The architecture.
@@ -82,7 +85,7 @@ def _load_calibrated(call: Call, state: Mapping[str, Any] | None, images: str) -
 
 
 def _load(call: Call, saved: SavedModel) -> nn.Module:
-    """The network with saved weights: timm loads the fused weights, then the layers are converted as saved."""
+    """The network with saved weights: timm loads the fused weights, then the layers get the saved entries."""
     return convert_as_saved(call.build(True, file=str(saved.fused)), saved, call.given.get("trainable"))
 
 
