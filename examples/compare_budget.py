@@ -20,7 +20,6 @@ from torch import nn
 
 import timm_masterkeys as mk
 from timm_masterkeys.calibration.images import Images, split_for_choice
-from timm_masterkeys.calibration.metrics import classification_figures
 
 COLUMNS = [
     "network",
@@ -70,17 +69,13 @@ def main() -> None:
         figures += [*photographs(model), f"{budget.seconds:.0f}"] if network == budget.chosen else [""] * 4
         write(f"for {args.agreement:.1%}" if network == budget.chosen else "tried", network.keys, figures)
     print(f"\n{budget}\n", flush=True)
-    with torch.no_grad():
-        expected = torch.cat([dense(x) for x in held_out.split(8)])
-        for count in args.keys_per_kernel:
-            start = time.perf_counter()
-            model = mk.convert_to_masterkeys(dense, keys_per_kernel=count)
-            mk.calibrate_masterkeys(model, dense, fitted)
-            seconds = time.perf_counter() - start
-            out = torch.cat([model(x) for x in held_out.split(8)])
-            held_out_figures = classification_figures(out, expected)
-            figures = [f"{100 * held_out_figures['agreement']:.3f}", f"{held_out_figures['divergence']:.3f}"]
-            write("uniform", count * kernels, [*figures, *photographs(model), f"{seconds:.0f}"])
+    for count in args.keys_per_kernel:
+        start = time.perf_counter()
+        model = mk.convert_to_masterkeys(dense, keys_per_kernel=count)
+        after = mk.calibrate_masterkeys(model, dense, fitted, held_out=held_out).record.after
+        seconds = time.perf_counter() - start
+        figures = [f"{100 * after['agreement']:.3f}", f"{after['divergence']:.3f}"]
+        write("uniform", count * kernels, [*figures, *photographs(model), f"{seconds:.0f}"])
 
 
 if __name__ == "__main__":
