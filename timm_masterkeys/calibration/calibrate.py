@@ -123,8 +123,9 @@ def calibrate_masterkeys(
         metric: None for the figures that suit the dense model's output, a name of ``choose_metric``'s, or a callable on
             outputs and expected outputs that returns a number, or numbers by name.
         output: Which part of the model's output is compared, where it is not a tensor: a key, an index, an attribute,
-            or a callable on it. None takes ``logits``, ``out``, ``image_embeds``, ``image_features`` or
-            ``last_hidden_state``, or else the first tensor; of a ``features_only`` model the last.
+            or a callable on it. None takes ``logits``, ``out``, ``image_embeds``, ``image_features``,
+            ``last_hidden_state`` or the last of ``feature_maps``, or else the first tensor; of a ``features_only``
+            model the last.
         mean: Mean of each channel, for pixels from 0 to 1; used for a folder and ``"builtin"``. None takes it from the
             ``pretrained_cfg`` of the model, or of the one timm model in it. Without a ``pretrained_cfg`` all of
             ``mean``, ``std`` and ``size`` are needed.
