@@ -112,11 +112,11 @@ def calibrate_masterkeys(
             model inside is used.
         dense: The dense model it was converted from, of the same device and dtype. Not changed.
         images: (N, channels, H, W), normalised as for the model. Or an iterable of such batches (a DataLoader), each
-            alone, first in a tuple, or in a dictionary under ``pixel_values``, ``image``, ``images`` or ``input``. Or a
-            folder, searched at all depths and through symbolic links but without hidden files; a model of one channel
-            gets grey images; files that cannot be read or exceed PIL's 90 megapixels are left out with a warning. Or
-            ``"builtin"``: crops of the photographs that ship, every fourth photograph held out. At least 10 images;
-            some hundred are better.
+            alone, first in a tuple, or in a dictionary under ``pixel_values``, ``image``, ``images`` or ``input``. Or
+            one such dictionary, as an image processor gives it. Or a folder, searched at all depths and through
+            symbolic links but without hidden files; a model of one channel gets grey images; files that cannot be read
+            or exceed PIL's 90 megapixels are left out with a warning. Or ``"builtin"``: crops of the photographs that
+            ship, every fourth photograph held out. At least 10 images; some hundred are better.
         held_out: Held-out images, which give the figures, in any of these forms. If None, every fifth batch of
             ``images`` is held out.
         stages: The stages to run in each block, always in the order above.
