@@ -335,6 +335,7 @@ def test_batches_with_labels_and_the_most_images():
     for key in ("pixel_values", "image", "images", "input"):
         batches = [{"labels": torch.zeros(len(part)), key: part} for part in x.split(6)]
         assert torch.equal(load_images(batches, PLAIN, 400), x)
+        assert torch.equal(load_images({"labels": torch.zeros(20), key: x}, PLAIN, 400), x)  # one batch
     with pytest.raises(mk.CalibrationError, match=r"a dict of 'photo', 'label', .*under one of pixel_values, image"):
         load_images([{"photo": x, "label": 1}], PLAIN, 400)
     labelled = [(part, torch.zeros(len(part))) for part in x.split(7)]

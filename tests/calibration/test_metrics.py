@@ -47,6 +47,16 @@ def test_classification_against_numpy():
     assert 20 < figures["sure images"] < 180 and figures["agreement"] < figures["sure agreement"] < 1
 
 
+@pytest.mark.parametrize("shape", [(200, 6), (5, 4, 7, 3)])
+def test_probabilities_have_the_figures_of_their_logits(shape):
+    """A model may end in a softmax, as one with activation="softmax" of segmentation-models-pytorch."""
+    out, expected = outputs(*shape)
+    figures = classification_figures(out.softmax(1), expected.softmax(1))
+    assert figures == pytest.approx(classification_figures(out, expected), rel=1e-4)
+    expected.mul_(1e3)  # so that probabilities round to 0
+    assert 0 < classification_figures(out.softmax(1), expected.softmax(1))["divergence"] < 100
+
+
 def test_dense_prediction_is_the_same_at_each_position(monkeypatch):
     out, expected = outputs(5, 4, 7, 3)
     figures = oracle(*(x.movedim(1, -1).flatten(0, -2) for x in (out, expected)))

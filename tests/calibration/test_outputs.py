@@ -81,6 +81,7 @@ def test_which_tensor_counts():
         *({"aux": one, "logits": two}, {"logits": two, "out": one}, {"labels": None, "y": two}, [two, one], ("a", two)),
         {"hidden": one, "last_hidden_state": two},
         {"last_hidden_state": one, "image_embeds": two},
+        {"feature_maps": (one, two), "hidden_states": (one, one)},
         ModelOutput(logits=two, hidden_states=one),
         two,
     ):
@@ -115,6 +116,7 @@ def test_which_models_have_no_head():
     assert not gives_features(plain, torch.ones(1, 3)) and not gives_features(plain, logits)
     assert not gives_features(plain, {**state, "logits": torch.ones(1)})
     assert gives_features(plain, {"image_embeds": torch.ones(1, 3)})
+    assert gives_features(plain, {"feature_maps": (torch.ones(1, 3, 4, 4),)})
     vectors, one = torch.randn(4, 3), torch.tensor([[1.0], [-1.0]])  # one output is a number
     unit = nn.functional.normalize(vectors)  # vectors of length 1 are embeddings
     assert gives_features(plain, unit, unit)

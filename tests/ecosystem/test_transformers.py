@@ -49,6 +49,14 @@ def test_its_networks_convert_calibrate_and_fuse(kind):
     assert list(fused.state_dict()) == list(dense.state_dict())
 
 
+def test_a_backbone_is_judged_by_the_last_of_its_maps():
+    config = transformers.ConvNextV2Config(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], out_indices=[1, 3])
+    dense = lively(transformers.ConvNextV2Backbone(config), photographs())
+    model = damaged(mk.convert_to_masterkeys(dense))
+    report = mk.calibrate_masterkeys(model, dense, photographs())
+    assert report.record.metric == "embedding" and mended(report, "relative error")
+
+
 def test_a_few_keys_that_agree():
     dense = network("mobilenet_v2")
     batches = [{"pixel_values": part} for part in photographs().split(10)]

@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from depthwise_cases import GEOMETRIES, LAYOUTS, as_function, assert_gradients, gradients, make, plain
 from torch.func import functional_call
 
-from timm_masterkeys.layers import depthwise
+from timm_masterkeys.layers import MasterKeyConv2d, ScaledKeyConv2d, depthwise
 
 formats = pytest.mark.parametrize("memory_format", LAYOUTS.values(), ids=LAYOUTS)
 
@@ -69,6 +70,22 @@ def test_autocast(dtype, trainable):
     for parameter, a, b in zip([x, *layer.parameters()], got, exact, strict=True):
         assert a.dtype == parameter.dtype
         torch.testing.assert_close(a, b, rtol=0, atol=0.03 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("trainable", ["none", "shift", "affine", "sigmas"])
+def test_parameters_in_half_precision_and_buffers_not(trainable):
+    """As FSDP's mixed precision leaves a layer, for inputs in half precision."""
+    kind = ScaledKeyConv2d if trainable == "sigmas" else MasterKeyConv2d
+    layer = kind(8, 8, 3, padding=1, bank="scale-space-b", trainable=trainable)
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.bfloat16()
+    x = torch.randn(4, 8, 9, 9, dtype=torch.bfloat16, requires_grad=True)
+    out = layer(x)
+    assert torch.equal(out, F.conv2d(x, layer.weight.bfloat16(), layer.bias, padding=1, groups=8))
+    with torch.no_grad():
+        assert torch.equal(layer(x), out)
+    out.sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.bfloat16 for p in (x, *layer.parameters()))
 
 
 @pytest.mark.parametrize("padding_mode", ["reflect", "replicate", "circular"])

@@ -112,19 +112,20 @@ def calibrate_masterkeys(
             model inside is used.
         dense: The dense model it was converted from, of the same device and dtype. Not changed.
         images: (N, channels, H, W), normalised as for the model. Or an iterable of such batches (a DataLoader), each
-            alone, first in a tuple, or in a dictionary under ``pixel_values``, ``image``, ``images`` or ``input``. Or a
-            folder, searched at all depths and through symbolic links but without hidden files; a model of one channel
-            gets grey images; files that cannot be read or exceed PIL's 90 megapixels are left out with a warning. Or
-            ``"builtin"``: crops of the photographs that ship, every fourth photograph held out. At least 10 images;
-            some hundred are better.
+            alone, first in a tuple, or in a dictionary under ``pixel_values``, ``image``, ``images`` or ``input``. Or
+            one such dictionary, as an image processor gives it. Or a folder, searched at all depths and through
+            symbolic links but without hidden files; a model of one channel gets grey images; files that cannot be read
+            or exceed PIL's 90 megapixels are left out with a warning. Or ``"builtin"``: crops of the photographs that
+            ship, every fourth photograph held out. At least 10 images; some hundred are better.
         held_out: Held-out images, which give the figures, in any of these forms. If None, every fifth batch of
             ``images`` is held out.
         stages: The stages to run in each block, always in the order above.
         metric: None for the figures that suit the dense model's output, a name of ``choose_metric``'s, or a callable on
             outputs and expected outputs that returns a number, or numbers by name.
         output: Which part of the model's output is compared, where it is not a tensor: a key, an index, an attribute,
-            or a callable on it. None takes ``logits``, ``out``, ``image_embeds``, ``image_features`` or
-            ``last_hidden_state``, or else the first tensor; of a ``features_only`` model the last.
+            or a callable on it. None takes ``logits``, ``out``, ``image_embeds``, ``image_features``,
+            ``last_hidden_state`` or the last of ``feature_maps``, or else the first tensor; of a ``features_only``
+            model the last.
         mean: Mean of each channel, for pixels from 0 to 1; used for a folder and ``"builtin"``. None takes it from the
             ``pretrained_cfg`` of the model, or of the one timm model in it. Without a ``pretrained_cfg`` all of
             ``mean``, ``std`` and ``size`` are needed.

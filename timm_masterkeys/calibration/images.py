@@ -268,7 +268,7 @@ def load_images(images: Images, model: nn.Module, max_images: int, given: Pixels
     elif any(value is not None for value in given):
         raise CalibrationError("mean, std and size prepare a folder or 'builtin'; other images are taken as they are.")
     elif not isinstance(images, torch.Tensor):
-        images = _collect(images, max_images)
+        images = _collect([images] if isinstance(images, Mapping) else images, max_images)
     if images.ndim != 4 or not images.is_floating_point():
         raise CalibrationError(
             f"images are {tuple(images.shape)} {images.dtype}, expected (N, channels, H, W), normalised floats."

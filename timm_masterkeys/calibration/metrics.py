@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,17 +90,20 @@ def choose_metric(metric: MetricLike, expected: torch.Tensor, features: bool = F
 def classification_figures(out: torch.Tensor, expected: torch.Tensor) -> Figures:
     """Compares the classes of two networks, from outputs (N, C) or, with a class at each position, (N, C, H, W).
 
+    Outputs are logits, or probabilities if those of the dense network are: not negative, with a sum of 1.
+
     Returns:
         "agreement": the share of images (positions) for which both have the same top class; "divergence": the
-        Kullback-Leibler divergence of the softmaxed outputs from the expected ones, in nats, the mean over images
+        Kullback-Leibler divergence of the probabilities from the expected ones, in nats, the mean over images
         (positions); "sure images" ("sure positions"): how many have a class to which the dense network gives a
         probability above one half; and, if there are any, "sure agreement": the agreement on those.
     """
     count = same = sure = both = 0
     divergence = 0.0
     some = max(1, MOST // expected[0].numel())  # images at a time
+    normalise = _log_of_probabilities if _are_probabilities(expected.detach()) else partial(torch.log_softmax, dim=1)
     for parts in zip(out.detach().split(some), expected.detach().split(some), strict=True):
-        log_p, log_q = (part.double().log_softmax(1) for part in parts)
+        log_p, log_q = (normalise(part.double()) for part in parts)
         top, (largest, expected_top) = log_p.argmax(1), log_q.max(1)
         is_sure, is_same = largest > math.log(SURE), top == expected_top
         count += top.numel()
@@ -110,6 +114,15 @@ def classification_figures(out: torch.Tensor, expected: torch.Tensor) -> Figures
         figures["sure agreement"] = both / sure
     figures["sure images" if expected.ndim == 2 else "sure positions"] = float(sure)
     return figures
+
+
+def _are_probabilities(out: torch.Tensor) -> bool:
+    """Whether outputs come from a softmax in the model; that of another one would have other figures."""
+    return bool((out >= 0).all()) and bool(((out.sum(1) - 1).abs() < 1e-3).all())
+
+
+def _log_of_probabilities(out: torch.Tensor) -> torch.Tensor:
+    return out.clamp_min(torch.finfo(torch.float32).tiny).log()  # a softmax may round to 0
 
 
 def regression_figures(out: torch.Tensor, expected: torch.Tensor) -> Figures:

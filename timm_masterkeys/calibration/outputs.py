@@ -11,7 +11,8 @@ from ..errors import CalibrationError
 Output = str | int | Callable[[Any], torch.Tensor] | None
 
 HEADS = ("logits", "out")  # names of the output of a head
-FEATURES = ("image_embeds", "image_features", "last_hidden_state")  # names of the output of a model without a head
+# names of the output of a model without a head; of several maps, as of the backbones of transformers, the last counts
+FEATURES = ("image_embeds", "image_features", "last_hidden_state", "feature_maps")
 EMBEDDERS = ("open_clip",)  # libraries whose models return embeddings, as plain tensors
 
 
@@ -73,8 +74,11 @@ def _pick(model: nn.Module, raw: Any, output: Output) -> Any:
     if isinstance(raw, torch.Tensor):
         return raw
     for name in HEADS + FEATURES:
-        if isinstance(_entry(raw, name), torch.Tensor):
-            return _entry(raw, name)
+        found = _entry(raw, name)
+        if name == "feature_maps" and isinstance(found, (list, tuple)) and found:
+            found = found[-1]
+        if isinstance(found, torch.Tensor):
+            return found
     values = list(raw.values()) if isinstance(raw, Mapping) else list(raw) if isinstance(raw, (list, tuple)) else []
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     if hasattr(model, "feature_info"):

@@ -55,7 +55,7 @@ class ComputedConv2d(nn.Conv2d):
 
     def _grad_forward(self, input: torch.Tensor) -> torch.Tensor:
         """The convolution with gradients, of an input already padded if ``same_padding``."""
-        return self._conv_forward(input, self.compose_weight(), self.bias)
+        return self._conv_forward(*autocast(input, self.compose_weight(), self.bias))
 
     @property
     def weight(self) -> torch.Tensor:  # computed; nn.Conv2d has a parameter here
@@ -132,12 +132,11 @@ class ComputedConv2d(nn.Conv2d):
         return self._grad_forward(input) if torch.is_grad_enabled() else self._no_grad_forward(input)
 
     def _no_grad_forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight = self.compose_weight()
+        input, weight, bias = autocast(input, self.compose_weight(), self.bias)
         if not any_gpu_kernel("conv"):
-            return self._conv_forward(input, weight, self.bias)
+            return self._conv_forward(input, weight, bias)
         input, padding = self._padded(input)
-        tensors = autocast(input, weight, self.bias)
-        return convolve(*tensors, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        return convolve(input, weight, bias, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
 
     def windows(self, input: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The part of the input under the kernel, at some positions of the output.

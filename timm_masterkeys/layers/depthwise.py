@@ -115,10 +115,15 @@ def affine_depthwise_conv2d(
 def autocast(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The arguments of a convolution, cast as autocast casts them where it is enabled."""
+    """The arguments of a convolution, cast as autocast casts them where it is enabled.
+
+    Elsewhere a weight is cast to an input in half precision: FSDP's mixed precision casts parameters, but not the
+    buffers from which the weight is composed.
+    """
     device = input.device.type
     if input.is_meta or not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
-        return input, weight, bias  # torch has no autocast for "meta"
+        half = input.dtype in (torch.float16, torch.bfloat16)
+        return input, weight.to(input.dtype) if half else weight, bias  # torch has no autocast for "meta"
     dtype = torch.get_autocast_dtype(device)
     return input.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
 

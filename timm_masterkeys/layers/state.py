@@ -75,7 +75,9 @@ def _compact_problems(layer: "MasterKeyConv2d", compact: dict[str, torch.Tensor]
         if name in compact and not compact[name].isfinite().all():
             problems.append(f"{name}: holds NaN or Inf; fix the checkpoint first.")
     keys, own_keys = compact["keys"].cpu().double(), layer.own_keys().double()
-    if not torch.allclose(keys, own_keys, rtol=0, atol=max(2 * torch.finfo(compact["keys"].dtype).eps, _DRIFT)):
+    tolerance = max(2 * torch.finfo(compact["keys"].dtype).eps, _DRIFT)
+    known = own_keys, own_keys.bfloat16().double()  # rounded once, then cast or averaged in another dtype
+    if not any(torch.allclose(keys, one, rtol=0, atol=tolerance) for one in known):
         problems.append(
             f"keys: the checkpoint was made with another bank than '{layer.bank.name}'. "
             "Convert with its bank, or load its dense weights."
