@@ -81,6 +81,24 @@ def test_a_network_that_nothing_was_measured_of_says_so_first(model, tmp_path, c
         assert "Not calibrated" not in saved.text and not caplog.records
 
 
+def test_what_is_said_of_other_weights_is_not_kept(model, dense, tmp_path):
+    """Results, a source and its licence go with the weights; of the same weights, and by hand, they stay."""
+    metrics = [EvalResult("image-classification", "imagenet-1k", "ImageNet", "accuracy", 71.2)]
+    (tmp_path / "README.md").write_text(
+        "---\nlicense_link: LICENSE\nlicense_name: mine\nmy_field: kept\n---\nBy hand.\n"
+    )
+    given = {"license": "Another Licence", "base_model": "me/dense"}
+    card(model, tmp_path, metrics=metrics, **given)
+    same = card(model, tmp_path, **given).data
+    assert [result.metric_value for result in same.eval_results] == [71.2]
+    assert (same.license_link, same.base_model) == ("https://huggingface.co/me/dense", "me/dense")
+    other = mk.convert_to_masterkeys(dense, keys_per_kernel=2)
+    saved = card(other, tmp_path, license="mit")
+    assert saved.data.to_dict().keys() == {"library_name", "license", "my_field", "pipeline_tag", "tags"}
+    assert "By hand." in saved.text and first_line(saved).startswith("**Not calibrated: ")
+    assert "license" not in card(other, tmp_path).data.to_dict()
+
+
 def calibrated(dense):
     model = mk.convert_to_masterkeys(dense)
     mk.calibrate_masterkeys(model, dense, torch.randn(10, 3, 64, 64))
