@@ -99,6 +99,15 @@ def test_what_is_said_of_other_weights_is_not_kept(model, dense, tmp_path):
     assert "license" not in card(other, tmp_path).data.to_dict()
 
 
+def test_results_join_those_of_the_same_weights(model, tmp_path):
+    """One with another value is replaced."""
+    for dataset, value in (("a", 71.2), ("b", 80.5), ("a", 71.3)):
+        data = card(
+            model, tmp_path, metrics=[EvalResult("image-classification", dataset, dataset, "accuracy", value)]
+        ).data
+    assert [(r.dataset_name, r.metric_value) for r in data.eval_results] == [("a", 71.3), ("b", 80.5)]
+
+
 def calibrated(dense):
     model = mk.convert_to_masterkeys(dense)
     mk.calibrate_masterkeys(model, dense, torch.randn(10, 3, 64, 64))

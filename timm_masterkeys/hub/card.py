@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from ..conversion.record import Source
 from ..conversion.report import ConversionReport
@@ -99,8 +100,9 @@ def make_card(
         merged[key] = [*values, *(value for value in _as_list(fields.get(key)) if value not in values)] or None
     if metrics:
         merged["model_name"] = name
-        merged["eval_results"] = list(metrics)
-        merged.pop("model-index", None)
+        _, results = model_index_to_eval_results(merged.pop("model-index", [{"name": name, "results": []}]))
+        others = [old for old in results if not any(old.is_equal_except_value(new) for new in metrics)]
+        merged["eval_results"] = [*metrics, *others]
     data = ModelCardData(**merged)
     body = _body(config, report, repo_id, source, warn=not calibrated and "model-index" not in data.to_dict())
     title = "" if before or after else f"# {name}\n\n"
