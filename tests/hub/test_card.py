@@ -134,6 +134,11 @@ def test_others_do_not(dense, tmp_path, caplog, made):
         assert f"Calibrated (classification) {summary}." in saved.text
 
 
+def test_the_task_of_a_network_without_a_head(tmp_path):
+    data = card(timm.create_model("test_convnext.mk8", num_classes=0), tmp_path).data
+    assert data.pipeline_tag == "image-feature-extraction" and "image-classification" not in data.tags
+
+
 def test_settings_are_told_for_each_value(dense, tmp_path):
     model = mk.convert_to_masterkeys(dense, include="stages.0.*", trainable="none")
     text = card(model, tmp_path / "one").text

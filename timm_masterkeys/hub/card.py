@@ -83,18 +83,19 @@ def make_card(
     for outdated in _outdated(fields, section, source, config[SECTION]["files"][FUSED_NAME]):
         fields.pop(outdated, None)
     on_hub = license in HUB_LICENSES
+    task = "image-classification" if config["num_classes"] else "image-feature-extraction"
     generated: dict[str, Any] = {
         "license": license if on_hub else "other" if license else None,
         "license_name": None if on_hub else license,
         "license_link": f"https://huggingface.co/{base_model}" if license and base_model and not on_hub else None,
         "library_name": "timm",
-        "pipeline_tag": "image-classification",
+        "pipeline_tag": task,
         "base_model": base_model,
         "base_model_relation": "finetune" if base_model else None,
     }
     merged = {**fields, **{key: value for key, value in generated.items() if value is not None}}
     for key, values in (
-        ("tags", ("image-classification", "timm", "master-key-filters", *_as_list(tags))),
+        ("tags", (task, "timm", "master-key-filters", *_as_list(tags))),
         ("datasets", _as_list(datasets)),
     ):
         merged[key] = [*values, *(value for value in _as_list(fields.get(key)) if value not in values)] or None
