@@ -303,6 +303,8 @@ def test_the_row_of_a_network_with_a_layer_that_stayed_dense():
     converted, other = (dense.get_submodule(f"blocks.{block}.0.conv_dw") for block in (3, 4))
     keys = 2 * converted.out_channels + other.weight[0].numel() * other.out_channels
     assert row.keys == round(keys / (converted.out_channels + other.out_channels), 2)
+    [result, _] = row.card_entries("val")["metrics"]  # with the images' size: timm tests many networks at a larger one
+    assert result.dataset_args == {"images": 20, "classes": 10, "img_size": 160, "crop_pct": 1.0}
     after = mk.conversion_report(model).calibration.after
     assert (row.agreement, row.divergence) == (round(100 * after["agreement"], 2), round(after["divergence"], 4))
     assert (row.calibration_images, row.held_out_images) == (12, 2)
