@@ -237,13 +237,15 @@ def test_killed_twice_and_run_again(hub, command, dry, tmp_path):
         (["--device=gpu"], "device 'gpu'"),
         (["--calibrate=none"], "There is no folder 'none'"),
         (["--calibrate=."], "There are 0 images in '.'"),
+        (["--agreement=0.9", "--calibrate={}/calibrate"], "There are 10 images"),
     ],
 )
 def test_options_are_checked_before_the_first_download(pictures, tmp_path, monkeypatch, capsys, options, says):
     """And nothing is written that would bind the folder to them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timm, "create_model", None)
-    given = ["--org", "me", "--evaluate", str(pictures / "validation"), "--dry-run", *options]
+    given = ["--org", "me", "--evaluate", str(pictures / "validation"), "--dry-run"]
+    given += [option.format(pictures) for option in options]
     assert main(["zoo", "test_convnext", *given]) == 1
     assert says in capsys.readouterr().err and not list(tmp_path.iterdir())
 
