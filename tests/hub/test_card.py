@@ -126,6 +126,8 @@ def test_others_do_not(dense, tmp_path, caplog, made):
     model = made(dense)
     saved = card(model, tmp_path)
     assert first_line(saved).startswith("A timm `test_convnext3`") and not caplog.records
+    again = card(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), tmp_path)
+    assert again.text == saved.text and not caplog.records
     assert "Not calibrated" not in saved.text
     assert ("Calibrated (" in saved.text) == (made is calibrated)
     if made is calibrated:
