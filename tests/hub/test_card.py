@@ -81,6 +81,33 @@ def test_a_network_that_nothing_was_measured_of_says_so_first(model, tmp_path, c
         assert "Not calibrated" not in saved.text and not caplog.records
 
 
+def test_what_is_said_of_other_weights_is_not_kept(model, dense, tmp_path):
+    """Results, a source and its licence go with the weights; of the same weights, and by hand, they stay."""
+    metrics = [EvalResult("image-classification", "imagenet-1k", "ImageNet", "accuracy", 71.2)]
+    (tmp_path / "README.md").write_text(
+        "---\nlicense_link: LICENSE\nlicense_name: mine\nmy_field: kept\n---\nBy hand.\n"
+    )
+    given = {"license": "Another Licence", "base_model": "me/dense"}
+    card(model, tmp_path, metrics=metrics, **given)
+    same = card(model, tmp_path, **given).data
+    assert [result.metric_value for result in same.eval_results] == [71.2]
+    assert (same.license_link, same.base_model) == ("https://huggingface.co/me/dense", "me/dense")
+    other = mk.convert_to_masterkeys(dense, keys_per_kernel=2)
+    saved = card(other, tmp_path, license="mit")
+    assert saved.data.to_dict().keys() == {"library_name", "license", "my_field", "pipeline_tag", "tags"}
+    assert "By hand." in saved.text and first_line(saved).startswith("**Not calibrated: ")
+    assert "license" not in card(other, tmp_path).data.to_dict()
+
+
+def test_results_join_those_of_the_same_weights(model, tmp_path):
+    """One with another value is replaced."""
+    for dataset, value in (("a", 71.2), ("b", 80.5), ("a", 71.3)):
+        data = card(
+            model, tmp_path, metrics=[EvalResult("image-classification", dataset, dataset, "accuracy", value)]
+        ).data
+    assert [(r.dataset_name, r.metric_value) for r in data.eval_results] == [("a", 71.3), ("b", 80.5)]
+
+
 def calibrated(dense):
     model = mk.convert_to_masterkeys(dense)
     mk.calibrate_masterkeys(model, dense, torch.randn(10, 3, 64, 64))
@@ -99,12 +126,19 @@ def test_others_do_not(dense, tmp_path, caplog, made):
     model = made(dense)
     saved = card(model, tmp_path)
     assert first_line(saved).startswith("A timm `test_convnext3`") and not caplog.records
+    again = card(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), tmp_path)
+    assert again.text == saved.text and not caplog.records
     assert "Not calibrated" not in saved.text
     assert ("Calibrated (" in saved.text) == (made is calibrated)
     if made is calibrated:
         summary = mk.conversion_report(model).calibration.summary()
         assert summary.startswith("with 8 images: agreement ")
         assert f"Calibrated (classification) {summary}." in saved.text
+
+
+def test_the_task_of_a_network_without_a_head(tmp_path):
+    data = card(timm.create_model("test_convnext.mk8", num_classes=0), tmp_path).data
+    assert data.pipeline_tag == "image-feature-extraction" and "image-classification" not in data.tags
 
 
 def test_settings_are_told_for_each_value(dense, tmp_path):

@@ -235,6 +235,19 @@ def test_saved_again(model, folder, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes(), name
 
 
+def test_class_names_stay_where_transformers_looks_for_them(model, tmp_path):
+    """Those of other classes do not."""
+    names = [f"class {i}" for i in range(model.num_classes)]
+    config = {"label_names": names, "label_descriptions": dict.fromkeys(names, "a class")}
+    mk.save_pretrained(model, tmp_path / "first", config=config)
+    mk.save_pretrained(load(tmp_path / "first"), tmp_path / "again")
+    first, again = ((tmp_path / name / "config.json").read_text() for name in ("first", "again"))
+    assert again == first and json.loads(again)["label_names"] == names
+    mk.save_pretrained(load(tmp_path / "first", num_classes=5), tmp_path / "other")
+    other = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert "label_names" not in {*other, *other["pretrained_cfg"]}
+
+
 def full(*args, **kwargs):
     raise OSError(28, "No space left on device")
 

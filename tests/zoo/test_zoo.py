@@ -237,13 +237,15 @@ def test_killed_twice_and_run_again(hub, command, dry, tmp_path):
         (["--device=gpu"], "device 'gpu'"),
         (["--calibrate=none"], "There is no folder 'none'"),
         (["--calibrate=."], "There are 0 images in '.'"),
+        (["--agreement=0.9", "--calibrate={}/calibrate"], "There are 10 images"),
     ],
 )
 def test_options_are_checked_before_the_first_download(pictures, tmp_path, monkeypatch, capsys, options, says):
     """And nothing is written that would bind the folder to them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timm, "create_model", None)
-    given = ["--org", "me", "--evaluate", str(pictures / "validation"), "--dry-run", *options]
+    given = ["--org", "me", "--evaluate", str(pictures / "validation"), "--dry-run"]
+    given += [option.format(pictures) for option in options]
     assert main(["zoo", "test_convnext", *given]) == 1
     assert says in capsys.readouterr().err and not list(tmp_path.iterdir())
 
@@ -303,6 +305,8 @@ def test_the_row_of_a_network_with_a_layer_that_stayed_dense():
     converted, other = (dense.get_submodule(f"blocks.{block}.0.conv_dw") for block in (3, 4))
     keys = 2 * converted.out_channels + other.weight[0].numel() * other.out_channels
     assert row.keys == round(keys / (converted.out_channels + other.out_channels), 2)
+    [result, _] = row.card_entries("val")["metrics"]  # with the images' size: timm tests many networks at a larger one
+    assert result.dataset_args == {"images": 20, "classes": 10, "img_size": 160, "crop_pct": 1.0}
     after = mk.conversion_report(model).calibration.after
     assert (row.agreement, row.divergence) == (round(100 * after["agreement"], 2), round(after["divergence"], 4))
     assert (row.calibration_images, row.held_out_images) == (12, 2)

@@ -1,6 +1,7 @@
 """``timm-masterkeys convert``."""
 
 import argparse
+from typing import Any
 
 from ..errors import MasterKeysError
 from .options import TRAINABLE, add_conversion, add_model, add_options, check_device, read_config
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import timm
+    from timm.models import PretrainedCfg
 
     from ..calibration.agreement import convert_and_calibrate
     from ..calibration.images import calibration_images
@@ -92,8 +94,11 @@ def run(args: argparse.Namespace) -> None:
             print(figures, end="\n\n")
     else:
         model = convert(dense, config, "project")
-    if args.pretrained and (cfg := timm.get_pretrained_cfg(dense_name(args.model))):  # the licence is inherited
-        set_source(model, Source.from_cfg(cfg))
+    if args.pretrained:  # the licence is inherited
+        own: Any = dense.pretrained_cfg
+        cfg = PretrainedCfg(**own) if own.get("source") == "hf-hub" else timm.get_pretrained_cfg(dense_name(args.model))
+        if cfg:
+            set_source(model, Source.from_cfg(cfg))
     directory = save_pretrained(model.cpu(), args.output, license=args.license)
     print(conversion_report(model))
     print(f"\nsaved to {directory}: timm.create_model('local-dir:{directory}', pretrained=True) loads it")

@@ -136,6 +136,7 @@ class Record:
             "source": asdict(self.source) if self.source else None,
             "keys": self.keys,
             "calibration": asdict(self.calibration) if self.calibration else None,
+            "was_calibrated": self.was_calibrated,
         }
 
 
@@ -243,4 +244,5 @@ def restore_record(
         Source(**data["source"]) if data["source"] else None,
         data["keys"],
         CalibrationRecord(**data["calibration"]) if data["calibration"] else None,
+        bool(data.get("was_calibrated")),  # absent in old files
     )

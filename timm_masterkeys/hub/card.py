@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from ..conversion.record import Source
 from ..conversion.report import ConversionReport
 from ..conversion.table import number
 from ..errors import ConversionError
 from .license import HUB_LICENSES
-from .weights import SECTION
+from .weights import FUSED_NAME, SECTION
 
 _BEGIN, _END = "<!-- timm_masterkeys: begin (rewritten at every publication) -->", "<!-- timm_masterkeys: end -->"
 
@@ -72,32 +73,37 @@ def make_card(
 ) -> ModelCard:
     """The card of a converted model; ``datasets``, ``tags`` and ``metrics`` are as for ``save_pretrained``.
 
-    ``config`` is the saved config.json; ``repo_id`` appears in the examples. The ``existing`` README keeps its metadata
-    and its text outside this package's marks; ConversionError if its metadata or marks cannot be read. The card begins
-    with a warning if no results are listed and not ``calibrated`` (true also where no calibration is needed).
+    ``config`` is the saved config.json; ``repo_id`` appears in the examples. The ``existing`` README keeps its text
+    outside this package's marks, and its metadata, but for what an earlier publication said of other weights: results,
+    licence, base model. ConversionError if its metadata or marks cannot be read. The card begins with a warning if no
+    results are listed and not ``calibrated`` (true also where no calibration is needed).
     """
-    before, after, fields = _hand_written(existing)
+    before, section, after, fields = _hand_written(existing)
     license, base_model, name = source.license, _base_model(source), repo_id.rpartition("/")[2]
+    for outdated in _outdated(fields, section, source, config[SECTION]["files"][FUSED_NAME]):
+        fields.pop(outdated, None)
     on_hub = license in HUB_LICENSES
+    task = "image-classification" if config["num_classes"] else "image-feature-extraction"
     generated: dict[str, Any] = {
         "license": license if on_hub else "other" if license else None,
         "license_name": None if on_hub else license,
         "license_link": f"https://huggingface.co/{base_model}" if license and base_model and not on_hub else None,
         "library_name": "timm",
-        "pipeline_tag": "image-classification",
+        "pipeline_tag": task,
         "base_model": base_model,
         "base_model_relation": "finetune" if base_model else None,
     }
     merged = {**fields, **{key: value for key, value in generated.items() if value is not None}}
     for key, values in (
-        ("tags", ("image-classification", "timm", "master-key-filters", *_as_list(tags))),
+        ("tags", (task, "timm", "master-key-filters", *_as_list(tags))),
         ("datasets", _as_list(datasets)),
     ):
         merged[key] = [*values, *(value for value in _as_list(fields.get(key)) if value not in values)] or None
     if metrics:
         merged["model_name"] = name
-        merged["eval_results"] = list(metrics)
-        merged.pop("model-index", None)
+        _, results = model_index_to_eval_results(merged.pop("model-index", [{"name": name, "results": []}]))
+        others = [old for old in results if not any(old.is_equal_except_value(new) for new in metrics)]
+        merged["eval_results"] = [*metrics, *others]
     data = ModelCardData(**merged)
     body = _body(config, report, repo_id, source, warn=not calibrated and "model-index" not in data.to_dict())
     title = "" if before or after else f"# {name}\n\n"
@@ -117,11 +123,11 @@ def read_readme(path: str | os.PathLike[str]) -> str:
     return text
 
 
-def _hand_written(existing: str) -> tuple[str, str, dict[str, Any]]:
-    """The text of a README before this package's marks, the text after them, and the metadata."""
+def _hand_written(existing: str) -> tuple[str, str, str, dict[str, Any]]:
+    """The text of a README before this package's marks, between them and after them, and the metadata."""
     existing = existing.removeprefix("\ufeff")
     if not existing.strip():
-        return "", "", {}
+        return "", "", "", {}
     try:
         card = ModelCard(existing)
     except Exception as error:  # of the YAML parser, or an invalid model-index
@@ -132,13 +138,26 @@ def _hand_written(existing: str) -> tuple[str, str, dict[str, Any]]:
     before, begin, rest = text.partition(_BEGIN)
     between, end, after = rest.partition(_END)
     if not begin and _END not in text:
-        return text.rstrip() + "\n\n", "", fields
+        return text.rstrip() + "\n\n", "", "", fields
     if not end or _END in before + after or _BEGIN in between + after:
         raise ConversionError(
             f"The README should hold '{_BEGIN}' once, and after it '{_END}': what is between them is rewritten, the "
             "rest is yours. Mend it by hand."
         )
-    return before, after.lstrip("\n"), fields
+    return before, between, after.lstrip("\n"), fields
+
+
+def _outdated(fields: Mapping[str, Any], section: str, source: Source, weights: str) -> list[str]:
+    """The metadata that do not hold for these weights: ``section``, the old text between the marks, says of which."""
+    outdated: list[str] = []
+    license, base_model = fields.get("license_name") or fields.get("license"), fields.get("base_model")
+    if section and weights not in section:
+        outdated += ["model-index"]
+    if license != source.license and (source.license or f"Licence: {license}," in section):
+        outdated += ["license", "license_name", "license_link"]
+    if base_model != _base_model(source) and f"(https://huggingface.co/{base_model})" in section:
+        outdated += ["base_model", "base_model_relation"]
+    return outdated
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -186,6 +205,7 @@ def _conversion(section: Mapping[str, Any], report: ConversionReport) -> str:
 | trainable | {_shared(section["layers"], "trainable")} |
 | layers, kernels | {len(report.layers)}, {total.channels:,} |
 | R2 of the fit: mean, median, worst | {", ".join(map(number, (total.mean_r2, total.median_r2, total.worst_r2)))} |
+| {FUSED_NAME} | SHA-256 {section["files"][FUSED_NAME]} |
 
 <details><summary>Layer by layer</summary>
 

@@ -69,8 +69,9 @@ def require_license(source: Source | None, cfg: Mapping[str, Any]) -> str:
         return source.license
     advice = ""
     if cfg.get("license", "unknown") not in (None, "unknown"):
-        name = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
-        advice = f"The stock weights of {name} are under '{cfg['license']}': if the model comes from them, that is it. "
+        name = "stock weights of " + ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
+        name = f"weights of {cfg.get('hf_hub_id')}" if cfg.get("source") == "hf-hub" else name
+        advice = f"The {name} are under '{cfg['license']}': if the model comes from them, that is it. "
     raise ConversionError(
         "The licence of the source weights is not known: the dense model was yours, not loaded by this package. "
         f"{advice}Pass license='...' (--license)."

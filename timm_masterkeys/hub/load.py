@@ -43,9 +43,11 @@ class SavedModel:
             except (LookupError, TypeError) as error:
                 raise CheckpointError(f"'{self.folder / 'config.json'}' is damaged ({error!r}).") from None
             if file_sha256(path) != expected:
+                cached = path.is_symlink()  # in the Hub's cache, which would give the same file again
+                again = f"Remove '{path.resolve()}' and load again" if cached else "Get all of them again"
                 raise CheckpointError(
                     f"'{path}' is not the file that config.json lists (its SHA-256 differs): damaged, altered, or "
-                    "the files are not of one conversion. Get all of them again, or save the model again."
+                    f"the files are not of one conversion. {again}, or save the model again."
                 )
 
 

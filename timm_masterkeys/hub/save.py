@@ -194,6 +194,11 @@ def _write(
     model: nn.Module, dense: nn.Module, folder: Path, config: Mapping[str, Any], section: dict[str, Any]
 ) -> dict[str, Any]:
     """Writes both weight files and config.json; returns the contents of config.json."""
+    cfg: Any = dense.pretrained_cfg
+    # timm reads a saved model's class names into the cfg. They go back to where transformers looks for them.
+    labels = {name: cfg.pop(name, None) for name in ("label_names", "label_descriptions")}
+    if "label_names" not in config and cfg.get("num_classes") == dense.num_classes:
+        config = {**{name: value for name, value in labels.items() if value}, **config}
     # The file name is fixed: else timm loads a pickle if the Hub does not answer for the safetensors file.
     config = {**config, "pretrained_cfg": {"hf_hub_filename": FUSED_NAME}}
     args = {name: _as_json(name, value) for name, value in get_model_args(dense).items()}

@@ -60,7 +60,7 @@ class Result:
                 task_name="Image Classification",
                 dataset_type=dataset,
                 dataset_name=dataset,
-                dataset_args={"images": self.images, "classes": self.classes},
+                dataset_args={name: getattr(self, name) for name in ("images", "classes", "img_size", "crop_pct")},
                 metric_type=kind,
                 metric_name=name,
                 metric_value=value,

@@ -24,7 +24,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from timm.data import is_img_extension
 
 from ..calibration.agreement import convert_and_calibrate
-from ..calibration.images import BUILTIN, FEWEST, photographs_sha256
+from ..calibration.images import BUILTIN, FEWEST, HELD_OUT, photographs_sha256
 from ..conversion.config import MasterKeysConfig
 from ..conversion.convert import apply
 from ..conversion.plan import layer_settings
@@ -167,9 +167,10 @@ def _check_options(zoo: Zoo) -> None:
         if not os.path.isdir(zoo.calibrate):
             raise ZooError(f"There is no folder '{zoo.calibrate}' of images to calibrate with.")
         count = sum(is_img_extension(path.suffix.lower()) for path in walk_files(zoo.calibrate))
-        if count < FEWEST:
+        fewest = FEWEST if zoo.config.agreement is None else FEWEST * HELD_OUT
+        if count < fewest:
             raise ZooError(
-                f"There are {count} images in '{zoo.calibrate}' to calibrate with, expected {FEWEST} or more."
+                f"There are {count} images in '{zoo.calibrate}' to calibrate with, expected {fewest} or more."
             )
 
 
