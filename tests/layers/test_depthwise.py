@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from depthwise_cases import GEOMETRIES, LAYOUTS, as_function, assert_gradients, gradients, make, plain
 from torch.func import functional_call
 
-from timm_masterkeys.layers import MasterKeyConv2d, ScaledKeyConv2d, depthwise
+from timm_masterkeys.layers import MasterKeyConv2d, SigmaKeyConv2d, depthwise
 
 formats = pytest.mark.parametrize("memory_format", LAYOUTS.values(), ids=LAYOUTS)
 
@@ -75,7 +75,7 @@ def test_autocast(dtype, trainable):
 @pytest.mark.parametrize("trainable", ["none", "shift", "affine", "sigmas"])
 def test_parameters_in_half_precision_and_buffers_not(trainable):
     """As FSDP's mixed precision leaves a layer, for inputs in half precision."""
-    kind = ScaledKeyConv2d if trainable == "sigmas" else MasterKeyConv2d
+    kind = SigmaKeyConv2d if trainable == "sigmas" else MasterKeyConv2d
     layer = kind(8, 8, 3, padding=1, bank="scale-space-b", trainable=trainable)
     for parameter in layer.parameters():
         parameter.data = parameter.data.bfloat16()
