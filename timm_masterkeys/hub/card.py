@@ -70,17 +70,19 @@ def make_card(
     metrics: Sequence[EvalResult],
     calibrated: bool,
     existing: str,
+    previous: Mapping[str, Any],
 ) -> ModelCard:
     """The card of a converted model; ``datasets``, ``tags`` and ``metrics`` are as for ``save_pretrained``.
 
     ``config`` is the saved config.json; ``repo_id`` appears in the examples. The ``existing`` README keeps its text
-    outside this package's marks, and its metadata, but for what an earlier publication said of other weights: results,
-    licence, base model. ConversionError if its metadata or marks cannot be read. The card begins with a warning if no
-    results are listed and not ``calibrated`` (true also where no calibration is needed).
+    outside this package's marks, and its metadata, but for what it says of other weights: results, licence and base
+    model of ``previous``, the section of the config.json beside it. ConversionError if its metadata or marks cannot be
+    read. The card begins with a warning if no results are listed and not ``calibrated`` (true also where no calibration
+    is needed).
     """
-    before, section, after, fields = _hand_written(existing)
+    before, after, fields = _hand_written(existing)
     license, base_model, name = source.license, _base_model(source), repo_id.rpartition("/")[2]
-    for outdated in _outdated(fields, section, source, config[SECTION]["files"][FUSED_NAME]):
+    for outdated in _outdated(fields, previous, source, config[SECTION]["files"][FUSED_NAME]):
         fields.pop(outdated, None)
     on_hub = license in HUB_LICENSES
     task = "image-classification" if config["num_classes"] else "image-feature-extraction"
@@ -123,11 +125,11 @@ def read_readme(path: str | os.PathLike[str]) -> str:
     return text
 
 
-def _hand_written(existing: str) -> tuple[str, str, str, dict[str, Any]]:
-    """The text of a README before this package's marks, between them and after them, and the metadata."""
+def _hand_written(existing: str) -> tuple[str, str, dict[str, Any]]:
+    """The text of a README before this package's marks, the text after them, and the metadata."""
     existing = existing.removeprefix("\ufeff")
     if not existing.strip():
-        return "", "", "", {}
+        return "", "", {}
     try:
         card = ModelCard(existing)
     except Exception as error:  # of the YAML parser, or an invalid model-index
@@ -138,24 +140,27 @@ def _hand_written(existing: str) -> tuple[str, str, str, dict[str, Any]]:
     before, begin, rest = text.partition(_BEGIN)
     between, end, after = rest.partition(_END)
     if not begin and _END not in text:
-        return text.rstrip() + "\n\n", "", "", fields
+        return text.rstrip() + "\n\n", "", fields
     if not end or _END in before + after or _BEGIN in between + after:
         raise ConversionError(
             f"The README should hold '{_BEGIN}' once, and after it '{_END}': what is between them is rewritten, the "
             "rest is yours. Mend it by hand."
         )
-    return before, between, after.lstrip("\n"), fields
+    return before, after.lstrip("\n"), fields
 
 
-def _outdated(fields: Mapping[str, Any], section: str, source: Source, weights: str) -> list[str]:
-    """The metadata that do not hold for these weights: ``section``, the old text between the marks, says of which."""
+def _outdated(fields: Mapping[str, Any], previous: Mapping[str, Any], source: Source, weights_sha256: str) -> list[str]:
+    """The names of the metadata that a publication of other weights, or from another source, has left."""
     outdated: list[str] = []
-    license, base_model = fields.get("license_name") or fields.get("license"), fields.get("base_model")
-    if section and weights not in section:
+    if not previous:
+        return outdated
+    before = Source(**(previous.get("source") or {}))
+    license = fields.get("license_name") or fields.get("license")
+    if previous["files"][FUSED_NAME] != weights_sha256:
         outdated += ["model-index"]
-    if license != source.license and (source.license or f"Licence: {license}," in section):
+    if license != source.license and (source.license or license == before.license):
         outdated += ["license", "license_name", "license_link"]
-    if base_model != _base_model(source) and f"(https://huggingface.co/{base_model})" in section:
+    if fields.get("base_model") == _base_model(before) != _base_model(source):
         outdated += ["base_model", "base_model_relation"]
     return outdated
 

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -169,10 +170,13 @@ def _save(
     readme: str,
     options: Mapping[str, Any],
 ) -> None:
-    """Saves the model to publish, with the README of the repository, and lets the Hub validate the card."""
+    """Saves the model to publish over the README and config.json of the repository; lets the Hub validate the card."""
     path = directory / "README.md"
-    if base and any(sibling.rfilename == path.name for sibling in base.siblings or ()):
+    remote = {sibling.rfilename for sibling in (base.siblings if base else None) or ()}
+    if base and path.name in remote:
         readme = read_readme(api.hf_hub_download(repo_id, path.name, revision=base.sha))
+        if "config.json" in remote:
+            shutil.copy(api.hf_hub_download(repo_id, "config.json", revision=base.sha), directory)
     path.write_text(readme, encoding="utf-8")
     save_pretrained(model, directory, repo_id=repo_id, **options)
     card = {"repoType": "model", "content": path.read_text(encoding="utf-8")}

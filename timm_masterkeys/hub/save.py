@@ -24,11 +24,12 @@ from ..conversion.record import Source, keys_digest
 from ..conversion.report import conversion_report
 from ..conversion.tags import masterkeys_tag
 from ..conversion.wrapped import evaluating, is_sharded, quantised_entry, unwrapped
-from ..errors import ConversionError
+from ..errors import CheckpointError, ConversionError
 from ..files import atomic_path, file_sha256, os_errors, work_folder
 from ..version import __version__
 from .card import make_card, read_readme
 from .license import saved_source
+from .load import read_section
 from .weights import COMPACT_NAME, FUSED_NAME, SECTION, describe_layers, read_compact, restore_layers, save_compact
 
 _logger = logging.getLogger(__name__)
@@ -115,12 +116,14 @@ def save_pretrained(
     }
     calibrated = record.was_calibrated or report.total.random == report.total.channels
     directory = Path(directory)
-    existing = read_readme(directory / "README.md")
+    existing, previous = read_readme(directory / "README.md"), _previous_section(directory / "config.json")
     with _saving(directory) as tmp:
         saved = _write(model, dense, tmp, config or {}, section)
         _check_reload(model, tmp, saved)
         card_id = repo_id or directory.resolve().name
-        card = make_card(saved, report, card_id, source or Source(), datasets, tags, metrics, calibrated, existing)
+        card = make_card(
+            saved, report, card_id, source or Source(), datasets, tags, metrics, calibrated, existing, previous
+        )
         (tmp / "README.md").write_text(str(card), encoding="utf-8")
         for name in FILES:
             with atomic_path(directory / name) as target:
@@ -132,6 +135,15 @@ def save_pretrained(
             repo_id or directory,
         )
     return directory
+
+
+def _previous_section(config: Path) -> Mapping[str, Any]:
+    """What an earlier publication in the same place said of its weights; empty if there was none."""
+    with suppress(CheckpointError, LookupError, TypeError):
+        section = read_section(config)
+        if section and section["files"][FUSED_NAME]:
+            return section
+    return {}
 
 
 def contiguous(model: nn.Module) -> nn.Module:
