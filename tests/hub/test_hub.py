@@ -254,6 +254,14 @@ def test_change_keeps_the_hand_written_part(hub, worker):
         assert card.count("timm_masterkeys: begin") == 1 and len(repo.branches["main"]) == 3 + seed
 
 
+def test_results_of_other_weights_are_not_kept(hub, worker):
+    worker.run("from huggingface_hub import EvalResult")
+    results = "[EvalResult('image-classification', 'imagenet-1k', 'ImageNet', 'accuracy', 71.2)]"
+    for seed, metrics, kept in ((1, results, True), (1, "()", True), (0, "()", False)):
+        worker.run(f"mk.push_to_hub(converted(seed={seed}), 'alice/r', metrics={metrics})")
+        assert ("value: 71.2" in hub.repos["alice/r"].head().files["README.md"].decode()) == kept
+
+
 def test_branch_and_pull_request(hub, worker, published):
     worker.run("mk.push_to_hub(converted(seed=2), 'alice/base', revision='v2')")
     assert len(published.branches["v2"]) == len(published.branches["main"]) + 1
