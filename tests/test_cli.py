@@ -263,6 +263,7 @@ def test_convert_to_an_agreement_with_photographs_that_ship(run, weights, tmp_pa
         ("--keys-per-kernel 9", "keys_per_kernel is 9"),
         ("--agreement .9 --keys-per-kernel 2", "drop keys_per_kernel"),
         ("--agreement .9 --calibrate none", "--agreement is measured with images"),
+        ("--size 32 --calibrate none", "are for images"),
         ("--agreement 95", "agreement is 95.0"),
         ("--license apache-2", "apache-2.0"),
         ("--device gpu", "device 'gpu'"),

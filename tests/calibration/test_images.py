@@ -271,6 +271,8 @@ def test_mean_std_and_size_that_are_given(tmp_path):
     for size in (0, (3, 20, 20), "20", (20.5, 20)):
         with pytest.raises(mk.CalibrationError, match="expected a height and a width"):
             mk.builtin_images(model, 2, size=size)
+    with pytest.raises(mk.CalibrationError, match="divide by 255"):
+        mk.builtin_images(model, 2, mean=(123, 116, 103))
     with pytest.raises(mk.CalibrationError, match="taken as they are"):
         load_images(torch.randn(10, 3, 8, 8), PLAIN, 10, Pixels(mean=[0.5] * 3))
 

@@ -84,6 +84,8 @@ def prepare_for(model: nn.Module | PretrainedCfg | Mapping[str, Any], given: Pix
     if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
         raise CalibrationError(f"size is {given.size!r}, expected a height and a width, or one number for both.")
     config["input_size"] = (channels, *size)
+    if given.mean is not None and not all(0 <= value <= 1 for value in given.mean):
+        raise CalibrationError(f"mean is {given.mean!r}, expected values for pixels from 0 to 1: divide by 255.")
     for name, values in (("mean", given.mean), ("std", given.std)):
         values = list(config[name] if values is None else values)
         if channels == 1:  # the cfg may belong to weights for three channels

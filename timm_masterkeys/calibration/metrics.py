@@ -109,7 +109,7 @@ def classification_figures(out: torch.Tensor, expected: torch.Tensor) -> Figures
         count += top.numel()
         same, sure, both = (a + int(b.sum()) for a, b in ((same, is_same), (sure, is_sure), (both, is_same & is_sure)))
         divergence += float(F.kl_div(log_p, log_q, reduction="sum", log_target=True))
-    figures = {"agreement": same / count, "divergence": divergence / count}
+    figures = {"agreement": same / count, "divergence": max(0.0, divergence / count)}  # rounding may give -1e-17
     if sure:
         figures["sure agreement"] = both / sure
     figures["sure images" if expected.ndim == 2 else "sure positions"] = float(sure)

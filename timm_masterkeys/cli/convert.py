@@ -75,6 +75,11 @@ def run(args: argparse.Namespace) -> None:
     config, images = read_config(args), calibration_images(args.calibrate, "--calibrate")
     if config.agreement is not None and not images:
         raise MasterKeysError("--agreement is measured with images: leave out --calibrate none.")
+    size = args.size[0] if args.size and len(args.size) == 1 else args.size
+    overrides = {"max_images": args.max_images, "mean": args.mean, "std": args.std, "size": size}
+    options = {name: value for name, value in overrides.items() if value is not None}
+    if options and not images:
+        raise MasterKeysError("--max-images, --mean, --std and --size are for images: leave out --calibrate none.")
     if args.license:
         check_license(args.license)
     check_device(args.device)
@@ -86,9 +91,6 @@ def run(args: argparse.Namespace) -> None:
             "made from."
         )
     if images:
-        size = args.size[0] if args.size and len(args.size) == 1 else args.size
-        overrides = {"max_images": args.max_images, "mean": args.mean, "std": args.std, "size": size}
-        options = {name: value for name, value in overrides.items() if value is not None}
         model, figures = convert_and_calibrate(dense, config, images, **options)
         if config.agreement is not None:
             print(figures, end="\n\n")
