@@ -314,8 +314,8 @@ def _train_autoencoder(
     taps = kernels.shape[1]
     largest = kernels.gather(1, kernels.abs().argmax(1, keepdim=True))
     data = (kernels * largest.sign()).float()  # a kernel and its negative count as one
-    linear = partial(nn.Linear, device="cpu", dtype=torch.float32)  # on the CPU, as the batches are chosen on it
-    with torch.random.fork_rng(devices=[]):
+    linear = partial(nn.Linear, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # initialised there, as the batches are chosen there
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
         encoder = nn.Sequential(linear(taps, 128), nn.GELU(), linear(128, 64), nn.GELU(), linear(64, 1))
         decoder = nn.Sequential(linear(1, 64), nn.GELU(), linear(64, 128), nn.GELU(), linear(128, taps))
