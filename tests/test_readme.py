@@ -132,7 +132,7 @@ def test_the_key_budget_says_what_was_measured():
     for _, [row] in groups("key_budget.csv", "network", "images", "keys chosen", "keys").items():
         if row["top1"]:  # not one that the search only tried
             held_out = f"{float(row['agreement held out']):.1f}"
-            cells = (f"{int(row['keys']):,}", row["per kernel"], row["s"], held_out, *figures([row]))
+            cells = (f"{int(row['keys']):,}", row["per kernel"], held_out, *figures([row]))
             assert_row(section("Key budget"), *cells)
 
 
