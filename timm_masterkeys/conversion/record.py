@@ -183,7 +183,7 @@ def add_conversion(model: nn.Module, config: MasterKeysConfig, layers: Collectio
 
 def forget_record(model: nn.Module) -> None:
     """Removes the record of a model. In place."""
-    if isinstance(getattr(model, ATTRIBUTE, None), Record):
+    if isinstance(vars(model).get(ATTRIBUTE), Record):  # not getattr: a wrapper may give its model's
         delattr(model, ATTRIBUTE)
 
 
