@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..layers import MasterKeyConv2d
+from ..conversion.plan import converted_layers
 from .block_runner import BlockRunner, Hook, Reached
 from .blocks import find_blocks
 from .least_squares import Gram, choose_keys, fit_ridge
@@ -79,7 +79,7 @@ def calibrate_blocks(
     runner, dense_runner = (BlockRunner(network, blocks, batches, output) for network in (model, dense))
     reports = {stage: StageReport(stage) for stage in STAGES if stage in stages}
     placed = {name for block in blocks for name in block.converted}
-    unplaced = [n for n, m in model.named_modules() if isinstance(m, MasterKeyConv2d) and n not in placed]
+    unplaced = [name for name in converted_layers(model) if name not in placed]
     for report in reports.values():
         report.left.update(dict.fromkeys(unplaced, "runs not at all or more than once"))
     for index in tqdm(range(len(blocks)), desc="calibrate", unit="block", leave=False, disable=None):

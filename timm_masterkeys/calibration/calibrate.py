@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+from ..conversion.plan import converted_layers
 from ..conversion.record import CalibrationRecord, entries_digest, read_record, structure_digest, write_record
 from ..conversion.table import table
 from ..conversion.wrapped import evaluating, is_sharded, quantised_entry, unwrapped
@@ -197,7 +198,7 @@ def calibrate_masterkeys(
 
 def check_models(model: nn.Module, dense: nn.Module) -> None:
     """Raises CalibrationError unless the converted model can be calibrated with this dense one."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MasterKeyConv2d)}
+    layers = converted_layers(model)
     if not layers:
         raise CalibrationError(
             f"The first model, a {type(model).__name__}, holds no converted layer. The order is (converted, dense); "
