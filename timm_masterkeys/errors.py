@@ -31,3 +31,10 @@ class HubError(MasterKeysError, RuntimeError):
 
 class ZooError(MasterKeysError, ValueError):
     """A zoo that cannot be made with the given settings, or that lacks models which failed; the others are kept."""
+
+
+def in_short(error: Exception) -> str:
+    """The first lines of an error's message, without those of addresses and request ids if there are others."""
+    lines = [line.strip() for line in (getattr(error, "server_message", None) or str(error)).splitlines()]
+    plain = [line for line in lines if line and "http" not in line and "Request ID" not in line]
+    return " ".join((plain or lines)[:3])[:300] or type(error).__name__

@@ -21,8 +21,8 @@ from torch import nn
 import timm_masterkeys as mk
 from timm_masterkeys import CheckpointError, ConversionError
 from timm_masterkeys.conversion.config import LayerSettings
+from timm_masterkeys.errors import in_short
 from timm_masterkeys.files import file_sha256
-from timm_masterkeys.hub.save import in_short
 from timm_masterkeys.hub.weights import describe_layers
 from timm_masterkeys.timm_plugin import compat
 

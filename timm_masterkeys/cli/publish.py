@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..hub.card import read_readme
+    from ..hub.contents import OWN_ENTRIES
     from ..hub.publish import push_to_hub
-    from ..hub.save import OWN_ENTRIES
     from .load_model import check_name, create
 
     folder, config, readme = Path(args.model), {}, ""

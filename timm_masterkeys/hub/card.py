@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..conversion.record import Source
 from ..conversion.report import ConversionReport
 from ..conversion.table import number
 from ..errors import ConversionError
+from .contents import Contents
 from .license import HUB_LICENSES
 from .weights import FUSED_NAME, SECTION
 
@@ -60,28 +62,37 @@ model = timm.create_model("{address}", pretrained=True)
 ```"""
 
 
-def make_card(
-    config: Mapping[str, Any],
-    report: ConversionReport,
-    repo_id: str,
-    source: Source,
-    datasets: str | Sequence[str],
-    tags: str | Sequence[str],
-    metrics: Sequence[EvalResult],
-    calibrated: bool,
-    existing: str,
-    previous: Mapping[str, Any],
-) -> ModelCard:
-    """The card of a converted model; ``datasets``, ``tags`` and ``metrics`` are as for ``save_pretrained``.
+@dataclass(frozen=True)
+class CardEntries:
+    """What a user says of a model for its card."""
 
-    ``config`` is the saved config.json; ``repo_id`` appears in the examples. The ``existing`` README keeps its text
-    outside this package's marks, and its metadata, but for what it says of other weights: results, licence and base
-    model of ``previous``, the section of the config.json beside it. ConversionError if its metadata or marks cannot be
-    read. The card begins with a warning if no results are listed and not ``calibrated`` (true also where no calibration
-    is needed).
+    repo_id: str  # appears in the examples; the name of a folder, if it has no "/"
+    datasets: str | Sequence[str] = ()  # these three are as for ``save_pretrained``
+    tags: str | Sequence[str] = ()
+    metrics: Sequence[EvalResult] = ()
+
+
+def make_card(
+    contents: Contents, config: Mapping[str, Any], entries: CardEntries, existing: str, previous: Mapping[str, Any]
+) -> ModelCard:
+    """The card of a converted model.
+
+    It begins with a warning if no results are listed and the model was not calibrated.
+
+    Args:
+        contents: What is saved of the model.
+        config: The saved config.json.
+        entries: What the user says of the model.
+        existing: The text of the README to replace. The text outside this package's marks is kept, and the metadata,
+            but for what they say of other weights: results, licence and base model.
+        previous: The section ``masterkeys`` of the config.json beside it, to tell which these are; empty if none.
+
+    Raises:
+        ConversionError: The metadata or the marks of the README cannot be read.
     """
     before, after, fields = _hand_written(existing)
-    license, base_model, name = source.license, _base_model(source), repo_id.rpartition("/")[2]
+    source, name = contents.source, entries.repo_id.rpartition("/")[2]
+    license, base_model = source.license, _base_model(source)
     for outdated in _outdated(fields, previous, source, config[SECTION]["files"][FUSED_NAME]):
         fields.pop(outdated, None)
     on_hub = license in HUB_LICENSES
@@ -97,17 +108,18 @@ def make_card(
     }
     merged = {**fields, **{key: value for key, value in generated.items() if value is not None}}
     for key, values in (
-        ("tags", (task, "timm", "master-key-filters", *_as_list(tags))),
-        ("datasets", _as_list(datasets)),
+        ("tags", (task, "timm", "master-key-filters", *_as_list(entries.tags))),
+        ("datasets", _as_list(entries.datasets)),
     ):
         merged[key] = [*values, *(value for value in _as_list(fields.get(key)) if value not in values)] or None
-    if metrics:
+    if metrics := entries.metrics:
         merged["model_name"] = name
         _, results = model_index_to_eval_results(merged.pop("model-index", [{"name": name, "results": []}]))
         others = [old for old in results if not any(old.is_equal_except_value(new) for new in metrics)]
         merged["eval_results"] = [*metrics, *others]
     data = ModelCardData(**merged)
-    body = _body(config, report, repo_id, source, warn=not calibrated and "model-index" not in data.to_dict())
+    warn = not contents.is_usable and "model-index" not in data.to_dict()
+    body = _body(config, contents.report, entries.repo_id, source, warn)
     title = "" if before or after else f"# {name}\n\n"
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{before}{title}{_BEGIN}\n{body}\n{_END}\n{after}")
 

@@ -21,15 +21,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
 from torch import nn
 
-from ..conversion.record import read_record
 from ..conversion.table import table
-from ..conversion.wrapped import unwrapped
-from ..errors import HubError, MasterKeysError
+from ..errors import HubError, MasterKeysError, in_short
 from ..files import file_sha256
 from ..version import __version__
-from .card import read_readme
-from .license import require_license, saved_source
-from .save import FILES, in_short, save_pretrained, timm_cfg
+from .card import CardEntries, read_readme
+from .contents import Contents, gather_contents
+from .license import require_license
+from .save import FILES, write_contents
 
 _logger = logging.getLogger(__name__)
 
@@ -123,15 +122,13 @@ def push_to_hub(
     Example:
         >>> print(push_to_hub(model, "me/convnext_tiny.mk8"))
     """
-    model = unwrapped(model)
-    cfg = timm_cfg(model)
+    contents = gather_contents(model, license, base_model, config)
     if not re.fullmatch(r"[^/@]+/[^/@]+", repo_id):
         raise HubError(f"Got repo_id '{repo_id}', expected 'org/name', with a user or an organisation.")
-    weights_license = require_license(saved_source(read_record(model).source, license, base_model), cfg)
+    weights_license = require_license(contents.source, contents.cfg)
     if create_pr and revision:
         raise HubError("create_pr opens a pull request to the default branch; leave revision out.")
-    options: dict[str, Any] = {"license": license, "base_model": base_model, "datasets": datasets, "tags": tags}
-    options |= {"metrics": metrics, "config": config}
+    entries = CardEntries(repo_id, datasets, tags, metrics)
     branch = revision or "main"
     api = HfApi(token=token, library_name="timm_masterkeys", library_version=__version__)
     with tempfile.TemporaryDirectory(prefix="timm_masterkeys-") as folder:
@@ -140,7 +137,7 @@ def push_to_hub(
             account = api.whoami()["name"] if not dry_run or token or get_token() else ""
             head = _read_repository(api, repo_id, branch)
             base = head or (_read_repository(api, repo_id, "main") if revision else None)  # a new branch starts at main
-            _save(model, directory, api, repo_id, base, readme, options)
+            _save(contents, entries, directory, api, base, readme)
             files = _compare_files(directory, base)
             sizes = {name: (directory / name).stat().st_size for name in files}
             sha, is_private = head.sha if head else None, base.private if base else private
@@ -162,15 +159,10 @@ def push_to_hub(
 
 
 def _save(
-    model: nn.Module,
-    directory: Path,
-    api: HfApi,
-    repo_id: str,
-    base: ModelInfo | None,
-    readme: str,
-    options: Mapping[str, Any],
+    contents: Contents, entries: CardEntries, directory: Path, api: HfApi, base: ModelInfo | None, readme: str
 ) -> None:
     """Saves the model to publish over the README and config.json of the repository; lets the Hub validate the card."""
+    repo_id = entries.repo_id
     path = directory / "README.md"
     remote = {sibling.rfilename for sibling in (base.siblings if base else None) or ()}
     if base and path.name in remote:
@@ -178,7 +170,7 @@ def _save(
         if "config.json" in remote:
             shutil.copy(api.hf_hub_download(repo_id, "config.json", revision=base.sha), directory)
     path.write_text(readme, encoding="utf-8")
-    save_pretrained(model, directory, repo_id=repo_id, **options)
+    write_contents(contents, directory, entries)
     card = {"repoType": "model", "content": path.read_text(encoding="utf-8")}
     # ``ModelCard.validate`` of old clients asks huggingface.co, whatever the endpoint is.
     hf_raise_for_status(get_session().post(f"{api.endpoint}/api/validate-yaml", json=card))

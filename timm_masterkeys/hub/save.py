@@ -2,11 +2,9 @@
 
 import json
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +17,19 @@ from timm.models import get_model_args, save_for_hf
 from torch import nn
 
 from ..conversion.convert import fuse_masterkeys
-from ..conversion.plan import converted_layers, layer_settings
-from ..conversion.record import Source, keys_digest
-from ..conversion.report import conversion_report
 from ..conversion.tags import masterkeys_tag
-from ..conversion.wrapped import evaluating, is_sharded, quantised_entry, unwrapped
-from ..errors import CheckpointError, ConversionError
+from ..conversion.wrapped import evaluating
+from ..errors import CheckpointError, ConversionError, in_short
 from ..files import atomic_path, file_sha256, os_errors, work_folder
-from ..version import __version__
-from .card import make_card, read_readme
-from .license import saved_source
+from .card import CardEntries, make_card, read_readme
+from .contents import Contents, gather_contents
 from .load import read_section
-from .weights import COMPACT_NAME, FUSED_NAME, SECTION, describe_layers, read_compact, restore_layers, save_compact
+from .weights import COMPACT_NAME, FUSED_NAME, SECTION, read_compact, restore_layers, save_compact
 
 _logger = logging.getLogger(__name__)
 
 FILES = (FUSED_NAME, COMPACT_NAME, "README.md", "config.json")  # config.json last: without it nothing loads
 
-# Entries of config.json that come from the model; the user can add others, such as label names.
-OWN_ENTRIES = (
-    "architecture",
-    "num_classes",
-    "num_features",
-    "global_pool",
-    "model_args",
-    "pretrained_cfg",
-    SECTION,
-)
 _ORIGIN = ("license", "hf_hub_id", "url", "origin_url", "tag")  # of a cfg: left out if the source is unknown
 _STRUCTURE = "Is the model's structure as timm.create_model made it?"
 
@@ -92,49 +76,30 @@ def save_pretrained(
         >>> save_pretrained(model, "out")
         >>> model = timm.create_model("local-dir:out", pretrained=True)
     """
-    model = unwrapped(model)
-    cfg = timm_cfg(model)
-    _check_config(config or {})
-    report = conversion_report(model)
-    _check_finite(model)
-    layers = layer_settings(model)
-    banks = {settings.bank for settings in layers.values()}
-    record = report.record  # of conversions that were undone since, the files do not hold the bank
-    record = replace(record, conversions=tuple(config for config in record.conversions if config.bank in banks))
-    source = saved_source(record.source, license, base_model)
-    if not (record.source and record.source.name):
-        cfg = {name: value for name, value in cfg.items() if name not in _ORIGIN}
-    dense: Any = contiguous(fuse_masterkeys(model))
-    dense.pretrained_cfg = {**cfg, "tag": masterkeys_tag(cfg.get("tag")), "license": source and source.license}
-    r2 = report.total.mean_r2
-    section = {
-        **describe_layers(layers),
-        **replace(record, source=source, keys=keys_digest(model) if source else "").to_dict(),
-        "kernels": report.total.channels,
-        "mean_r2": None if math.isnan(r2) else round(r2, 4),
-        "versions": {"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},
-    }
-    calibrated = record.was_calibrated or report.total.random == report.total.channels
+    contents = gather_contents(model, license, base_model, config)
     directory = Path(directory)
+    entries = CardEntries(repo_id or directory.resolve().name, datasets, tags, metrics)
+    write_contents(contents, directory, entries)
+    return directory
+
+
+def write_contents(contents: Contents, directory: Path, entries: CardEntries) -> None:
+    """Writes a model's files; errors as for ``save_pretrained``. The card keeps what is hand-written in the folder."""
     existing, previous = read_readme(directory / "README.md"), _previous_section(directory / "config.json")
     with _saving(directory) as tmp:
-        saved = _write(model, dense, tmp, config or {}, section)
-        _check_reload(model, tmp, saved)
-        card_id = repo_id or directory.resolve().name
-        card = make_card(
-            saved, report, card_id, source or Source(), datasets, tags, metrics, calibrated, existing, previous
-        )
+        saved = _write_weights(contents, tmp)
+        _check_reload(contents.model, tmp, saved)
+        card = make_card(contents, saved, entries, existing, previous)
         (tmp / "README.md").write_text(str(card), encoding="utf-8")
         for name in FILES:
             with atomic_path(directory / name) as target:
                 (tmp / name).replace(target)
-    if not calibrated and "model-index" not in card.data.to_dict():
+    if not contents.is_usable and "model-index" not in card.data.to_dict():
         _logger.warning(
             "%s: not calibrated. Unless it was trained since its conversion, it is of little use as it is: "
             "calibrate_masterkeys(model, dense_model, images), or fine-tune.",
-            repo_id or directory,
+            entries.repo_id if "/" in entries.repo_id else directory,
         )
-    return directory
 
 
 def _previous_section(config: Path) -> Mapping[str, Any]:
@@ -153,40 +118,6 @@ def contiguous(model: nn.Module) -> nn.Module:
     return model
 
 
-def timm_cfg(model: nn.Module) -> dict[str, Any]:
-    """A copy of a model's ``pretrained_cfg``; ConversionError if it is not a whole timm model, or not converted."""
-    cfg: Any = getattr(model, "pretrained_cfg", None)
-    if not cfg or not cfg.get("architecture") or not hasattr(model, "num_classes"):
-        raise ConversionError(
-            f"{type(model).__name__} is not a whole timm model (no pretrained_cfg, or no classes), so timm could not "
-            "load it again. Save its state_dict instead."
-        )
-    converted_layers(model, required=True)
-    return dict(cfg)
-
-
-def _check_config(config: Mapping[str, Any]) -> None:
-    reserved = [name for name in config if name in OWN_ENTRIES]
-    if reserved:
-        raise ConversionError(f"config holds {', '.join(reserved)}, which come from the model. Leave them out.")
-    try:
-        json.dumps(dict(config))
-    except (TypeError, ValueError) as error:
-        raise ConversionError(f"config cannot be written as JSON: {error}.") from None
-
-
-def _check_finite(model: nn.Module) -> None:
-    """Raises ConversionError if a model is quantised or holds NaN or Inf."""
-    if not is_sharded(model) and (entry := quantised_entry(model)):
-        raise ConversionError(
-            f"{entry}, expected ordinary tensors, of which timm makes a model again. Save the model before it is "
-            "quantised, and quantise what is loaded."
-        )
-    for name, value in model.state_dict().items():
-        if not value.is_meta and not value.isfinite().all():
-            raise ConversionError(f"{name} holds NaN or Inf. Fix the weights, then save.")
-
-
 @contextmanager
 def _saving(directory: Path) -> Iterator[Path]:
     """Yields a temporary folder in the directory. Creates a missing directory, and removes it if the save fails."""
@@ -202,27 +133,30 @@ def _saving(directory: Path) -> Iterator[Path]:
         raise
 
 
-def _write(
-    model: nn.Module, dense: nn.Module, folder: Path, config: Mapping[str, Any], section: dict[str, Any]
-) -> dict[str, Any]:
+def _write_weights(contents: Contents, folder: Path) -> dict[str, Any]:
     """Writes both weight files and config.json; returns the contents of config.json."""
-    cfg: Any = dense.pretrained_cfg
+    dense: Any = contiguous(fuse_masterkeys(contents.model))
+    cfg, source = dict(contents.cfg), contents.report.record.source
+    if not (source and source.name):
+        cfg = {name: value for name, value in cfg.items() if name not in _ORIGIN}
     # timm reads a saved model's class names into the cfg. They go back to where transformers looks for them.
     labels = {name: cfg.pop(name, None) for name in ("label_names", "label_descriptions")}
+    config = dict(contents.config)
     if "label_names" not in config and cfg.get("num_classes") == dense.num_classes:
         config = {**{name: value for name, value in labels.items() if value}, **config}
+    dense.pretrained_cfg = {**cfg, "tag": masterkeys_tag(cfg.get("tag")), "license": contents.source.license}
     # The file name is fixed: else timm loads a pickle if the Hub does not answer for the safetensors file.
-    config = {**config, "pretrained_cfg": {"hf_hub_filename": FUSED_NAME}}
+    config["pretrained_cfg"] = {"hf_hub_filename": FUSED_NAME}
     args = {name: _as_json(name, value) for name, value in get_model_args(dense).items()}
     with os_errors():
         save_for_hf(dense, str(folder), model_config=config, model_args=args, safe_serialization=True)
-    save_compact(model, folder / COMPACT_NAME)
+    save_compact(contents.model, folder / COMPACT_NAME)
     saved: dict[str, Any] = json.loads((folder / "config.json").read_text())
     # The section holds the ``mk_`` settings. transformers refuses ``num_classes`` here and at the top level.
     args = saved.get("model_args", {})
     saved["model_args"] = {n: v for n, v in args.items() if not n.startswith("mk_") and n != "num_classes"}
     files = {name: file_sha256(folder / name) for name in (FUSED_NAME, COMPACT_NAME)}
-    saved[SECTION] = {**section, "files": files}
+    saved[SECTION] = {**contents.section, "files": files}
     (folder / "config.json").write_text(json.dumps(saved, indent=2))
     return saved
 
@@ -298,10 +232,3 @@ def _same_outputs(model: nn.Module, reloaded: nn.Module) -> bool:
         return torch.allclose(output, restored, rtol=1e-3, atol=1e-4)
     # Half precision rounds the output of every layer.
     return torch.allclose(output, restored, rtol=0.05, atol=0.05 * float(output.abs().max()))
-
-
-def in_short(error: Exception) -> str:
-    """The first lines of an error's message, without those of addresses and request ids if there are others."""
-    lines = [line.strip() for line in (getattr(error, "server_message", None) or str(error)).splitlines()]
-    plain = [line for line in lines if line and "http" not in line and "Request ID" not in line]
-    return " ".join((plain or lines)[:3])[:300] or type(error).__name__
