@@ -252,7 +252,7 @@ def full(*args, **kwargs):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("function", ["save_for_hf", "save_compact", "make_card", "atomic_path"])
+@pytest.mark.parametrize("function", ["save_for_hf", "write_compact", "make_card", "atomic_path"])
 def test_a_failed_save_leaves_the_folder_as_it_was(folder, tmp_path, monkeypatch, function):
     copied(folder, tmp_path)
     monkeypatch.setattr(f"timm_masterkeys.hub.save.{function}", full)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import timm_masterkeys as mk
-from timm_masterkeys.conversion.plan import layer_settings
+from timm_masterkeys.conversion.plan import converted_layers, layer_settings
 from timm_masterkeys.conversion.record import Source, read_record
 
 DATA = Path(__file__).parent / "data"
@@ -28,7 +28,10 @@ def test_format_1(expected):
     with torch.no_grad():
         assert torch.allclose(model(x), out, rtol=1e-4, atol=1e-5)  # convolutions differ between versions of torch
 
-    settings = [(s.bank.name, s.keys_per_kernel, s.trainable, s.sigmas) for s in layer_settings(model).values()]
+    settings = [
+        (s.bank.name, s.keys_per_kernel, s.trainable, s.sigmas)
+        for s in layer_settings(converted_layers(model)).values()
+    ]
     assert settings == [
         ("babaiee2025", 1, "shift", False),
         ("mine", 2, "affine", False),

@@ -119,8 +119,11 @@ def fuse_masterkeys(model: nn.Module, inplace: bool = False) -> nn.Module:
         model = unwrapped(model)
     check_unwrapped(model)
     converted_layers(model, required=True)
-    if not inplace:
-        model = copy_model(model)
+    return fuse(model if inplace else copy_model(model))
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Fuses a model that is neither wrapped nor sharded, without a check. In place."""
     stop_checking(model)
     for module in model.modules():
         forget_record(module)

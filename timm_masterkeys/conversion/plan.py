@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -188,11 +189,11 @@ def converted_layers(model: nn.Module, required: bool = False) -> dict[str, Mast
     return layers
 
 
-def layer_settings(model: nn.Module) -> dict[str, LayerSettings]:
-    """The settings of the converted layers of a model, by name."""
+def layer_settings(layers: Mapping[str, MasterKeyConv2d]) -> dict[str, LayerSettings]:
+    """The settings of converted layers, by name."""
     return {
         name: LayerSettings(layer.bank, layer.keys_per_kernel, layer.trainable, layer.has_sigmas)
-        for name, layer in converted_layers(model).items()
+        for name, layer in layers.items()
     }
 
 

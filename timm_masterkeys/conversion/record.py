@@ -145,7 +145,7 @@ def read_record(model: nn.Module) -> Record:
     record = getattr(model, ATTRIBUTE, None)
     if not isinstance(record, Record):
         return Record()
-    if record.source and record.keys != keys_digest(model):
+    if record.source and record.keys != keys_digest(converted_layers(model)):
         record = replace(record, source=None, keys="")
     if record.calibration:
         holds = record.calibration.entries == entries_digest(model)
@@ -165,7 +165,7 @@ def check_attribute(model: nn.Module) -> None:
 
 def write_record(model: nn.Module, record: Record) -> None:
     """Stores the record of a model; ties its source to the keys that the model has now. In place."""
-    model.masterkeys = replace(record, keys=keys_digest(model) if record.source else "")  # type: ignore[assignment]
+    model.masterkeys = replace(record, keys=keys_digest(converted_layers(model)) if record.source else "")  # type: ignore[assignment]
 
 
 def set_source(model: nn.Module, source: Source | None) -> None:
@@ -177,7 +177,8 @@ def add_conversion(model: nn.Module, config: MasterKeysConfig, layers: Collectio
     """Adds the conversion of the named layers to a model's record; a source that held before is kept. In place."""
     record: Record = getattr(model, ATTRIBUTE, Record())
     # It held if the layers converted before have the keys that were noted with it.
-    source_holds = record.source is not None and record.keys == keys_digest(model, besides=layers)
+    others = {name: layer for name, layer in converted_layers(model).items() if name not in layers}
+    source_holds = record.source is not None and record.keys == keys_digest(others)
     write_record(model, Record((*record.conversions, config), record.source if source_holds else None))
 
 
@@ -187,10 +188,9 @@ def forget_record(model: nn.Module) -> None:
         delattr(model, ATTRIBUTE)
 
 
-def keys_digest(model: nn.Module, besides: Collection[str] = ()) -> str:
-    """SHA-256, in hex, of the banks and key indices of all converted layers except ``besides``."""
+def keys_digest(layers: Mapping[str, MasterKeyConv2d]) -> str:
+    """SHA-256, in hex, of the banks and key indices of converted layers, given by name."""
     digest = hashlib.sha256()
-    layers = {name: layer for name, layer in converted_layers(model).items() if name not in besides}
     for name, layer in sorted(layers.items()):
         digest.update(f"{name} {layer.bank.digest} ".encode())
         if not layer.key_index.is_meta:

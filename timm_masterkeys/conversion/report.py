@@ -206,6 +206,15 @@ def conversion_report(model: nn.Module, dense: nn.Module | None = None) -> Conve
     """
     model = unwrapped(model)
     layers = converted_layers(model, required=True)
+    report = report_layers(model, layers)
+    if dense is not None:
+        report = replace(report, operators=report_operators(dense_kernels(unwrapped(dense), layers)))
+    return report
+
+
+@torch.no_grad()
+def report_layers(model: nn.Module, layers: Mapping[str, MasterKeyConv2d]) -> ConversionReport:
+    """The report of a model with these converted layers, without operators; errors as for ``conversion_report``."""
     if any(layer.keys.is_meta for layer in layers.values()):
         raise ConversionError("The model is on the meta device, its kernels have no values. Load weights first.")
     for layer in layers.values():
@@ -224,7 +233,6 @@ def conversion_report(model: nn.Module, dense: nn.Module | None = None) -> Conve
         **_parameters(model, list(layers.values())),
         dense=sum(map(is_dense_depthwise, model.modules())),
         record=read_record(model),
-        operators=() if dense is None else report_operators(dense_kernels(unwrapped(dense), layers)),
     )
 
 
@@ -258,7 +266,7 @@ def _layer_report(
     )
 
 
-def _parameters(model: nn.Module, layers: Sequence[MasterKeyConv2d]) -> dict[str, int]:
+def _parameters(model: nn.Module, layers: Sequence[MasterKeyConv2d]) -> dict[str, Any]:
     """The numbers of trainable and of stored parameters, with dense kernels and now, by field of the report."""
     stored = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

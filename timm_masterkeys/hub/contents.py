@@ -12,9 +12,10 @@ from torch import nn
 
 from ..conversion.plan import converted_layers, layer_settings
 from ..conversion.record import Record, Source, keys_digest
-from ..conversion.report import ConversionReport, conversion_report
-from ..conversion.wrapped import is_sharded, quantised_entry, unwrapped
+from ..conversion.report import ConversionReport, report_layers
+from ..conversion.wrapped import check_unwrapped, quantised_entry, unwrapped
 from ..errors import ConversionError
+from ..layers import MasterKeyConv2d
 from ..version import __version__
 from .license import saved_source
 from .weights import SECTION, describe_layers
@@ -36,6 +37,7 @@ class Contents:
     """What is saved of a model beside its weights."""
 
     model: nn.Module  # converted, not wrapped
+    layers: Mapping[str, MasterKeyConv2d]  # its converted layers, by name
     cfg: Mapping[str, Any]  # its ``pretrained_cfg``
     report: ConversionReport
     record: Record  # of the saved weights
@@ -64,29 +66,29 @@ def gather_contents(
             f"{type(model).__name__} is not a whole timm model (no pretrained_cfg, or no classes), so timm could not "
             "load it again. Save its state_dict instead."
         )
-    converted_layers(model, required=True)
+    layers = converted_layers(model, required=True)
+    check_unwrapped(model)
     config = dict(config or {})
     _check_config(config)
-    report = conversion_report(model)
+    report = report_layers(model, layers)
     _check_finite(model)
-    layers = layer_settings(model)
-    banks = {settings.bank for settings in layers.values()}
+    banks = {layer.bank for layer in layers.values()}
     source = saved_source(report.record.source, license, base_model)
     record = replace(
         report.record,  # of conversions that were undone since, the files do not hold the bank
         conversions=tuple(conversion for conversion in report.record.conversions if conversion.bank in banks),
         source=source,
-        keys=keys_digest(model) if source else "",
+        keys=keys_digest(layers) if source else "",
     )
     r2 = report.total.mean_r2
     section = {
-        **describe_layers(layers),
+        **describe_layers(layer_settings(layers)),
         **record.to_dict(),
         "kernels": report.total.channels,
         "mean_r2": None if math.isnan(r2) else round(r2, 4),
         "versions": {"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},
     }
-    return Contents(model, dict(cfg), report, record, section, config)
+    return Contents(model, layers, dict(cfg), report, record, section, config)
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -101,7 +103,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
 
 def _check_finite(model: nn.Module) -> None:
     """Raises ConversionError if a model is quantised or holds NaN or Inf."""
-    if not is_sharded(model) and (entry := quantised_entry(model)):
+    if entry := quantised_entry(model):
         raise ConversionError(
             f"{entry}, expected ordinary tensors, of which timm makes a model again. Save the model before it is "
             "quantised, and quantise what is loaded."

@@ -64,15 +64,20 @@ def find_saved(cfg: Mapping[str, Any], cache_dir: Any = None, weights: bool = Tr
     """
     local = cfg["source"] == "local-dir"
     folder = Path(cfg["file"]) if local else _cached_folder(cfg["hf_hub_id"], cache_dir)
-    section = read_section(folder / "config.json")
-    if section is None:
+    saved = read_saved(folder)
+    if saved is None:
         return None
     names = (COMPACT_NAME, FUSED_NAME) if weights else (COMPACT_NAME,)
     if not local:
         _download(cfg["hf_hub_id"].partition("@")[0], names, folder, cache_dir)
-    saved = SavedModel(folder, section)
     saved.check(*names)
     return saved
+
+
+def read_saved(folder: Path) -> SavedModel | None:
+    """The saved model in a folder, not checked; None if there is none. Errors as for ``read_section``."""
+    section = read_section(folder / "config.json")
+    return None if section is None else SavedModel(folder, section)
 
 
 def read_section(config: Path) -> Mapping[str, Any] | None:

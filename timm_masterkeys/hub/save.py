@@ -16,15 +16,16 @@ from timm.layers import get_act_layer, get_norm_layer
 from timm.models import get_model_args, save_for_hf
 from torch import nn
 
-from ..conversion.convert import fuse_masterkeys
+from ..conversion.convert import fuse
+from ..conversion.copies import copy_model
 from ..conversion.tags import masterkeys_tag
 from ..conversion.wrapped import evaluating
 from ..errors import CheckpointError, ConversionError, in_short
-from ..files import atomic_path, file_sha256, os_errors, work_folder
+from ..files import atomic_path, os_errors, work_folder
 from .card import CardEntries, make_card, read_readme
 from .contents import Contents, gather_contents
 from .load import read_section
-from .weights import COMPACT_NAME, FUSED_NAME, SECTION, read_compact, restore_layers, save_compact
+from .weights import COMPACT_NAME, FUSED_NAME, SECTION, files_sha256, read_compact, restore_layers, write_compact
 
 _logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def _saving(directory: Path) -> Iterator[Path]:
 
 def _write_weights(contents: Contents, folder: Path) -> dict[str, Any]:
     """Writes both weight files and config.json; returns the contents of config.json."""
-    dense: Any = contiguous(fuse_masterkeys(contents.model))
+    dense: Any = contiguous(fuse(copy_model(contents.model)))
     cfg, source = dict(contents.cfg), contents.report.record.source
     if not (source and source.name):
         cfg = {name: value for name, value in cfg.items() if name not in _ORIGIN}
@@ -150,13 +151,12 @@ def _write_weights(contents: Contents, folder: Path) -> dict[str, Any]:
     args = {name: _as_json(name, value) for name, value in get_model_args(dense).items()}
     with os_errors():
         save_for_hf(dense, str(folder), model_config=config, model_args=args, safe_serialization=True)
-    save_compact(contents.model, folder / COMPACT_NAME)
+    write_compact(contents.layers, folder / COMPACT_NAME)
     saved: dict[str, Any] = json.loads((folder / "config.json").read_text())
     # The section holds the ``mk_`` settings. transformers refuses ``num_classes`` here and at the top level.
     args = saved.get("model_args", {})
     saved["model_args"] = {n: v for n, v in args.items() if not n.startswith("mk_") and n != "num_classes"}
-    files = {name: file_sha256(folder / name) for name in (FUSED_NAME, COMPACT_NAME)}
-    saved[SECTION] = {**contents.section, "files": files}
+    saved[SECTION] = {**contents.section, "files": files_sha256(folder)}
     (folder / "config.json").write_text(json.dumps(saved, indent=2))
     return saved
 

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ..conversion.convert import new_layers, replace_layers
 from ..conversion.plan import converted_layers, flat_name, is_feature_extractor, layer_settings
 from ..conversion.wrapped import check_unwrapped, unwrapped
 from ..errors import BankError, CheckpointError
-from ..files import atomic_path
+from ..files import atomic_path, file_sha256
 from ..keys.banks import KeyBank
 from ..layers import MasterKeyConv2d, Trainable
 
@@ -71,8 +72,12 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Example:
         >>> save_compact(model, "masterkeys.safetensors")
     """
-    model = unwrapped(model)
-    layers, settings = converted_layers(model, required=True), layer_settings(model)
+    write_compact(converted_layers(unwrapped(model), required=True), path)
+
+
+def write_compact(layers: Mapping[str, MasterKeyConv2d], path: str | os.PathLike[str]) -> None:
+    """Writes the compact form of converted layers, given by name; errors as for ``save_compact``. Atomic."""
+    settings = layer_settings(layers)
     tensors = {f"banks.{s.bank.digest}": torch.from_numpy(s.bank.keys.copy()) for s in settings.values()}
     for name, layer in layers.items():
         layer.check_keys()
@@ -81,6 +86,11 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
         tensors |= {f"{name}.{entry}": v.detach().cpu().contiguous().clone() for entry, v in entries.items()}
     with atomic_path(path) as tmp:  # one metadata entry, as safetensors writes several in random order
         save_file(tensors, tmp, {_METADATA: json.dumps(describe_layers(settings))})
+
+
+def files_sha256(folder: Path) -> dict[str, str]:
+    """The SHA-256 of the two weight files in a folder, by name; ``SavedModel.check`` compares them."""
+    return {name: file_sha256(folder / name) for name in (FUSED_NAME, COMPACT_NAME)}
 
 
 def load_compact(model: nn.Module, path: str | os.PathLike[str], trainable: Trainable | None = None) -> None:

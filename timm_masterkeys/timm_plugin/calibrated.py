@@ -8,9 +8,8 @@ import hashlib
 import json
 import logging
 import re
-import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,14 +22,15 @@ from torch import nn
 from ..calibration.agreement import convert_and_calibrate
 from ..calibration.images import BUILTIN
 from ..conversion.config import MasterKeysConfig
-from ..conversion.convert import fuse_masterkeys
-from ..conversion.plan import layer_settings
+from ..conversion.convert import fuse
+from ..conversion.copies import copy_model
+from ..conversion.plan import converted_layers, layer_settings
 from ..conversion.record import read_record, set_source
 from ..errors import CheckpointError
 from ..files import os_errors, tensors_sha256
-from ..hub.load import SavedModel, read_section
+from ..hub.load import SavedModel, read_saved
 from ..hub.save import contiguous
-from ..hub.weights import COMPACT_NAME, FUSED_NAME, SECTION, describe_layers, save_compact
+from ..hub.weights import COMPACT_NAME, FUSED_NAME, SECTION, describe_layers, files_sha256, write_compact
 from .cache import MARK, cache_folder, cached_folder
 from .cache_key import cache_key, weights_sha256
 from .call import Call
@@ -90,8 +90,7 @@ def calibrated_entry(call: Call, state: Mapping[str, Any] | None, images: str) -
         return model
 
     with cached_folder(folder, calibrate, partial(_save, key), _usable) as saved:
-        section = read_section(saved / "config.json")  # None if another process has just cleared the cache
-        yield SavedModel(saved, section or {})
+        yield read_saved(saved) or SavedModel(saved, {})  # empty if another process has just cleared the cache
 
 
 def _shared_config(call: Call) -> MasterKeysConfig:
@@ -129,38 +128,29 @@ def _build(call: Call, shape: tuple[int, int]) -> nn.Module:
 
 def _save(key: Any, model: nn.Module, folder: Path) -> None:
     """Writes an entry: a saved model without a cfg, as each call has its own."""
-    dense = contiguous(fuse_masterkeys(model))
+    layers = converted_layers(model)
+    section = {**describe_layers(layer_settings(layers)), **read_record(model).to_dict()}
     with os_errors():
-        save_file(dense.state_dict(), folder / FUSED_NAME)
-    save_compact(model, folder / COMPACT_NAME)
-    section = {**describe_layers(layer_settings(model)), **read_record(model).to_dict()}
-    section["crc32"] = {**_checksums(folder), "section": _crc32(section)}
+        save_file(contiguous(fuse(copy_model(model))).state_dict(), folder / FUSED_NAME)
+    write_compact(layers, folder / COMPACT_NAME)
+    section["files"] = files_sha256(folder)
+    section["sha256"] = _section_sha256(section)
     config = {"made_by": MARK, "key": key, SECTION: section}
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _usable(folder: Path) -> bool:
     """Whether the files of an entry exist and are as they were saved."""
-    try:
-        section = dict(read_section(folder / "config.json") or {})
-        return section.pop("crc32") == {**_checksums(folder), "section": _crc32(section)}
-    except (CheckpointError, OSError, LookupError, TypeError):
-        return False
+    with suppress(CheckpointError, OSError):
+        if saved := read_saved(folder):
+            saved.check(COMPACT_NAME, FUSED_NAME)
+            return saved.about.get("sha256") == _section_sha256(saved.about)
+    return False
 
 
-def _checksums(folder: Path) -> dict[str, int]:
-    """The CRC-32 of an entry's weight files by name; it detects damage in a third of the time of SHA-256."""
-    checksums = {}
-    for name in (FUSED_NAME, COMPACT_NAME):
-        checksums[name] = 0
-        with open(folder / name, "rb") as file:
-            while chunk := file.read(1 << 18):
-                checksums[name] = zlib.crc32(chunk, checksums[name])
-    return checksums
-
-
-def _crc32(section: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(section, sort_keys=True).encode())
+def _section_sha256(section: Mapping[str, Any]) -> str:
+    """The SHA-256 of a section but for this digest: the figures in it are of an entry's weights."""
+    return hashlib.sha256(json.dumps({**section, "sha256": ""}, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from ..calibration.agreement import convert_and_calibrate
 from ..calibration.images import BUILTIN, FEWEST, HELD_OUT, photographs_sha256
 from ..conversion.config import MasterKeysConfig
 from ..conversion.convert import apply
-from ..conversion.plan import layer_settings
+from ..conversion.plan import converted_layers, layer_settings
 from ..conversion.record import Source, read_record, set_source
 from ..conversion.tags import is_masterkeys_tag, masterkeys_tag
 from ..errors import ZooError
@@ -263,7 +263,7 @@ def _make(name: str, zoo: Zoo) -> Result:
     cache = None if zoo.keep_weights else folder / "download"
     dense = timm.create_model(name, pretrained=True, cache_dir=cache).eval().to(zoo.device)
     calibrated, _ = convert_and_calibrate(dense, zoo.config, zoo.calibrate)
-    uncalibrated = apply(copy.deepcopy(dense), layer_settings(calibrated))
+    uncalibrated = apply(copy.deepcopy(dense), layer_settings(converted_layers(calibrated)))
     models = [calibrated, dense, uncalibrated]
     measured = measure(models, zoo.labels, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device)
     columns = {"seconds": round(time.perf_counter() - start, 1), "source": name, "repo": zoo.repo(name)}
