@@ -12,7 +12,7 @@ from torch import nn
 import timm_masterkeys as mk
 from timm_masterkeys import MasterKeysConfig
 from timm_masterkeys.conversion.config import LayerSettings
-from timm_masterkeys.conversion.plan import converted_layers, layer_settings, resolve
+from timm_masterkeys.conversion.plan import resolve
 
 DESCRIPTIONS = [
     {},
@@ -79,6 +79,6 @@ def test_the_settings_of_a_converted_model(given):
     config = MasterKeysConfig(**given)
     model = mk.convert_to_masterkeys(nn.Sequential(nn.Conv2d(4, 4, 7, groups=4)), **given)
     banks = {config.bank.digest: config.bank}
-    (settings,) = layer_settings(converted_layers(model)).values()
+    settings = LayerSettings.from_layer(model[0])
     assert settings == config.layer_settings
     assert LayerSettings.from_dict(json.loads(json.dumps(settings.to_dict())), banks) == settings

@@ -20,7 +20,6 @@ from torch import nn
 
 import timm_masterkeys as mk
 from timm_masterkeys import CheckpointError, ConversionError
-from timm_masterkeys.conversion.config import LayerSettings
 from timm_masterkeys.errors import in_short
 from timm_masterkeys.files import file_sha256
 from timm_masterkeys.hub.weights import describe_layers
@@ -496,7 +495,7 @@ def test_tensors_that_are_not_contiguous(tmp_path):
 
 def test_banks_of_one_name_are_listed_in_one_order():
     banks = [mk.KeyBank("mine", torch.randn(3, 7, 7, generator=torch.Generator().manual_seed(i))) for i in range(6)]
-    listed = describe_layers({str(i): LayerSettings(bank) for i, bank in enumerate(banks)})["banks"]
+    listed = describe_layers({bank.digest: mk.MasterKeyConv2d(4, 4, 7, bank=bank) for bank in banks})["banks"]
     assert list(listed) == sorted(listed)
 
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 import timm_masterkeys as mk
-from timm_masterkeys.conversion.plan import converted_layers, layer_settings
+from timm_masterkeys.conversion.config import LayerSettings
+from timm_masterkeys.conversion.plan import converted_layers
 from timm_masterkeys.conversion.record import Source, read_record
 
 DATA = Path(__file__).parent / "data"
@@ -28,11 +29,8 @@ def test_format_1(expected):
     with torch.no_grad():
         assert torch.allclose(model(x), out, rtol=1e-4, atol=1e-5)  # convolutions differ between versions of torch
 
-    settings = [
-        (s.bank.name, s.keys_per_kernel, s.trainable, s.sigmas)
-        for s in layer_settings(converted_layers(model)).values()
-    ]
-    assert settings == [
+    settings = map(LayerSettings.from_layer, converted_layers(model).values())
+    assert [(s.bank.name, s.keys_per_kernel, s.trainable, s.sigmas) for s in settings] == [
         ("babaiee2025", 1, "shift", False),
         ("mine", 2, "affine", False),
         ("scale-space-b", 1, "sigmas", True),  # "scales" in the file

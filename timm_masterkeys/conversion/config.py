@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import CheckpointError, ConversionError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
 from ..keys.projection import check_keys_per_kernel
-from ..layers import SigmaKeyConv2d, Trainable, check_trainable
+from ..layers import MasterKeyConv2d, SigmaKeyConv2d, Trainable, check_trainable
 
 Patterns = str | Sequence[str] | None
 
@@ -22,6 +22,11 @@ class LayerSettings:
     keys_per_kernel: int = 1
     trainable: Trainable = "shift"
     sigmas: bool = False
+
+    @classmethod
+    def from_layer(cls, layer: MasterKeyConv2d) -> "LayerSettings":
+        """The settings of a converted layer."""
+        return cls(layer.bank, layer.keys_per_kernel, layer.trainable, layer.has_sigmas)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON data, with the bank's digest."""

@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -187,14 +186,6 @@ def converted_layers(model: nn.Module, required: bool = False) -> dict[str, Mast
     if required and not layers:
         raise ConversionError(f"{type(model).__name__} holds no MasterKeyConv2d: convert_to_masterkeys first.")
     return layers
-
-
-def layer_settings(layers: Mapping[str, MasterKeyConv2d]) -> dict[str, LayerSettings]:
-    """The settings of converted layers, by name."""
-    return {
-        name: LayerSettings(layer.bank, layer.keys_per_kernel, layer.trainable, layer.has_sigmas)
-        for name, layer in layers.items()
-    }
 
 
 def is_dense_depthwise(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from ..conversion.plan import converted_layers, layer_settings
+from ..conversion.plan import converted_layers
 from ..conversion.record import Record, Source, keys_digest
 from ..conversion.report import ConversionReport, report_layers
 from ..conversion.wrapped import check_unwrapped, quantised_entry, unwrapped
@@ -60,6 +60,7 @@ def gather_contents(
 ) -> Contents:
     """Gathers what is saved of a model; arguments and errors as for ``save_pretrained``. Changes nothing."""
     model = unwrapped(model)
+    check_unwrapped(model)
     cfg: Any = getattr(model, "pretrained_cfg", None)
     if not cfg or not cfg.get("architecture") or not hasattr(model, "num_classes"):
         raise ConversionError(
@@ -67,7 +68,6 @@ def gather_contents(
             "load it again. Save its state_dict instead."
         )
     layers = converted_layers(model, required=True)
-    check_unwrapped(model)
     config = dict(config or {})
     _check_config(config)
     report = report_layers(model, layers)
@@ -82,7 +82,7 @@ def gather_contents(
     )
     r2 = report.total.mean_r2
     section = {
-        **describe_layers(layer_settings(layers)),
+        **describe_layers(layers),
         **record.to_dict(),
         "kernels": report.total.channels,
         "mean_r2": None if math.isnan(r2) else round(r2, 4),

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..conversion.config import LayerSettings
 from ..conversion.convert import new_layers, replace_layers
-from ..conversion.plan import converted_layers, flat_name, is_feature_extractor, layer_settings
+from ..conversion.plan import converted_layers, flat_name, is_feature_extractor
 from ..conversion.wrapped import check_unwrapped, unwrapped
 from ..errors import BankError, CheckpointError
 from ..files import atomic_path, file_sha256
@@ -44,16 +44,16 @@ class Compact:
     entries: Mapping[str, Mapping[str, torch.Tensor]]
 
 
-def describe_layers(layers: Mapping[str, LayerSettings]) -> dict[str, Any]:
-    """The settings of layers as JSON data: the banks by digest, and the settings by layer name."""
-    banks = sorted({settings.bank for settings in layers.values()}, key=lambda bank: (bank.name, bank.digest))
+def describe_layers(layers: Mapping[str, MasterKeyConv2d]) -> dict[str, Any]:
+    """The settings of converted layers as JSON data: the banks by digest, and the settings by layer name."""
+    banks = sorted({layer.bank for layer in layers.values()}, key=lambda bank: (bank.name, bank.digest))
     return {
         "format_version": FORMAT_VERSION,
         "banks": {
             bank.digest: {"name": bank.name, "source": bank.source, "licence": bank.licence, "resize": bank.resize}
             for bank in banks
         },
-        "layers": {name: settings.to_dict() for name, settings in layers.items()},
+        "layers": {name: LayerSettings.from_layer(layer).to_dict() for name, layer in layers.items()},
     }
 
 
@@ -77,15 +77,14 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def write_compact(layers: Mapping[str, MasterKeyConv2d], path: str | os.PathLike[str]) -> None:
     """Writes the compact form of converted layers, given by name; errors as for ``save_compact``. Atomic."""
-    settings = layer_settings(layers)
-    tensors = {f"banks.{s.bank.digest}": torch.from_numpy(s.bank.keys.copy()) for s in settings.values()}
+    tensors = {f"banks.{layer.bank.digest}": torch.from_numpy(layer.bank.keys.copy()) for layer in layers.values()}
     for name, layer in layers.items():
         layer.check_keys()
         layer.check_values(torch.empty(0, device="cpu"))
         entries = {entry: getattr(layer, entry) for entry in layer.compact_entries} | {"key_index": layer.key_rows()}
         tensors |= {f"{name}.{entry}": v.detach().cpu().contiguous().clone() for entry, v in entries.items()}
     with atomic_path(path) as tmp:  # one metadata entry, as safetensors writes several in random order
-        save_file(tensors, tmp, {_METADATA: json.dumps(describe_layers(settings))})
+        save_file(tensors, tmp, {_METADATA: json.dumps(describe_layers(layers))})
 
 
 def files_sha256(folder: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ from ..calibration.images import BUILTIN
 from ..conversion.config import MasterKeysConfig
 from ..conversion.convert import fuse
 from ..conversion.copies import copy_model
-from ..conversion.plan import converted_layers, layer_settings
+from ..conversion.plan import converted_layers
 from ..conversion.record import read_record, set_source
 from ..errors import CheckpointError
 from ..files import os_errors, tensors_sha256
@@ -129,7 +129,7 @@ def _build(call: Call, shape: tuple[int, int]) -> nn.Module:
 def _save(key: Any, model: nn.Module, folder: Path) -> None:
     """Writes an entry: a saved model without a cfg, as each call has its own."""
     layers = converted_layers(model)
-    section = {**describe_layers(layer_settings(layers)), **read_record(model).to_dict()}
+    section = {**describe_layers(layers), **read_record(model).to_dict()}
     with os_errors():
         save_file(contiguous(fuse(copy_model(model))).state_dict(), folder / FUSED_NAME)
     write_compact(layers, folder / COMPACT_NAME)

@@ -25,9 +25,9 @@ from timm.data import is_img_extension
 
 from ..calibration.agreement import convert_and_calibrate
 from ..calibration.images import BUILTIN, FEWEST, HELD_OUT, photographs_sha256
-from ..conversion.config import MasterKeysConfig
+from ..conversion.config import LayerSettings, MasterKeysConfig
 from ..conversion.convert import apply
-from ..conversion.plan import converted_layers, layer_settings
+from ..conversion.plan import converted_layers
 from ..conversion.record import Source, read_record, set_source
 from ..conversion.tags import is_masterkeys_tag, masterkeys_tag
 from ..errors import ZooError
@@ -263,7 +263,8 @@ def _make(name: str, zoo: Zoo) -> Result:
     cache = None if zoo.keep_weights else folder / "download"
     dense = timm.create_model(name, pretrained=True, cache_dir=cache).eval().to(zoo.device)
     calibrated, _ = convert_and_calibrate(dense, zoo.config, zoo.calibrate)
-    uncalibrated = apply(copy.deepcopy(dense), layer_settings(converted_layers(calibrated)))
+    settings = {name: LayerSettings.from_layer(layer) for name, layer in converted_layers(calibrated).items()}
+    uncalibrated = apply(copy.deepcopy(dense), settings)
     models = [calibrated, dense, uncalibrated]
     measured = measure(models, zoo.labels, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device)
     columns = {"seconds": round(time.perf_counter() - start, 1), "source": name, "repo": zoo.repo(name)}
