@@ -5,7 +5,7 @@ import logging
 import pytest
 import timm
 import torch
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import timm_masterkeys as mk
 from timm_masterkeys import ConversionError
@@ -97,6 +97,17 @@ def test_what_is_said_of_other_weights_is_not_kept(model, dense, tmp_path):
     assert saved.data.to_dict().keys() == {"library_name", "license", "my_field", "pipeline_tag", "tags"}
     assert "By hand." in saved.text and first_line(saved).startswith("**Not calibrated: ")
     assert "license" not in card(other, tmp_path).data.to_dict()
+
+
+def test_results_of_a_dense_network_are_not_those_of_the_converted_one(model, dense, tmp_path):
+    timm.models.save_for_hf(dense, str(tmp_path), safe_serialization=True)
+    data = ModelCardData(
+        model_name="dense", eval_results=[EvalResult("image-classification", "a", "a", "accuracy", 90.0)], language="en"
+    )
+    (tmp_path / "README.md").write_text(f"---\n{data.to_yaml()}\n---\nBy hand.\n")
+    saved = card(model, tmp_path)
+    assert saved.data.eval_results is None and saved.data.language == "en"
+    assert "By hand." in saved.text and "**Not calibrated: " in saved.text
 
 
 def test_results_join_those_of_the_same_weights(model, tmp_path):

@@ -73,7 +73,11 @@ class CardEntries:
 
 
 def make_card(
-    contents: Contents, config: Mapping[str, Any], entries: CardEntries, existing: str, previous: Mapping[str, Any]
+    contents: Contents,
+    config: Mapping[str, Any],
+    entries: CardEntries,
+    existing: str,
+    previous: Mapping[str, Any] | None,
 ) -> ModelCard:
     """The card of a converted model.
 
@@ -85,7 +89,8 @@ def make_card(
         entries: What the user says of the model.
         existing: The text of the README to replace. The text outside this package's marks is kept, and the metadata,
             but for what they say of other weights: results, licence and base model.
-        previous: The section ``masterkeys`` of the config.json beside it, to tell which these are; empty if none.
+        previous: The section ``masterkeys`` of the config.json beside it, to tell which these are: empty if that is of
+            a dense model, None if there is no config.json.
 
     Raises:
         ConversionError: The metadata or the marks of the README cannot be read.
@@ -161,14 +166,16 @@ def _hand_written(existing: str) -> tuple[str, str, dict[str, Any]]:
     return before, after.lstrip("\n"), fields
 
 
-def _outdated(fields: Mapping[str, Any], previous: Mapping[str, Any], source: Source, weights_sha256: str) -> list[str]:
+def _outdated(
+    fields: Mapping[str, Any], previous: Mapping[str, Any] | None, source: Source, weights_sha256: str
+) -> list[str]:
     """The names of the metadata that a publication of other weights, or from another source, has left."""
     outdated: list[str] = []
-    if not previous:
+    if previous is None:
         return outdated
     before = Source(**(previous.get("source") or {}))
     license = fields.get("license_name") or fields.get("license")
-    if previous["files"][FUSED_NAME] != weights_sha256:
+    if previous.get("files", {}).get(FUSED_NAME) != weights_sha256:
         outdated += ["model-index"]
     if license != source.license and (source.license or license == before.license):
         outdated += ["license", "license_name", "license_link"]

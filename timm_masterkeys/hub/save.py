@@ -103,8 +103,10 @@ def write_contents(contents: Contents, directory: Path, entries: CardEntries) ->
         )
 
 
-def _previous_section(config: Path) -> Mapping[str, Any]:
-    """What an earlier publication in the same place said of its weights; empty if there was none."""
+def _previous_section(config: Path) -> Mapping[str, Any] | None:
+    """What an earlier publication in the same place said of its weights: empty for a dense model, None if none."""
+    if not config.is_file():
+        return None
     with suppress(CheckpointError, LookupError, TypeError):
         section = read_section(config)
         if section and section["files"][FUSED_NAME]:
