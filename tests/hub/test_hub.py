@@ -226,6 +226,18 @@ def test_dry_run_checks_the_account(hub, worker, published, others):
         assert "Nothing was published" in message and "hf_wrong" not in message
 
 
+def test_a_hub_that_does_not_answer(worker):
+    message = worker.run(
+        """
+        from unittest.mock import patch
+        with patch("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9"):  # a port that nobody listens to
+            mk.push_to_hub(converted(), "alice/base")
+        """,
+        raises="HubError",
+    )
+    assert re.search("Nothing was published to alice/base: the Hub does not answer .* Try again online", message)
+
+
 def test_dry_run(hub, worker, published):
     """Nor is a commit made of what is there already."""
     out = worker.run("""

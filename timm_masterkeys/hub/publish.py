@@ -263,4 +263,6 @@ def _in_words(error: Exception) -> str:
         return "there is no token. Log in with `hf auth login`, or set HF_TOKEN."
     if getattr(getattr(error, "response", None), "status_code", 0) == 412:
         return "it was changed by somebody else meanwhile. Run again."
+    if "Connect" in type(error).__name__:  # the class depends on the client's version
+        return f"the Hub does not answer ({in_short(error)}). Try again online."
     return in_short(error)
