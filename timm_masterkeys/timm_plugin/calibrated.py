@@ -50,42 +50,25 @@ def calibrated_entry(call: Call, state: Mapping[str, Any] | None, images: str) -
     Raises:
         MasterKeysError: As ``calibrate_masterkeys`` and ``convert_to_agreement``.
     """
-    config = _shared_config(call)  # checked before anything is downloaded
-    shape = _weights_shape(call, state)
-    built: list[nn.Module] = []  # the dense network, if its digest needed it
-    digest = weights_sha256(call)
+    config, shape = _shared_config(call), _weights_shape(call, state)  # checked before anything is downloaded
+    digest, downloaded = weights_sha256(call), None
     if digest == "":  # the weights are not here yet: building the network downloads them
-        with _undisturbed():
-            built.append(_build(call, shape))
-        digest = weights_sha256(call) or tensors_sha256(built[0].state_dict())
+        downloaded = _build(call, shape)
+        digest = weights_sha256(call) or tensors_sha256(downloaded.state_dict())
     key = cache_key(call, config, shape, digest, images)
-    folder = None
-    if key is None:
+    folder = None if key is None else _entry_folder(call, key)
+    if folder is None:
         _logger.warning(
             "%s: its code or its arguments cannot be compared with those of other calls: it is not kept in the cache. "
             "save_pretrained(model, folder) keeps it.",
             call.name,
         )
-    else:
-        key_digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        folder = cache_folder(call.cache_dir) / re.sub(r"[^\w.-]", "_", f"{call.name}-{key_digest}")
 
-    @_undisturbed()
     def calibrate() -> nn.Module:
-        if built:
-            dense = built.pop()
-        else:
-            dense = _build(call, shape)
-            if weights_sha256(call) != digest:
-                raise CheckpointError(f"The weights of {call.name} changed while they were loaded. Load them again.")
-        _logger.warning(
-            "%s: calibrating with %s%s (mk_calibrate=False turns it off).",
-            call.name,
-            "photographs that ship with timm_masterkeys" if images == BUILTIN else images,
-            ", once; it is kept in the cache afterwards" if folder else "",
-        )
-        model, report = convert_and_calibrate(dense, config, images, call.flat_names)
-        _logger.warning("%s: calibrated %s.", call.name, report.summary())
+        dense = _build(call, shape) if downloaded is None else downloaded
+        if downloaded is None and weights_sha256(call) != digest:
+            raise CheckpointError(f"The weights of {call.name} changed while they were loaded. Load them again.")
+        model = _calibrate(call, config, dense, images, kept=folder is not None)
         set_source(model, replace(call.dense_source, sha256=digest))
         return model
 
@@ -117,13 +100,33 @@ def _first(name: Any) -> str:
     return name if isinstance(name, str) else next(iter(name or ()), "")
 
 
+def _entry_folder(call: Call, key: Mapping[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder(call.cache_dir) / re.sub(r"[^\w.-]", "_", f"{call.name}-{digest}")
+
+
 def _build(call: Call, shape: tuple[int, int]) -> nn.Module:
     """The dense network with the head and the input channels of the weights."""
     channels, classes = shape
     size = (channels, *call.cfg.input_size[1:])
     cfg = replace(call.cfg, input_size=size, num_classes=classes, label_offset=None)
     weights_call = replace(call, cfg=cfg, kwargs={**call.arguments, "cache_dir": call.cache_dir})
-    return weights_call.build(True).eval()
+    with _undisturbed():
+        return weights_call.build(True).eval()
+
+
+def _calibrate(call: Call, config: MasterKeysConfig, dense: nn.Module, images: str, kept: bool) -> nn.Module:
+    """The calibrated network of a dense one; tells what it does, as it takes long."""
+    _logger.warning(
+        "%s: calibrating with %s%s (mk_calibrate=False turns it off).",
+        call.name,
+        "photographs that ship with timm_masterkeys" if images == BUILTIN else images,
+        ", once; it is kept in the cache afterwards" if kept else "",
+    )
+    with _undisturbed():
+        model, report = convert_and_calibrate(dense, config, images, call.flat_names)
+    _logger.warning("%s: calibrated %s.", call.name, report.summary())
+    return model
 
 
 def _save(key: Any, model: nn.Module, folder: Path) -> None:
