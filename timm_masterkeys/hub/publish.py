@@ -122,12 +122,12 @@ def push_to_hub(
     Example:
         >>> print(push_to_hub(model, "me/convnext_tiny.mk8"))
     """
-    contents = gather_contents(model, license, base_model, config)
     if not re.fullmatch(r"[^/@]+/[^/@]+", repo_id):
         raise HubError(f"Got repo_id '{repo_id}', expected 'org/name', with a user or an organisation.")
-    weights_license = require_license(contents.source, contents.cfg)
     if create_pr and revision:
         raise HubError("create_pr opens a pull request to the default branch; leave revision out.")
+    contents = gather_contents(model, license, base_model, config)
+    weights_license = require_license(contents.source, contents.cfg)
     entries = CardEntries(repo_id, datasets, tags, metrics)
     branch = revision or "main"
     api = HfApi(token=token, library_name="timm_masterkeys", library_version=__version__)

@@ -16,8 +16,6 @@ from timm.layers import get_act_layer, get_norm_layer
 from timm.models import get_model_args, save_for_hf
 from torch import nn
 
-from ..conversion.convert import fuse
-from ..conversion.copies import copy_model
 from ..conversion.tags import masterkeys_tag
 from ..conversion.wrapped import evaluating
 from ..errors import CheckpointError, ConversionError, in_short
@@ -25,7 +23,16 @@ from ..files import atomic_path, os_errors, work_folder
 from .card import CardEntries, make_card, read_readme
 from .contents import Contents, gather_contents
 from .load import read_section
-from .weights import COMPACT_NAME, FUSED_NAME, SECTION, files_sha256, read_compact, restore_layers, write_compact
+from .weights import (
+    COMPACT_NAME,
+    FUSED_NAME,
+    SECTION,
+    files_sha256,
+    fused_copy,
+    read_compact,
+    restore_layers,
+    write_compact,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -114,13 +121,6 @@ def _previous_section(config: Path) -> Mapping[str, Any] | None:
     return {}
 
 
-def contiguous(model: nn.Module) -> nn.Module:
-    """Makes all tensors of a model contiguous, as safetensors requires. In place."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.contiguous()
-    return model
-
-
 @contextmanager
 def _saving(directory: Path) -> Iterator[Path]:
     """Yields a temporary folder in the directory. Creates a missing directory, and removes it if the save fails."""
@@ -138,7 +138,7 @@ def _saving(directory: Path) -> Iterator[Path]:
 
 def _write_weights(contents: Contents, folder: Path) -> dict[str, Any]:
     """Writes both weight files and config.json; returns the contents of config.json."""
-    dense: Any = contiguous(fuse(copy_model(contents.model)))
+    dense: Any = fused_copy(contents.model)
     cfg, source = dict(contents.cfg), contents.report.record.source
     if not (source and source.name):
         cfg = {name: value for name, value in cfg.items() if name not in _ORIGIN}

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..conversion.config import LayerSettings
-from ..conversion.convert import new_layers, replace_layers
+from ..conversion.convert import fuse, new_layers, replace_layers
+from ..conversion.copies import copy_model
 from ..conversion.plan import converted_layers, flat_name, is_feature_extractor
 from ..conversion.wrapped import check_unwrapped, unwrapped
 from ..errors import BankError, CheckpointError
@@ -85,6 +86,14 @@ def write_compact(layers: Mapping[str, MasterKeyConv2d], path: str | os.PathLike
         tensors |= {f"{name}.{entry}": v.detach().cpu().contiguous().clone() for entry, v in entries.items()}
     with atomic_path(path) as tmp:  # one metadata entry, as safetensors writes several in random order
         save_file(tensors, tmp, {_METADATA: json.dumps(describe_layers(layers))})
+
+
+def fused_copy(model: nn.Module) -> nn.Module:
+    """A fused copy of a converted model with contiguous tensors, as safetensors requires."""
+    dense = fuse(copy_model(model))
+    for tensor in (*dense.parameters(), *dense.buffers()):
+        tensor.data = tensor.data.contiguous()
+    return dense
 
 
 def files_sha256(folder: Path) -> dict[str, str]:

@@ -22,15 +22,12 @@ from torch import nn
 from ..calibration.agreement import convert_and_calibrate
 from ..calibration.images import BUILTIN
 from ..conversion.config import MasterKeysConfig
-from ..conversion.convert import fuse
-from ..conversion.copies import copy_model
 from ..conversion.plan import converted_layers
 from ..conversion.record import read_record, set_source
 from ..errors import CheckpointError
 from ..files import os_errors, tensors_sha256
 from ..hub.load import SavedModel, read_saved
-from ..hub.save import contiguous
-from ..hub.weights import COMPACT_NAME, FUSED_NAME, SECTION, describe_layers, files_sha256, write_compact
+from ..hub.weights import COMPACT_NAME, FUSED_NAME, SECTION, describe_layers, files_sha256, fused_copy, write_compact
 from .cache import MARK, cache_folder, cached_folder
 from .cache_key import cache_key, weights_sha256
 from .call import Call
@@ -134,7 +131,7 @@ def _save(key: Any, model: nn.Module, folder: Path) -> None:
     layers = converted_layers(model)
     section = {**describe_layers(layers), **read_record(model).to_dict()}
     with os_errors():
-        save_file(contiguous(fuse(copy_model(model))).state_dict(), folder / FUSED_NAME)
+        save_file(fused_copy(model).state_dict(), folder / FUSED_NAME)
     write_compact(layers, folder / COMPACT_NAME)
     section["files"] = files_sha256(folder)
     section["sha256"] = _section_sha256(section)
