@@ -71,7 +71,7 @@ class Result:
 
 def timm_columns(name: str, model: nn.Module, measured: Measurement) -> dict[str, Any]:
     """The columns of timm's results files, for the first network in ``measured``."""
-    (top1, *_), (top5, *_) = measured.top1, measured.top5
+    top1, top5 = measured.top1[0], measured.top5[0]
     return {
         "model": name,
         "top1": top1,

@@ -100,14 +100,13 @@ class Outcome:
     fresh: bool = True  # made or tried by this process; else by an earlier run or another process
 
     def __str__(self) -> str:
-        parts = [self.name]
+        text = self.name
         if r := self.result:
-            accuracies = f"dense {r.dense_top1:.2f}, not calibrated {r.uncalibrated_top1:.2f}, calibrated {r.top1:.2f}"
-            parts.append(f"top-1 {accuracies} on {r.images:,} images")
-            parts.append(f"hf-hub:{r.repo}@{r.sha}" if r.sha else "not published")
-        if self.error:
-            parts.append(f"FAILED: {self.error}")
-        return "  ".join(parts)
+            text += (
+                f"  top-1 dense {r.dense_top1:.2f}, not calibrated {r.uncalibrated_top1:.2f}, calibrated {r.top1:.2f}"
+            )
+            text += f" on {r.images:,} images  {f'hf-hub:{r.repo}@{r.sha}' if r.sha else 'not published'}"
+        return f"{text}  FAILED: {self.error}" if self.error else text
 
 
 def plan_zoo(patterns: Sequence[str], num_classes: int) -> tuple[list[str], dict[str, str]]:
@@ -174,15 +173,13 @@ def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
 
 def _check_account(zoo: Zoo) -> None:
     """Raises ZooError unless the account of the token may publish to ``org``; a dry run needs no token and no Hub."""
-    if not get_token():
-        if zoo.dry_run:
-            return
+    if not zoo.dry_run and not get_token():
         raise ZooError(
             "There is no token to publish with. Log in with `hf auth login`, set HF_TOKEN, or try a dry run."
         )
     try:
         account = HfApi().whoami()
-    except Exception as error:  # of the Hub, or of the connection
+    except Exception as error:  # no token, or an error of the Hub or of the connection
         if zoo.dry_run:
             return  # each network's own check says more
         raise ZooError(f"The Hub does not say whose token this is: {' '.join(str(error).split())[:200]}") from None
@@ -220,15 +217,15 @@ def _finish_network(name: str, zoo: Zoo, started: float) -> Outcome:
     """Makes and publishes a network, as far as not done yet. All errors are caught here, and only here."""
     folder = zoo.folder(name)
     folder.mkdir(exist_ok=True)
-    failure, checked = folder / "failure.txt", folder / "checked.txt"
-    result = None
+    failure, checked, result = folder / "failure.txt", folder / "checked.txt", None
+    recent = [path for path in (failure, checked) if path.exists() and path.stat().st_mtime >= started]  # of this run
     try:
         result = read_result(folder / "result.json")
         if result and result.repo != zoo.repo(name):  # an earlier run had another org
             result = replace(result, repo=zoo.repo(name), sha="")
-        if result and (result.sha or (zoo.dry_run and _is_new(checked, started))):
+        if result and (result.sha or (zoo.dry_run and checked in recent)):
             return Outcome(name, result, fresh=False)
-        if _is_new(failure, started):  # another process has just tried
+        if failure in recent:  # another process has just tried
             return Outcome(name, result, failure.read_text(encoding="utf-8").partition("\n")[0], fresh=False)
         if result is None or not (folder / "weights").is_dir():
             result = _make(name, zoo)
@@ -249,11 +246,6 @@ def _finish_network(name: str, zoo: Zoo, started: float) -> Outcome:
             torch.cuda.empty_cache()
 
 
-def _is_new(path: Path, started: float) -> bool:
-    """Whether a file was written in this run."""
-    return path.exists() and path.stat().st_mtime >= started
-
-
 def _make(name: str, zoo: Zoo) -> Result:
     """Downloads, converts, calibrates, measures and saves a network."""
     start, folder = time.perf_counter(), zoo.folder(name)
@@ -264,8 +256,8 @@ def _make(name: str, zoo: Zoo) -> Result:
     cache = None if zoo.keep_weights else folder / "download"
     dense = timm.create_model(name, pretrained=True, cache_dir=cache).eval().to(zoo.device)
     calibrated, _ = convert_and_calibrate(dense, zoo.config, zoo.calibrate)
-    uncalibrated = apply(copy.deepcopy(dense), layer_settings(calibrated))
-    plan, models = resolve(zoo.config, dense), [calibrated, dense, uncalibrated]
+    plan = resolve(zoo.config, dense)
+    models = [calibrated, dense, apply(copy.deepcopy(dense), layer_settings(calibrated))]
     measured = measure(models, zoo.labels, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device)
     columns = {"seconds": round(time.perf_counter() - start, 1), "source": name, "repo": zoo.repo(name)}
     result = make_result(_converted_name(name), calibrated, plan, measured, **columns)
