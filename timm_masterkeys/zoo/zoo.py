@@ -102,10 +102,9 @@ class Outcome:
     def __str__(self) -> str:
         text = self.name
         if r := self.result:
-            text += (
-                f"  top-1 dense {r.dense_top1:.2f}, not calibrated {r.uncalibrated_top1:.2f}, calibrated {r.top1:.2f}"
-            )
-            text += f" on {r.images:,} images  {f'hf-hub:{r.repo}@{r.sha}' if r.sha else 'not published'}"
+            accuracies = f"dense {r.dense_top1:.2f}, not calibrated {r.uncalibrated_top1:.2f}, calibrated {r.top1:.2f}"
+            address = f"hf-hub:{r.repo}@{r.sha}" if r.sha else "not published"
+            text += f"  top-1 {accuracies} on {r.images:,} images  {address}"
         return f"{text}  FAILED: {self.error}" if self.error else text
 
 
