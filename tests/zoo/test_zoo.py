@@ -298,8 +298,7 @@ def test_the_row_of_a_network_with_a_layer_that_stayed_dense():
     model = mk.convert_to_masterkeys(dense, include="blocks.3.0.*", keys_per_kernel=2)
     mk.calibrate_masterkeys(model, dense, torch.randn(12, 3, 64, 64))
     measured = Measurement((50.0, 75.0, 25.0), (60.0, 85.0, 35.0), 20, 10, 160, 1.0, "bicubic")
-    config = mk.MasterKeysConfig(agreement=0.9)
-    row = make_result("a.mk8", model, dense, config, measured, seconds=1.0, source="a", repo="o/a")
+    row = make_result("a.mk8", model, mk.plan_conversion(dense), measured, seconds=1.0, source="a", repo="o/a")
     assert (row.top1, row.top1_err, row.dense_top1, row.uncalibrated_top1) == (50, 50, 75, 25)
     assert (row.top5, row.top5_err, row.dense_top5, row.uncalibrated_top5) == (60, 40, 85, 35)
     converted, other = (dense.get_submodule(f"blocks.{block}.0.conv_dw") for block in (3, 4))
@@ -374,6 +373,15 @@ def test_other_settings_need_another_folder(dry, pictures, capsys):
         assert main(list(map(str, ["zoo", *ARCHS, *given, changed]))) == 1
         assert f"other settings ({name})" in capsys.readouterr().err
     assert rows(dry) == table
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+def test_damaged_settings_are_an_error_before_the_work(zoo, content):
+    zoo.output.mkdir()
+    (zoo.output / "zoo.json").write_bytes(content)
+    with pytest.raises(mk.ZooError, match=r"zoo\.json' is damaged\. Remove it, and give the settings"):
+        list(make_zoo(["test_convnext.r160_in1k"], zoo))
+    assert [path.name for path in zoo.output.iterdir()] == ["zoo.json"]
 
 
 def test_a_damaged_result_is_that_networks_failure(zoo):

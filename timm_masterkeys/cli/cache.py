@@ -3,8 +3,7 @@
 import argparse
 import time
 
-from .options import add_options
-from .outputs import print_result
+from .options import add_options, print_result
 
 SUMMARY = "list or remove the calibrated networks that create_model('<name>.mk8', pretrained=True) keeps on disk"
 EXAMPLE = "cache --clear"

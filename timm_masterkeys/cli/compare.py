@@ -3,8 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from .options import add_options
-from .outputs import print_result
+from .options import add_options, print_result
 
 SUMMARY = "show how well banks of keys fit the depthwise kernels of networks, for each size of kernel"
 EXAMPLE = "compare convnext_tiny mine.safetensors --bank babaiee2025 --bank bank.safetensors"

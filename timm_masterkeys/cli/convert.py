@@ -4,25 +4,23 @@ import argparse
 from typing import Any
 
 from ..errors import MasterKeysError
-from .options import TRAINABLE, add_conversion, add_model, add_options, check_device, read_config
-from .outputs import check_folder
+from .options import CONVERSION, TRAINABLE, add_model, add_options, check_device, check_folder, read_config
 
 SUMMARY = "convert a model, calibrate it with images, and save it as a folder that timm loads"
 EXAMPLE = "convert convnext_tiny --pretrained --keys-per-kernel 4 --output out"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
     add_model(parser)
-    add_conversion(parser, "--agreement")
-    add(
+    add_options(parser, *CONVERSION, "--agreement")
+    parser.add_argument(
         "--trainable",
         default="shift",
         choices=TRAINABLE,
         help="what later training may change of each kernel: nothing, its shift, its scale and shift (affine), or, for "
         "scale-space banks, its shift and its Gaussians' widths (sigmas) (default: shift)",
     )
-    add("--output", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
     add_options(parser, "--license", "--device")
     images = parser.add_argument_group("calibration")
     images.add_argument(
@@ -34,27 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument(
         "--max-images", type=int, metavar="N", help="use at most so many images (default: 400; 300 with --agreement)"
     )
-    images.add_argument(
-        "--mean",
-        type=float,
-        nargs="+",
-        metavar="X",
-        help="the mean that is subtracted from each channel, for pixels from 0 to 1 (default: the model's own)",
-    )
-    images.add_argument(
-        "--std",
-        type=float,
-        nargs="+",
-        metavar="X",
-        help="the standard deviation that each channel is divided by (default: the model's own)",
-    )
-    images.add_argument(
-        "--size",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="the height and width that images are brought to, or one number for both (default: the model's own)",
-    )
+    for name, number, meaning in (
+        ("--mean", float, "the mean that is subtracted from each channel, for pixels from 0 to 1"),
+        ("--std", float, "the standard deviation that each channel is divided by"),
+        ("--size", int, "the height and width that images are brought to, or one number for both"),
+    ):
+        metavar, text = "N" if number is int else "X", f"{meaning} (default: the model's own)"
+        images.add_argument(name, type=number, nargs="+", metavar=metavar, help=text)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from ..errors import MasterKeysError
 from .compare import describe_matches
-from .options import DEFAULT_BANK, add_options, check_device
-from .outputs import check_file, print_result
+from .options import DEFAULT_BANK, add_options, check_device, check_file, print_result
 
 SUMMARY = "search networks' depthwise kernels for the few keys that fit them best, and save them as a bank; needs scipy"
 EXAMPLE = "discover convnext_tiny mine.safetensors --hold-out mine.safetensors --output bank.safetensors"

@@ -2,8 +2,7 @@
 
 import argparse
 
-from .options import add_conversion, add_model, add_options, read_config
-from .outputs import check_file, print_result
+from .options import CONVERSION, add_model, add_options, check_file, print_result, read_config
 
 SUMMARY = "show which layers of a model are converted, and with weights how well the keys fit each layer"
 EXAMPLE = "inspect convnext_tiny --pretrained --json"
@@ -11,8 +10,7 @@ EXAMPLE = "inspect convnext_tiny --pretrained --json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_conversion(parser)
-    add_options(parser, "--json")
+    add_options(parser, *CONVERSION, "--json")
     parser.add_argument("--html", metavar="FILE", help="also write the fit as a page with pictures (needs matplotlib)")
 
 

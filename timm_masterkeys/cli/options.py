@@ -1,6 +1,9 @@
-"""Options that several commands share, and their values. Torch is imported only when a command runs."""
+"""What several commands share: options, checks of their values, and results as text or JSON; without torch."""
 
 import argparse
+import json
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MasterKeysError
@@ -8,9 +11,11 @@ from ..errors import MasterKeysError
 if TYPE_CHECKING:
     from ..conversion.config import MasterKeysConfig
 
+CONVERSION = ("--bank", "--keys-per-kernel", "--include", "--exclude")  # and "--agreement": ``read_config`` reads them
 DEFAULT_BANK = "babaiee2025"  # as in keys.banks, which imports torch
 TRAINABLE = ("none", "shift", "affine", "sigmas")  # as in layers, which imports torch
 
+_MANY: dict[str, Any] = {"action": "append", "metavar": "PATTERN"}  # may be repeated
 _SHARED: dict[str, dict[str, Any]] = {
     "sources": {
         "nargs": "+",
@@ -28,16 +33,9 @@ _SHARED: dict[str, dict[str, Any]] = {
         "metavar": "R",
         "help": "how many keys are added up in each kernel, each with its own scale (default: 1)",
     },
-    "--include": {
-        "action": "append",
-        "metavar": "PATTERN",
-        "help": "convert only the layers whose name matches, for example 'stages.0.*'; may be repeated",
-    },
-    "--exclude": {
-        "action": "append",
-        "metavar": "PATTERN",
-        "help": "do not convert the layers whose name matches; may be repeated",
-    },
+    "--include": _MANY
+    | {"help": "convert only the layers whose name matches, for example 'stages.0.*'; may be repeated"},
+    "--exclude": _MANY | {"help": "do not convert the layers whose name matches; may be repeated"},
     "--agreement": {
         "type": float,
         "metavar": "SHARE",
@@ -60,11 +58,6 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
     """Adds shared options by name."""
     for name in names:
         parser.add_argument(name, **_SHARED[name])
-
-
-def add_conversion(parser: argparse.ArgumentParser, *more: str) -> None:
-    """Adds the options that ``read_config`` reads: the bank, the layers, and those named in ``more``."""
-    add_options(parser, "--bank", "--keys-per-kernel", "--include", "--exclude", *more)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -105,3 +98,40 @@ def check_device(device: str) -> None:
         torch.ones(1, device=device).sum().item()
     except Exception as error:  # each backend raises its own
         raise MasterKeysError(f"torch cannot use the device '{device}': {str(error).splitlines()[0]}") from None
+
+
+def check_file(path: str, suffix: str = "") -> None:
+    """Raises MasterKeysError unless the file's name ends in the suffix and its folder can be written into."""
+    folder = Path(path).absolute().parent
+    if not path.endswith(suffix):
+        raise MasterKeysError(f"Cannot write '{path}': expected a name that ends in {suffix}.")
+    if not folder.is_dir():
+        raise MasterKeysError(f"Cannot write '{path}': there is no folder '{folder}'.")
+    if Path(path).is_dir():
+        raise MasterKeysError(f"Cannot write '{path}': it is a folder, expected the name of a file.")
+    check_folder(str(folder))
+
+
+def check_folder(path: str) -> None:
+    """Raises MasterKeysError unless the folder can be written into, or be created."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-"):
+            pass
+    except OSError as error:
+        raise MasterKeysError(f"Cannot write into '{path}': {error.strerror}: '{folder}'.") from error
+
+
+def print_result(args: argparse.Namespace, value: Any, text: Any) -> None:
+    """Prints a text, or with ``--json`` dataclasses, mappings and lists as JSON; NaN and infinity become null."""
+    if args.json:
+        plain = json.loads(json.dumps(value, default=_plain), parse_constant=lambda name: None)
+        text = json.dumps(plain, indent=2)
+    print(text)
+
+
+def _plain(value: Any) -> Any:
+    """A value that ``json`` does not know, as JSON data: a path as a string, a dataclass as a dictionary."""
+    return str(value) if isinstance(value, Path) else vars(value)

@@ -4,8 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .options import add_options
-from .outputs import print_result
+from .options import add_options, print_result
 
 SUMMARY = "publish a converted model to the Hugging Face Hub, in one commit that is checked before and after"
 EXAMPLE = "publish out me/convnext_tiny.mk8 --private"
@@ -43,16 +42,7 @@ def run(args: argparse.Namespace) -> None:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = {key: value for key, value in saved.items() if key not in OWN_ENTRIES}
         readme = read_readme(folder / "README.md")
-    publication = push_to_hub(
-        model,
-        args.repo_id,
-        private=args.private,
-        revision=args.revision,
-        create_pr=args.create_pr,
-        commit_message=args.message,
-        dry_run=args.dry_run,
-        license=args.license,
-        config=config,
-        readme=readme,
-    )
+    names = "private", "revision", "create_pr", "dry_run", "license"
+    options = {"commit_message": args.message, **{name: getattr(args, name) for name in names}}
+    publication = push_to_hub(model, args.repo_id, config=config, readme=readme, **options)
     print_result(args, publication, publication)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from ..errors import ZooError
-from .options import add_conversion, add_options, check_device, read_config
+from .options import CONVERSION, add_options, check_device, read_config
 
 SUMMARY = (
     "convert, calibrate, measure and publish every timm network that matches; the same command again continues where "
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="timm names that have pretrained weights, for example 'convnext*' or convnext_tiny.fb_in1k",
     )
     add("--org", required=True, help="user or organisation on the Hub; a network is published as ORG/ARCH.mk8_TAG")
-    add_conversion(parser, "--agreement")
+    add_options(parser, *CONVERSION, "--agreement")
     add(
         "--calibrate",
         default="builtin",
@@ -67,9 +67,8 @@ def run(args: argparse.Namespace) -> None:
     device = args.device or (gpu if torch.cuda.is_available() else "cpu")
     check_device(device)
     config, labels = read_config(args), find_labels(args.evaluate, args.class_map or "")
-    settings = {name: value for name, value in vars(args).items() if name in Zoo.__dataclass_fields__}
-    settings |= {"labels": labels, "output": Path(args.output), "config": config, "device": device}
-    zoo = Zoo(**settings)
+    given = {name: value for name, value in vars(args).items() if name in Zoo.__dataclass_fields__}
+    zoo = Zoo(**given | {"labels": labels, "output": Path(args.output), "config": config, "device": device})
     names, left_out = plan_zoo(args.pattern, labels.num_classes)
     for name, reason in left_out.items():
         print(f"{name}  left out: {reason}")

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ import timm
 from huggingface_hub import EvalResult
 from torch import nn
 
-from ..conversion.config import MasterKeysConfig
-from ..conversion.plan import converted_layers, resolve
+from ..conversion.plan import ConversionPlan, converted_layers
 from ..conversion.record import read_record
 from ..errors import ZooError
 from ..files import atomic_path
@@ -54,34 +53,31 @@ class Result:
 
     def card_entries(self, dataset: str) -> dict[str, Any]:
         """Arguments of ``save_pretrained`` and ``push_to_hub``: accuracies for the card, figures for config.json."""
-        metrics = [
-            EvalResult(
-                task_type="image-classification",
-                task_name="Image Classification",
-                dataset_type=dataset,
-                dataset_name=dataset,
-                dataset_args={name: getattr(self, name) for name in ("images", "classes", "img_size", "crop_pct")},
-                metric_type=kind,
-                metric_name=name,
-                metric_value=value,
-            )
-            for kind, name, value in (
-                ("accuracy", "Top 1 Accuracy", self.top1),
-                ("top-5-accuracy", "Top 5 Accuracy", self.top5),
-            )
-        ]
+        top1 = EvalResult(
+            task_type="image-classification",
+            task_name="Image Classification",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_args={name: getattr(self, name) for name in ("images", "classes", "img_size", "crop_pct")},
+            metric_type="accuracy",
+            metric_name="Top 1 Accuracy",
+            metric_value=self.top1,
+        )
+        top5 = replace(top1, metric_type="top-5-accuracy", metric_name="Top 5 Accuracy", metric_value=self.top5)
         figures = {name: value for name, value in asdict(self).items() if name not in ("seconds", "repo", "sha")}
-        return {"repo_id": self.repo, "metrics": metrics, "config": {"evaluation": {"dataset": dataset, **figures}}}
+        evaluation = {"dataset": dataset, **figures}
+        return {"repo_id": self.repo, "metrics": [top1, top5], "config": {"evaluation": evaluation}}
 
 
 def timm_columns(name: str, model: nn.Module, measured: Measurement) -> dict[str, Any]:
     """The columns of timm's results files, for the first network in ``measured``."""
+    top1, top5 = measured.top1[0], measured.top5[0]
     return {
         "model": name,
-        "top1": measured.top1[0],
-        "top1_err": round(100 - measured.top1[0], 4),
-        "top5": measured.top5[0],
-        "top5_err": round(100 - measured.top5[0], 4),
+        "top1": top1,
+        "top1_err": round(100 - top1, 4),
+        "top5": top5,
+        "top5_err": round(100 - top5, 4),
         "param_count": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
         "img_size": measured.img_size,
         "crop_pct": measured.crop_pct,
@@ -90,35 +86,31 @@ def timm_columns(name: str, model: nn.Module, measured: Measurement) -> dict[str
 
 
 def make_result(
-    name: str, calibrated: nn.Module, dense: nn.Module, config: MasterKeysConfig, measured: Measurement, **columns: Any
+    name: str, calibrated: nn.Module, plan: ConversionPlan, measured: Measurement, **columns: Any
 ) -> Result:
     """The row of a calibrated network.
 
     Args:
         name: Its ``.mk8`` name.
         calibrated: The network.
-        dense: The dense network it was converted from.
-        config: The conversion.
+        plan: Of its conversion.
         measured: The accuracies of the calibrated, the dense and the uncalibrated network, in this order.
         **columns: The columns seconds, source and repo.
     """
     record = read_record(calibrated).calibration
     assert record is not None
     agreement, divergence = (record.after.get(name) for name in ("agreement", "divergence"))
-    layers, plans = converted_layers(calibrated), resolve(config, dense).converted
-    keys = kernels = 0
-    for plan in plans:
-        per_kernel = layers[plan.name].keys_per_kernel if plan.name in layers else math.prod(plan.kernel_size)
-        keys += per_kernel * plan.out_channels
-        kernels += plan.out_channels
+    kernels = {layer.name: layer.out_channels for layer in plan.converted}
+    keys = {layer.name: math.prod(layer.kernel_size) for layer in plan.converted}  # of a kernel, if it stays dense
+    keys |= {name: layer.keys_per_kernel for name, layer in converted_layers(calibrated).items()}
     return Result(
         **timm_columns(name, calibrated, measured),
         dense_top1=measured.top1[1],
         dense_top5=measured.top5[1],
         uncalibrated_top1=measured.top1[2],
         uncalibrated_top5=measured.top5[2],
-        keys=round(keys / kernels, 2),
-        bank=config.bank.name,
+        keys=round(sum(keys[name] * count for name, count in kernels.items()) / sum(kernels.values()), 2),
+        bank=plan.config.bank.name,
         agreement=None if agreement is None else round(100 * agreement, 2),
         divergence=None if divergence is None else round(divergence, 4),
         calibration_images=record.images,

@@ -27,7 +27,7 @@ from ..calibration.agreement import convert_and_calibrate
 from ..calibration.images import BUILTIN, FEWEST, HELD_OUT, photographs_sha256
 from ..conversion.config import LayerSettings, MasterKeysConfig
 from ..conversion.convert import apply
-from ..conversion.plan import converted_layers
+from ..conversion.plan import converted_layers, resolve
 from ..conversion.record import Source, read_record, set_source
 from ..conversion.tags import is_masterkeys_tag, masterkeys_tag
 from ..errors import ZooError
@@ -45,7 +45,7 @@ SETTINGS = "zoo.json"
 
 @dataclass(frozen=True)
 class Zoo:
-    """The settings of a zoo."""
+    """The settings of a zoo; ZooError or ConversionError for those that would make every network fail."""
 
     org: str  # user or organisation on the Hub; a network is published as ``org/<arch>.mk8_<tag>``
     labels: Labels  # images to measure accuracies with
@@ -60,6 +60,26 @@ class Zoo:
     batch_size: int = 64  # images at a time when measuring
     workers: int = 4  # processes that read images
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        try:
+            validate_repo_id(f"{self.org}/name")
+        except HFValidationError as error:
+            raise ZooError(f"org is '{self.org}', expected the name of a user or organisation: {error}") from None
+        if (size := self.batch_size) < 1 or self.workers < 0:
+            raise ZooError(f"batch_size is {size} and workers {self.workers}, expected at least 1 and at least 0.")
+        if self.license:
+            check_license(self.license)
+        if self.calibrate == BUILTIN:
+            return
+        if not os.path.isdir(self.calibrate):
+            raise ZooError(f"There is no folder '{self.calibrate}' of images to calibrate with.")
+        count = sum(is_img_extension(path.suffix.lower()) for path in walk_files(self.calibrate))
+        fewest = FEWEST if self.config.agreement is None else FEWEST * HELD_OUT
+        if count < fewest:
+            raise ZooError(
+                f"There are {count} images in '{self.calibrate}' to calibrate with, expected {fewest} or more."
+            )
 
     def folder(self, name: str) -> Path:
         """Where the files of a network are, by its timm name."""
@@ -80,14 +100,12 @@ class Outcome:
     fresh: bool = True  # made or tried by this process; else by an earlier run or another process
 
     def __str__(self) -> str:
-        parts = [self.name]
+        text = self.name
         if r := self.result:
             accuracies = f"dense {r.dense_top1:.2f}, not calibrated {r.uncalibrated_top1:.2f}, calibrated {r.top1:.2f}"
-            parts.append(f"top-1 {accuracies} on {r.images:,} images")
-            parts.append(f"hf-hub:{r.repo}@{r.sha}" if r.sha else "not published")
-        if self.error:
-            parts.append(f"FAILED: {self.error}")
-        return "  ".join(parts)
+            address = f"hf-hub:{r.repo}@{r.sha}" if r.sha else "not published"
+            text += f"  top-1 {accuracies} on {r.images:,} images  {address}"
+        return f"{text}  FAILED: {self.error}" if self.error else text
 
 
 def plan_zoo(patterns: Sequence[str], num_classes: int) -> tuple[list[str], dict[str, str]]:
@@ -131,13 +149,12 @@ def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
         zoo: The settings.
 
     Raises:
-        ZooError: An option out of range, results of other settings in the output folder, or an account that may not
-            publish. Nothing was changed.
+        ZooError: An account that may not publish, or results of other settings in the output folder. Nothing was
+            changed.
     """
     started = time.time()
-    _check_options(zoo)
-    _check_settings(zoo)
     _check_account(zoo)
+    _check_settings(zoo)
     (zoo.output / "models").mkdir(parents=True, exist_ok=True)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     pending = [*names[rank::world], *(name for i, name in enumerate(names) if i % world != rank)]
@@ -153,59 +170,15 @@ def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
             yield outcome
 
 
-def _check_options(zoo: Zoo) -> None:
-    """Raises ZooError for options that would make every network fail."""
-    try:
-        validate_repo_id(f"{zoo.org}/name")
-    except HFValidationError as error:
-        raise ZooError(f"org is '{zoo.org}', expected the name of a user or organisation: {error}") from None
-    if zoo.batch_size < 1 or zoo.workers < 0:
-        raise ZooError(f"batch_size is {zoo.batch_size} and workers {zoo.workers}, expected at least 1 and at least 0.")
-    if zoo.license:
-        check_license(zoo.license)
-    if zoo.calibrate != BUILTIN:
-        if not os.path.isdir(zoo.calibrate):
-            raise ZooError(f"There is no folder '{zoo.calibrate}' of images to calibrate with.")
-        count = sum(is_img_extension(path.suffix.lower()) for path in walk_files(zoo.calibrate))
-        fewest = FEWEST if zoo.config.agreement is None else FEWEST * HELD_OUT
-        if count < fewest:
-            raise ZooError(
-                f"There are {count} images in '{zoo.calibrate}' to calibrate with, expected {fewest} or more."
-            )
-
-
-def _check_settings(zoo: Zoo, write: bool = False) -> None:
-    """Raises ZooError if the output folder has results of other settings; ``write`` stores the first ones."""
-    settings = {
-        "calibrate": photographs_sha256() if zoo.calibrate == BUILTIN else folder_sha256(zoo.calibrate),
-        "evaluate": zoo.labels.sha256,
-        "conversion": zoo.config.to_dict(),
-        "versions": {"timm_masterkeys": __version__, "timm": timm.__version__},
-    }
-    path, text = zoo.output / SETTINGS, json.dumps(settings, indent=2)
-    if write and not path.exists():
-        with atomic_path(path) as tmp:
-            tmp.write_text(text, encoding="utf-8")
-    stored, current = json.loads(path.read_text(encoding="utf-8") if path.exists() else text), json.loads(text)
-    differing = [name for name in current if stored.get(name) != current[name]]
-    if differing:
-        raise ZooError(
-            f"'{zoo.output}' holds a zoo with other settings ({', '.join(differing)}), see {SETTINGS} there: their "
-            "results do not belong in one table. Give the same settings, or another output folder."
-        )
-
-
 def _check_account(zoo: Zoo) -> None:
     """Raises ZooError unless the account of the token may publish to ``org``; a dry run needs no token and no Hub."""
-    if not get_token():
-        if zoo.dry_run:
-            return
+    if not zoo.dry_run and not get_token():
         raise ZooError(
             "There is no token to publish with. Log in with `hf auth login`, set HF_TOKEN, or try a dry run."
         )
     try:
         account = HfApi().whoami()
-    except Exception as error:  # of the Hub, or of the connection
+    except Exception as error:  # no token, or an error of the Hub or of the connection
         if zoo.dry_run:
             return  # each network's own check says more
         raise ZooError(f"The Hub does not say whose token this is: {' '.join(str(error).split())[:200]}") from None
@@ -215,19 +188,43 @@ def _check_account(zoo: Zoo) -> None:
         raise ZooError(f"The account may not publish to '{zoo.org}', only to {', '.join(allowed)}.")
 
 
+def _check_settings(zoo: Zoo) -> str:
+    """What the results depend on, as JSON; raises ZooError if the output folder has results of other settings."""
+    settings = {
+        "calibrate": photographs_sha256() if zoo.calibrate == BUILTIN else folder_sha256(zoo.calibrate),
+        "evaluate": zoo.labels.sha256,
+        "conversion": zoo.config.to_dict(),
+        "versions": {"timm_masterkeys": __version__, "timm": timm.__version__},
+    }
+    path = zoo.output / SETTINGS
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+        differing = [name for name in settings if stored.get(name) != settings[name]]
+    except (AttributeError, ValueError) as error:
+        raise ZooError(
+            f"'{path}' is damaged. Remove it, and give the settings of the results that are there already. ({error})"
+        ) from None
+    if differing:
+        raise ZooError(
+            f"'{zoo.output}' holds a zoo with other settings ({', '.join(differing)}), see {SETTINGS} there: their "
+            "results do not belong in one table. Give the same settings, or another output folder."
+        )
+    return json.dumps(settings, indent=2)
+
+
 def _finish_network(name: str, zoo: Zoo, started: float) -> Outcome:
     """Makes and publishes a network, as far as not done yet. All errors are caught here, and only here."""
     folder = zoo.folder(name)
     folder.mkdir(exist_ok=True)
-    failure, checked = folder / "failure.txt", folder / "checked.txt"
-    result = None
+    failure, checked, result = folder / "failure.txt", folder / "checked.txt", None
+    recent = [path for path in (failure, checked) if path.exists() and path.stat().st_mtime >= started]  # of this run
     try:
         result = read_result(folder / "result.json")
         if result and result.repo != zoo.repo(name):  # an earlier run had another org
             result = replace(result, repo=zoo.repo(name), sha="")
-        if result and (result.sha or (zoo.dry_run and _is_new(checked, started))):
+        if result and (result.sha or (zoo.dry_run and checked in recent)):
             return Outcome(name, result, fresh=False)
-        if _is_new(failure, started):  # another process has just tried
+        if failure in recent:  # another process has just tried
             return Outcome(name, result, failure.read_text(encoding="utf-8").partition("\n")[0], fresh=False)
         if result is None or not (folder / "weights").is_dir():
             result = _make(name, zoo)
@@ -248,11 +245,6 @@ def _finish_network(name: str, zoo: Zoo, started: float) -> Outcome:
             torch.cuda.empty_cache()
 
 
-def _is_new(path: Path, started: float) -> bool:
-    """Whether a file was written in this run."""
-    return path.exists() and path.stat().st_mtime >= started
-
-
 def _make(name: str, zoo: Zoo) -> Result:
     """Downloads, converts, calibrates, measures and saves a network."""
     start, folder = time.perf_counter(), zoo.folder(name)
@@ -263,17 +255,17 @@ def _make(name: str, zoo: Zoo) -> Result:
     cache = None if zoo.keep_weights else folder / "download"
     dense = timm.create_model(name, pretrained=True, cache_dir=cache).eval().to(zoo.device)
     calibrated, _ = convert_and_calibrate(dense, zoo.config, zoo.calibrate)
+    plan = resolve(zoo.config, dense)
     settings = {name: LayerSettings.from_layer(layer) for name, layer in converted_layers(calibrated).items()}
-    uncalibrated = apply(copy.deepcopy(dense), settings)
-    models = [calibrated, dense, uncalibrated]
+    models = [calibrated, dense, apply(copy.deepcopy(dense), settings)]
     measured = measure(models, zoo.labels, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device)
     columns = {"seconds": round(time.perf_counter() - start, 1), "source": name, "repo": zoo.repo(name)}
-    result = make_result(_converted_name(name), calibrated, dense, zoo.config, measured, **columns)
+    result = make_result(_converted_name(name), calibrated, plan, measured, **columns)
     set_source(calibrated, Source.from_cfg(cfg))
     entries = result.card_entries(zoo.dataset or zoo.labels.folder.name)
     save_pretrained(calibrated.cpu(), folder / "weights", license=license, **entries)
-    with locked(zoo.output / ".zoo.lock"):
-        _check_settings(zoo, write=True)
+    with locked(zoo.output / ".zoo.lock"), atomic_path(zoo.output / SETTINGS) as tmp:
+        tmp.write_text(_check_settings(zoo), encoding="utf-8")
     write_result(folder / "result.json", result)
     return result
 
