@@ -15,7 +15,7 @@ from ..conversion.config import LayerSettings, MasterKeysConfig, Patterns
 from ..conversion.convert import apply, convert, make_layer
 from ..conversion.copies import copy_model
 from ..conversion.plan import resolve
-from ..conversion.record import CalibrationRecord, read_record, write_record
+from ..conversion.record import CalibrationRecord, Record, write_record
 from ..conversion.table import table
 from ..conversion.wrapped import evaluating
 from ..errors import CalibrationError, ConversionError
@@ -167,8 +167,8 @@ def convert_to_agreement(
     if agreement is None:
         raise ConversionError("agreement is None, expected more than 0, at most 1 (0.95 for 95 %).")
     config = MasterKeysConfig(bank, trainable=trainable, include=include, exclude=exclude, agreement=agreement)
-    converted = checked_pair(convert(dense, config, "project"), dense).layers
-    kernels = {name: layer.out_channels for name, layer in converted.items()}
+    pair = checked_pair(convert(dense, config, "project"), dense)
+    kernels = {name: layer.out_channels for name, layer in pair.layers.items()}
     fitted, held_out = split_for_choice(images, dense, max_images, Pixels(mean, std, size))
     layers = {name: _choices(dense.get_submodule(name), config.bank) for name in kernels}
     options = {"metric": metric, "output": output, "batch_size": batch_size, "time_budget": time_budget}
@@ -176,7 +176,7 @@ def convert_to_agreement(
     with evaluating(dense), torch.autocast(fitted.device.type, enabled=False):
         chosen_metric = choose_metric(metric, *first_output(dense, fitted[:2], output))
         check_memory(dense, torch.cat([fitted, held_out]))
-        search = _Search(dense, config, kernels, layers, fitted, held_out, chosen_metric, options)
+        search = _Search(dense, config, pair.record, kernels, layers, fitted, held_out, chosen_metric, options)
         steps = order_steps(kernels, search.distances(fitted[:: max(1, len(fitted) // JUDGES)]))
     nothing_left = all(None in choices.values() for choices in layers.values())  # after the last step
     best, tried = search.fewest_steps(steps, len(steps) - nothing_left, agreement)
@@ -189,7 +189,7 @@ def convert_to_agreement(
         )
     model, chosen, record = best
     record = replace(record, origin=origin_of(images))
-    write_record(model, replace(read_record(model), calibration=record))
+    write_record(model, replace(pair.record, calibration=record))
     by_keys, seconds = tuple(sorted(tried, key=lambda tried_network: tried_network.keys)), time.perf_counter() - start
     return model, KeyBudget(agreement, chosen_metric.score_name, record, chosen, by_keys, kernels, seconds)
 
@@ -231,6 +231,7 @@ class _Search:
 
     dense: nn.Module
     config: MasterKeysConfig
+    record: Record  # of a network converted by it
     kernels: Mapping[str, int]  # the number of each layer
     layers: Choices
     fitted: torch.Tensor  # images to calibrate with
@@ -276,8 +277,8 @@ class _Search:
         counts = {name: min(choices) for name, choices in self.layers.items()} | dict(steps)
         keyed = {name: count for name, count in counts.items() if self.layers[name][count] is not None}
         layers = {name: LayerSettings(self.config.bank, n, self.config.trainable) for name, n in keyed.items()}
-        model, known = apply(copy_model(self.dense), layers), read_record(self.dense)
-        write_record(model, replace(known, conversions=(*known.conversions, self.config)))
+        model = apply(copy_model(self.dense), layers)
+        write_record(model, self.record)
         record = calibrate_masterkeys(model, self.dense, self.fitted, held_out=self.held_out, **self.options).record
         spent = sum(self.kernels[name] * count for name, count in counts.items())
         each = {name: count if name in keyed else 0 for name, count in counts.items()}

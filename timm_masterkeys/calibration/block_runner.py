@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class Reached(Exception):
-    """Ends a forward pass that has gone far enough."""
+    """Ends a forward pass that has gone far enough; may carry the arguments of the module it reached."""
 
 
 def stop(*arguments: Any) -> None:
@@ -48,7 +48,8 @@ class BlockRunner:
 
     def results(self) -> Iterator[torch.Tensor]:
         """The model's outputs after the last block, batch by batch; CalibrationError if one is not finite."""
-        return self._resume(len(self.blocks), self._run)
+        outputs = self._resume(len(self.blocks), partial(output_of, self._model, output=self._output))
+        return (finite(self._model, out) for out in outputs)
 
     @torch.no_grad()
     def run(self, index: int, calls: Iterable[Call], hooks: Iterable[tuple[str, Hook]] = ()) -> list[Any]:
@@ -86,22 +87,17 @@ class BlockRunner:
                 outputs = self.outputs
         return (resumed(*pair) for pair in zip(self.batches, outputs, strict=True))
 
-    def _run(self, batch: torch.Tensor) -> torch.Tensor:
-        return finite(self._model, output_of(self._model, batch, self._output))
-
     def _run_up_to(self, block: str, batch: torch.Tensor) -> Call:
         """Runs the model until it calls a block; returns the arguments of that call."""
-        calls: list[Call] = []
 
         def reach(module: nn.Module, args: Any, kwargs: Any) -> None:
-            calls.append((args, kwargs))
-            raise Reached
+            raise Reached(args, kwargs)
 
         handle = self.modules[block].register_forward_pre_hook(reach, prepend=True, with_kwargs=True)
         try:
             self._model(batch.clone())
-        except Reached:
-            return calls[0]
+        except Reached as reached:
+            return reached.args[0], reached.args[1]
         finally:
             handle.remove()
         raise CalibrationError(f"{type(self._model).__name__} runs {block} on some of the images only.")

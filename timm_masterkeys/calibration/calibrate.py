@@ -26,8 +26,6 @@ from .stages import OVER, STAGES, Stage, StageReport
 
 _logger = logging.getLogger(__name__)
 
-STAGE_TITLES = "stage", "changed", "left", "seconds"
-
 
 @dataclass(frozen=True)
 class CalibrationReport:
@@ -61,7 +59,7 @@ class CalibrationReport:
     def __str__(self) -> str:
         return "\n".join(
             [
-                table(STAGE_TITLES, (stage.cells() for stage in self.stages)),
+                table(("stage", "changed", "left", "seconds"), (stage.cells() for stage in self.stages)),
                 *(f"left by {stage.name}: {name}: {why}" for stage in self.stages for name, why in stage.left.items()),
                 f"metric: {self.record.metric}",
                 f"calibrated {self.summary()}, {self.seconds:.0f} s",

@@ -264,24 +264,18 @@ def _normalised(pixels: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor
 
 
 def load_images(
-    images: Images,
-    model: nn.Module,
-    max_images: int,
-    given: Pixels = FROM_CFG,
-    *,
-    count: int | None = None,
-    held_out: bool | None = None,
+    images: Images, model: nn.Module, max_images: int, given: Pixels = FROM_CFG, held_out: bool | None = None
 ) -> torch.Tensor:
     """Images in any form that ``calibrate_masterkeys`` takes, as one tensor of the model's dtype and device.
 
-    ``count`` and ``held_out`` are as for ``builtin_images``; other images have no such parts.
+    ``held_out`` is as for ``builtin_images``; of held-out photographs there are any number of crops.
     """
     if max_images < FEWEST:
         raise CalibrationError(f"max_images is {max_images}, expected at least {FEWEST}.")
     if isinstance(images, (str, os.PathLike)):
         config = prepare_for(model, given)
         if images == BUILTIN:
-            pixels = _crops(config, min(COUNT, max_images) if count is None else count, 0, held_out)
+            pixels = _crops(config, max_images if held_out else min(COUNT, max_images), 0, held_out)
         else:
             pixels = _load_folder(os.fspath(images), model, max_images, config)
         images = _normalised(pixels, config)
@@ -305,20 +299,19 @@ def split_images(
     images: Images, held_out: Images | None, model: nn.Module, max_images: int, given: Pixels, batch_size: int
 ) -> tuple[list[torch.Tensor], list[int]]:
     """All batches of images, and the indices of the held-out ones: every fifth, if there are no held-out images."""
-    if builtin := _is_builtin(images) and (held_out is None or _is_builtin(held_out)):
-        held_out = BUILTIN
-    fitted = load_images(images, model, max_images, given, held_out=False if builtin else None)
-    if held_out is None:
-        batches = fitted.split(max(1, min(batch_size, len(fitted) // PART)))
-        indices = range(PART - 1, len(batches), PART)
+    if _is_builtin(images) and (held_out is None or _is_builtin(held_out)):
+        fitted = load_images(images, model, max_images, given, False)
+        others = load_images(images, model, min(COUNT, max_images), given, True)
     else:
-        others = load_images(held_out, model, max_images, given, held_out=True if builtin else None)
-        if others.shape[1:] != fitted.shape[1:]:
-            shapes = " and ".join(str(tuple(part.shape[1:])) for part in (fitted, others))
-            raise CalibrationError(f"images and held_out are of {shapes}, expected one size.")
-        batches = (*fitted.split(batch_size), *others.split(batch_size))
-        indices = range(len(fitted.split(batch_size)), len(batches))
-    return [batch.contiguous(memory_format=torch.channels_last) for batch in batches], list(indices)
+        fitted = load_images(images, model, max_images, given)
+        others = fitted[:0] if held_out is None else load_images(held_out, model, max_images, given)
+    if others.shape[1:] != fitted.shape[1:]:
+        shapes = " and ".join(str(tuple(part.shape[1:])) for part in (fitted, others))
+        raise CalibrationError(f"images and held_out are of {shapes}, expected one size.")
+    fitted_batches = fitted.split(batch_size if len(others) else max(1, min(batch_size, len(fitted) // PART)))
+    batches = [*fitted_batches, *(others.split(batch_size) if len(others) else ())]
+    held = range(len(fitted_batches), len(batches)) if len(others) else range(PART - 1, len(batches), PART)
+    return [batch.contiguous(memory_format=torch.channels_last) for batch in batches], list(held)
 
 
 def split_for_choice(
@@ -326,9 +319,8 @@ def split_for_choice(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Images to calibrate with, and held-out images; of the built-in ones, crops of different photographs."""
     if _is_builtin(images):
-        count = 8 * (COUNT // HELD_OUT)  # many of each held-out photograph, as nothing is fitted to them
-        fitted = load_images(images, dense, max_images, given, held_out=False)
-        return fitted, load_images(images, dense, count, given, count=count, held_out=True)
+        most = 8 * (COUNT // HELD_OUT)  # many crops of each held-out photograph, as nothing is fitted to them
+        return load_images(images, dense, max_images, given, False), load_images(images, dense, most, given, True)
     least = HELD_OUT * FEWEST
     tensor = load_images(images, dense, max_images * HELD_OUT // (HELD_OUT - 1), given)
     if len(tensor) < least:
