@@ -465,6 +465,19 @@ def test_a_layer_at_positions_that_the_network_chooses(above):
     assert "fc" not in report.stages[2].changed and len(report.stages[0].changed) == 2
 
 
+def test_a_block_that_some_images_do_not_reach():
+    class Leaving(Crossing):
+        def forward(self, x):
+            return self.blocks[0](self.stem(x)).mean((2, 3)) if x.amax() > 9 else super().forward(x)
+
+    dense, x = Leaving().eval(), torch.randn(20, 3, 16, 16)
+    model, x[12] = mk.convert_to_masterkeys(dense), 10.0
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(mk.CalibrationError, match=r"Leaving runs blocks\.1\S* on some of the images only"):
+        mk.calibrate_masterkeys(model, dense, x)
+    assert same(model.state_dict(), before)
+
+
 @pytest.mark.parametrize("in_list", [False, True])
 def test_a_block_that_changes_its_arguments(in_list):
     class Changing(Block):

@@ -167,7 +167,8 @@ def convert_to_agreement(
     if agreement is None:
         raise ConversionError("agreement is None, expected more than 0, at most 1 (0.95 for 95 %).")
     config = MasterKeysConfig(bank, trainable=trainable, include=include, exclude=exclude, agreement=agreement)
-    pair = checked_pair(convert(dense, config, "project"), dense)
+    first = convert(dense, config, "project")
+    pair = checked_pair(first, dense)
     kernels = {name: layer.out_channels for name, layer in pair.layers.items()}
     fitted, held_out = split_for_choice(images, dense, max_images, Pixels(mean, std, size))
     layers = {name: _choices(dense.get_submodule(name), config.bank) for name in kernels}

@@ -35,8 +35,7 @@ def calibrate_blocks(
     start = time.perf_counter()
     blocks, norms = find_blocks(pair.model, batches[0][:2])
     placed = {name for block in blocks for name in block.converted}
-    unplaced = [name for name in pair.layers if name not in placed]
-    left = dict.fromkeys(unplaced, "runs not at all or more than once")
+    left = {name: "runs not at all or more than once" for name in pair.layers if name not in placed}
     reports = {stage: StageReport(stage, left=dict(left)) for stage in STAGES if stage in stages}
     fitted = [i for i in range(len(batches)) if i not in held_out]
     runner, dense_runner = (BlockRunner(network, blocks, batches, output) for network in (pair.model, pair.dense))

@@ -57,14 +57,10 @@ class CalibrationReport:
         return f"{self.record.summary()}, {refitted} pointwise layers refitted"
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                table(("stage", "changed", "left", "seconds"), (stage.cells() for stage in self.stages)),
-                *(f"left by {stage.name}: {name}: {why}" for stage in self.stages for name, why in stage.left.items()),
-                f"metric: {self.record.metric}",
-                f"calibrated {self.summary()}, {self.seconds:.0f} s",
-            ]
-        )
+        stages = table(("stage", "changed", "left", "seconds"), (stage.cells() for stage in self.stages))
+        left = [f"left by {stage.name}: {name}: {why}" for stage in self.stages for name, why in stage.left.items()]
+        last = f"metric: {self.record.metric}", f"calibrated {self.summary()}, {self.seconds:.0f} s"
+        return "\n".join([stages, *left, *last])
 
 
 @torch.inference_mode(False)

@@ -67,7 +67,7 @@ def calibrate_block(block: BlockPair, reports: dict[Stage, StageReport], out_of_
 def _layers(block: BlockPair, stage: Stage) -> list[LayerPair]:
     """The layers of a block that a stage changes."""
     if stage == "pointwise":
-        return [LayerPair(block, name, ROWS) for name in filter(None, [block.parts.pointwise])]
+        return [LayerPair(block, block.parts.pointwise, ROWS)] if block.parts.pointwise else []
     if stage == "norms":
         return [LayerPair(block, name, ROWS, MomentsObserver()) for name in block.parts.converted]
     pairs = [LayerPair(block, name, KERNEL_ROWS) for name in block.parts.converted]
