@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import CalibrationError
 from .blocks import Block
-from .outputs import Output, finite, output_of
+from .outputs import Output, output_of
 
 Hook = Callable[[nn.Module, Any, Any], Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by position and by keyword
@@ -48,8 +48,7 @@ class BlockRunner:
 
     def results(self) -> Iterator[torch.Tensor]:
         """The model's outputs after the last block, batch by batch; CalibrationError if one is not finite."""
-        outputs = self._resume(len(self.blocks), partial(output_of, self._model, output=self._output))
-        return (finite(self._model, out) for out in outputs)
+        return self._resume(len(self.blocks), partial(output_of, self._model, output=self._output))
 
     @torch.no_grad()
     def run(self, index: int, calls: Iterable[Call], hooks: Iterable[tuple[str, Hook]] = ()) -> list[Any]:

@@ -20,7 +20,7 @@ from .blockwise import calibrate_blocks
 from .images import Images, Pixels, Size, origin_of, split_images
 from .memory import check_memory, freed_memory_kept
 from .metrics import MetricLike, choose_metric, share_intervals
-from .outputs import Output, finite, first_output, output_of
+from .outputs import Output, first_output, output_of
 from .pair import checked_pair
 from .stages import OVER, STAGES, Stage, StageReport
 
@@ -162,7 +162,7 @@ def calibrate_masterkeys(
         first_output(model, batches[0][:2], output)  # raises if the converted model cannot take the images
         check_memory(dense, torch.cat(batches))
         try:
-            before = torch.cat([finite(model, output_of(model, batches[i], output)) for i in held])
+            before = torch.cat([output_of(model, batches[i], output) for i in held])
             reports, after, expected = calibrate_blocks(pair, batches, held, stages, time_budget, output)
             figures = chosen_metric.measure(before, expected), chosen_metric.measure(after, expected)
             measured = CalibrationRecord(

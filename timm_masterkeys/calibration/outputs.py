@@ -17,12 +17,15 @@ EMBEDDERS = ("open_clip",)  # libraries whose models return embeddings, as plain
 
 
 def output_of(model: nn.Module, images: torch.Tensor, output: Output = None) -> torch.Tensor:
-    """The tensor that calibration compares, for these images; they stay as they are, which some models change."""
-    return pick_output(model, model(images.clone()), output)
+    """The tensor that calibration compares, for these images; they stay as they are, which some models change.
+
+    Raises:
+        CalibrationError: The output is not finite or holds no such tensor.
+    """
+    return _finite(model, pick_output(model, model(images.clone()), output))
 
 
-def finite(model: nn.Module, out: torch.Tensor) -> torch.Tensor:
-    """A model's output; raises CalibrationError if it is not finite."""
+def _finite(model: nn.Module, out: torch.Tensor) -> torch.Tensor:
     if not out.isfinite().all():
         raise CalibrationError(f"{type(model).__name__} returns NaN or Inf on these images.")
     return out
@@ -40,7 +43,7 @@ def first_output(model: nn.Module, images: torch.Tensor, output: Output = None) 
         raise CalibrationError(
             f"{type(model).__name__} cannot work with images of {tuple(images.shape[1:])}: {error}"
         ) from error
-    out = finite(model, pick_output(model, raw, output))
+    out = _finite(model, pick_output(model, raw, output))
     return out, gives_features(model, raw, out)
 
 
