@@ -1,9 +1,9 @@
 """Master key filters for timm: depthwise kernels as affine images of a few frozen keys."""
 
 from .calibration.agreement import KeyBudget, TriedNetwork, convert_to_agreement
-from .calibration.blockwise import StageReport
 from .calibration.calibrate import CalibrationReport, calibrate_masterkeys
 from .calibration.images import builtin_images
+from .calibration.stages import StageReport
 from .conversion.config import MasterKeysConfig
 from .conversion.convert import convert_to_masterkeys, fuse_masterkeys, initialize_masterkeys
 from .conversion.plan import ConversionPlan, PlannedLayer, plan_conversion

@@ -229,9 +229,9 @@ def test_interrupted_the_dense_network_is_as_it_was(images, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, name, failing)
             mk.convert_to_agreement(dense, 0.9, images, bank=BANK)
-    count, pick = itertools.count(), module.pick_output
+    count, pick = itertools.count(), module.output_of
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # while layers are compared, under a hook
-        patch.setattr(module, "pick_output", lambda *args: failing() if next(count) == 15 else pick(*args))
+        patch.setattr(module, "output_of", lambda *args: failing() if next(count) == 15 else pick(*args))
         mk.convert_to_agreement(dense, 0.9, images, bank=BANK)
     assert [m.training for m in dense.modules()] == modes and not any(m._forward_hooks for m in dense.modules())
     assert all(torch.equal(value, state[name]) for name, value in dense.state_dict().items())

@@ -399,10 +399,10 @@ def test_a_network_run_part_by_part_gives_what_it_gives_in_one_go(make):
     blocks, _ = find_blocks(model, batches[0])
     network = BlockRunner(model, blocks, batches)
     for index in range(len(blocks)):
-        network.outputs = network.run(index, list(network.resume(index)))
+        network.outputs = network.run(index, list(network.arguments(index)))
     with torch.no_grad():
         expected = torch.cat([model(batch) for batch in batches])
-    torch.testing.assert_close(torch.cat(list(network.resume(len(blocks)))), expected)
+    torch.testing.assert_close(torch.cat(list(network.results())), expected)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
@@ -465,6 +465,19 @@ def test_a_layer_at_positions_that_the_network_chooses(above):
     assert "fc" not in report.stages[2].changed and len(report.stages[0].changed) == 2
 
 
+def test_a_block_that_some_images_do_not_reach():
+    class Leaving(Crossing):
+        def forward(self, x):
+            return self.blocks[0](self.stem(x)).mean((2, 3)) if x.amax() > 9 else super().forward(x)
+
+    dense, x = Leaving().eval(), torch.randn(20, 3, 16, 16)
+    model, x[12] = mk.convert_to_masterkeys(dense), 10.0
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(mk.CalibrationError, match=r"Leaving runs blocks\.1\S* on some of the images only"):
+        mk.calibrate_masterkeys(model, dense, x)
+    assert same(model.state_dict(), before)
+
+
 @pytest.mark.parametrize("in_list", [False, True])
 def test_a_block_that_changes_its_arguments(in_list):
     class Changing(Block):
@@ -483,9 +496,9 @@ def test_a_block_that_changes_its_arguments(in_list):
     model = mk.convert_to_masterkeys(Network())
     blocks, _ = find_blocks(model, torch.randn(2, 3, 16, 16))
     network = BlockRunner(model, blocks, [torch.randn(2, 3, 16, 16)])
-    network.outputs = network.run(0, list(network.resume(0)))
+    network.outputs = network.run(0, list(network.arguments(0)))
     index = [block.name for block in blocks].index("block")
-    calls = list(network.resume(index))
+    calls = list(network.arguments(index))
     first, again = (network.run(index, calls)[0] for _ in range(2))
     assert torch.equal(first, again)
 
@@ -641,10 +654,10 @@ def everything(*models):
     [
         (KeyboardInterrupt, "metric"),
         (MemoryError, "blockwise.find_blocks"),
-        (KeyboardInterrupt, "blockwise._error_variance"),
-        (MemoryError, "blockwise.fit_ridge"),
-        (KeyboardInterrupt, "blockwise._residual_folds"),
-        (MemoryError, "block_runner.pick_output"),
+        (KeyboardInterrupt, "stages._error_variance"),
+        (MemoryError, "stages.fit_ridge"),
+        (KeyboardInterrupt, "stages._residual_folds"),
+        (MemoryError, "block_runner.output_of"),
         (KeyboardInterrupt, "calibrate.share_intervals"),
         (MemoryError, "calibrate.write_record"),
     ],

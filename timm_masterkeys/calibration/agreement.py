@@ -14,19 +14,20 @@ from tqdm.auto import tqdm
 from ..conversion.config import LayerSettings, MasterKeysConfig, Patterns
 from ..conversion.convert import apply, convert, make_layer
 from ..conversion.copies import copy_model
-from ..conversion.plan import converted_layers, resolve
-from ..conversion.record import CalibrationRecord, read_record, write_record
+from ..conversion.plan import resolve
+from ..conversion.record import CalibrationRecord, Record, write_record
 from ..conversion.table import table
 from ..conversion.wrapped import evaluating
 from ..errors import CalibrationError, ConversionError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank
 from ..layers import MasterKeyConv2d, Trainable
 from .block_runner import hooked
-from .calibrate import CalibrationReport, calibrate_masterkeys, check_models, find_metric
+from .calibrate import CalibrationReport, calibrate_masterkeys
 from .images import BUILTIN, Images, Pixels, Size, origin_of, split_for_choice
 from .memory import check_memory
-from .metrics import Metric, MetricLike
-from .outputs import Output, pick_output
+from .metrics import Metric, MetricLike, choose_metric
+from .outputs import Output, first_output, output_of
+from .pair import checked_pair
 
 _logger = logging.getLogger(__name__)
 
@@ -167,17 +168,17 @@ def convert_to_agreement(
         raise ConversionError("agreement is None, expected more than 0, at most 1 (0.95 for 95 %).")
     config = MasterKeysConfig(bank, trainable=trainable, include=include, exclude=exclude, agreement=agreement)
     first = convert(dense, config, "project")
-    check_models(first, dense)
-    kernels = {name: layer.out_channels for name, layer in converted_layers(first).items()}
+    pair = checked_pair(first, dense)
+    kernels = {name: layer.out_channels for name, layer in pair.layers.items()}
     fitted, held_out = split_for_choice(images, dense, max_images, Pixels(mean, std, size))
     layers = {name: _choices(dense.get_submodule(name), config.bank) for name in kernels}
     options = {"metric": metric, "output": output, "batch_size": batch_size, "time_budget": time_budget}
     options["max_images"] = max(len(fitted), len(held_out))
     with evaluating(dense), torch.autocast(fitted.device.type, enabled=False):
-        chosen_metric = find_metric(dense, fitted[:2], metric, output)
+        chosen_metric = choose_metric(metric, *first_output(dense, fitted[:2], output))
         check_memory(dense, torch.cat([fitted, held_out]))
-    search = _Search(dense, config, kernels, layers, fitted, held_out, origin_of(images), chosen_metric, options)
-    steps = order_steps(kernels, search.distances(fitted[:: max(1, len(fitted) // JUDGES)]))
+        search = _Search(dense, config, pair.record, kernels, layers, fitted, held_out, chosen_metric, options)
+        steps = order_steps(kernels, search.distances(fitted[:: max(1, len(fitted) // JUDGES)]))
     nothing_left = all(None in choices.values() for choices in layers.values())  # after the last step
     best, tried = search.fewest_steps(steps, len(steps) - nothing_left, agreement)
     if best is None:
@@ -188,6 +189,8 @@ def convert_to_agreement(
             "give more images."
         )
     model, chosen, record = best
+    record = replace(record, origin=origin_of(images))
+    write_record(model, replace(pair.record, calibration=record))
     by_keys, seconds = tuple(sorted(tried, key=lambda tried_network: tried_network.keys)), time.perf_counter() - start
     return model, KeyBudget(agreement, chosen_metric.score_name, record, chosen, by_keys, kernels, seconds)
 
@@ -229,17 +232,17 @@ class _Search:
 
     dense: nn.Module
     config: MasterKeysConfig
+    record: Record  # of a network converted by it
     kernels: Mapping[str, int]  # the number of each layer
     layers: Choices
     fitted: torch.Tensor  # images to calibrate with
     held_out: torch.Tensor
-    origin: str
     metric: Metric
     options: Mapping[str, Any]  # of calibrate_masterkeys
 
     def distances(self, images: torch.Tensor) -> dict[str, dict[int, float]]:
         """The distance from the dense output when one layer alone is converted, by layer and keys per kernel."""
-        expected = self._outputs(self.dense, images)
+        expected = self._outputs(images)
         by_layer: dict[str, dict[int, float]] = {name: {} for name in self.layers}
         for name, choices in tqdm(self.layers.items(), desc="compare layers", unit="layer", leave=False, disable=None):
             for count, layer in choices.items():
@@ -247,7 +250,7 @@ class _Search:
                     by_layer[name][count] = 0.0
                 else:
                     with hooked([(self.dense.get_submodule(name), partial(_matched_output, layer))]):
-                        by_layer[name][count] = self.metric.distance(self._outputs(self.dense, images), expected)
+                        by_layer[name][count] = self.metric.distance(self._outputs(images), expected)
         return by_layer
 
     def fewest_steps(
@@ -275,19 +278,17 @@ class _Search:
         counts = {name: min(choices) for name, choices in self.layers.items()} | dict(steps)
         keyed = {name: count for name, count in counts.items() if self.layers[name][count] is not None}
         layers = {name: LayerSettings(self.config.bank, n, self.config.trainable) for name, n in keyed.items()}
-        model, known = apply(copy_model(self.dense), layers), read_record(self.dense)
-        write_record(model, replace(known, conversions=(*known.conversions, self.config)))
-        report = calibrate_masterkeys(model, self.dense, self.fitted, held_out=self.held_out, **self.options)
-        record = replace(report.record, origin=self.origin)
-        write_record(model, replace(read_record(model), calibration=record))
+        model = apply(copy_model(self.dense), layers)
+        write_record(model, self.record)
+        record = calibrate_masterkeys(model, self.dense, self.fitted, held_out=self.held_out, **self.options).record
         spent = sum(self.kernels[name] * count for name, count in counts.items())
         each = {name: count if name in keyed else 0 for name, count in counts.items()}
         return model, TriedNetwork(spent, self.metric.score(record.after), record.after, each), record
 
-    def _outputs(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        batches, output = images.split(self.options["batch_size"]), self.options["output"]
-        with evaluating(model), torch.autocast(images.device.type, enabled=False):
-            return torch.cat([pick_output(model, model(batch.clone()), output) for batch in batches])
+    def _outputs(self, images: torch.Tensor) -> torch.Tensor:
+        """The dense network's outputs, as it is now."""
+        batches = images.split(self.options["batch_size"])
+        return torch.cat([output_of(self.dense, batch, self.options["output"]) for batch in batches])
 
 
 def order_steps(kernels: Mapping[str, int], distances: Mapping[str, Mapping[int, float]]) -> list[tuple[str, int]]:

@@ -1,23 +1,30 @@
-"""Runs the blocks of a model one at a time, over batches of images."""
+"""Runs the blocks of a model one at a time, over batches of images; or a block of two models side by side."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from ..errors import CalibrationError
 from .blocks import Block
-from .outputs import Output, pick_output
+from .outputs import Output, output_of
 
 Hook = Callable[[nn.Module, Any, Any], Any]
-Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by position and by keyword
+Result = TypeVar("Result")
 
 
 class Reached(Exception):
-    """Ends a forward pass that has gone far enough."""
+    """Ends a forward pass that has gone far enough; may carry the arguments of the module it reached."""
+
+
+def stop(*arguments: Any) -> None:
+    """A hook that ends the forward pass."""
+    raise Reached
 
 
 class BlockRunner:
@@ -35,24 +42,16 @@ class BlockRunner:
         self.modules = dict(model.named_modules())
         self.outputs: list[Any] = []
 
-    def resume(self, index: int) -> Iterator[Any]:
-        """The arguments of a block, or past the last block the model's output, batch by batch.
+    def arguments(self, index: int) -> Iterator[Call]:
+        """The arguments of a block, batch by batch. A generator, as feature maps are large."""
+        return self._resume(index, partial(self._run_up_to, self.blocks[index].name))
 
-        A generator, as feature maps are large.
-        """
-        sample = self.batches[0][:1]
-        skipping = index > 0 and isinstance(self.outputs[0], torch.Tensor)
-        if skipping:
-            try:
-                calls = (self._forward(index, sample, out) for out in (self.outputs[0][:1], None))
-                torch.testing.assert_close(*calls, rtol=1e-4, atol=1e-5, check_dtype=False)
-            except Exception:  # they differ, or the first dimension is not that of the images
-                skipping = False
-        outputs = self.outputs if skipping else [None] * len(self.batches)
-        return (self._forward(index, batch, out) for batch, out in zip(self.batches, outputs, strict=True))
+    def results(self) -> Iterator[torch.Tensor]:
+        """The model's outputs after the last block, batch by batch; CalibrationError if one is not finite."""
+        return self._resume(len(self.blocks), partial(output_of, self._model, output=self._output))
 
     @torch.no_grad()
-    def run(self, index: int, calls: Calls, hooks: Iterable[tuple[str, Hook]] = ()) -> list[Any]:
+    def run(self, index: int, calls: Iterable[Call], hooks: Iterable[tuple[str, Hook]] = ()) -> list[Any]:
         """A block's outputs, with hooks on the named layers; None where a hook raised ``Reached``."""
         module, outputs = self.modules[self.blocks[index].name], []
         with hooked((self.modules[name], hook) for name, hook in hooks):
@@ -63,31 +62,85 @@ class BlockRunner:
                     outputs.append(None)
         return outputs
 
-    @torch.no_grad()
-    def _forward(self, index: int, batch: torch.Tensor, output: torch.Tensor | None) -> Any:
-        """The arguments of block ``index``, or past the last block the model's output."""
-        reached: list[Any] = []
+    def _resume(self, index: int, run: Callable[[torch.Tensor], Result]) -> Iterator[Result]:
+        """What ``run`` gives for each batch; what comes before block ``index`` is skipped, unless that changes it."""
 
-        def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
-            reached.append((args, kwargs))
-            raise Reached
+        @torch.no_grad()
+        def resumed(batch: torch.Tensor, output: torch.Tensor | None = None) -> Result:
+            with ExitStack() as undo:
+                if output is not None:
+                    before = self.blocks[index - 1]
+                    for name, shape in before.done.items():
+                        # NaN, so that a use of them shows even where the true outputs are zero
+                        unused = batch.new_full((len(batch), *shape), math.nan)
+                        undo.enter_context(_returning(self.modules[name], unused))
+                    undo.enter_context(_returning(self.modules[before.name], output))
+                return run(batch)
 
-        skipped: dict[str, torch.Tensor] = {}
-        if output is not None:
-            before = self.blocks[index - 1]
-            # NaN, so that a use of them shows even where the true outputs are zero
-            skipped = {name: batch.new_full((len(batch), *shape), math.nan) for name, shape in before.done.items()}
-            skipped[before.name] = output
-        with ExitStack() as undo:
-            if index < len(self.blocks):
-                module = self.modules[self.blocks[index].name]
-                undo.callback(module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True).remove)
-            for name, out in skipped.items():
-                undo.enter_context(_returning(self.modules[name], out))
-            try:
-                return pick_output(self._model, self._model(batch.clone()), self._output)  # it may change its images
-            except Reached:
-                return reached[0]
+        outputs: list[Any] = [None] * len(self.batches)
+        if index > 0 and isinstance(self.outputs[0], torch.Tensor):
+            sample = self.batches[0][:1]
+            with suppress(Exception):  # they differ, or the first dimension is not that of the images
+                calls = resumed(sample, self.outputs[0][:1]), resumed(sample)
+                torch.testing.assert_close(*calls, rtol=1e-4, atol=1e-5, check_dtype=False)
+                outputs = self.outputs
+        return (resumed(*pair) for pair in zip(self.batches, outputs, strict=True))
+
+    def _run_up_to(self, block: str, batch: torch.Tensor) -> Call:
+        """Runs the model until it calls a block; returns the arguments of that call."""
+
+        def reach(module: nn.Module, args: Any, kwargs: Any) -> None:
+            raise Reached(args, kwargs)
+
+        handle = self.modules[block].register_forward_pre_hook(reach, prepend=True, with_kwargs=True)
+        try:
+            self._model(batch.clone())
+        except Reached as reached:
+            return reached.args[0], reached.args[1]
+        finally:
+            handle.remove()
+        raise CalibrationError(f"{type(self._model).__name__} runs {block} on some of the images only.")
+
+
+class BlockPair:
+    """A block of the converted and of the dense network.
+
+    Attributes:
+        parts: Its name and layers.
+        norms: The norm after a layer, by the layer's name.
+        fitted: Indices of the batches to fit to.
+        calls: Its arguments in the converted network, batch by batch.
+        expected: Its outputs in the dense network, batch by batch; empty before ``run_dense``.
+    """
+
+    def __init__(
+        self, index: int, runner: BlockRunner, dense_runner: BlockRunner, norms: dict[str, str], fitted: list[int]
+    ) -> None:
+        self.parts, self.norms, self.fitted = runner.blocks[index], norms, fitted
+        self.index, self.runner, self.dense_runner = index, runner, dense_runner
+        self.calls = list(runner.arguments(index))
+        self.expected: list[Any] = []
+
+    def outputs(self, batches: Iterable[int], *hooks: tuple[str, Hook]) -> list[Any]:
+        """The converted block's outputs for some of the batches; None where a hook raised ``Reached``."""
+        return self.runner.run(self.index, [self.calls[i] for i in batches], hooks)
+
+    def run_dense(self, observed: Sequence[tuple[str, Hook, list[int]]]) -> None:
+        """Runs the dense block on all batches and sets ``expected``; a layer gets its hook in some of the batches."""
+        for i, call in enumerate(self.dense_runner.arguments(self.index)):
+            hooks = [(name, hook) for name, hook, batches in observed if i in batches]
+            self.expected += self.dense_runner.run(self.index, [call], hooks)
+
+    def error(self, batches: Sequence[int]) -> float:
+        """The mean squared error of the converted block's outputs over the variance of the expected ones.
+
+        NaN if the outputs are not tensors, or if a norm follows the block.
+        """
+        pairs = list(zip(self.outputs(batches), [self.expected[i] for i in batches], strict=True))
+        if self.parts.name in self.norms or not all(isinstance(x, torch.Tensor) for pair in pairs for x in pair):
+            return math.nan
+        out, expected = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+        return float((out - expected).square().mean() / expected.var().clamp_min(1e-30))
 
 
 def _copied(value: Any) -> Any:

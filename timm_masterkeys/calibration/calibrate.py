@@ -3,7 +3,7 @@
 import copy
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
@@ -11,23 +11,20 @@ import timm
 import torch
 from torch import nn
 
-from ..conversion.plan import converted_layers
-from ..conversion.record import CalibrationRecord, entries_digest, read_record, structure_digest, write_record
+from ..conversion.record import CalibrationRecord, entries_digest, structure_digest, write_record
 from ..conversion.table import table
-from ..conversion.wrapped import evaluating, is_sharded, quantised_entry, unwrapped
+from ..conversion.wrapped import evaluating
 from ..errors import CalibrationError
-from ..layers import MasterKeyConv2d
 from ..version import __version__
-from .blocks import is_pointwise
-from .blockwise import OVER, STAGES, Stage, StageReport, calibrate_blocks
+from .blockwise import calibrate_blocks
 from .images import Images, Pixels, Size, origin_of, split_images
 from .memory import check_memory, freed_memory_kept
-from .metrics import Metric, MetricLike, choose_metric, share_intervals
-from .outputs import Output, gives_features, pick_output
+from .metrics import MetricLike, choose_metric, share_intervals
+from .outputs import Output, first_output, output_of
+from .pair import checked_pair
+from .stages import OVER, STAGES, Stage, StageReport
 
 _logger = logging.getLogger(__name__)
-
-STAGE_TITLES = "stage", "changed", "left", "seconds"
 
 
 @dataclass(frozen=True)
@@ -60,14 +57,10 @@ class CalibrationReport:
         return f"{self.record.summary()}, {refitted} pointwise layers refitted"
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                table(STAGE_TITLES, (stage.cells() for stage in self.stages)),
-                *(f"left by {stage.name}: {name}: {why}" for stage in self.stages for name, why in stage.left.items()),
-                f"metric: {self.record.metric}",
-                f"calibrated {self.summary()}, {self.seconds:.0f} s",
-            ]
-        )
+        stages = table(("stage", "changed", "left", "seconds"), (stage.cells() for stage in self.stages))
+        left = [f"left by {stage.name}: {name}: {why}" for stage in self.stages for name, why in stage.left.items()]
+        last = f"metric: {self.record.metric}", f"calibrated {self.summary()}, {self.seconds:.0f} s"
+        return "\n".join([stages, *left, *last])
 
 
 @torch.inference_mode(False)
@@ -159,20 +152,18 @@ def calibrate_masterkeys(
         raise CalibrationError(f"stages is {stages!r}, expected some of {', '.join(STAGES)}.")
     if batch_size < 1:
         raise CalibrationError(f"batch_size is {batch_size}, expected at least 1.")
-    model, dense = unwrapped(model), unwrapped(dense)
-    check_models(model, dense)
+    pair = checked_pair(model, dense)
+    model, dense = pair.model, pair.dense
     batches, held = split_images(images, held_out, model, max_images, Pixels(mean, std, size), batch_size)
-    state, record = copy.deepcopy(model.state_dict()), read_record(model)
+    state = copy.deepcopy(model.state_dict())
     full_precision = torch.autocast(batches[0].device.type, enabled=False)
     with evaluating(model, dense), full_precision, freed_memory_kept():
-        chosen_metric = find_metric(dense, batches[0][:2], metric, output)
-        find_metric(model, batches[0][:2], metric, output)  # raises if the converted model cannot take the images
+        chosen_metric = choose_metric(metric, *first_output(dense, batches[0][:2], output))
+        first_output(model, batches[0][:2], output)  # raises if the converted model cannot take the images
         check_memory(dense, torch.cat(batches))
         try:
-            before = torch.cat([_finite(model, pick_output(model, model(batches[i].clone()), output)) for i in held])
-            reports, outputs, dense_outputs = calibrate_blocks(model, dense, batches, held, stages, time_budget, output)
-            after = _held_out_outputs(model, outputs, held)
-            expected = _held_out_outputs(dense, dense_outputs, held)
+            before = torch.cat([output_of(model, batches[i], output) for i in held])
+            reports, after, expected = calibrate_blocks(pair, batches, held, stages, time_budget, output)
             figures = chosen_metric.measure(before, expected), chosen_metric.measure(after, expected)
             measured = CalibrationRecord(
                 chosen_metric.name,
@@ -188,107 +179,9 @@ def calibrate_masterkeys(
                 structure=structure_digest(model),
             )
             report = CalibrationReport(measured, reports, time.perf_counter() - start)
-            write_record(model, replace(record, calibration=measured))
+            write_record(model, replace(pair.record, calibration=measured))
         except BaseException:
             model.load_state_dict(state)
             raise
     _logger.info("Calibrated:\n%s", report)
     return report
-
-
-def check_models(model: nn.Module, dense: nn.Module) -> None:
-    """Raises CalibrationError unless the converted model can be calibrated with this dense one."""
-    layers = converted_layers(model)
-    if not layers:
-        raise CalibrationError(
-            f"The first model, a {type(model).__name__}, holds no converted layer. The order is (converted, dense); "
-            "convert_to_masterkeys makes the converted one."
-        )
-    if is_sharded(model) or is_sharded(dense):
-        raise CalibrationError("The parameters are sharded, expected whole ones. Calibrate first, then shard.")
-    if entry := quantised_entry(model) or quantised_entry(dense):
-        raise CalibrationError(f"{entry}, expected ordinary tensors. Calibrate first, then quantise.")
-    dense_modules = dict(dense.named_modules())
-    for name, layer in layers.items():
-        dense_layer = dense_modules.get(name)
-        if isinstance(dense_layer, MasterKeyConv2d):
-            raise CalibrationError(f"The second model is converted too, as at {name}: give the dense one.")
-        kind, shape = type(dense_layer).__name__, getattr(getattr(dense_layer, "weight", None), "shape", None)
-        if not isinstance(dense_layer, nn.Conv2d) or shape != layer.weight.shape:
-            raise CalibrationError(
-                f"The dense model has a {kind} with a weight of {shape} at {name}, expected the Conv2d that was "
-                f"converted, {layer.weight.shape}."
-            )
-    missing = [name for name, _ in model.named_modules() if name not in dense_modules]
-    if missing:
-        raise CalibrationError(f"The dense model has no {missing[0]}: give the one this model was converted from.")
-    _check_parameters(model, dense)
-    if changed := _unexplained_changes(model, dense):
-        _logger.warning(
-            "Parameters beside the kernels differ from the dense model's (%d of them, for example %s). The dense model "
-            "should be the one that this model was converted from.",
-            len(changed),
-            min(changed),
-        )
-
-
-def _check_parameters(model: nn.Module, dense: nn.Module) -> None:
-    """Raises CalibrationError unless the parameters of both models have the same shapes, dtypes and devices."""
-    params, dense_params = (dict(m.named_parameters()) for m in (model, dense))
-    for name in params.keys() & dense_params.keys():
-        a, b = params[name], dense_params[name]
-        if a.shape != b.shape or a.device != b.device or a.dtype != b.dtype:
-            raise CalibrationError(
-                f"The dense model has {tuple(b.shape)} {b.dtype} on {b.device} at {name}, the converted one "
-                f"{tuple(a.shape)} {a.dtype} on {a.device}: give the one this model was converted from, in the same "
-                "place."
-            )
-    first = next(dense.parameters())
-    if first.device.type in ("meta", "mps") or first.dtype not in (torch.float32, torch.float64):
-        raise CalibrationError(
-            f"The models are {first.dtype} on {first.device}; calibrate in float32 on CPU or CUDA, then cast and move."
-        )
-    if any(parameter.is_inference() for parameter in (*model.parameters(), *dense.parameters())):
-        raise CalibrationError("The models were made in inference mode, which allows no change. Make them outside.")
-
-
-def _unexplained_changes(model: nn.Module, dense: nn.Module) -> list[str]:
-    """The parameters beside the kernels that differ from the dense model's for no recorded reason.
-
-    A calibration changes pointwise layers and the biases of converted ones. Training may change all of them.
-    """
-    params, dense_params = (dict(m.named_parameters()) for m in (model, dense))
-    records = [read_record(part) for part in model.modules()]
-    calibrated = [record for record in records if record.was_calibrated]
-    if records[0].was_calibrated:  # the whole model was calibrated after its parts
-        calibrated = records[:1]
-    if any(record.calibration is None for record in calibrated):
-        return []
-    names = params.keys() & dense_params.keys()
-    if calibrated:
-        fitted = {n for n, m in model.named_modules() if is_pointwise(m) or isinstance(m, MasterKeyConv2d)}
-        names = {name for name in names if name.rpartition(".")[0] not in fitted}
-    return [n for n in names if not torch.allclose(params[n], dense_params[n], rtol=0, atol=0, equal_nan=True)]
-
-
-def _held_out_outputs(model: nn.Module, outputs: Iterable[torch.Tensor], batches: Sequence[int]) -> torch.Tensor:
-    """The outputs of the held-out batches. All batches are computed, and all outputs must be finite."""
-    return torch.cat([out for i, out in enumerate(_finite(model, out) for out in outputs) if i in batches])
-
-
-def _finite(model: nn.Module, out: torch.Tensor) -> torch.Tensor:
-    if not out.isfinite().all():
-        raise CalibrationError(f"{type(model).__name__} returns NaN or Inf on these images.")
-    return out
-
-
-def find_metric(model: nn.Module, images: torch.Tensor, metric: MetricLike = None, output: Output = None) -> Metric:
-    """The metric for a model's outputs; raises CalibrationError if the model cannot take these images."""
-    try:
-        raw = model(images.clone())  # some models change their images
-    except Exception as error:
-        raise CalibrationError(
-            f"{type(model).__name__} cannot work with images of {tuple(images.shape[1:])}: {error}"
-        ) from error
-    out = _finite(model, pick_output(model, raw, output))
-    return choose_metric(metric, out, gives_features(model, raw, out))

@@ -97,7 +97,7 @@ def prepare_for(model: nn.Module | PretrainedCfg | Mapping[str, Any], given: Pix
 def _find_cfg(model: nn.Module) -> tuple[Any, nn.Module | None]:
     """The ``pretrained_cfg`` of a model, or of the one model inside it that has one; and that model."""
     models: dict[str, nn.Module] = {}
-    for name, module in unwrapped(model).named_modules():
+    for name, module in model.named_modules():
         if getattr(module, "pretrained_cfg", None) and not any(not o or name.startswith(f"{o}.") for o in models):
             models[name] = module
     inner = next(iter(models.values())) if len(models) == 1 else None
@@ -173,14 +173,18 @@ def builtin_images(
     """
     if count < 1:
         raise CalibrationError(f"count is {count}, expected at least 1.")
-    config = prepare_for(model, Pixels(mean, std, size))
+    config = prepare_for(unwrapped(model) if isinstance(model, nn.Module) else model, Pixels(mean, std, size))
+    return _normalised(_crops(config, count, seed, held_out), config)
+
+
+def _crops(config: Mapping[str, Any], count: int, seed: int, held_out: bool | None) -> torch.Tensor:
+    """The crops of ``builtin_images`` as bytes."""
     channels, height, width = config["input_size"]
     pictures = list(photographs().values())
     if held_out is not None:
         pictures = [picture for i, picture in enumerate(pictures) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
     crops = draw_crops(pictures, (width, height), count, seed, interpolation=config["interpolation"])
-    pixels = torch.stack([_channels(crop, channels) for crop in crops])
-    return _normalised(pixels, config)
+    return torch.stack([_channels(crop, channels) for crop in crops])
 
 
 def photographs() -> dict[str, Image.Image]:
@@ -259,14 +263,22 @@ def _normalised(pixels: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor
     return (pixels.float() / 255 - mean) / std
 
 
-def load_images(images: Images, model: nn.Module, max_images: int, given: Pixels = FROM_CFG) -> torch.Tensor:
-    """Images in any form that ``calibrate_masterkeys`` takes, as one tensor of the model's dtype and device."""
+def load_images(
+    images: Images, model: nn.Module, max_images: int, given: Pixels = FROM_CFG, held_out: bool | None = None
+) -> torch.Tensor:
+    """Images in any form that ``calibrate_masterkeys`` takes, as one tensor of the model's dtype and device.
+
+    ``held_out`` is as for ``builtin_images``; of held-out photographs there are any number of crops.
+    """
     if max_images < FEWEST:
         raise CalibrationError(f"max_images is {max_images}, expected at least {FEWEST}.")
-    if _is_builtin(images):
-        images = builtin_images(model, min(COUNT, max_images), **given._asdict())
-    elif isinstance(images, (str, os.PathLike)):
-        images = _load_folder(os.fspath(images), model, max_images, prepare_for(model, given))
+    if isinstance(images, (str, os.PathLike)):
+        config = prepare_for(model, given)
+        if images == BUILTIN:
+            pixels = _crops(config, max_images if held_out else min(COUNT, max_images), 0, held_out)
+        else:
+            pixels = _load_folder(os.fspath(images), model, max_images, config)
+        images = _normalised(pixels, config)
     elif any(value is not None for value in given):
         raise CalibrationError("mean, std and size prepare a folder or 'builtin'; other images are taken as they are.")
     elif not isinstance(images, torch.Tensor):
@@ -283,38 +295,32 @@ def load_images(images: Images, model: nn.Module, max_images: int, given: Pixels
     return images.to(next(model.parameters()))
 
 
-def _is_builtin(images: Any) -> bool:
-    """Whether ``images`` names the photographs that ship."""
-    return isinstance(images, str) and images == BUILTIN
-
-
 def split_images(
     images: Images, held_out: Images | None, model: nn.Module, max_images: int, given: Pixels, batch_size: int
 ) -> tuple[list[torch.Tensor], list[int]]:
     """All batches of images, and the indices of the held-out ones: every fifth, if there are no held-out images."""
     if _is_builtin(images) and (held_out is None or _is_builtin(held_out)):
-        fitted, others = _split_builtin(model, max_images, min(COUNT, max_images), given)
+        fitted = load_images(images, model, max_images, given, False)
+        others = load_images(images, model, min(COUNT, max_images), given, True)
     else:
         fitted = load_images(images, model, max_images, given)
         others = fitted[:0] if held_out is None else load_images(held_out, model, max_images, given)
     if others.shape[1:] != fitted.shape[1:]:
         shapes = " and ".join(str(tuple(part.shape[1:])) for part in (fitted, others))
         raise CalibrationError(f"images and held_out are of {shapes}, expected one size.")
-    if len(others):
-        batches = (*fitted.split(batch_size), *others.split(batch_size))
-        indices = range(len(fitted.split(batch_size)), len(batches))
-    else:
-        batches = fitted.split(max(1, min(batch_size, len(fitted) // PART)))
-        indices = range(PART - 1, len(batches), PART)
-    return [batch.contiguous(memory_format=torch.channels_last) for batch in batches], list(indices)
+    fitted_batches = fitted.split(batch_size if len(others) else max(1, min(batch_size, len(fitted) // PART)))
+    batches = [*fitted_batches, *(others.split(batch_size) if len(others) else ())]
+    held = range(len(fitted_batches), len(batches)) if len(others) else range(PART - 1, len(batches), PART)
+    return [batch.contiguous(memory_format=torch.channels_last) for batch in batches], list(held)
 
 
 def split_for_choice(
     images: Images, dense: nn.Module, max_images: int = 300, given: Pixels = FROM_CFG
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Images to calibrate with, and held-out images; of the built-in ones, crops of different photographs."""
-    if _is_builtin(images):  # many crops of each held-out photograph, as nothing is fitted to them
-        return _split_builtin(dense, max_images, 8 * (COUNT // HELD_OUT), given)
+    if _is_builtin(images):
+        most = 8 * (COUNT // HELD_OUT)  # many crops of each held-out photograph, as nothing is fitted to them
+        return load_images(images, dense, max_images, given, False), load_images(images, dense, most, given, True)
     least = HELD_OUT * FEWEST
     tensor = load_images(images, dense, max_images * HELD_OUT // (HELD_OUT - 1), given)
     if len(tensor) < least:
@@ -325,14 +331,9 @@ def split_for_choice(
     return tensor[~held_out], tensor[held_out]
 
 
-def _split_builtin(
-    model: nn.Module, max_images: int, held_out: int, given: Pixels
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Crops of three quarters of the photographs, and ``held_out`` crops of the last quarter."""
-    pixels = given._asdict()
-    fitted = builtin_images(model, min(COUNT, max_images), held_out=False, **pixels)
-    held_out_crops = builtin_images(model, held_out, held_out=True, **pixels)
-    return load_images(fitted, model, max_images), load_images(held_out_crops, model, held_out)
+def _is_builtin(images: Any) -> bool:
+    """Whether ``images`` names the photographs that ship."""
+    return isinstance(images, str) and images == BUILTIN
 
 
 def origin_of(images: Images) -> str:
@@ -392,7 +393,7 @@ def _load_folder(folder: str, model: nn.Module, max_images: int, config: dict[st
         raise CalibrationError(
             f"{len(tensors)} of {len(files)} images in '{folder}' can be read, expected at least {FEWEST}."
         )
-    return _normalised(torch.stack(tensors), config)
+    return torch.stack(tensors)
 
 
 def _spread(count: int, most: int) -> torch.Tensor:

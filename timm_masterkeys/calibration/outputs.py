@@ -16,6 +16,37 @@ FEATURES = ("image_embeds", "image_features", "last_hidden_state", "feature_maps
 EMBEDDERS = ("open_clip",)  # libraries whose models return embeddings, as plain tensors
 
 
+def output_of(model: nn.Module, images: torch.Tensor, output: Output = None) -> torch.Tensor:
+    """The tensor that calibration compares, for these images; they stay as they are, which some models change.
+
+    Raises:
+        CalibrationError: The output is not finite or holds no such tensor.
+    """
+    return _finite(model, pick_output(model, model(images.clone()), output))
+
+
+def _finite(model: nn.Module, out: torch.Tensor) -> torch.Tensor:
+    if not out.isfinite().all():
+        raise CalibrationError(f"{type(model).__name__} returns NaN or Inf on these images.")
+    return out
+
+
+def first_output(model: nn.Module, images: torch.Tensor, output: Output = None) -> tuple[torch.Tensor, bool]:
+    """The output for some images and whether it is of a model without a head.
+
+    Raises:
+        CalibrationError: The model cannot take these images, or its output is not finite or holds no tensor.
+    """
+    try:
+        raw = model(images.clone())
+    except Exception as error:
+        raise CalibrationError(
+            f"{type(model).__name__} cannot work with images of {tuple(images.shape[1:])}: {error}"
+        ) from error
+    out = _finite(model, pick_output(model, raw, output))
+    return out, gives_features(model, raw, out)
+
+
 def pick_output(model: nn.Module, raw: Any, output: Output = None) -> torch.Tensor:
     """The tensor in a model's output ``raw`` that calibration compares.
 
