@@ -147,6 +147,23 @@ def test_others_do_not(dense, tmp_path, caplog, made):
         assert f"Calibrated (classification) {summary}." in saved.text
 
 
+def test_layers_converted_after_a_calibration(dense, tmp_path, caplog):
+    """The network as a whole is not calibrated until the next calibration, which finds no other weights."""
+    images = torch.randn(10, 3, 64, 64)
+    model = mk.convert_to_masterkeys(dense, include="stages.0.*")
+    mk.calibrate_masterkeys(model, dense, images)
+    mk.convert_to_masterkeys(model, inplace=True)
+    assert "**Not calibrated: " in card(timm_again(model, tmp_path / "a"), tmp_path / "b").text
+    caplog.clear()
+    mk.calibrate_masterkeys(model, dense, images)
+    assert "Not calibrated" not in card(timm_again(model, tmp_path / "c"), tmp_path / "d").text
+    assert not caplog.records
+
+
+def timm_again(model, path):
+    return timm.create_model(f"local-dir:{mk.save_pretrained(model, path)}", pretrained=True)
+
+
 def test_the_task_of_a_network_without_a_head(tmp_path):
     data = card(timm.create_model("test_convnext.mk8", num_classes=0), tmp_path).data
     assert data.pipeline_tag == "image-feature-extraction" and "image-classification" not in data.tags

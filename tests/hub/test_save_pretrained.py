@@ -66,6 +66,15 @@ def load(folder, pretrained=True, **kwargs):
     return timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **kwargs).eval()
 
 
+def test_a_tag_that_timm_does_not_know(model, folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"]["tag"] = "mk8_of_another_timm"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    same(load(tmp_path), model)
+    assert layers(load(tmp_path, pretrained=False)).keys() == layers(model).keys()
+
+
 def test_the_model_comes_back_bit_for_bit(model, folder, caplog, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("unpickled"))
     again = load(folder)

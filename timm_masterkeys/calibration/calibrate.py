@@ -179,7 +179,7 @@ def calibrate_masterkeys(
                 structure=structure_digest(model),
             )
             report = CalibrationReport(measured, reports, time.perf_counter() - start)
-            write_record(model, replace(pair.record, calibration=measured))
+            write_record(model, replace(pair.record, calibration=measured, converted_since=False))
         except BaseException:
             model.load_state_dict(state)
             raise

@@ -80,7 +80,7 @@ class MasterKeysConfig:
     exclude: tuple[str, ...]
     agreement: float | None
 
-    def __init__(
+    def __init__(  # by hand, as the arguments take more types than the fields have
         self,
         bank: Bank = DEFAULT_BANK,
         keys_per_kernel: int = 1,

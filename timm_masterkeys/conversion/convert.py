@@ -72,7 +72,9 @@ def convert_to_masterkeys(
         >>> model = convert_to_masterkeys(timm.create_model("convnext_tiny", pretrained=True))
         >>> print(conversion_report(model))
     """
-    config = MasterKeysConfig(bank, keys_per_kernel, trainable, include, exclude)
+    config = MasterKeysConfig(
+        bank, keys_per_kernel=keys_per_kernel, trainable=trainable, include=include, exclude=exclude
+    )
     return convert(model, config, "project", inplace)
 
 
@@ -96,7 +98,9 @@ def initialize_masterkeys(
         >>> torch.manual_seed(0)
         >>> model = initialize_masterkeys(timm.create_model("convnext_atto", num_classes=10))
     """
-    config = MasterKeysConfig(bank, keys_per_kernel, trainable, include, exclude)
+    config = MasterKeysConfig(
+        bank, keys_per_kernel=keys_per_kernel, trainable=trainable, include=include, exclude=exclude
+    )
     return convert(model, config, "random", inplace)
 
 
@@ -144,6 +148,7 @@ def convert(
     the place of each that is; ``add_conversion`` notes the configuration in the model's record.
 
     ``weights`` is as for ``apply``, ``flat_names`` as for ``resolve``, ``inplace`` as for ``convert_to_masterkeys``.
+    ``config.agreement`` is noted, not reached: ``convert_to_agreement`` chooses the keys.
 
     Raises:
         ConversionError, ProjectionError: As for ``convert_to_masterkeys``.
@@ -169,16 +174,16 @@ def convert(
 
 def apply(
     model: nn.Module,
-    layers: Mapping[str, LayerSettings],
-    weights: Literal["project", "random"] | Mapping[str, Entries] = "project",
+    settings: Mapping[str, LayerSettings],
+    weights: Literal["project", "random"] = "project",
 ) -> nn.Module:
     """Replaces depthwise convolutions of a model with MasterKeyConv2d. In place; if one layer fails, none is replaced.
 
     Args:
         model: Any module.
-        layers: Settings by layer name.
+        settings: Settings by layer name.
         weights: "project" fits the keys to the model's kernels. "random" is random initialisation; in a distributed run
-            all ranks get the keys of rank 0, so all must create the model. A mapping gives entries by layer name.
+            all ranks get the keys of rank 0, so all must create the model.
 
     Returns:
         The model, or the new layer if the model itself is the convolution.
@@ -187,20 +192,22 @@ def apply(
         ProjectionError: NaN or Inf in a kernel; the message names the layer and the channel.
         CheckpointError: Entries that do not fit their layer.
     """
-    return replace_layers(model, new_layers(model, layers, weights))
+    return replace_layers(model, new_layers(model, settings, weights))
 
 
 def new_layers(
     model: nn.Module,
-    layers: Mapping[str, LayerSettings],
+    settings: Mapping[str, LayerSettings],
     weights: Literal["project", "random"] | Mapping[str, Entries] = "project",
 ) -> dict[str, MasterKeyConv2d]:
-    """The new layers by name; arguments and errors as for ``apply``."""
+    """The new layers by name; as for ``apply``, but ``weights`` may also be the entries of each layer by its name."""
     new: dict[str, MasterKeyConv2d] = {}
-    for name, settings in tqdm(layers.items(), desc="convert", unit="layer", delay=2, leave=False, disable=None):
+    for name, layer_settings in tqdm(
+        settings.items(), desc="convert", unit="layer", delay=2, leave=False, disable=None
+    ):
         conv: Any = model.get_submodule(name)
         try:
-            new[name] = make_layer(conv, settings, weights if isinstance(weights, str) else weights[name])
+            new[name] = make_layer(conv, layer_settings, weights if isinstance(weights, str) else weights[name])
         except ProjectionError as error:
             raise ProjectionError(f"{name or type(conv).__name__}: {error}") from None
         except CheckpointError as error:
@@ -238,7 +245,7 @@ def make_layer(
     arguments = settings.bank, settings.keys_per_kernel, settings.trainable
     if isinstance(weights, str):
         return kind.from_conv(conv, *arguments, fit=weights == "project")
-    layer = kind.empty_from_conv(conv, *arguments)
+    layer = kind.unfilled_from_conv(conv, *arguments)
     entries = {name: weights[name] for name in layer.compact_entries if name in weights}
     missing = [name for name in layer.compact_entries if name not in entries]
     if missing:

@@ -110,7 +110,8 @@ def resolve(config: MasterKeysConfig, model: nn.Module, *, flat_names: bool = Fa
     Args:
         config: The configuration.
         model: Any module, not wrapped. Not changed.
-        flat_names: Patterns may also use the names of the model's ``features_only`` form (``stages_0.*``).
+        flat_names: Patterns may also use the names of the model's ``features_only`` form (``stages_0.*``); for a
+            ``features_only`` model they always may.
     """
     convs = [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvNd)]
     owners: dict[int, list[str]] = {}
@@ -207,7 +208,12 @@ def is_feature_extractor(model: nn.Module) -> bool:
 
 
 def flat_name(name: str) -> str:
-    """A module name that ``features_only`` leaves alone: ``model.stages.0.x``, ``stages_0.x`` -> ``stages_0_x``."""
+    """A name that is the same in a model and in its ``features_only`` form: without prefix, with ``_`` for dots.
+
+    Example:
+        >>> flat_name("model.stages.0.x"), flat_name("stages_0.x")
+        ('stages_0_x', 'stages_0_x')
+    """
     for prefix in ("model.", "graph_module.", "body."):  # the getter, fx and hook extractors
         name = name.removeprefix(prefix)
     return name.replace(".", "_")

@@ -121,6 +121,7 @@ class Record:
             keys mean other weights.
         calibration: The figures of the last calibration; None if there was none.
         was_calibrated: Whether the model was ever calibrated, even if it was trained or got another head since.
+        converted_since: Whether layers were converted after the last calibration.
     """
 
     conversions: tuple[MasterKeysConfig, ...] = ()
@@ -128,6 +129,7 @@ class Record:
     keys: str = ""
     calibration: CalibrationRecord | None = None
     was_calibrated: bool = False
+    converted_since: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON data."""
@@ -137,6 +139,7 @@ class Record:
             "keys": self.keys,
             "calibration": asdict(self.calibration) if self.calibration else None,
             "was_calibrated": self.was_calibrated,
+            "converted_since": self.converted_since,
         }
 
 
@@ -176,10 +179,14 @@ def set_source(model: nn.Module, source: Source | None) -> None:
 def add_conversion(model: nn.Module, config: MasterKeysConfig, layers: Collection[str]) -> None:
     """Adds the conversion of the named layers to a model's record; a source that held before is kept. In place."""
     record: Record = getattr(model, ATTRIBUTE, Record())
-    # It held if the layers converted before have the keys that were noted with it.
+    # The source still holds if the layers of earlier conversions have unchanged keys.
     others = {name: layer for name, layer in converted_layers(model).items() if name not in layers}
     source_holds = record.source is not None and record.keys == keys_digest(others)
-    write_record(model, Record((*record.conversions, config), record.source if source_holds else None))
+    calibrated = record.was_calibrated or record.calibration is not None
+    source = record.source if source_holds else None
+    write_record(
+        model, Record((*record.conversions, config), source, was_calibrated=calibrated, converted_since=calibrated)
+    )
 
 
 def forget_record(model: nn.Module) -> None:
@@ -244,5 +251,6 @@ def restore_record(
         Source(**data["source"]) if data["source"] else None,
         data["keys"],
         CalibrationRecord(**data["calibration"]) if data["calibration"] else None,
-        bool(data.get("was_calibrated")),  # absent in old files
+        bool(data.get("was_calibrated")),  # these two are absent in old files
+        bool(data.get("converted_since")),
     )

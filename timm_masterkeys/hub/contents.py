@@ -52,7 +52,8 @@ class Contents:
     @property
     def is_usable(self) -> bool:
         """Whether the model was calibrated, or needs no calibration: random keys are trained."""
-        return self.record.was_calibrated or self.report.total.random == self.report.total.channels
+        calibrated = self.record.was_calibrated and not self.record.converted_since
+        return calibrated or self.report.total.random == self.report.total.channels
 
 
 def gather_contents(

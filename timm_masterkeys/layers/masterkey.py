@@ -118,7 +118,7 @@ class MasterKeyConv2d(ComputedConv2d):
         trainable: Trainable = "shift",
     ) -> None:
         _check_geometry(in_channels, kernel_size, padding, groups, padding_mode)
-        make = partial(Conv2dSame) if padding == "same_dynamic" else partial(nn.Conv2d, padding_mode=padding_mode)
+        make: Any = Conv2dSame if padding == "same_dynamic" else partial(nn.Conv2d, padding_mode=padding_mode)
         padding = 0 if padding == "same_dynamic" else padding
         geometry = in_channels, out_channels, kernel_size, stride, padding, dilation, in_channels
         conv = make(*geometry, bias=bias, device=device, dtype=dtype)
@@ -156,7 +156,7 @@ class MasterKeyConv2d(ComputedConv2d):
         Example:
             >>> layer = MasterKeyConv2d.from_conv(nn.Conv2d(96, 96, 7, padding=3, groups=96))
         """
-        layer = cls.empty_from_conv(conv, bank, keys_per_kernel, trainable)
+        layer = cls.unfilled_from_conv(conv, bank, keys_per_kernel, trainable)
         if fit:
             layer._set_kernels(conv.weight)
         else:
@@ -164,7 +164,7 @@ class MasterKeyConv2d(ComputedConv2d):
         return layer
 
     @classmethod
-    def empty_from_conv(
+    def unfilled_from_conv(
         cls: type[Layer],
         conv: nn.Conv2d,
         bank: Bank = DEFAULT_BANK,
@@ -174,7 +174,6 @@ class MasterKeyConv2d(ComputedConv2d):
         """As ``from_conv``, with zero kernels and ``r2`` at ``RANDOM``; for compact entries to be loaded into."""
         layer = cls.__new__(cls)
         layer._copy_from(conv, get_bank(bank), keys_per_kernel, trainable)
-        layer.r2.fill_(RANDOM)
         return layer
 
     def _copy_from(self, conv: nn.Conv2d, bank: KeyBank, keys_per_kernel: int, trainable: Trainable) -> None:
@@ -183,7 +182,7 @@ class MasterKeyConv2d(ComputedConv2d):
             raise ConversionError(f"Got {conv}, expected a depthwise Conv2d (groups == in_channels).")
         if reason := obstacle(conv):
             raise ConversionError(f"Got {conv}, expected a convolution that computes as nn.Conv2d does: {reason}.")
-        check_keys_per_kernel(keys_per_kernel, bank)
+        check_keys_per_kernel(keys_per_kernel, bank)  # again, as the class is public
         weight = conv.weight
         keys = bank.keys_for((weight.shape[2], weight.shape[3])).to(weight.device, weight.dtype)
         # All attributes, in place of nn.Conv2d.__init__. Hooks stay the same objects, so handles to them keep working.
@@ -205,7 +204,7 @@ class MasterKeyConv2d(ComputedConv2d):
         self.register_buffer("key_index", weight.new_zeros(channels, rows, dtype=torch.float32))
         self.register_buffer("scale", weight.new_zeros(channels * rows))
         self.register_buffer("shift", weight.new_zeros(channels))
-        self.register_buffer("r2", weight.new_ones(channels, dtype=torch.float32))
+        self.register_buffer("r2", weight.new_full((channels,), RANDOM, dtype=torch.float32))
 
     def set_trainable(self, trainable: Trainable, requires_grad: bool = True) -> None:
         """Makes scale, shift and sigmas parameters or buffers; their values stay the same. In place.
@@ -387,6 +386,7 @@ class MasterKeyConv2d(ComputedConv2d):
             raise CheckpointError(_NO_VALUES)
 
     def _is_empty(self) -> bool:
+        """Whether the layer has no values; forgets the mark once values were loaded."""
         if self._empty and not self.key_index.is_meta:
             self._empty = bool(self.key_index.isnan().all())
         return self._empty and not self.key_index.is_meta
@@ -483,7 +483,7 @@ class MasterKeyConv2d(ComputedConv2d):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        problems = self.check_state_dict(state_dict, prefix)
+        problems = self.check_state_dict(state_dict, prefix)  # again, as a layer may be loaded without its model
         if problems:
             error_msgs.extend(problems)
             return

@@ -14,7 +14,7 @@ _WHOLE = 0.05  # tolerance of a key index; an average of equal ones is much near
 
 
 def state_problems(layer: "MasterKeyConv2d", state_dict: dict[str, Any], prefix: str) -> list[str]:
-    """See ``MasterKeyConv2d.check_state_dict``."""
+    """Messages about a layer's entries in a state dict; an empty list if they can be loaded."""
     place = prefix or "layer "
     compact = [name for name in layer.compact_entries if prefix + name in state_dict]
     dense = state_dict.get(prefix + "weight")

@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError
 from timm.models import PretrainedCfg, load_model_config_from_hf, resolve_pretrained_cfg
@@ -126,7 +125,7 @@ def read_call(arch: str, stock: compat.Entrypoint, pretrained: bool, given: Mapp
     unknown = tag_of(cfg) not in compat.cfgs(arch)  # the environment variable may name it
     published = published_source(name) if pretrained or unknown else None
     resolved = resolve_pretrained_cfg(arch, cfg, overlay)
-    own_cfg = timm.get_pretrained_cfg(name)
+    own_cfg = compat.cfgs(arch).get(tag_of(cfg) or "")  # None for a tag that only a saved model has
     registered = own_cfg is not None and _location(resolved) == _location(own_cfg)
     if pretrained and published and registered:
         resolved, registered = _published_cfg(arch, published, resolved, own_cfg, kwargs), False
