@@ -8,23 +8,30 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from timm_masterkeys.timm_plugin.cache import MARK, cache_folder, cached_folder, clear_entries, list_entries
+from timm_masterkeys.timm_plugin import cache
+from timm_masterkeys.timm_plugin.cache import MARK, cache_folder, cached_network, clear_entries, list_entries
 
 
-def save(made, folder):
+def save(made, key, folder):
     (folder / "config.json").write_text(json.dumps({"made_by": MARK, "made": made}))
 
 
-def usable(folder):
+def is_whole(folder):
     try:
         return json.loads((folder / "config.json").read_text())["made"].startswith("made")
     except (OSError, ValueError, LookupError):
         return False
 
 
-def load_or_make(root, name, make, save=save):
-    with cached_folder(root / name, make, save, usable) as folder:
-        return json.loads((folder / "config.json").read_text())["made"]
+@pytest.fixture(autouse=True)
+def strings_for_networks(monkeypatch):
+    monkeypatch.setattr(cache, "_save", save)
+    monkeypatch.setattr(cache, "_is_whole", is_whole)
+
+
+def load_or_make(root, name, make):
+    with cached_network(root / name, {}, make) as saved:
+        return json.loads((saved.folder / "config.json").read_text())["made"]
 
 
 class Maker:
@@ -55,7 +62,7 @@ def test_a_folder_with_files_of_others_is_left_alone(tmp_path, caplog):
 def test_errors_of_the_caller_are_not_damage(tmp_path):
     make = Maker()
     for _ in range(2):
-        with pytest.raises(OSError, match="no such argument"), cached_folder(tmp_path / "net", make, save, usable):
+        with pytest.raises(OSError, match="no such argument"), cached_network(tmp_path / "net", {}, make):
             raise OSError("no such argument")
     assert make.calls == 1 and load_or_make(tmp_path, "net", make) == "made 1"
 
@@ -70,19 +77,20 @@ def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     make = Maker()
     for entry in (tmp_path / "file" / "cache" / "net", None):  # and without a place in the cache
-        with cached_folder(entry, make, save, usable) as folder:
-            assert usable(folder)
-        assert not folder.exists()
+        with cached_network(entry, {}, make) as saved:
+            assert is_whole(saved.folder)
+        assert not saved.folder.exists()
     assert make.calls == 2 and caplog.text.count("cannot be written") == 1
 
 
-def test_a_full_disk_only_costs_time(tmp_path, caplog):
-    def save_elsewhere(made, folder):
+def test_a_full_disk_only_costs_time(tmp_path, caplog, monkeypatch):
+    def save_elsewhere(made, key, folder):
         if folder.is_relative_to(tmp_path):
             raise OSError(28, "No space left on device")
-        save(made, folder)
+        save(made, key, folder)
 
-    assert load_or_make(tmp_path, "net", Maker(), save_elsewhere) == "made 1"
+    monkeypatch.setattr(cache, "_save", save_elsewhere)
+    assert load_or_make(tmp_path, "net", Maker()) == "made 1"
     assert "No space left" in caplog.text and not list_entries(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".net.lock"]
 
@@ -98,14 +106,15 @@ def test_threads_make_it_once(tmp_path):
         assert set(pool.map(lambda _: load_or_make(tmp_path, "net", slowly), range(8))) == {"made 1"}
 
 
-def test_a_killed_process_leaves_no_lock_and_its_rubbish_goes(tmp_path):
-    def save_forever(made, folder):
+def test_a_killed_process_leaves_no_lock_and_its_rubbish_goes(tmp_path, monkeypatch):
+    def save_forever(made, key, folder):
         (tmp_path / "started").touch()
         time.sleep(60)
 
     pid = os.fork()
     if pid == 0:
-        load_or_make(tmp_path, "net", Maker(), save_forever)
+        monkeypatch.setattr(cache, "_save", save_forever)
+        load_or_make(tmp_path, "net", Maker())
     while not (tmp_path / "started").exists():
         time.sleep(0.01)
     os.kill(pid, signal.SIGKILL)

@@ -202,14 +202,14 @@ def test_a_file_that_is_rewritten_in_place(files, tmp_path, monkeypatch):
 
 
 def test_weights_that_change_while_they_are_loaded(files, tmp_path, root, monkeypatch):
-    path, build = tmp_path / "weights.safetensors", calibrated._build
+    path, build = tmp_path / "weights.safetensors", calibrated._build_dense
     path.write_bytes(Path(files["dense"]).read_bytes())
 
     def changed_before(*args):
         path.write_bytes(Path(files["other"]).read_bytes())
         return build(*args)
 
-    monkeypatch.setattr(calibrated, "_build", changed_before)
+    monkeypatch.setattr(calibrated, "_build_dense", changed_before)
     with pytest.raises(mk.CheckpointError, match="changed while they were loaded"):
         create(str(path))
     assert entries(root) == []
@@ -217,7 +217,7 @@ def test_weights_that_change_while_they_are_loaded(files, tmp_path, root, monkey
 
 
 @pytest.mark.parametrize(
-    ("module", "step", "time"), [(loading, "_load", 1), (calibrated, "read_saved", 2), (loading, "convert_as_saved", 1)]
+    ("module", "step", "time"), [(loading, "_load", 1), (cache, "read_saved", 2), (loading, "convert_as_saved", 1)]
 )
 def test_an_entry_that_is_cleared_while_it_is_read_is_made_again(
     files, root, monkeypatch, calibrations, module, step, time

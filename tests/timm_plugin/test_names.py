@@ -518,9 +518,9 @@ def pointed(monkeypatch):
     for name in ("_model_pretrained_cfgs", "_model_with_tags", "_model_has_pretrained"):
         monkeypatch.setattr(registry, name, copy.deepcopy(getattr(registry, name)))
     monkeypatch.setattr(published, "_sources", sources := {})
-    published._read_variable.cache_clear()
+    published._apply_variable.cache_clear()
     yield sources
-    published._read_variable.cache_clear()
+    published._apply_variable.cache_clear()
 
 
 def write_lists(folder, text):

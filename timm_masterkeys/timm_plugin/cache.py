@@ -1,20 +1,27 @@
-"""The cache on disk: the first process that needs a folder makes it, and later ones use it."""
+"""The cache on disk: the first process that needs a network makes its entry, and later ones use it."""
 
+import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
+from safetensors.torch import save_file
+from torch import nn
 
-from ..files import locked, work_folder
-from ..hub.weights import COMPACT_NAME, FUSED_NAME
+from ..conversion.plan import converted_layers
+from ..conversion.record import read_record
+from ..errors import CheckpointError
+from ..files import locked, os_errors, work_folder
+from ..hub.load import SavedModel, read_saved
+from ..hub.weights import COMPACT_NAME, FUSED_NAME, SECTION, describe_layers, files_sha256, fused_copy, write_compact
 
 _logger = logging.getLogger(__name__)
 
@@ -42,49 +49,41 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 @contextmanager
-def cached_folder(
-    folder: Path | None,
-    make: Callable[[], Any],
-    save: Callable[[Any, Path], object],
-    usable: Callable[[Path], bool],
-) -> Iterator[Path]:
-    """Yields a folder of the cache. One process makes it if it is missing or damaged; the others wait.
+def cached_network(folder: Path | None, key: Any, make: Callable[[], nn.Module]) -> Iterator[SavedModel]:
+    """Yields an entry of the cache as a saved model. One process makes it if it is missing or damaged; others wait.
 
     A folder appears whole or not at all. If it cannot be written, or ``folder`` is None, a temporary folder is yielded,
-    which is removed after the context.
+    which is removed after the context. The section of an entry that another process has just cleared is empty.
 
     Args:
-        folder: An entry of the cache; its parents are created if missing. None for no entry.
-        make: Makes the value to save.
-        save: Writes the value into an empty folder.
-        usable: Whether a folder exists and its files are as they were saved.
+        folder: The entry's folder; its parents are created if missing. None for no entry.
+        key: Everything that the network depends on, as JSON data; written beside it.
+        make: Makes the converted network.
 
     Raises:
         Whatever ``make`` raises.
     """
-    made = make() if folder is None else _make_entry(folder, make, save, usable)
-    if folder is None or made is not None:
+    unsaved = make() if folder is None else _make_entry(folder, key, make)
+    if folder is None or unsaved is not None:
         with tempfile.TemporaryDirectory(prefix="timm_masterkeys-") as temporary:
-            save(made, Path(temporary))
-            yield Path(temporary)
+            _save(unsaved, key, Path(temporary))
+            yield read_saved(Path(temporary)) or SavedModel(Path(temporary), {})
         return
     with suppress(OSError):  # a read-only cache
         os.utime(folder)
-    yield folder
+    yield read_saved(folder) or SavedModel(folder, {})
 
 
-def _make_entry(
-    folder: Path, make: Callable[[], Any], save: Callable[[Any, Path], object], usable: Callable[[Path], bool]
-) -> Any:
-    """Makes an entry under its lock if it is missing; returns what ``make`` gave if it cannot be saved, else None."""
-    if usable(folder):
+def _make_entry(folder: Path, key: Any, make: Callable[[], nn.Module]) -> Any:
+    """Makes an entry under its lock if it is missing or damaged; returns the network if it could not be saved."""
+    if _is_whole(folder):
         return None
     with ExitStack() as stack:
         temporary = None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder.with_name(f".{folder.name}.lock")))
-            if usable(folder):  # another process has made it meanwhile
+            if _is_whole(folder):  # another process has made it meanwhile
                 return None
             if folder.exists():
                 _check_files(folder)
@@ -97,12 +96,39 @@ def _make_entry(
         if temporary is None:
             return made
         try:
-            save(made, temporary)
+            _save(made, key, temporary)
             os.replace(temporary, folder)
         except OSError as error:
             _warn_unwritable(folder, error)
             return made
     return None
+
+
+def _save(model: nn.Module, key: Any, folder: Path) -> None:
+    """Writes an entry: a saved model without a cfg, as each call has its own."""
+    layers = converted_layers(model)
+    section = {**describe_layers(layers), **read_record(model).to_dict()}
+    with os_errors():
+        save_file(fused_copy(model).state_dict(), folder / FUSED_NAME)
+    write_compact(layers, folder / COMPACT_NAME)
+    section["files"] = files_sha256(folder)
+    section["sha256"] = _section_sha256(section)
+    config = {"made_by": MARK, "key": key, SECTION: section}
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the files of an entry exist and are as they were saved."""
+    with suppress(CheckpointError, OSError):
+        if saved := read_saved(folder):
+            saved.check(COMPACT_NAME, FUSED_NAME)
+            return saved.about.get("sha256") == _section_sha256(saved.about)
+    return False
+
+
+def _section_sha256(section: Mapping[str, Any]) -> str:
+    """The SHA-256 of a section but for this digest: the figures in it are of an entry's weights."""
+    return hashlib.sha256(json.dumps({**section, "sha256": ""}, sort_keys=True).encode()).hexdigest()
 
 
 def _warn_unwritable(folder: Path, error: OSError) -> None:

@@ -21,6 +21,7 @@ CALIBRATION = 6  # increased whenever calibration gives other networks or record
 
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # how images are prepared
 _SETTLED = 2  # seconds: the coarsest tick of a file system's clock, see ``_digest``
+MISSING = ""  # in place of the digest of weights that are not on this machine yet
 _READING = ("custom_load", "first_conv", "classifier")  # of a cfg: how timm reads the weights
 
 
@@ -79,7 +80,7 @@ def _as_json(value: Any) -> Any:
 
 
 def weights_sha256(call: Call) -> str | None:
-    """The SHA-256 of the weights that timm would load; "" if they are not on this machine yet.
+    """The SHA-256 of the weights that timm would load; ``MISSING`` if they are not on this machine yet.
 
     None for a state dict with a value that has no digest.
     """
@@ -100,21 +101,21 @@ def weights_sha256(call: Call) -> str | None:
             if isinstance(path, str):
                 blob = os.path.basename(os.path.realpath(path))  # its name is the SHA-256 of a large file
                 return blob if len(blob) == 64 else file_sha256(path)
-        return ""
+        return MISSING
     if cfg.url:
         folder = call.cache_dir or os.path.join(torch.hub.get_dir(), "checkpoints")
         return _digest(os.path.join(folder, os.path.basename(str(cfg.url))))
-    return ""
+    return MISSING
 
 
 def _digest(path: str) -> str:
-    """The SHA-256 of a file, "" if it does not exist. A process hashes an unchanged file only once.
+    """The SHA-256 of a file, ``MISSING`` if it does not exist. A process hashes an unchanged file only once.
 
     Inode, size and times tell whether a file is unchanged, as in git's index. ``st_ctime_ns`` changes with each write,
     even if the modification time is set back; but not within a tick of the clock, so a recent file is always hashed.
     """
     if not os.path.isfile(path):
-        return ""
+        return MISSING
     stat = os.stat(path)
     if time.time() - max(stat.st_mtime, stat.st_ctime) < _SETTLED:
         return file_sha256(path)

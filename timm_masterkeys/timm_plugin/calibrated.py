@@ -9,27 +9,23 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ..calibration.agreement import convert_and_calibrate
 from ..calibration.images import BUILTIN
 from ..conversion.config import MasterKeysConfig
-from ..conversion.plan import converted_layers
-from ..conversion.record import read_record, set_source
+from ..conversion.record import set_source
 from ..errors import CheckpointError
-from ..files import os_errors, tensors_sha256
-from ..hub.load import SavedModel, read_saved
-from ..hub.weights import COMPACT_NAME, FUSED_NAME, SECTION, describe_layers, files_sha256, fused_copy, write_compact
-from .cache import MARK, cache_folder, cached_folder
-from .cache_key import cache_key, weights_sha256
+from ..files import tensors_sha256
+from ..hub.load import SavedModel
+from .cache import cache_folder, cached_network
+from .cache_key import MISSING, cache_key, weights_sha256
 from .call import Call
 
 _logger = logging.getLogger(__name__)
@@ -49,8 +45,8 @@ def calibrated_entry(call: Call, state: Mapping[str, Any] | None, images: str) -
     """
     config, shape = _shared_config(call), _weights_shape(call, state)  # checked before anything is downloaded
     digest, downloaded = weights_sha256(call), None
-    if digest == "":  # the weights are not here yet: building the network downloads them
-        downloaded = _build(call, shape)
+    if digest == MISSING:  # building the network downloads the weights
+        downloaded = _build_dense(call, shape)
         digest = weights_sha256(call) or tensors_sha256(downloaded.state_dict())
     key = cache_key(call, config, shape, digest, images)
     folder = None if key is None else _entry_folder(call, key)
@@ -61,16 +57,16 @@ def calibrated_entry(call: Call, state: Mapping[str, Any] | None, images: str) -
             call.name,
         )
 
-    def calibrate() -> nn.Module:
-        dense = _build(call, shape) if downloaded is None else downloaded
-        if downloaded is None and weights_sha256(call) != digest:
+    def make() -> nn.Module:
+        dense = _build_dense(call, shape) if downloaded is None else downloaded
+        if downloaded is None and weights_sha256(call) != digest:  # another process has replaced the file
             raise CheckpointError(f"The weights of {call.name} changed while they were loaded. Load them again.")
-        model = _calibrate(call, config, dense, images, kept=folder is not None)
+        model = _convert_and_log(call, config, dense, images, kept=folder is not None)
         set_source(model, replace(call.dense_source, sha256=digest))
         return model
 
-    with cached_folder(folder, calibrate, partial(_save, key), _usable) as saved:
-        yield read_saved(saved) or SavedModel(saved, {})  # empty if another process has just cleared the cache
+    with cached_network(folder, key, make) as saved:
+        yield saved
 
 
 def _shared_config(call: Call) -> MasterKeysConfig:
@@ -88,8 +84,8 @@ def _weights_shape(call: Call, state: Mapping[str, Any] | None) -> tuple[int, in
         return channels, len(head)
     if stem is not None:  # names are timm's, but there is no head
         return channels, 0
-    own_cfg: Any = call.own_cfg
-    classes = cfg.num_classes if cfg.num_classes >= 0 else own_cfg.num_classes
+    registry_cfg: Any = call.registry_cfg
+    classes = cfg.num_classes if cfg.num_classes >= 0 else registry_cfg.num_classes
     return channels, classes + (cfg.label_offset or 0)
 
 
@@ -102,7 +98,7 @@ def _entry_folder(call: Call, key: Mapping[str, Any]) -> Path:
     return cache_folder(call.cache_dir) / re.sub(r"[^\w.-]", "_", f"{call.name}-{digest}")
 
 
-def _build(call: Call, shape: tuple[int, int]) -> nn.Module:
+def _build_dense(call: Call, shape: tuple[int, int]) -> nn.Module:
     """The dense network with the head and the input channels of the weights."""
     channels, classes = shape
     size = (channels, *call.cfg.input_size[1:])
@@ -112,7 +108,7 @@ def _build(call: Call, shape: tuple[int, int]) -> nn.Module:
         return weights_call.build(True).eval()
 
 
-def _calibrate(call: Call, config: MasterKeysConfig, dense: nn.Module, images: str, kept: bool) -> nn.Module:
+def _convert_and_log(call: Call, config: MasterKeysConfig, dense: nn.Module, images: str, kept: bool) -> nn.Module:
     """The calibrated network of a dense one; tells what it does, as it takes long."""
     _logger.warning(
         "%s: calibrating with %s%s (mk_calibrate=False turns it off).",
@@ -124,33 +120,6 @@ def _calibrate(call: Call, config: MasterKeysConfig, dense: nn.Module, images: s
         model, report = convert_and_calibrate(dense, config, images, call.flat_names)
     _logger.warning("%s: calibrated %s.", call.name, report.summary())
     return model
-
-
-def _save(key: Any, model: nn.Module, folder: Path) -> None:
-    """Writes an entry: a saved model without a cfg, as each call has its own."""
-    layers = converted_layers(model)
-    section = {**describe_layers(layers), **read_record(model).to_dict()}
-    with os_errors():
-        save_file(fused_copy(model).state_dict(), folder / FUSED_NAME)
-    write_compact(layers, folder / COMPACT_NAME)
-    section["files"] = files_sha256(folder)
-    section["sha256"] = _section_sha256(section)
-    config = {"made_by": MARK, "key": key, SECTION: section}
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def _usable(folder: Path) -> bool:
-    """Whether the files of an entry exist and are as they were saved."""
-    with suppress(CheckpointError, OSError):
-        if saved := read_saved(folder):
-            saved.check(COMPACT_NAME, FUSED_NAME)
-            return saved.about.get("sha256") == _section_sha256(saved.about)
-    return False
-
-
-def _section_sha256(section: Mapping[str, Any]) -> str:
-    """The SHA-256 of a section but for this digest: the figures in it are of an entry's weights."""
-    return hashlib.sha256(json.dumps({**section, "sha256": ""}, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -36,16 +36,16 @@ class Call:
     arch: str
     stock: compat.Entrypoint  # timm's own function that builds the architecture
     cfg: PretrainedCfg  # with the call's overlay
-    own_cfg: PretrainedCfg | None  # timm's cfg of the name, without the call's overlay
-    registered: bool  # the call does not move the weights from where ``own_cfg`` says
-    given: Mapping[str, Any]  # the call's settings of the conversion, by their names without ``mk_``
+    registry_cfg: PretrainedCfg | None  # the cfg of the name in timm's registry
+    as_registered: bool  # the weights are where ``registry_cfg`` says
+    settings: Mapping[str, Any]  # the call's settings of the conversion, by their names without ``mk_``
     calibrate: Any  # the call's ``mk_calibrate``; None if absent
     kwargs: Mapping[str, Any]  # the arguments of ``stock`` besides the cfg
 
     @cached_property
     def config(self) -> MasterKeysConfig:
         """The configuration of the conversion; MasterKeysError for invalid settings."""
-        return MasterKeysConfig(**self.given)
+        return MasterKeysConfig(**self.settings)
 
     @property
     def name(self) -> str:
@@ -74,8 +74,8 @@ class Call:
     @property
     def dense_source(self) -> Source:
         """The source of the dense weights, as far as it is known."""
-        if self.registered or self.cfg.source == "hf-hub":
-            return Source.from_cfg(self.own_cfg if self.registered else self.cfg)
+        if self.as_registered or self.cfg.source == "hf-hub":
+            return Source.from_cfg(self.registry_cfg if self.as_registered else self.cfg)
         return Source(license=self.cfg.license if self.cfg.source == "local-dir" else None)
 
     def build(self, pretrained: bool, **location: Any) -> Any:
@@ -122,13 +122,12 @@ def read_call(arch: str, stock: compat.Entrypoint, pretrained: bool, given: Mapp
     kwargs = dict(given)
     cfg, overlay = kwargs.pop("pretrained_cfg"), kwargs.pop("pretrained_cfg_overlay", None)
     name = f"{arch}.{tag_of(cfg)}"
-    unknown = tag_of(cfg) not in compat.cfgs(arch)  # the environment variable may name it
-    published = published_source(name) if pretrained or unknown else None
+    published = published_source(name) if pretrained else None
     resolved = resolve_pretrained_cfg(arch, cfg, overlay)
-    own_cfg = compat.cfgs(arch).get(tag_of(cfg) or "")  # None for a tag that only a saved model has
-    registered = own_cfg is not None and _location(resolved) == _location(own_cfg)
-    if pretrained and published and registered:
-        resolved, registered = _published_cfg(arch, published, resolved, own_cfg, kwargs), False
+    registry_cfg = compat.cfgs(arch).get(tag_of(cfg) or "")  # None for a tag that only a saved model has
+    as_registered = registry_cfg is not None and _location(resolved) == _location(registry_cfg)
+    if published and as_registered:
+        resolved, as_registered = _published_cfg(arch, published, resolved, registry_cfg, kwargs), False
     settings = {setting: kwargs.pop(f"mk_{setting}") for setting in _SETTINGS if f"mk_{setting}" in kwargs}
     calibrate = kwargs.pop("mk_calibrate", None)
     others = [argument for argument in kwargs if argument.startswith("mk_")]
@@ -138,7 +137,7 @@ def read_call(arch: str, stock: compat.Entrypoint, pretrained: bool, given: Mapp
     if isinstance(kwargs.get("pretrained_model_args"), dict):  # a published model's own arguments
         arguments = kwargs["pretrained_model_args"].items()
         kwargs["pretrained_model_args"] = {n: value for n, value in arguments if not n.startswith("mk_")}
-    return Call(arch, stock, resolved, own_cfg, registered, settings, calibrate, kwargs)
+    return Call(arch, stock, resolved, registry_cfg, as_registered, settings, calibrate, kwargs)
 
 
 def tag_of(cfg: Any) -> str | None:
@@ -153,7 +152,7 @@ def _location(cfg: PretrainedCfg) -> list[Any]:
 
 
 def _published_cfg(
-    arch: str, source: str, resolved: PretrainedCfg, own_cfg: PretrainedCfg, kwargs: dict[str, Any]
+    arch: str, source: str, resolved: PretrainedCfg, registry_cfg: PretrainedCfg, kwargs: dict[str, Any]
 ) -> PretrainedCfg:
     """The cfg of published weights with the call's changes; adds their model arguments to ``kwargs``, as timm does."""
     cfg, architecture, model_args = load_model_config_from_hf(source, cache_dir=kwargs.get("cache_dir"))
@@ -164,7 +163,7 @@ def _published_cfg(
     changed = {
         field.name: value
         for field in fields(PretrainedCfg)
-        if (value := getattr(resolved, field.name)) != getattr(own_cfg, field.name)
+        if (value := getattr(resolved, field.name)) != getattr(registry_cfg, field.name)
     }
     kwargs["pretrained_model_args"] = dict(model_args or {})
     for name, value in kwargs["pretrained_model_args"].items():

@@ -29,10 +29,13 @@ _logger = logging.getLogger(__name__)
 
 
 def create(arch: str, stock: compat.Entrypoint, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
-    """Builds the network that a call asks for, from the first of these that the call has.
+    """Builds the network that a call asks for. The first of these that applies:
 
-    A saved model; random keys, without ``pretrained``; a checkpoint of a converted network; dense weights and images,
-    which give a calibrated network; dense weights alone.
+    1. A saved model, in a folder or on the Hub.
+    2. Random keys, without ``pretrained``.
+    3. A checkpoint of a converted network.
+    4. Dense weights and images to calibrate with: the calibrated network, from the cache.
+    5. Dense weights alone, projected.
 
     Args:
         arch: The architecture.
@@ -62,7 +65,7 @@ def create(arch: str, stock: compat.Entrypoint, pretrained: bool, kwargs: Mappin
 
 def _load_saved(call: Call, saved: SavedModel, pretrained: bool) -> nn.Module:
     """The network as it was saved; without ``pretrained`` with the saved settings and random keys."""
-    fixed = sorted(f"mk_{name}" for name in call.given.keys() - {"trainable"})
+    fixed = sorted(f"mk_{name}" for name in call.settings.keys() - {"trainable"})
     if fixed:
         raise ConversionError(
             f"{', '.join(fixed)} cannot change a saved conversion. Drop them, or convert the source weights anew."
@@ -70,12 +73,12 @@ def _load_saved(call: Call, saved: SavedModel, pretrained: bool) -> nn.Module:
     call.warn_unused("these weights are of a converted model, and loaded as they were saved")
     if pretrained:
         return _load(call, saved)
-    return convert_as_saved(call.build(False), saved, call.given.get("trainable"), random=True)
+    return convert_as_saved(call.build(False), saved, call.settings.get("trainable"), random=True)
 
 
 def _load_calibrated(call: Call, state: Mapping[str, Any] | None, images: str) -> nn.Module:
-    """The network with calibrated weights; calibrates again if another process clears the cache meanwhile."""
-    while True:
+    """The network with calibrated weights."""
+    while True:  # another process may clear the cache between making and loading an entry; then it is made again
         with calibrated_entry(call, state, images) as entry:
             try:
                 return _load(call, entry)
@@ -86,7 +89,7 @@ def _load_calibrated(call: Call, state: Mapping[str, Any] | None, images: str) -
 
 def _load(call: Call, saved: SavedModel) -> nn.Module:
     """The network with saved weights: timm loads the fused weights, then the layers get the saved entries."""
-    return convert_as_saved(call.build(True, file=str(saved.fused)), saved, call.given.get("trainable"))
+    return convert_as_saved(call.build(True, file=str(saved.fused)), saved, call.settings.get("trainable"))
 
 
 def _convert_only(call: Call) -> nn.Module:
@@ -120,10 +123,11 @@ def _refuse_agreement(call: Call) -> None:
 def _read_weights(call: Call) -> Mapping[str, Any] | None:
     """The state dict of weights that are not timm's own; None where timm alone reads them.
 
+    It tells whether the weights are of a converted network, and the shapes of stem and head.
     Of a dense safetensors file it has the shapes only: its tensors are on the meta device.
     """
     cfg = call.cfg
-    if call.registered and not cfg.file:
+    if call.as_registered and not cfg.file:
         return None  # timm's own
     if cfg.state_dict and not cfg.source:
         return _inner_state_dict(cfg.state_dict)
@@ -191,6 +195,6 @@ def _layer_settings(call: Call, name: str, entries: Mapping[str, torch.Tensor]) 
     missing = [entry for entry in MasterKeyConv2d.compact_entries if entry not in entries]
     if missing:
         raise CheckpointError(f"The checkpoint lacks {', '.join(missing)} of {name}: the entries belong together.")
-    keys = call.config.keys_per_kernel if "keys_per_kernel" in call.given else entries["key_index"].shape[-1]
+    keys = call.config.keys_per_kernel if "keys_per_kernel" in call.settings else entries["key_index"].shape[-1]
     sigmas = "log_sigma" in entries or call.config.trainable == "sigmas"
     return LayerSettings(call.config.bank, keys, call.config.trainable, sigmas)

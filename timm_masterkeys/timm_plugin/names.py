@@ -88,7 +88,7 @@ def _with_masterkeys(arch: str, stock: compat.Entrypoint) -> compat.Entrypoint:
     @functools.wraps(stock)
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         cfg = kwargs.get("pretrained_cfg")
-        if isinstance(cfg, str) and cfg.startswith(TAG):
+        if isinstance(cfg, str) and cfg.startswith(TAG):  # "mk8typo" too
             _check_tag(arch, cfg, stock)
         if is_masterkeys_tag(tag_of(cfg)):
             return create(arch, stock, pretrained, kwargs)

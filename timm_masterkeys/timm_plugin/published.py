@@ -47,9 +47,16 @@ def use_weights(name: str | os.PathLike[str], source: str = "") -> None:
         >>> use_weights("zoo/names.txt")
     """
     pairs = _read_list(name) if not source and os.path.isfile(name) else [(os.fspath(name), source)]
+    _point(pairs)
+
+
+def _point(pairs: list[tuple[str, str]], again: bool = True) -> None:
+    """Points names at sources after a check of all; without ``again`` only names that were not pointed before."""
     for pair in pairs:
         _check_pair(*pair)
     for mk8_name, hub_id in pairs:
+        if mk8_name in _sources and not again:
+            continue
         arch, _, tag = mk8_name.partition(".")
         stock = timm.get_pretrained_cfg(arch) or PretrainedCfg(architecture=arch)
         cfg = replace(stock, url=None, hf_hub_id=hub_id, hf_hub_filename=FUSED_NAME, tag=tag, license=None)
@@ -63,7 +70,7 @@ def published_source(name: str) -> str | None:
     Raises:
         ConversionError: The environment variable holds anything but pairs and paths of lists.
     """
-    _read_variable(os.environ.get(WEIGHTS_VARIABLE, ""))
+    _apply_variable(os.environ.get(WEIGHTS_VARIABLE, ""))
     return _sources.get(name)
 
 
@@ -73,19 +80,16 @@ def is_pointed(name: str) -> bool:
 
 
 @lru_cache(maxsize=1)  # errors are not cached: each call raises them
-def _read_variable(value: str) -> None:
+def _apply_variable(value: str) -> None:
+    """Points the names in the environment variable at their sources; calls of ``use_weights`` take precedence."""
     parts = [value] if os.path.isfile(value) else value.split()
     pairs: list[tuple[str, str]] = []
     try:
         for part in parts:
             pairs += _read_list(part) if os.path.isfile(part) or part.endswith(".txt") else [_pair(part)]
-        for pair in pairs:
-            _check_pair(*pair)
+        _point(pairs, again=False)
     except ConversionError as error:
         raise ConversionError(f"{WEIGHTS_VARIABLE} is '{value}': {error}") from None
-    for name, source in pairs:
-        if name not in _sources:  # calls of use_weights take precedence
-            use_weights(name, source)
 
 
 def _read_list(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
