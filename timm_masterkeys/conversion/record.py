@@ -168,7 +168,12 @@ def check_attribute(model: nn.Module) -> None:
 
 def write_record(model: nn.Module, record: Record) -> None:
     """Stores the record of a model; ties its source to the keys that the model has now. In place."""
-    model.masterkeys = replace(record, keys=keys_digest(converted_layers(model)) if record.source else "")  # type: ignore[assignment]
+    model.masterkeys = tied(record, converted_layers(model))  # type: ignore[assignment]
+
+
+def tied(record: Record, layers: Mapping[str, MasterKeyConv2d]) -> Record:
+    """The record with its source tied to the keys of these layers."""
+    return replace(record, keys=keys_digest(layers) if record.source else "")
 
 
 def set_source(model: nn.Module, source: Source | None) -> None:

@@ -36,10 +36,15 @@ def check_unwrapped(model: nn.Module) -> None:
             f"Got a {kind}, which has taken hold of the layers as they are, expected the model in it. Convert or fuse "
             "that, then wrap, compile or average it anew."
         )
+    check_whole(model)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raises ConversionError if a model is sharded."""
     if is_sharded(model):
         raise ConversionError(
-            f"The parameters of this {kind} are sharded, expected whole ones. Convert or fuse a model first, then "
-            "shard it; a sharded one's full state dict can be loaded into one that is not."
+            f"The parameters of this {type(model).__name__} are sharded, expected whole ones. Convert, fuse or save a "
+            "model before it is sharded; a sharded one's full state dict can be loaded into one that is not."
         )
 
 

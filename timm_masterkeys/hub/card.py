@@ -74,7 +74,7 @@ class CardEntries:
 
 def make_card(
     contents: Contents,
-    config: Mapping[str, Any],
+    config_json: Mapping[str, Any],
     entries: CardEntries,
     existing: str,
     previous: Mapping[str, Any] | None,
@@ -85,12 +85,12 @@ def make_card(
 
     Args:
         contents: What is saved of the model.
-        config: The saved config.json.
+        config_json: The saved config.json.
         entries: What the user says of the model.
         existing: The text of the README to replace. The text outside this package's marks is kept, and the metadata,
             but for what they say of other weights: results, licence and base model.
-        previous: The section ``masterkeys`` of the config.json beside it, to tell which these are: empty if that is of
-            a dense model, None if there is no config.json.
+        previous: The section ``masterkeys`` of the config.json beside it: empty if there is none in it, None if there
+            is no config.json. It tells which metadata are of other weights.
 
     Raises:
         ConversionError: The metadata or the marks of the README cannot be read.
@@ -98,10 +98,10 @@ def make_card(
     before, after, fields = _hand_written(existing)
     source, name = contents.source, entries.repo_id.rpartition("/")[2]
     license, base_model = source.license, _base_model(source)
-    for outdated in _outdated(fields, previous, source, config[SECTION]["files"][FUSED_NAME]):
+    for outdated in _outdated(fields, previous, source, config_json[SECTION]["files"][FUSED_NAME]):
         fields.pop(outdated, None)
     on_hub = license in HUB_LICENSES
-    task = "image-classification" if config["num_classes"] else "image-feature-extraction"
+    task = "image-classification" if config_json["num_classes"] else "image-feature-extraction"
     generated: dict[str, Any] = {
         "license": license if on_hub else "other" if license else None,
         "license_name": None if on_hub else license,
@@ -124,7 +124,7 @@ def make_card(
         merged["eval_results"] = [*metrics, *others]
     data = ModelCardData(**merged)
     warn = not contents.is_usable and "model-index" not in data.to_dict()
-    body = _body(config, contents.report, entries.repo_id, source, warn)
+    body = _body(config_json, contents.report, entries.repo_id, source, warn)
     title = "" if before or after else f"# {name}\n\n"
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{before}{title}{_BEGIN}\n{body}\n{_END}\n{after}")
 
@@ -240,17 +240,17 @@ def _conversion(section: Mapping[str, Any], report: ConversionReport) -> str:
 </details>"""
 
 
-def _body(config: Mapping[str, Any], report: ConversionReport, repo_id: str, source: Source, warn: bool) -> str:
-    cfg = config["pretrained_cfg"]
+def _body(config_json: Mapping[str, Any], report: ConversionReport, repo_id: str, source: Source, warn: bool) -> str:
+    cfg = config_json["pretrained_cfg"]
     size = "x".join(map(str, cfg["input_size"]))
     total = report.total
-    banks = [f"`{bank['name']}`" for bank in config[SECTION]["banks"].values()]
+    banks = [f"`{bank['name']}`" for bank in config_json[SECTION]["banks"].values()]
     keys = f"{len(total.key_histogram)} frozen *master keys* of the bank {banks[0]}"
     keys = keys if len(banks) == 1 else f"frozen *master keys* of the banks {', '.join(banks)}"
     licence = f"{source.license}, {'given by the author' if source.license_given else 'inherited from them'}"
-    first = _UNMEASURED if warn else ""
+    first, architecture = _UNMEASURED if warn else "", config_json["architecture"]
     return f"""
-{first}A timm `{config["architecture"]}` whose {total.channels:,} depthwise kernels are affine images `a*x + b` of the
+{first}A timm `{architecture}` whose {total.channels:,} depthwise kernels are affine images `a*x + b` of the
 {keys}, converted with
 `timm_masterkeys` from {_origin(report, source)}.
 Licence: {licence if source.license else "unknown"}.
@@ -262,11 +262,11 @@ Conversion costs accuracy unless the model was calibrated or trained afterwards.
 ## Preprocessing
 
 Input {size}, {cfg.get("interpolation", "bicubic")}, crop {cfg.get("crop_pct")}, mean {tuple(cfg["mean"])},
-std {tuple(cfg["std"])}; {config["num_classes"]} classes.
+std {tuple(cfg["std"])}; {config_json["num_classes"]} classes.
 
 ## The conversion
 
-{_conversion(config[SECTION], report)}
+{_conversion(config_json[SECTION], report)}
 
 ## Cite
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ..conversion.plan import converted_layers
-from ..conversion.record import Record, Source, keys_digest
+from ..conversion.record import Record, Source, tied
 from ..conversion.report import ConversionReport, report_layers
-from ..conversion.wrapped import check_unwrapped, quantised_entry, unwrapped
+from ..conversion.wrapped import check_whole, quantised_entry, unwrapped
 from ..errors import ConversionError
 from ..layers import MasterKeyConv2d
 from ..version import __version__
@@ -42,7 +42,7 @@ class Contents:
     report: ConversionReport
     record: Record  # of the saved weights
     section: Mapping[str, Any]  # ``masterkeys`` of config.json, without the digests of the files
-    config: Mapping[str, Any]  # the user's entries of config.json
+    extra: Mapping[str, Any]  # the user's entries of config.json
 
     @property
     def source(self) -> Source:
@@ -61,7 +61,7 @@ def gather_contents(
 ) -> Contents:
     """Gathers what is saved of a model; arguments and errors as for ``save_pretrained``. Changes nothing."""
     model = unwrapped(model)
-    check_unwrapped(model)
+    check_whole(model)
     cfg: Any = getattr(model, "pretrained_cfg", None)
     if not cfg or not cfg.get("architecture") or not hasattr(model, "num_classes"):
         raise ConversionError(
@@ -69,18 +69,17 @@ def gather_contents(
             "load it again. Save its state_dict instead."
         )
     layers = converted_layers(model, required=True)
-    config = dict(config or {})
-    _check_config(config)
+    extra = dict(config or {})
+    _check_extra(extra)
     report = report_layers(model, layers)
     _check_finite(model)
     banks = {layer.bank for layer in layers.values()}
-    source = saved_source(report.record.source, license, base_model)
     record = replace(
         report.record,  # of conversions that were undone since, the files do not hold the bank
         conversions=tuple(conversion for conversion in report.record.conversions if conversion.bank in banks),
-        source=source,
-        keys=keys_digest(layers) if source else "",
+        source=saved_source(report.record.source, license, base_model),
     )
+    record = tied(record, layers)
     r2 = report.total.mean_r2
     section = {
         **describe_layers(layers),
@@ -89,15 +88,15 @@ def gather_contents(
         "mean_r2": None if math.isnan(r2) else round(r2, 4),
         "versions": {"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},
     }
-    return Contents(model, layers, dict(cfg), report, record, section, config)
+    return Contents(model, layers, dict(cfg), report, record, section, extra)
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
-    reserved = [name for name in config if name in OWN_ENTRIES]
+def _check_extra(extra: Mapping[str, Any]) -> None:
+    reserved = [name for name in extra if name in OWN_ENTRIES]
     if reserved:
         raise ConversionError(f"config holds {', '.join(reserved)}, which come from the model. Leave them out.")
     try:
-        json.dumps(config)
+        json.dumps(extra)
     except (TypeError, ValueError) as error:
         raise ConversionError(f"config cannot be written as JSON: {error}.") from None
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from timm.models import PretrainedCfg
 from torch import nn
 
 from ..conversion.record import restore_record
@@ -22,7 +23,7 @@ class SavedModel:
     """A saved model on this machine: its folder, and the section ``masterkeys`` of its ``config.json``."""
 
     folder: Path
-    about: Mapping[str, Any]
+    section: Mapping[str, Any]
 
     @property
     def fused(self) -> Path:
@@ -39,7 +40,7 @@ class SavedModel:
                     "the model again."
                 )
             try:
-                expected = self.about["files"][name]
+                expected = self.section["files"][name]
             except (LookupError, TypeError) as error:
                 raise CheckpointError(f"'{self.folder / 'config.json'}' is damaged ({error!r}).") from None
             if file_sha256(path) != expected:
@@ -51,7 +52,7 @@ class SavedModel:
                 )
 
 
-def find_saved(cfg: Mapping[str, Any], cache_dir: Any = None, weights: bool = True) -> SavedModel | None:
+def find_saved(cfg: PretrainedCfg, cache_dir: Any = None, weights: bool = True) -> SavedModel | None:
     """The saved model of a ``pretrained_cfg``, downloaded and checked; None if its weights are of no converted model.
 
     Args:
@@ -62,14 +63,14 @@ def find_saved(cfg: Mapping[str, Any], cache_dir: Any = None, weights: bool = Tr
     Raises:
         CheckpointError: A file that is missing, damaged, or of another conversion; or the Hub does not answer.
     """
-    local = cfg["source"] == "local-dir"
-    folder = Path(cfg["file"]) if local else _cached_folder(cfg["hf_hub_id"], cache_dir)
+    local = cfg.source == "local-dir"
+    folder = Path(str(cfg.file)) if local else _cached_folder(str(cfg.hf_hub_id), cache_dir)
     saved = read_saved(folder)
     if saved is None:
         return None
     names = (COMPACT_NAME, FUSED_NAME) if weights else (COMPACT_NAME,)
     if not local:
-        _download(cfg["hf_hub_id"].partition("@")[0], names, folder, cache_dir)
+        _download(str(cfg.hf_hub_id).partition("@")[0], names, folder, cache_dir)
     saved.check(*names)
     return saved
 
@@ -128,7 +129,7 @@ def convert_as_saved(
     if not random:
         banks = {settings.bank for settings in compact.layers.values()}
         try:
-            restore_record(model, saved.about, banks, trainable)
+            restore_record(model, saved.section, banks, trainable)
         except (LookupError, TypeError, ValueError, CheckpointError) as error:
             raise CheckpointError(f"'{saved.folder / 'config.json'}' is damaged ({error!r}).") from None
     return model

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from ..version import __version__
 from .card import CardEntries, read_readme
 from .contents import Contents, gather_contents
 from .license import require_license
-from .save import FILES, write_contents
+from .save import FILES, previous_section, write_contents
 
 _logger = logging.getLogger(__name__)
 
@@ -161,17 +160,16 @@ def push_to_hub(
 def _save(
     contents: Contents, entries: CardEntries, directory: Path, api: HfApi, base: ModelInfo | None, readme: str
 ) -> None:
-    """Saves the model to publish over the README and config.json of the repository; lets the Hub validate the card."""
-    repo_id = entries.repo_id
-    path = directory / "README.md"
+    """Saves the model with a card that keeps what the repository's README says; lets the Hub validate the card."""
     remote = {sibling.rfilename for sibling in (base.siblings if base else None) or ()}
-    if base and path.name in remote:
-        readme = read_readme(api.hf_hub_download(repo_id, path.name, revision=base.sha))
+    previous = None
+    if base and "README.md" in remote:
+        readme = read_readme(api.hf_hub_download(entries.repo_id, "README.md", revision=base.sha))
         if "config.json" in remote:
-            shutil.copy(api.hf_hub_download(repo_id, "config.json", revision=base.sha), directory)
-    path.write_text(readme, encoding="utf-8")
-    write_contents(contents, directory, entries)
-    card = {"repoType": "model", "content": path.read_text(encoding="utf-8")}
+            path = api.hf_hub_download(entries.repo_id, "config.json", revision=base.sha)
+            previous = previous_section(Path(path))
+    write_contents(contents, directory, entries, readme, previous)
+    card = {"repoType": "model", "content": (directory / "README.md").read_text(encoding="utf-8")}
     # ``ModelCard.validate`` of old clients asks huggingface.co, whatever the endpoint is.
     hf_raise_for_status(get_session().post(f"{api.endpoint}/api/validate-yaml", json=card))
 

@@ -87,17 +87,19 @@ def save_pretrained(
     contents = gather_contents(model, license, base_model, config)
     directory = Path(directory)
     entries = CardEntries(repo_id or directory.resolve().name, datasets, tags, metrics)
-    write_contents(contents, directory, entries)
+    existing, previous = read_readme(directory / "README.md"), previous_section(directory / "config.json")
+    write_contents(contents, directory, entries, existing, previous)
     return directory
 
 
-def write_contents(contents: Contents, directory: Path, entries: CardEntries) -> None:
-    """Writes a model's files; errors as for ``save_pretrained``. The card keeps what is hand-written in the folder."""
-    existing, previous = read_readme(directory / "README.md"), _previous_section(directory / "config.json")
+def write_contents(
+    contents: Contents, directory: Path, entries: CardEntries, existing: str, previous: Mapping[str, Any] | None
+) -> None:
+    """Writes a model's files; arguments as for ``make_card``, errors as for ``save_pretrained``."""
     with _saving(directory) as tmp:
-        saved = _write_weights(contents, tmp)
-        _check_reload(contents.model, tmp, saved)
-        card = make_card(contents, saved, entries, existing, previous)
+        config_json = _write_weights(contents, tmp)
+        _check_reload(contents.model, tmp, config_json)
+        card = make_card(contents, config_json, entries, existing, previous)
         (tmp / "README.md").write_text(str(card), encoding="utf-8")
         for name in FILES:
             with atomic_path(directory / name) as target:
@@ -110,7 +112,7 @@ def write_contents(contents: Contents, directory: Path, entries: CardEntries) ->
         )
 
 
-def _previous_section(config: Path) -> Mapping[str, Any] | None:
+def previous_section(config: Path) -> Mapping[str, Any] | None:
     """What an earlier publication in the same place said of its weights: empty for a dense model, None if none."""
     if not config.is_file():
         return None
@@ -140,13 +142,14 @@ def _write_weights(contents: Contents, folder: Path) -> dict[str, Any]:
     """Writes both weight files and config.json; returns the contents of config.json."""
     dense: Any = fused_copy(contents.model)
     cfg, source = dict(contents.cfg), contents.report.record.source
-    if not (source and source.name):
+    if not (source and source.name):  # the recorded one: ``base_model=`` alone says nothing of the cfg
         cfg = {name: value for name, value in cfg.items() if name not in _ORIGIN}
     # timm reads a saved model's class names into the cfg. They go back to where transformers looks for them.
     labels = {name: cfg.pop(name, None) for name in ("label_names", "label_descriptions")}
-    config = dict(contents.config)
+    config = dict(contents.extra)
     if "label_names" not in config and cfg.get("num_classes") == dense.num_classes:
         config = {**{name: value for name, value in labels.items() if value}, **config}
+    # This tag makes the plug-in load the model, see timm_plugin.names.
     dense.pretrained_cfg = {**cfg, "tag": masterkeys_tag(cfg.get("tag")), "license": contents.source.license}
     # The file name is fixed: else timm loads a pickle if the Hub does not answer for the safetensors file.
     config["pretrained_cfg"] = {"hf_hub_filename": FUSED_NAME}
@@ -166,7 +169,7 @@ def _write_weights(contents: Contents, folder: Path) -> dict[str, Any]:
 def _as_json(name: str, value: Any) -> Any:
     """An argument of ``create_model`` as JSON data: a layer class by its timm name, an ``mk_`` setting as None."""
     if name.startswith("mk_"):
-        return None
+        return None  # not left out, as timm would add the model's own value
     if isinstance(value, type):
         short = value.__name__.lower()
         for get_layer in (get_act_layer, get_norm_layer):

@@ -138,8 +138,8 @@ def restore_layers(
 ) -> None:
     """Puts converted layers with the entries of a compact file in the place of a model's convolutions. In place.
 
-    Unlike ``load_compact`` it does not compare the dense kernels. With ``random`` only the settings are used, and keys
-    are assigned at random, for training from scratch.
+    All that loads saved layers ends here or in ``load_compact``, which also compares the dense kernels. With ``random``
+    only the settings are used, and keys are assigned at random, for training from scratch.
     """
     replace_layers(model, _new_layers(model, compact, trainable, random))
 
@@ -187,9 +187,9 @@ def read_compact(path: str | os.PathLike[str]) -> Compact:
     return Compact(layers, entries)
 
 
-def check_version(path: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
-    """Raises CheckpointError unless this version can read the ``format_version`` in ``about``."""
-    version = about.get("format_version")
+def check_version(path: str | os.PathLike[str], section: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless this version can read the ``format_version`` of a section."""
+    version = section.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(
             f"'{path}' has format version {version}, this one reads up to {FORMAT_VERSION}. Upgrade timm_masterkeys."

@@ -122,7 +122,7 @@ def _is_whole(folder: Path) -> bool:
     with suppress(CheckpointError, OSError):
         if saved := read_saved(folder):
             saved.check(COMPACT_NAME, FUSED_NAME)
-            return saved.about.get("sha256") == _section_sha256(saved.about)
+            return saved.section.get("sha256") == _section_sha256(saved.section)
     return False
 
 

@@ -48,7 +48,7 @@ def create(arch: str, stock: compat.Entrypoint, pretrained: bool, kwargs: Mappin
     """
     call = read_call(arch, stock, pretrained, kwargs)
     if call.cfg.source in ("hf-hub", "local-dir"):
-        saved = find_saved(call.cfg.to_dict(), call.cache_dir, weights=pretrained)
+        saved = find_saved(call.cfg, call.cache_dir, weights=pretrained)
         if saved is not None:
             return _load_saved(call, saved, pretrained)
     if not pretrained:
