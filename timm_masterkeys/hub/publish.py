@@ -145,11 +145,7 @@ def push_to_hub(
                 return publication
             if base is None:
                 repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision and head is None:
-                api.create_branch(repo_id, branch=branch, exist_ok=True)
-            head = head or _read_repository(api, repo_id, branch)
-            if head is None:
-                raise HubError(f"{repo_id} was made, but its branch {branch} cannot be read. Run again.")
+            head = head or _make_branch(api, repo_id, revision)
             publication = replace(publication, repo_id=repo_id, sha=head.sha, private=head.private)
         if _changed(files):  # else the new branch has the same files already
             publication = _commit(api, publication, commit_message, directory, create_pr)
@@ -172,6 +168,17 @@ def _save(
     card = {"repoType": "model", "content": (directory / "README.md").read_text(encoding="utf-8")}
     # ``ModelCard.validate`` of old clients asks huggingface.co, whatever the endpoint is.
     hf_raise_for_status(get_session().post(f"{api.endpoint}/api/validate-yaml", json=card))
+
+
+def _make_branch(api: HfApi, repo_id: str, revision: str | None) -> ModelInfo:
+    """The branch of that name, made if it is missing; the default branch if None."""
+    branch = revision or "main"
+    if revision:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    info = _read_repository(api, repo_id, branch)
+    if info is None:
+        raise HubError(f"{repo_id} was made, but its branch {branch} cannot be read. Run again.")
+    return info
 
 
 def _commit(api: HfApi, publication: Publication, message: str, directory: Path, create_pr: bool) -> Publication:

@@ -133,7 +133,7 @@ class ComputedConv2d(nn.Conv2d):
 
     def _no_grad_forward(self, input: torch.Tensor) -> torch.Tensor:
         input, weight, bias = autocast(input, self.compose_weight(), self.bias)
-        if not any_gpu_kernel("conv"):
+        if not any_gpu_kernel("conv"):  # used where measured faster, or by TIMM_MASTERKEYS_TRITON
             return self._conv_forward(input, weight, bias)
         input, padding = self._padded(input)
         return convolve(input, weight, bias, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]

@@ -371,6 +371,9 @@ class MasterKeyConv2d(ComputedConv2d):
         """
         self._restore_keys()
         self.check_values()
+        self._check_indices()
+
+    def _check_indices(self) -> None:
         if not self.key_index.is_meta and not torch.equal(self.key_index, self.key_index.round()):
             problem = index_problem(self.key_index, len(self.keys))
             if problem:
@@ -401,7 +404,7 @@ class MasterKeyConv2d(ComputedConv2d):
         """As for any module; also calls ``check_keys`` if the layer has values."""
         self._restore_keys()
         if not self._is_empty():
-            self.check_keys()
+            self._check_indices()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "MasterKeyConv2d":
