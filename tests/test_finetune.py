@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import save
 from timm.data import create_transform, resolve_data_config
 
-from timm_masterkeys.zoo.evaluate import find_labels, measure
+from timm_masterkeys.zoo.evaluate import find_labelled_images, measure
 
 pytestmark = pytest.mark.filterwarnings(  # timm leaves the images it reads open
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -36,9 +36,9 @@ HERE |= {"validate.py": "validate.py -b 4 --workers 1 --device cpu"}
 CLASSES = ["dark", "grey", "light"]  # validation has no dark ones: without the class map its labels are one lower
 LOADED = """
 import sys, timm, torch, timm_masterkeys
-from timm_masterkeys.zoo.evaluate import find_labels, measure
+from timm_masterkeys.zoo.evaluate import find_labelled_images, measure
 model = timm.create_model(sys.argv[1], pretrained=True)
-print(measure([model], find_labels("flowers", "flowers/classes.txt"), workers=0).top1[0])
+print(measure([model], find_labelled_images("flowers", "flowers/classes.txt"), workers=0)[0].top1)
 print(model(torch.ones(1, 3, 160, 160)).flatten().tolist(), model.pretrained_cfg["label_names"])
 """
 
@@ -124,8 +124,8 @@ def test_published_and_loaded_by_name(hub, folder, shell):
         outputs = model(torch.ones(1, 3, 160, 160)).flatten().tolist()
     (folder / "runs" / "flowers").mkdir(parents=True)
     torch.save({"state_dict": model.state_dict()}, folder / "runs" / "flowers" / "model_best.pth.tar")
-    labels = find_labels(folder / "flowers", folder / "flowers" / "classes.txt")
-    assert measure([model], labels, workers=0).top1 == (100,)
+    labels = find_labelled_images(folder / "flowers", folder / "flowers" / "classes.txt")
+    assert measure([model], labels, workers=0)[0].top1 == 100
     shell(publish)
     assert len(hub.repos["alice/test_convnext.mk8_flowers"].branches["main"]) == 2
     printed = shell(f"{name}\npython - test_convnext.mk8_flowers <<'END'\n{LOADED}\nEND").splitlines()

@@ -11,7 +11,6 @@ from forked import run
 import timm_masterkeys as mk
 from timm_masterkeys.cli import main
 from timm_masterkeys.study import plotting
-from timm_masterkeys.study.discovery import Discovery
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +136,6 @@ def test_curves_and_bars(model):
     (axis,) = plotting.plot_coverage({"a": report, "b": report}).axes
     assert [line.get_label() for line in axis.lines] == ["a", "b"]
     np.testing.assert_allclose(axis.lines[0].get_ydata(), [1, *report.total.coverage, 0])
-    curve = {1: 0.2, 2: 0.5, 3: 0.55, 60: 0.9}
-    (axis,) = plotting.plot_elimination(Discovery(mk.get_bank(), curve, 2, {}, 100, 0, 0, 0)).axes
-    assert list(axis.lines[0].get_xdata()) == [1, 2, 3] and list(axis.lines[2].get_xdata()) == [2, 2]
 
 
 def test_what_to_install(monkeypatch, capsys):

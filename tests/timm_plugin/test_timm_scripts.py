@@ -22,8 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import timm_masterkeys as mk
-from timm_masterkeys.zoo.evaluate import find_labels, measure
-from timm_masterkeys.zoo.results import timm_columns
+from timm_masterkeys.zoo.evaluate import find_labelled_images, measure
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -203,9 +202,9 @@ def test_the_zoo_measures_what_validate_measures(data, dense, tmp_path, test_siz
     run("validate.py", *given, cwd=tmp_path, plugin=False)
     with open(tmp_path / "results.csv", newline="") as file:
         [expected] = csv.DictReader(file)
-    measured = measure([model], find_labels(data, tmp_path / "classes.txt"), batch_size=3, workers=0)
-    row = timm_columns(expected["model"], model, measured)
-    assert {name: str(value) for name, value in row.items()} == expected
+    [measured] = measure([model], find_labelled_images(data, tmp_path / "classes.txt"), batch_size=3, workers=0)
+    row = {"model": expected["model"], **vars(measured)}
+    assert {name: str(row[name]) for name in expected} == expected
 
 
 def test_train_from_a_calibrated_network(data, dense, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
 import timm_masterkeys
 from timm_masterkeys import ZooError
-from timm_masterkeys.zoo.evaluate import find_labels, measure
+from timm_masterkeys.zoo.evaluate import find_labelled_images, measure
 
 SYNSETS = ImageNetInfo().label_names()
 
@@ -39,26 +39,26 @@ def given(labels):
 
 
 def test_labels_do_not_shift_where_classes_are_missing(tmp_path):
-    synsets = find_labels(folder(tmp_path / "synsets", **{SYNSETS[7]: 2, SYNSETS[999]: 1}))
+    synsets = find_labelled_images(folder(tmp_path / "synsets", **{SYNSETS[7]: 2, SYNSETS[999]: 1}))
     assert (synsets.num_classes, len(synsets.files)) == (1000, 3)
     assert given(synsets) == {SYNSETS[7]: 7, SYNSETS[999]: 999}
-    numbers = find_labels(folder(tmp_path / "numbers", **{"7": 1, "31": 1, "100": 1}))
+    numbers = find_labelled_images(folder(tmp_path / "numbers", **{"7": 1, "31": 1, "100": 1}))
     assert given(numbers) == {"7": 7, "31": 31, "100": 100} and numbers.num_classes == 1000
     folder(tmp_path / "split" / "train", **{"5": 3})
     folder(tmp_path / "split" / "validation", **{"5": 1})
-    assert len(find_labels(tmp_path / "split").files) == 1
+    assert len(find_labelled_images(tmp_path / "split").files) == 1
     (tmp_path / "map.txt").write_text("cat\ndog\nbee\n")
-    mapped = find_labels(folder(tmp_path / "pets", dog=1), tmp_path / "map.txt")
+    mapped = find_labelled_images(folder(tmp_path / "pets", dog=1), tmp_path / "map.txt")
     assert (given(mapped), mapped.num_classes) == ({"dog": 1}, 3)
     (tmp_path / "map.pkl").write_bytes(pickle.dumps({"dog": 0, "cat": 1}))
-    assert given(find_labels(tmp_path / "pets", tmp_path / "map.pkl")) == {"dog": 0}
+    assert given(find_labelled_images(tmp_path / "pets", tmp_path / "map.pkl")) == {"dog": 0}
 
 
 def test_what_names_the_images_is_in_their_checksum(tmp_path):
-    first = find_labels(folder(tmp_path / "a", **{"1": 2, "2": 1})).sha256
-    assert first == find_labels(folder(tmp_path / "b", **{"1": 2, "2": 1})).sha256
+    first = find_labelled_images(folder(tmp_path / "a", **{"1": 2, "2": 1})).sha256
+    assert first == find_labelled_images(folder(tmp_path / "b", **{"1": 2, "2": 1})).sha256
     (tmp_path / "b" / "2").rename(tmp_path / "b" / "3")
-    assert first != find_labels(tmp_path / "b").sha256
+    assert first != find_labelled_images(tmp_path / "b").sha256
 
 
 @pytest.mark.parametrize(
@@ -80,21 +80,21 @@ def test_labels_that_mean_nothing_are_refused(tmp_path, labels, class_map, messa
     if class_map is not None:
         (tmp_path / "map.txt").write_text(class_map)
     with pytest.raises(ZooError, match=message):
-        find_labels(root, tmp_path / "map.txt" if class_map is not None else "")
+        find_labelled_images(root, tmp_path / "map.txt" if class_map is not None else "")
 
 
 def test_no_folder_no_class_map(tmp_path):
     with pytest.raises(ZooError, match="There is no folder"):
-        find_labels(tmp_path / "none")
+        find_labelled_images(tmp_path / "none")
     root = folder(tmp_path / "images", cat=1)
     for name in ("none.txt", "map.json"):
         (tmp_path / "map.json").write_text("{}")
         with pytest.raises(ZooError, match=rf"class map '.*{name}' cannot be read"):
-            find_labels(root, tmp_path / name)
+            find_labelled_images(root, tmp_path / name)
     picture(root / "stray.png", 0)
     (tmp_path / "map.txt").write_text("cat\n")
     with pytest.raises(ZooError, match="does not name: ''"):
-        find_labels(root, tmp_path / "map.txt")
+        find_labelled_images(root, tmp_path / "map.txt")
 
 
 @pytest.mark.parametrize("test_size", [None, (3, 96, 96)])
@@ -106,15 +106,18 @@ def test_accuracy_is_what_a_plain_loop_counts(tmp_path, test_size):
         models.append(timm.create_model("test_efficientnet", num_classes=10))
         models[-1].pretrained_cfg |= {"test_input_size": test_size, "test_crop_pct": test_size and 1.0}
     (tmp_path / "map.txt").write_text("\n".join(map(str, range(10))))
-    labels = find_labels(folder(tmp_path / "images", **{str(i): 4 for i in range(0, 10, 2)}), tmp_path / "map.txt")
+    labels = find_labelled_images(
+        folder(tmp_path / "images", **{str(i): 4 for i in range(0, 10, 2)}), tmp_path / "map.txt"
+    )
     for model in models:
         model.train().bn1.eval()  # a frozen norm stays frozen
     measured = measure(models, labels, batch_size=3, workers=0)
     assert all(model.training and not model.bn1.training for model in models)
-    assert (measured.images, measured.classes) == (20, 5)
-    assert measured.img_size == (96 if test_size else 160) and measured.crop_pct == (1.0 if test_size else 0.95)
+    for row in measured:
+        assert (row.images, row.classes) == (20, 5)
+        assert (row.img_size, row.crop_pct) == ((96, 1.0) if test_size else (160, 0.95))
     transform = create_transform(**resolve_data_config(model=models[0], use_test_size=True))
-    for model, *accuracies in zip(models, measured.top1, measured.top5, strict=True):
+    for model, row in zip(models, measured, strict=True):
         right = {1: 0, 5: 0}
         for path in (tmp_path / "images").rglob("*.png"):
             with torch.no_grad():
@@ -122,8 +125,8 @@ def test_accuracy_is_what_a_plain_loop_counts(tmp_path, test_size):
             order = out.argsort(descending=True).tolist()
             for k in right:
                 right[k] += int(path.parent.name) in order[:k]
-        assert accuracies == [right[1] / 20 * 100, right[5] / 20 * 100]
-    assert 0 < measured.top5[0] < 100
+        assert (row.top1, row.top5) == (right[1] / 20 * 100, right[5] / 20 * 100)
+    assert 0 < measured[0].top5 < 100
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -135,13 +138,13 @@ def test_an_image_that_cannot_be_read_is_left_out(tmp_path, caplog, workers):
     (root / "5").mkdir()
     (root / "5" / "cut.png").write_bytes(whole.read_bytes()[:1000])
     (root / "3" / "none.png").write_bytes(b"")
-    labels = find_labels(root)
-    measured = measure([model], labels, batch_size=3, workers=workers)
+    labels = find_labelled_images(root)
+    [measured] = measure([model], labels, batch_size=3, workers=workers)
     assert len(labels.files) == 7 and (measured.images, measured.classes) == (5, 2)
     assert all(f"{name}' cannot be read" in caplog.text for name in ("cut.png", "none.png"))
     (root / "5" / "cut.png").unlink()
     (root / "3" / "none.png").unlink()
-    assert measure([model], find_labels(root), batch_size=3, workers=0) == measured
+    assert measure([model], find_labelled_images(root), batch_size=3, workers=0) == [measured]
 
 
 LABELS = {  # of photographs that ship
@@ -163,12 +166,12 @@ def test_synsets_are_the_outputs_of_a_trained_network(tmp_path):
     for name, synset in LABELS.items():
         (tmp_path / synset).mkdir()
         Image.open(folder / f"{name}.webp").save(tmp_path / synset / f"{name}.png")
-    measured = measure([lite0()], find_labels(tmp_path), workers=0)
-    assert (measured.top1, measured.top5, measured.images) == ((88.8889,), (100.0,), 9)
+    [measured] = measure([lite0()], find_labelled_images(tmp_path), workers=0)
+    assert (measured.top1, measured.top5, measured.images) == (88.8889, 100.0, 9)
 
 
 def test_other_classes_and_no_image_that_can_be_read_are_refused(tmp_path):
-    labels = find_labels(folder(tmp_path / "images", **{"3": 1}))
+    labels = find_labelled_images(folder(tmp_path / "images", **{"3": 1}))
     with pytest.raises(ZooError, match=r"10 classes, the labels are of 1000"):
         measure([timm.create_model("test_efficientnet", num_classes=10)], labels)
     (tmp_path / "images" / "3" / "0.png").write_bytes(b"")

@@ -17,11 +17,12 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 
 import timm_masterkeys as mk
+from timm_masterkeys.calibration.agreement import KeyBudget, TriedNetwork
 from timm_masterkeys.cli import main
 from timm_masterkeys.conversion.record import read_record
-from timm_masterkeys.zoo.evaluate import Labels, Measurement, find_labels, measure
+from timm_masterkeys.zoo.evaluate import LabelledImages, Measurement, find_labelled_images, measure
+from timm_masterkeys.zoo.make import ZooSettings, make_zoo, plan_zoo
 from timm_masterkeys.zoo.results import Result, make_result, write_result, write_tables
-from timm_masterkeys.zoo.zoo import Zoo, make_zoo, plan_zoo
 
 ARCHS = ["test_convnext", "test_convnext3", "test_efficientnet"]
 BROKEN = "test_convnext2"  # its weights lack a tensor
@@ -193,8 +194,8 @@ def test_a_dry_run_measures_and_the_next_run_publishes(hub, command, dry, pictur
     assert row["dense_top1"] == "75.0"  # as the pictures were labelled
     dense = timm.create_model("test_convnext")
     dense.load_state_dict(weights("test_convnext"))
-    plain = measure([mk.convert_to_masterkeys(dense)], find_labels(pictures), workers=0)
-    assert (row["uncalibrated_top1"], row["uncalibrated_top5"]) == (str(plain.top1[0]), str(plain.top5[0]))
+    [plain] = measure([mk.convert_to_masterkeys(dense)], find_labelled_images(pictures), workers=0)
+    assert (row["uncalibrated_top1"], row["uncalibrated_top5"]) == (str(plain.top1), str(plain.top5))
     code, out, err = finish(command(dry, "--private", names=ARCHS[:1], org="lab"))
     assert (code, err) == (0, "") and made(out) == ["test_convnext.r160_in1k"]
     assert hub.count("GET", "/timm/") == 0 and commits(hub, "lab") == {f"lab/{ONE}": 1}
@@ -292,23 +293,29 @@ def test_plan():
         plan_zoo(["convnext_tiny.mk8"], 1000)
 
 
-def test_the_row_of_a_network_with_a_layer_that_stayed_dense():
-    """Its kernels count as many keys as they have weights."""
+def measurement(top1, top5):
+    return Measurement(top1, 100 - top1, top5, 100 - top5, 1.0, 160, 1.0, "bicubic", 20, 10)
+
+
+def test_the_row_of_a_network():
     dense = timm.create_model("test_efficientnet").eval()
-    model = mk.convert_to_masterkeys(dense, include="blocks.3.0.*", keys_per_kernel=2)
-    mk.calibrate_masterkeys(model, dense, torch.randn(12, 3, 64, 64))
-    measured = Measurement((50.0, 75.0, 25.0), (60.0, 85.0, 35.0), 20, 10, 160, 1.0, "bicubic")
-    row = make_result("a.mk8", model, mk.plan_conversion(dense), measured, seconds=1.0, source="a", repo="o/a")
+    model = mk.convert_to_masterkeys(dense, keys_per_kernel=2)
+    report = mk.calibrate_masterkeys(model, dense, torch.randn(12, 3, 64, 64))
+    columns = {"calibrated": measurement(50.0, 60.0), "dense": measurement(75.0, 85.0)}
+    columns |= {"uncalibrated": measurement(25.0, 35.0), "model": "a.mk8", "bank": "b", "seconds": 1.0}
+    columns |= {"source": "a", "repo": "o/a"}
+    row = make_result(model, report, **columns)
     assert (row.top1, row.top1_err, row.dense_top1, row.uncalibrated_top1) == (50, 50, 75, 25)
     assert (row.top5, row.top5_err, row.dense_top5, row.uncalibrated_top5) == (60, 40, 85, 35)
-    converted, other = (dense.get_submodule(f"blocks.{block}.0.conv_dw") for block in (3, 4))
-    keys = 2 * converted.out_channels + other.weight[0].numel() * other.out_channels
-    assert row.keys == round(keys / (converted.out_channels + other.out_channels), 2)
     [result, _] = row.card_entries("val")["metrics"]  # with the images' size: timm tests many networks at a larger one
     assert result.dataset_args == {"images": 20, "classes": 10, "img_size": 160, "crop_pct": 1.0}
     after = mk.conversion_report(model).calibration.after
     assert (row.agreement, row.divergence) == (round(100 * after["agreement"], 2), round(after["divergence"], 4))
     assert (row.calibration_images, row.held_out_images) == (12, 2)
+    assert row.keys == 2
+    chosen = TriedNetwork(10 * 3 + 20 * 25, 0.9, after, {"one": 3, "dense": 0})  # kernels of 5 x 5 that stayed dense
+    budget = KeyBudget(0.9, "agreement", report.record, chosen, (chosen,), {"one": 10, "dense": 20}, 1.0)
+    assert make_result(model, budget, **columns) == replace(row, keys=round(530 / 30, 2))
 
 
 def result(**values):
@@ -343,7 +350,7 @@ def test_table_and_names(tmp_path):
 
 @pytest.fixture
 def zoo(tmp_path):
-    return Zoo("me", Labels(tmp_path, (), 1000, ""), tmp_path / "zoo", dry_run=True)
+    return ZooSettings("me", LabelledImages(tmp_path, (), 1000, ""), tmp_path / "zoo", dry_run=True)
 
 
 def test_a_licence_that_is_missing_comes_before_the_download(zoo, monkeypatch):
@@ -360,7 +367,9 @@ def test_a_licence_that_is_corrected_after_a_dry_run_is_published(zoo, monkeypat
     mk.save_pretrained(model, folder / "weights", license="apache-2.0")
     write_result(folder / "result.json", result(repo=zoo.repo(name), sha=""))
     published = []
-    monkeypatch.setattr("timm_masterkeys.zoo.zoo.push_to_hub", lambda model, **_: published.append(read_record(model)))
+    monkeypatch.setattr(
+        "timm_masterkeys.zoo.make.push_to_hub", lambda model, *_, **__: published.append(read_record(model))
+    )
     [outcome] = make_zoo([name], replace(zoo, license=given))
     assert not outcome.error and published[0].source.license == (given or "apache-2.0").lower()
 
@@ -393,6 +402,6 @@ def test_a_damaged_result_is_that_networks_failure(zoo):
 
 
 def test_no_token_is_an_error_before_the_work(zoo, monkeypatch):
-    monkeypatch.setattr("timm_masterkeys.zoo.zoo.get_token", lambda: None)
+    monkeypatch.setattr("timm_masterkeys.zoo.make.get_token", lambda: None)
     with pytest.raises(mk.ZooError, match="no token"):
         list(make_zoo(["test_convnext.r160_in1k"], replace(zoo, dry_run=False)))

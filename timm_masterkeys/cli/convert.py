@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
     from .load_model import is_converted, load_model, require_weights
 
     require_weights(args, "There are no weights to convert.")
-    config, images = read_config(args), calibration_images(args.calibrate, "--calibrate")
+    config = read_config(args, "agreement", "trainable")
+    images = calibration_images(args.calibrate, "--calibrate")
     if config.agreement is not None and not images:
         raise MasterKeysError("--agreement is measured with images: leave out --calibrate none.")
     size = args.size[0] if args.size and len(args.size) == 1 else args.size

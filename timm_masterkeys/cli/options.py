@@ -11,7 +11,7 @@ from ..errors import MasterKeysError
 if TYPE_CHECKING:
     from ..conversion.config import MasterKeysConfig
 
-CONVERSION = ("--bank", "--keys-per-kernel", "--include", "--exclude")  # and "--agreement": ``read_config`` reads them
+CONVERSION = ("--bank", "--keys-per-kernel", "--include", "--exclude")
 DEFAULT_BANK = "babaiee2025"  # as in keys.banks, which imports torch
 TRAINABLE = ("none", "shift", "affine", "sigmas")  # as in layers, which imports torch
 
@@ -78,16 +78,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_config(args: argparse.Namespace) -> "MasterKeysConfig":
-    """The configuration of the conversion that the options give.
+def read_config(args: argparse.Namespace, *others: str) -> "MasterKeysConfig":
+    """The configuration of the conversion that the options give: those of ``CONVERSION``, and others by name.
 
     Raises:
         MasterKeysError: Options that are out of range or contradict each other, or no such bank.
     """
     from ..conversion.config import MasterKeysConfig
 
-    settings = {name: value for name, value in vars(args).items() if name in MasterKeysConfig.__dataclass_fields__}
-    return MasterKeysConfig(**settings)
+    names = ("bank", "keys_per_kernel", "include", "exclude", *others)
+    return MasterKeysConfig(**{name: getattr(args, name) for name in names})
 
 
 def check_device(device: str) -> None:

@@ -60,20 +60,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from ..zoo.evaluate import find_labels
-    from ..zoo.zoo import Zoo, make_zoo, plan_zoo
+    from ..zoo.evaluate import find_labelled_images
+    from ..zoo.make import ZooSettings, make_zoo, plan_zoo
 
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = args.device or (gpu if torch.cuda.is_available() else "cpu")
     check_device(device)
-    config, labels = read_config(args), find_labels(args.evaluate, args.class_map or "")
-    given = {name: value for name, value in vars(args).items() if name in Zoo.__dataclass_fields__}
-    zoo = Zoo(**given | {"labels": labels, "output": Path(args.output), "config": config, "device": device})
-    names, left_out = plan_zoo(args.pattern, labels.num_classes)
+    config = read_config(args, "agreement")
+    labelled = find_labelled_images(args.evaluate, args.class_map or "")
+    others = "org", "calibrate", "dataset", "license", "private", "dry_run", "keep_weights", "batch_size", "workers"
+    given = {name: getattr(args, name) for name in others}
+    zoo = ZooSettings(labelled=labelled, output=Path(args.output), config=config, device=device, **given)
+    names, left_out = plan_zoo(args.pattern, labelled.num_classes)
     for name, reason in left_out.items():
         print(f"{name}  left out: {reason}")
-    classes = len({label for _, label in labels.files})
-    print(f"{len(names)} networks, {len(labels.files):,} images of {classes:,} classes", flush=True)
+    classes = len({label for _, label in labelled.files})
+    print(f"{len(names)} networks, {len(labelled.files):,} images of {classes:,} classes", flush=True)
     failed = []
     for outcome in make_zoo(names, zoo):
         if outcome.fresh:

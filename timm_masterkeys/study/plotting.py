@@ -1,4 +1,4 @@
-"""Pictures of banks, conversions and searches. Needs matplotlib: ``pip install matplotlib``.
+"""Pictures of banks and conversions. Needs matplotlib: ``pip install matplotlib``.
 
 Not imported with the package: ``from timm_masterkeys.study.plotting import plot_bank``. Every function returns a
 new matplotlib ``Figure``, to show or to save: ``plot_bank("babaiee2025").savefig("bank.png")``.
@@ -18,7 +18,6 @@ from ..conversion.wrapped import unwrapped
 from ..errors import ConversionError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
 from ..layers import MasterKeyConv2d
-from .discovery import Discovery
 
 try:
     from matplotlib.axes import Axes
@@ -170,23 +169,14 @@ def plot_coverage(reports: ConversionReport | Mapping[str, ConversionReport]) ->
         >>> plot_coverage({"keys": report, "eight random filters": control}).savefig("coverage.png")
     """
     named = {reports.bank: reports} if isinstance(reports, ConversionReport) else reports
-    figure, axis = _curves(xlabel="R²", ylabel="share of kernels above", xlim=(0, 1), ylim=(0, 1.02), title="Coverage")
+    figure = Figure(figsize=(4.8, 3.4), layout="constrained")
+    axis = figure.subplots()
+    axis.set(xlabel="R²", ylabel="share of kernels above", xlim=(0, 1), ylim=(0, 1.02), title="Coverage")
+    axis.grid(alpha=0.3)
     styles = ("-", "--", ":", "-.")
     for index, (name, report) in enumerate(named.items()):
         x, y = [0, *COVERAGE, 1], [1, *report.total.coverage, 0]
         axis.plot(x, y, styles[index % 4], marker=".", color=COLOURS[index % 8 - 1], label=name)
-    axis.legend(fontsize=8)
-    return figure
-
-
-def plot_elimination(found: Discovery) -> Figure:
-    """Mean R2 by number of keys in a search, and its elbow."""
-    counts = sorted(count for count in found.curve if count <= 25)
-    figure, axis = _curves(xlabel="keys", ylabel="mean R²", title=f"Search of {found.searched:,} kernels")
-    axis.plot(counts, [found.curve[count] for count in counts], ".-", color=BLUE)
-    ends = [counts[0], counts[-1]]
-    axis.plot(ends, [found.curve[end] for end in ends], ":", color="0.5", label="chord")
-    axis.axvline(found.elbow, color=ORANGE, linestyle="--", label=f"elbow: {found.elbow} keys, farthest above it")
     axis.legend(fontsize=8)
     return figure
 
@@ -231,13 +221,4 @@ def _by_depth(report: ConversionReport) -> tuple[Figure, Axes]:
     step = -(-len(names) // 40)
     axis.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=7)
     axis.set_xlim(-0.6, len(names) - 0.4)
-    return figure, axis
-
-
-def _curves(**settings: Any) -> tuple[Figure, Axes]:
-    """A figure and its axes, with a grid."""
-    figure = Figure(figsize=(4.8, 3.4), layout="constrained")
-    axis = figure.subplots()
-    axis.set(**settings)
-    axis.grid(alpha=0.3)
     return figure, axis

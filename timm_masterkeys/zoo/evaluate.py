@@ -26,7 +26,7 @@ UNREADABLE = -1  # the label of an image that cannot be read
 
 
 @dataclass(frozen=True)
-class Labels:
+class LabelledImages:
     """A folder of labelled images."""
 
     folder: Path  # it holds a folder of images for each class
@@ -37,18 +37,21 @@ class Labels:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The accuracy of some networks on the same images."""
+    """The accuracy of a network; all fields but the last two are columns of timm's results files."""
 
-    top1: tuple[float, ...]  # of each network: percentage of images whose label has the highest output
-    top5: tuple[float, ...]  # of each network: percentage of images whose label is among the five highest outputs
-    images: int  # number of images that could be read
-    classes: int  # number of classes among these images
-    img_size: int  # width of the images that the networks took, in pixels
+    top1: float  # percentage of images whose label has the highest output
+    top1_err: float  # 100 less top1
+    top5: float  # percentage of images whose label is among the five highest outputs
+    top5_err: float  # 100 less top5
+    param_count: float  # millions of parameters, as timm's validate.py counts them
+    img_size: int  # width of the images that the network took, in pixels
     crop_pct: float  # share of an image's sides that was taken, from its middle
     interpolation: str  # how images were resized
+    images: int  # number of images that could be read
+    classes: int  # number of classes among these images
 
 
-def find_labels(folder: str | os.PathLike[str], class_map: str | os.PathLike[str] = "") -> Labels:
+def find_labelled_images(folder: str | os.PathLike[str], class_map: str | os.PathLike[str] = "") -> LabelledImages:
     """Finds the images in a folder and their labels, and checks that these match a network's outputs.
 
     timm numbers the folders it finds, so that labels shift if a class is missing. Here a folder's name gives its class:
@@ -76,7 +79,7 @@ def find_labels(folder: str | os.PathLike[str], class_map: str | os.PathLike[str
     folders = {index: name for name, index in names.items()}
     files = tuple((path, class_to_idx[folders[label]]) for path, label in reader.samples)
     listing = [(os.path.relpath(path, root), os.path.getsize(path), label) for path, label in files]
-    return Labels(root, files, len(class_to_idx), hashlib.sha256(json.dumps(listing).encode()).hexdigest())
+    return LabelledImages(root, files, len(class_to_idx), hashlib.sha256(json.dumps(listing).encode()).hexdigest())
 
 
 def _read_class_map(root: Path, path: str | os.PathLike[str]) -> dict[str, int]:
@@ -113,20 +116,20 @@ def _first_five(names: Sequence[Any]) -> str:
 @torch.inference_mode()
 def measure(
     models: Sequence[nn.Module],
-    labels: Labels,
+    labelled: LabelledImages,
     *,
     batch_size: int = 64,
     workers: int = 4,
     device: torch.device | str = "cpu",
-) -> Measurement:
-    """Measures networks that take the same images, in one pass over the images.
+) -> list[Measurement]:
+    """Measures networks that take the same images, in one pass over the images; one measurement for each.
 
     Preprocessing is that of the first network's ``pretrained_cfg``, at its test size if any; in float32. An image
     that cannot be read is left out with a warning. (timm's ImageDataset counts another image in its place.)
 
     Args:
         models: On the device. Their training modes are restored afterwards.
-        labels: From ``find_labels``.
+        labelled: From ``find_labelled_images``.
         batch_size: Images at a time.
         workers: Processes that read images; 0 for none.
         device: Where the models are.
@@ -135,34 +138,53 @@ def measure(
         ZooError: Networks with another number of classes than the labels have, or no image that can be read.
     """
     first: Any = models[0]
-    if first.num_classes != labels.num_classes:
-        raise ZooError(f"The network has {first.num_classes} classes, the labels are of {labels.num_classes}.")
+    if first.num_classes != labelled.num_classes:
+        raise ZooError(f"The network has {first.num_classes} classes, the labels are of {labelled.num_classes}.")
     config = resolve_data_config(model=first, use_test_size=True)
     names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     loader = create_loader(
-        _Images(labels.files, "RGB" if config["input_size"][0] == 3 else "L"),
+        _Images(labelled.files, "RGB" if config["input_size"][0] == 3 else "L"),
         batch_size=batch_size,
         num_workers=workers,
         device=torch.device(device),
         **{name: config[name] for name in names},
     )
-    hits = torch.zeros(2, len(models), dtype=torch.long)
+    hits = torch.zeros(len(models), 2, dtype=torch.long)
     read_labels: list[int] = []  # labels, in the order of the files
     with evaluating(*models):
         for images, targets in loader:
             read_labels += targets.tolist()
             for i, model in enumerate(models):
-                highest = model(images).topk(min(5, labels.num_classes), 1).indices == targets[:, None]
-                hits[:, i] += torch.stack([highest[:, 0].sum(), highest.sum()]).cpu()
-    for (path, _), label in zip(labels.files, read_labels, strict=True):
+                highest = model(images).topk(min(5, labelled.num_classes), 1).indices == targets[:, None]
+                hits[i] += torch.stack([highest[:, 0].sum(), highest.sum()]).cpu()
+    for (path, _), label in zip(labelled.files, read_labels, strict=True):
         if label == UNREADABLE:
             _logger.warning("'%s' cannot be read and is left out.", path)
     counted = [label for label in read_labels if label != UNREADABLE]
     if not counted:
-        raise ZooError(f"None of the {len(read_labels)} images in '{labels.folder}' can be read.")
-    top1, top5 = (tuple(round(share, 4) for share in row) for row in (100 * hits.double() / len(counted)).tolist())
-    preprocessing = config["input_size"][-1], config["crop_pct"], config["interpolation"]
-    return Measurement(top1, top5, len(counted), len(set(counted)), *preprocessing)
+        raise ZooError(f"None of the {len(read_labels)} images in '{labelled.folder}' can be read.")
+    shared = {
+        "img_size": config["input_size"][-1],
+        "crop_pct": config["crop_pct"],
+        "interpolation": config["interpolation"],
+        "images": len(counted),
+        "classes": len(set(counted)),
+    }
+    shares = (100 * hits.double() / len(counted)).tolist()
+    return [_measurement(model, *row, **shared) for model, row in zip(models, shares, strict=True)]
+
+
+def _measurement(model: nn.Module, top1: float, top5: float, **shared: Any) -> Measurement:
+    top1, top5 = round(top1, 4), round(top5, 4)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Measurement(
+        top1=top1,
+        top1_err=round(100 - top1, 4),
+        top5=top5,
+        top5_err=round(100 - top5, 4),
+        param_count=round(parameters / 1e6, 2),
+        **shared,
+    )
 
 
 class _Images(Dataset[tuple[Any, int]]):

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -12,8 +11,9 @@ import timm
 from huggingface_hub import EvalResult
 from torch import nn
 
-from ..conversion.plan import ConversionPlan, converted_layers
-from ..conversion.record import read_record
+from ..calibration.agreement import KeyBudget
+from ..calibration.calibrate import CalibrationReport
+from ..conversion.plan import converted_layers
 from ..errors import ZooError
 from ..files import atomic_path
 from .evaluate import Measurement
@@ -23,17 +23,20 @@ TABLE, NAMES = "results.csv", "names.txt"
 
 @dataclass(frozen=True)
 class Result:
-    """A row of results.csv. The first nine columns are those of timm's results files; accuracies are in percent."""
+    """A row of results.csv. The first nine columns are those of timm's results files; accuracies are in percent.
 
-    model: str  # the ``.mk8`` name of the calibrated network, to which the next columns belong
-    top1: float
-    top1_err: float  # 100 less top1
+    The columns of a ``Measurement`` are those of the calibrated network.
+    """
+
+    model: str  # the ``.mk8`` name of the calibrated network
+    top1: float  # to interpolation: see ``Measurement``
+    top1_err: float
     top5: float
     top5_err: float
-    param_count: float  # millions of parameters, as timm's validate.py counts them
-    img_size: int  # width of the images
-    crop_pct: float  # share of an image's sides that was taken, from its middle
-    interpolation: str  # how the images were resized
+    param_count: float
+    img_size: int
+    crop_pct: float
+    interpolation: str
     dense_top1: float  # of the dense network, with timm's own weights
     dense_top5: float
     uncalibrated_top1: float  # of the converted network before calibration
@@ -44,8 +47,8 @@ class Result:
     divergence: float | None  # Kullback-Leibler divergence from the dense network's outputs in nats, same images
     calibration_images: int  # as the calibration's record counts them
     held_out_images: int  # that agreement and divergence were measured on
-    images: int  # labelled images that the accuracies were measured on: all that can be read
-    classes: int  # number of classes among these images
+    images: int  # labelled images that the accuracies were measured on, and classes: see ``Measurement``
+    classes: int
     seconds: float  # for download, conversion, calibration and measurement
     source: str  # the name of the dense network in timm
     repo: str  # its repository on the Hub, published or not
@@ -66,59 +69,52 @@ class Result:
         top5 = replace(top1, metric_type="top-5-accuracy", metric_name="Top 5 Accuracy", metric_value=self.top5)
         figures = {name: value for name, value in asdict(self).items() if name not in ("seconds", "repo", "sha")}
         evaluation = {"dataset": dataset, **figures}
-        return {"repo_id": self.repo, "metrics": [top1, top5], "config": {"evaluation": evaluation}}
-
-
-def timm_columns(name: str, model: nn.Module, measured: Measurement) -> dict[str, Any]:
-    """The columns of timm's results files, for the first network in ``measured``."""
-    top1, top5 = measured.top1[0], measured.top5[0]
-    return {
-        "model": name,
-        "top1": top1,
-        "top1_err": round(100 - top1, 4),
-        "top5": top5,
-        "top5_err": round(100 - top5, 4),
-        "param_count": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
-        "img_size": measured.img_size,
-        "crop_pct": measured.crop_pct,
-        "interpolation": measured.interpolation,
-    }
+        return {"metrics": [top1, top5], "config": {"evaluation": evaluation}}
 
 
 def make_result(
-    name: str, calibrated: nn.Module, plan: ConversionPlan, measured: Measurement, **columns: Any
+    network: nn.Module,
+    report: CalibrationReport | KeyBudget,
+    *,
+    calibrated: Measurement,
+    dense: Measurement,
+    uncalibrated: Measurement,
+    **columns: Any,
 ) -> Result:
     """The row of a calibrated network.
 
     Args:
-        name: Its ``.mk8`` name.
-        calibrated: The network.
-        plan: Of its conversion.
-        measured: The accuracies of the calibrated, the dense and the uncalibrated network, in this order.
-        **columns: The columns seconds, source and repo.
+        network: The network.
+        report: Of its calibration.
+        calibrated: Its accuracy.
+        dense: That of the dense network.
+        uncalibrated: That of the converted network before calibration.
+        **columns: The columns model, bank, seconds, source and repo.
     """
-    record = read_record(calibrated).calibration
-    assert record is not None
+    record = report.record
     agreement, divergence = (record.after.get(name) for name in ("agreement", "divergence"))
-    kernels = {layer.name: layer.out_channels for layer in plan.converted}
-    keys = {layer.name: math.prod(layer.kernel_size) for layer in plan.converted}  # of a kernel, if it stays dense
-    keys |= {name: layer.keys_per_kernel for name, layer in converted_layers(calibrated).items()}
     return Result(
-        **timm_columns(name, calibrated, measured),
-        dense_top1=measured.top1[1],
-        dense_top5=measured.top5[1],
-        uncalibrated_top1=measured.top1[2],
-        uncalibrated_top5=measured.top5[2],
-        keys=round(sum(keys[name] * count for name, count in kernels.items()) / sum(kernels.values()), 2),
-        bank=plan.config.bank.name,
+        **asdict(calibrated),
+        dense_top1=dense.top1,
+        dense_top5=dense.top5,
+        uncalibrated_top1=uncalibrated.top1,
+        uncalibrated_top5=uncalibrated.top5,
+        keys=round(_keys_per_kernel(network, report), 2),
         agreement=None if agreement is None else round(100 * agreement, 2),
         divergence=None if divergence is None else round(divergence, 4),
         calibration_images=record.images,
         held_out_images=record.held_out,
-        images=measured.images,
-        classes=measured.classes,
         **columns,
     )
+
+
+def _keys_per_kernel(network: nn.Module, report: CalibrationReport | KeyBudget) -> float:
+    """The mean over all kernels that could be converted, of which only an agreement leaves some dense."""
+    if isinstance(report, KeyBudget):
+        return report.chosen.keys / sum(report.kernels.values())
+    layers = converted_layers(network).values()
+    keys = sum(layer.keys_per_kernel * layer.out_channels for layer in layers)
+    return keys / sum(layer.out_channels for layer in layers)
 
 
 def read_result(path: Path) -> Result | None:

@@ -5,7 +5,6 @@ measured and saved (``weights`` beside it), with a ``sha`` once it is published.
 ended, however it ended. A process holds a lock on the network that it makes; the lock ends with the process.
 """
 
-import copy
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from ..calibration.agreement import convert_and_calibrate
 from ..calibration.images import BUILTIN, FEWEST, HELD_OUT, photographs_sha256
 from ..conversion.config import LayerSettings, MasterKeysConfig
 from ..conversion.convert import apply
-from ..conversion.plan import converted_layers, resolve
+from ..conversion.copies import copy_model
+from ..conversion.plan import converted_layers
 from ..conversion.record import Source, read_record, set_source
 from ..conversion.tags import is_masterkeys_tag, masterkeys_tag
 from ..errors import ZooError
@@ -37,18 +38,18 @@ from ..hub.publish import push_to_hub
 from ..hub.save import save_pretrained
 from ..timm_plugin.published import list_architectures
 from ..version import __version__
-from .evaluate import Labels, measure
+from .evaluate import LabelledImages, measure
 from .results import Result, make_result, read_result, write_result, write_tables
 
 SETTINGS = "zoo.json"
 
 
 @dataclass(frozen=True)
-class Zoo:
+class ZooSettings:
     """The settings of a zoo; ZooError or ConversionError for those that would make every network fail."""
 
     org: str  # user or organisation on the Hub; a network is published as ``org/<arch>.mk8_<tag>``
-    labels: Labels  # images to measure accuracies with
+    labelled: LabelledImages  # to measure accuracies with
     output: Path  # folder to work in, and for the results
     calibrate: str = BUILTIN  # images to calibrate with: a folder, or "builtin"
     config: MasterKeysConfig = field(default_factory=MasterKeysConfig)
@@ -80,6 +81,21 @@ class Zoo:
             raise ZooError(
                 f"There are {count} images in '{self.calibrate}' to calibrate with, expected {fewest} or more."
             )
+
+    @cached_property
+    def result_settings(self) -> dict[str, Any]:
+        """What results depend on, as JSON data. The folder of images is digested once, as it may be large."""
+        return {
+            "calibrate": photographs_sha256() if self.calibrate == BUILTIN else folder_sha256(self.calibrate),
+            "evaluate": self.labelled.sha256,
+            "conversion": self.config.to_dict(),
+            "versions": {"timm_masterkeys": __version__, "timm": timm.__version__},
+        }
+
+    @property
+    def dataset_name(self) -> str:
+        """The labelled images' name on model cards."""
+        return self.dataset or self.labelled.folder.name
 
     def folder(self, name: str) -> Path:
         """Where the files of a network are, by its timm name."""
@@ -137,7 +153,7 @@ def plan_zoo(patterns: Sequence[str], num_classes: int) -> tuple[list[str], dict
     return names, left_out
 
 
-def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
+def make_zoo(names: Sequence[str], zoo: ZooSettings) -> Iterator[Outcome]:
     """Makes every network that is not made yet, and yields the outcome of each when it is done or has failed.
 
     Several processes may do this at once, in one output folder. RANK and WORLD_SIZE, which torchrun sets, tell each
@@ -170,7 +186,7 @@ def make_zoo(names: Sequence[str], zoo: Zoo) -> Iterator[Outcome]:
             yield outcome
 
 
-def _check_account(zoo: Zoo) -> None:
+def _check_account(zoo: ZooSettings) -> None:
     """Raises ZooError unless the account of the token may publish to ``org``; a dry run needs no token and no Hub."""
     if not zoo.dry_run and not get_token():
         raise ZooError(
@@ -188,18 +204,12 @@ def _check_account(zoo: Zoo) -> None:
         raise ZooError(f"The account may not publish to '{zoo.org}', only to {', '.join(allowed)}.")
 
 
-def _check_settings(zoo: Zoo) -> str:
-    """What the results depend on, as JSON; raises ZooError if the output folder has results of other settings."""
-    settings = {
-        "calibrate": photographs_sha256() if zoo.calibrate == BUILTIN else folder_sha256(zoo.calibrate),
-        "evaluate": zoo.labels.sha256,
-        "conversion": zoo.config.to_dict(),
-        "versions": {"timm_masterkeys": __version__, "timm": timm.__version__},
-    }
+def _check_settings(zoo: ZooSettings) -> None:
+    """Raises ZooError if the output folder has results of other settings."""
     path = zoo.output / SETTINGS
     try:
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
-        differing = [name for name in settings if stored.get(name) != settings[name]]
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else zoo.result_settings
+        differing = [name for name, value in zoo.result_settings.items() if stored.get(name) != value]
     except (AttributeError, ValueError) as error:
         raise ZooError(
             f"'{path}' is damaged. Remove it, and give the settings of the results that are there already. ({error})"
@@ -209,22 +219,21 @@ def _check_settings(zoo: Zoo) -> str:
             f"'{zoo.output}' holds a zoo with other settings ({', '.join(differing)}), see {SETTINGS} there: their "
             "results do not belong in one table. Give the same settings, or another output folder."
         )
-    return json.dumps(settings, indent=2)
 
 
-def _finish_network(name: str, zoo: Zoo, started: float) -> Outcome:
-    """Makes and publishes a network, as far as not done yet. All errors are caught here, and only here."""
+def _finish_network(name: str, zoo: ZooSettings, started: float) -> Outcome:
+    """Makes and publishes a network, as far as not done yet. Errors of making and publishing it are caught here."""
     folder = zoo.folder(name)
     folder.mkdir(exist_ok=True)
-    failure, checked, result = folder / "failure.txt", folder / "checked.txt", None
-    recent = [path for path in (failure, checked) if path.exists() and path.stat().st_mtime >= started]  # of this run
+    failure, checked = folder / "failure.txt", folder / "checked.txt"  # of the latter only the time counts
+    result = None
     try:
         result = read_result(folder / "result.json")
         if result and result.repo != zoo.repo(name):  # an earlier run had another org
             result = replace(result, repo=zoo.repo(name), sha="")
-        if result and (result.sha or (zoo.dry_run and checked in recent)):
+        if result and (result.sha or (zoo.dry_run and _written_since(started, checked))):
             return Outcome(name, result, fresh=False)
-        if failure in recent:  # another process has just tried
+        if _written_since(started, failure):
             return Outcome(name, result, failure.read_text(encoding="utf-8").partition("\n")[0], fresh=False)
         if result is None or not (folder / "weights").is_dir():
             result = _make(name, zoo)
@@ -245,7 +254,12 @@ def _finish_network(name: str, zoo: Zoo, started: float) -> Outcome:
             torch.cuda.empty_cache()
 
 
-def _make(name: str, zoo: Zoo) -> Result:
+def _written_since(started: float, path: Path) -> bool:
+    """Whether a file was written since this run began, by another process: what that did is not tried again."""
+    return path.exists() and path.stat().st_mtime >= started
+
+
+def _make(name: str, zoo: ZooSettings) -> Result:
     """Downloads, converts, calibrates, measures and saves a network."""
     start, folder = time.perf_counter(), zoo.folder(name)
     cfg: Any = timm.get_pretrained_cfg(name)
@@ -254,18 +268,28 @@ def _make(name: str, zoo: Zoo) -> Result:
         raise ZooError("The licence of the source weights is not known. Find it out and pass it: --license.")
     cache = None if zoo.keep_weights else folder / "download"
     dense = timm.create_model(name, pretrained=True, cache_dir=cache).eval().to(zoo.device)
-    calibrated, _ = convert_and_calibrate(dense, zoo.config, zoo.calibrate)
-    plan = resolve(zoo.config, dense)
-    settings = {name: LayerSettings.from_layer(layer) for name, layer in converted_layers(calibrated).items()}
-    models = [calibrated, dense, apply(copy.deepcopy(dense), settings)]
-    measured = measure(models, zoo.labels, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device)
-    columns = {"seconds": round(time.perf_counter() - start, 1), "source": name, "repo": zoo.repo(name)}
-    result = make_result(_converted_name(name), calibrated, plan, measured, **columns)
+    calibrated, report = convert_and_calibrate(dense, zoo.config, zoo.calibrate)
+    layers = {layer_name: LayerSettings.from_layer(layer) for layer_name, layer in converted_layers(calibrated).items()}
+    models = {"calibrated": calibrated, "dense": dense, "uncalibrated": apply(copy_model(dense), layers)}
+    rows = measure([*models.values()], zoo.labelled, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device)
+    result = make_result(
+        calibrated,
+        report,
+        **dict(zip(models, rows, strict=True)),
+        model=_converted_name(name),
+        bank=zoo.config.bank.name,
+        seconds=round(time.perf_counter() - start, 1),
+        source=name,
+        repo=zoo.repo(name),
+    )
     set_source(calibrated, Source.from_cfg(cfg))
-    entries = result.card_entries(zoo.dataset or zoo.labels.folder.name)
-    save_pretrained(calibrated.cpu(), folder / "weights", license=license, **entries)
+    entries = result.card_entries(zoo.dataset_name)
+    save_pretrained(calibrated.cpu(), folder / "weights", repo_id=result.repo, license=license, **entries)
+    # Not before the first network is made: a run that fails binds the folder to no settings. Checked again, as another
+    # process may have written others meanwhile.
     with locked(zoo.output / ".zoo.lock"), atomic_path(zoo.output / SETTINGS) as tmp:
-        tmp.write_text(_check_settings(zoo), encoding="utf-8")
+        _check_settings(zoo)
+        tmp.write_text(json.dumps(zoo.result_settings, indent=2), encoding="utf-8")
     write_result(folder / "result.json", result)
     return result
 
@@ -275,7 +299,7 @@ def _converted_name(name: str) -> str:
     return f"{arch}.{masterkeys_tag(tag)}"
 
 
-def _publish(name: str, result: Result, zoo: Zoo) -> Result:
+def _publish(name: str, result: Result, zoo: ZooSettings) -> Result:
     """Publishes the network that ``_make`` saved, except in a dry run; returns and writes its row with the commit."""
     folder = zoo.folder(name)
     model = timm.create_model(f"local-dir:{folder / 'weights'}", pretrained=True)
@@ -284,10 +308,11 @@ def _publish(name: str, result: Result, zoo: Zoo) -> Result:
         set_source(model, replace(source, license=zoo.license.lower()))
     published = push_to_hub(
         model,
+        result.repo,
         private=zoo.private,
         dry_run=zoo.dry_run,
         commit_message=f"Publish {result.model}",
-        **result.card_entries(zoo.dataset or zoo.labels.folder.name),
+        **result.card_entries(zoo.dataset_name),
     )
     result = replace(result, sha="" if zoo.dry_run else published.sha or "")
     write_result(folder / "result.json", result)
