@@ -11,6 +11,11 @@ def layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
 
 
+def snapshot(module):
+    """A copy of a state dict."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
 def same(a, b):
     """Asserts that two networks, or two state dicts, hold the same tensors bit for bit."""
     a, b = (state.state_dict() if isinstance(state, nn.Module) else state for state in (a, b))
