@@ -7,7 +7,7 @@ import threading
 import pytest
 import timm
 import torch
-from compare import layers, same
+from compare import layers, same, snapshot
 from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -54,10 +54,6 @@ class Net(nn.Module):
 
 
 NET_LAYERS = ["blocks.0.dw", "blocks.1.dw", "down"]
-
-
-def snapshot(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 def fingerprint(model):
@@ -113,8 +109,6 @@ def test_plan_is_a_dry_run_and_a_table():
     before = fingerprint(model)
     plan = plan_conversion(model, include=["*.dw", "do*"], exclude="blocks.1*")
     assert fingerprint(model) == before
-    assert [layer.name for layer in plan.converted] == ["blocks.0.dw", "down"]
-    assert {layer.name: layer.reason for layer in plan.skipped}["stem"] == "not depthwise (groups 1)"
     lines = str(plan).splitlines()
     rows = {line.split()[0]: line for line in lines}
     assert len(lines) == 1 + 6 + 1 and rows["blocks.1.dw"].endswith("stays dense: excluded by 'blocks.1*'")
@@ -122,6 +116,7 @@ def test_plan_is_a_dry_run_and_a_table():
     assert lines[-1] == "2 of 6 convolutions to convert, 24 kernels"
     reasons = {layer.name: layer.reason for layer in plan_conversion(model, include="*.dw").layers}
     assert (reasons["down"], reasons["blocks.0.dw"]) == ("not included", "")
+    assert "0 of 0 convolutions" in str(plan_conversion(nn.Linear(3, 3)))
 
 
 @pytest.mark.parametrize(
@@ -132,14 +127,13 @@ def test_plan_is_a_dry_run_and_a_table():
         ({"exclude": ("*.dw",)}, ["down"]),
         ({"include": "blocks.*", "exclude": "blocks.[1-9].*"}, ["blocks.0.dw"]),
         ({"include": [], "exclude": None}, NET_LAYERS),
-        ({"include": "*"}, NET_LAYERS),
     ],
 )
 def test_patterns(patterns, converted):
     model = Net()
     assert [layer.name for layer in plan_conversion(model, **patterns).converted] == converted
-    assert list(layers(convert_to_masterkeys(model, **patterns))) == converted
-    assert list(layers(initialize_masterkeys(model, **patterns))) == converted
+    for call in (convert_to_masterkeys, initialize_masterkeys):
+        assert list(layers(call(model, **patterns))) == converted
 
 
 @pytest.mark.parametrize(  # depthwise convolutions with more than one tap, counted by hand in timm 1.0.31
@@ -185,32 +179,41 @@ def test_timm_models_convert_and_fuse(name, count):
     same(loaded, converted)
 
 
-def test_inplace_or_not():
+def test_a_copy_is_converted_and_fused():
     model = Net()
-    before, state = fingerprint(model), snapshot(model)
-    out = convert_to_masterkeys(model)
-    assert out is not model and fingerprint(model) == before
-    assert not {t.data_ptr() for t in model.state_dict().values()} & {t.data_ptr() for t in out.state_dict().values()}
+    before = fingerprint(model)
+    converted = convert_to_masterkeys(model)
+    assert converted is not model and fingerprint(model) == before
+    pointers, other = ({t.data_ptr() for t in net.state_dict().values()} for net in (model, converted))
+    assert not pointers & other
+    before = fingerprint(converted)
+    assert fuse_masterkeys(converted) is not converted and fingerprint(converted) == before
 
+
+def test_inplace():
+    model = Net()
+    state, types = snapshot(model), {name: type(m) for name, m in model.named_modules()}
     kept = {name: module for name, module in model.named_modules() if name not in NET_LAYERS}
+    expected = convert_to_masterkeys(model)
     assert convert_to_masterkeys(model, inplace=True) is model
     assert list(layers(model)) == NET_LAYERS
     assert {name: m for name, m in model.named_modules() if name not in NET_LAYERS} == kept
-    same(model, out)
+    same(model, expected)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items() if name in state)
-
-    converted = fingerprint(model)
-    fused = fuse_masterkeys(model)
-    assert fused is not model and fingerprint(model) == converted
+    expected = fuse_masterkeys(model)
     assert fuse_masterkeys(model, inplace=True) is model
-    same(fused, model)
+    same(model, expected)
     assert list(model.state_dict()) == list(state)
-    assert {name: type(m) for name, m in model.named_modules()} == {name: type(m) for name, m in Net().named_modules()}
-    dense = fingerprint(model)
-    for inplace in (True, False):
-        with pytest.raises(ConversionError, match="Net holds no MasterKeyConv2d"):
-            fuse_masterkeys(model, inplace=inplace)
-    assert fingerprint(model) == dense
+    assert {name: type(m) for name, m in model.named_modules()} == types
+
+
+@INPLACE
+def test_nothing_to_fuse(inplace):
+    model = Net()
+    before = fingerprint(model)
+    with pytest.raises(ConversionError, match="Net holds no MasterKeyConv2d"):
+        fuse_masterkeys(model, inplace=inplace)
+    assert fingerprint(model) == before
 
 
 def test_a_second_call_for_other_layers():
@@ -224,34 +227,38 @@ def test_a_second_call_for_other_layers():
     with pytest.raises(ConversionError, match=r"2 converted already \(bank babaiee2025\).*convert the dense model"):
         convert_to_masterkeys(model, inplace=True)
     assert fingerprint(model) == before and not layers(fuse_masterkeys(model))
-    state = snapshot(model)
-    state["blocks.0.dw.key_index"][0] = 99
-    with pytest.raises(CheckpointError, match=r"blocks.0.dw.key_index: holds"):
-        model.load_state_dict(state)
 
 
-@pytest.mark.parametrize("call", [convert_to_masterkeys, initialize_masterkeys])
-def test_nothing_to_convert(call):
-    for patterns in ({"include": "stages.*"}, {"exclude": ["down", "stages.*"]}):
-        for function in (call, plan_conversion):
-            with pytest.raises(ConversionError, match=r"'stages\.\*' matches none of the 6 .*blocks\.0\.dw"):
-                function(Net(), **patterns)
-    for model, patterns, message in (
+CALLS = pytest.mark.parametrize("call", [convert_to_masterkeys, initialize_masterkeys])
+
+
+@pytest.mark.parametrize("patterns", [{"include": "stages.*"}, {"exclude": ["down", "stages.*"]}])
+@pytest.mark.parametrize("call", [convert_to_masterkeys, initialize_masterkeys, plan_conversion])
+def test_a_pattern_that_matches_nothing(call, patterns):
+    with pytest.raises(ConversionError, match=r"'stages\.\*' matches none of the 6 .*blocks\.0\.dw"):
+        call(Net(), **patterns)
+
+
+@CALLS
+@pytest.mark.parametrize(
+    ("model", "patterns", "message"),
+    [
         (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv1d(8, 8, 3, groups=8)), {}, "1 not depthwise .*, 1 not a Conv2d"),
         (nn.Linear(3, 3), {}, "its convolutions: none"),
         (Net(), {"exclude": "*"}, "3 excluded by"),
         (Net(), {"include": "stem"}, "3 not included"),
-    ):
-        with pytest.raises(ConversionError, match=f"{type(model).__name__} has nothing to convert.*{message}"):
-            call(model, **patterns)
-    assert "0 of 0 convolutions" in str(plan_conversion(nn.Linear(3, 3)))
+    ],
+)
+def test_nothing_to_convert(call, model, patterns, message):
+    with pytest.raises(ConversionError, match=f"{type(model).__name__} has nothing to convert.*{message}"):
+        call(model, **patterns)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [({"trainable": "all"}, ConversionError), ({"keys_per_kernel": 9}, ProjectionError), ({"bank": "no"}, BankError)],
 )
-@pytest.mark.parametrize("call", [convert_to_masterkeys, initialize_masterkeys])
+@CALLS
 def test_bad_arguments_change_nothing(call, arguments, error):
     model = Net()
     before = fingerprint(model)
@@ -265,25 +272,19 @@ def test_a_failure_in_the_last_layer_leaves_the_model_as_it_was(value, inplace):
     model = Net()
     with torch.no_grad():
         model.down.weight[9, 0, 1, 1] = value
-    before, weight = fingerprint(model), model.down.weight
-    before[3].pop("down.weight")  # NaN is not equal to itself
+    before = fingerprint(model)
     with pytest.raises(ProjectionError, match=r"^down: Channel 9 of the weight holds NaN or Inf"):
         convert_to_masterkeys(model, inplace=inplace)
-    after = fingerprint(model)
-    after[3].pop("down.weight")
-    assert after == before and model.down.weight is weight
+    assert str(fingerprint(model)) == str(before)  # NaN is not equal to itself
     convert_to_masterkeys(model, exclude="down", inplace=inplace)
 
 
 @INPLACE
 def test_hooks_survive_and_can_be_removed(inplace):
-    model, calls = Net(), []
-    conv, x = model.blocks[0].dw, torch.randn(1, 3, 9, 9)
-    handles = [
-        conv.register_forward_pre_hook(lambda module, *_: calls.append(type(module))),
-        conv.register_forward_hook(lambda module, *_: calls.append(type(module))),
-        conv.register_full_backward_hook(lambda module, *_: calls.append(type(module))),
-    ]
+    model, calls, x = Net(), [], torch.randn(1, 3, 9, 9)
+    conv = model.blocks[0].dw
+    registers = conv.register_forward_pre_hook, conv.register_forward_hook, conv.register_full_backward_hook
+    handles = [register(lambda module, *_: calls.append(type(module))) for register in registers]
     converted = convert_to_masterkeys(model, inplace=inplace)
     converted(x).sum().backward()
     fuse_masterkeys(converted)(x).sum().backward()
@@ -314,22 +315,6 @@ def test_modes_requires_grad_and_dtype_survive(dtype):
     assert torch.equal(fused.eval()(x), converted.eval()(x))
 
 
-def test_meta_device_survives():
-    with torch.device("meta"):
-        converted = convert_to_masterkeys(Net())
-    assert all(t.is_meta for t in converted.state_dict().values())
-    assert converted(torch.empty(1, 3, 8, 8, device="meta")).shape == (1, 5)
-    dense = Net()
-    expected = convert_to_masterkeys(dense)
-    for state in (dense.state_dict(), expected.state_dict()):
-        loaded = copy.deepcopy(converted).to_empty(device="cpu")
-        loaded.load_state_dict(state)
-        same(loaded, expected)
-        loaded = copy.deepcopy(converted)
-        loaded.load_state_dict(state, assign=True)
-        same(loaded, expected)
-
-
 def test_channels_last_survives():
     layout = torch.channels_last
     converted = convert_to_masterkeys(Net().eval().to(memory_format=layout))
@@ -351,12 +336,10 @@ def test_a_module_used_in_several_places(inplace):
         assert type(made["a"][0]) is kind and made["a"][0] is made["a"][2] is made["b"][1]
         assert made["b"][0] is made["b"][2]
     assert torch.equal(fused["a"](x), converted["a"](x)) and list(fused.state_dict()) == names
-
-    before, state = snapshot(converted), snapshot(converted)
-    state["a.2.key_index"] = state["a.2.key_index"] + 99  # seen though a.0 is the same layer
+    state = snapshot(converted)
+    state["a.2.key_index"] += 99  # seen though a.0 is the same layer
     with pytest.raises(CheckpointError, match=r"a\.2\.key_index"):
         converted.load_state_dict(state)
-    same(converted, before)
 
 
 @INPLACE
@@ -382,77 +365,49 @@ def test_fx_graph_module():
     assert torch.equal(fuse_masterkeys(converted)(x), converted(x))
 
 
-@pytest.mark.parametrize("pickled", [False, True])
-def test_copies_still_check_what_they_load(pickled):
-    model, x = convert_to_masterkeys(Net()).eval(), torch.randn(1, 3, 9, 9)
-    twin = pickle.loads(pickle.dumps(model)) if pickled else copy.deepcopy(model)
-    assert torch.equal(twin(x), model(x))
-    same(twin, model)
-    del model
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_still_check_what_they_load(through):
+    twin, dense = through(convert_to_masterkeys(Net())), Net()
     before = snapshot(twin)
     with pytest.raises(CheckpointError, match="another bank than 'babaiee2025'"):
         twin.load_state_dict(snapshot(convert_to_masterkeys(Net(), "random8:0")))
     same(twin, before)
-    dense = Net()
     twin.load_state_dict(dense.state_dict())
     same(twin, convert_to_masterkeys(dense))
 
 
 @INPLACE
 def test_a_fused_model_knows_nothing_of_this_package(inplace):
-    converted = convert_to_masterkeys(timm.create_model("test_convnext"), include="stages.0.*")
-    convert_to_masterkeys(converted, inplace=True)
-    assert b"timm_masterkeys" in pickle.dumps(converted)
-    fused = fuse_masterkeys(converted, inplace=inplace)
-    assert b"timm_masterkeys" not in pickle.dumps(fused)
-    inner = convert_to_masterkeys(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)))
-    outer = nn.Sequential(nn.Conv2d(3, 8, 3), inner)
-    assert b"timm_masterkeys" not in pickle.dumps(fuse_masterkeys(outer, inplace=inplace))
-    fused.load_state_dict(timm.create_model("test_convnext").state_dict())
+    twice = convert_to_masterkeys(Net(), include="blocks.*")
+    convert_to_masterkeys(twice, inplace=True)
+    inside = nn.Sequential(nn.Conv2d(3, 8, 3), convert_to_masterkeys(nn.Sequential(conv())))
+    for converted in (twice, inside):
+        assert b"timm_masterkeys" in pickle.dumps(converted)
+        fused = fuse_masterkeys(converted, inplace=inplace)
+        assert b"timm_masterkeys" not in pickle.dumps(fused)
+    fused.load_state_dict(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(conv())).state_dict())
 
 
-def entry(name, index, value):
-    """A change of one number of a state dict."""
-
-    def change(state):
-        state = snapshot(Net()) if name == "down.weight" else state
-        state[name][index] = value
-        return state
-
-    return change
-
-
-BREAKS = [  # what makes a state dict wrong, and the message; wrapped and assign
-    (lambda state: snapshot(convert_to_masterkeys(Net(), "random8:0")), "another bank than 'babaiee2025'", 0, 0),
-    (entry("down.key_index", 15, 8), r"down\.key_index: holds \d to 8, the bank has 8 keys", 1, 0),
-    (entry("down.weight", (3, 0, 0, 0), torch.nan), r"down\.weight: channel 3 holds NaN", 0, 1),
-    (
-        lambda state: state | {f"down.{k}": v for k, v in MasterKeyConv2d(8, 16, 5, bias=False).state_dict().items()},
-        r"down\.keys: got shape \(8, 5, 5\), expected \(8, 3, 3\)",
-        0,
-        1,
-    ),
-    (lambda state: snapshot(convert_to_masterkeys(Net(16))), r"key_index: got shape \(16, 1\)", 1, 1),
-    (lambda state: state | {"down.weight": torch.randn(16, 1, 3, 3)}, r"down\.weight: given together with keys", 0, 0),
-    (lambda state: (state.pop("blocks.1.dw.shift"), state)[1], r"blocks\.1\.dw\.keys: given without shift", 1, 0),
-    (lambda state: snapshot(Net()) | {"down.weight": torch.randn(16, 1, 5, 5)}, r"down\.weight: got shape", 1, 1),
-]
-
-
-def prefixed(state):
-    return {f"module.{name}": value for name, value in state.items()}
-
-
-@pytest.mark.parametrize(("spoil", "message", "wrapped", "assign"), BREAKS)
-def test_a_bad_checkpoint_changes_no_tensor(spoil, message, wrapped, assign):
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("spoil", "message", "wrapped", "assign"),
+    [
+        (lambda state: snapshot(convert_to_masterkeys(Net(), "random8:0")), "another bank than", 0, 0),
+        (lambda state: snapshot(convert_to_masterkeys(Net(16))), r"key_index: got shape \(16, 1\)", 1, 1),
+        (lambda state: snapshot(Net()) | {"down.weight": torch.randn(16, 1, 5, 5)}, r"down\.weight: got shape", 1, 1),
+        (lambda state: state | {"down.weight": torch.randn(16, 1, 3, 3)}, r"down\.weight: given together", 0, 0),
+        (lambda state: (state.pop("blocks.1.dw.shift"), state)[1], r"blocks\.1\.dw\.keys: given without", 1, 0),
+    ],
+)
+def test_a_bad_checkpoint_changes_no_tensor(spoil, message, wrapped, assign, strict):
+    """All that may be wrong with a layer's entries: test_state.py."""
     model = convert_to_masterkeys(Net())
-    state = spoil(snapshot(convert_to_masterkeys(Net())))
+    state = spoil(snapshot(model))
     if wrapped:
-        model, state = nn.DataParallel(model), prefixed(state)
+        model, state = nn.DataParallel(model), {f"module.{name}": value for name, value in state.items()}
     before = fingerprint(model)
-    for strict in (True, False):
-        with pytest.raises(CheckpointError, match=rf"Nothing was loaded.\n(.*\n)*.*{message}"):
-            model.load_state_dict(state, strict=strict, assign=bool(assign))
+    with pytest.raises(CheckpointError, match=rf"Nothing was loaded.\n(.*\n)*.*{message}"):
+        model.load_state_dict(state, strict=strict, assign=bool(assign))
     assert fingerprint(model) == before
 
 
@@ -463,14 +418,13 @@ def test_many_problems_are_counted():
         model.load_state_dict(other.state_dict())
 
 
-def test_a_wrapped_model_round_trips():
-    source, model = (convert_to_masterkeys(Net(), keys_per_kernel=2, trainable="affine") for _ in "ab")
-    wrapped, dense = nn.DataParallel(model), Net().state_dict()
-    wrapped.load_state_dict(prefixed(source.state_dict()))
+def test_a_wrapped_model_loads_compact_and_dense_entries():
+    source, model = (nn.DataParallel(convert_to_masterkeys(Net(), keys_per_kernel=2)) for _ in "ab")
+    model.load_state_dict(source.state_dict())
     same(model, source)
-    wrapped.load_state_dict(prefixed(dense))
-    assert torch.equal(model.down.key_rows(), project_kernels(dense["down.weight"], keys_per_kernel=2).key_index)
-    assert torch.equal(model.stem.weight, dense["stem.weight"])
+    dense = nn.DataParallel(Net())
+    model.load_state_dict(dense.state_dict())
+    same(model.module, convert_to_masterkeys(dense.module, keys_per_kernel=2))
 
 
 def test_missing_entries():
@@ -482,7 +436,6 @@ def test_missing_entries():
     result = model.load_state_dict(state, strict=False)
     assert set(result.missing_keys) == {f"down.{name}" for name in down} and not result.unexpected_keys
     same(model.down, down)
-    assert torch.equal(model.stem.weight, state["stem.weight"])
     assert torch.equal(model.blocks[0].dw.shift, project_kernels(state["blocks.0.dw.weight"]).shift)
 
 
@@ -497,13 +450,8 @@ def test_initialize_is_seeded_and_exact():
         conv, projection = dense.get_submodule(name), project_kernels(layer.weight)
         torch.testing.assert_close(projection.r2, torch.ones(layer.out_channels))
         assert torch.equal(projection.key_index, layer.key_rows()) and not layer.shift.any()
-        norm = (conv.weight - conv.weight.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1).mean()
-        torch.testing.assert_close(layer.weight.flatten(1).norm(dim=1), norm.expand(layer.out_channels))
         assert conv.bias is layer.bias is None or torch.equal(layer.bias, conv.bias)
     assert torch.equal(models[0].stem.weight, dense.stem.weight)
-    counts = sum(layer.key_rows().flatten().bincount(minlength=8) for layer in layers(models[0]).values())
-    assert counts.sum() == 64 + 64 + 128
-    assert 10 < counts.min() <= counts.max() < 60  # 32 each, give or take five deviations
 
 
 @pytest.mark.parametrize(("r", "dtype"), [(1, torch.float16), (6, torch.bfloat16), (8, torch.float16)])
