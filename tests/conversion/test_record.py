@@ -3,7 +3,7 @@
 import copy
 import json
 import pickle
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import timm
@@ -98,19 +98,23 @@ def test_the_same_after_json(model):
     data = json.loads(json.dumps(record.to_dict()))
     assert Source(**data["source"]) == record.source
     assert CalibrationRecord(**data["calibration"]) == record.calibration
-    assert asdict(record.calibration)["after"] == {"agreement": 0.75, "divergence": 0.5}
-    summary = record.calibration.summary()
+
+
+def test_the_summary_of_a_calibration(model):
+    summary = read_record(model).calibration.summary()
     assert summary.startswith("with 80 images") and summary.endswith("(classification, 20 held-out images)")
 
 
 def test_digests_see_every_value(model):
-    before = keys_digest(model), entries_digest(model)
-    assert before == (keys_digest(copy.deepcopy(model)), entries_digest(copy.deepcopy(model)))
+    keys, entries = keys_digest(model), entries_digest(model)
     for name, value in model.state_dict().items():
-        other = copy.deepcopy(model)
-        other.state_dict()[name].view(-1)[-1:].add_(1)
-        assert entries_digest(other) != before[1], name
-        assert (keys_digest(other) != before[0]) == name.endswith("key_index"), (name, value)
+        last = value.view(-1)[-1:]
+        before = last.clone()
+        last.add_(1)
+        assert entries_digest(model) != entries, name
+        assert (keys_digest(model) != keys) == name.endswith("key_index"), name
+        last.copy_(before)
+    assert (keys_digest(model), entries_digest(model)) == (keys, entries)
 
 
 @pytest.mark.parametrize(
@@ -133,12 +137,9 @@ def test_another_structure_with_the_same_entries(arch, arguments):
 
 
 def test_a_quantised_model_has_no_calibration(model):
-    assert read_record(model).calibration
-
     class Int8Tensor(torch.Tensor):
         pass
 
     model[2].weight = nn.Parameter(model[2].weight.detach().as_subclass(Int8Tensor))
-    assert read_record(model).calibration is None and read_record(model).source
+    assert holds(model) == (True, False) and mk.conversion_report(model).calibration is None
     assert entries_digest(model) == "2.weight is of type Int8Tensor"
-    assert mk.conversion_report(model).calibration is None
