@@ -12,18 +12,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from timm_masterkeys import (
-    BankError,
-    CheckpointError,
-    ConversionError,
-    MasterKeyConv2d,
-    ProjectionError,
-    convert_to_masterkeys,
-    fuse_masterkeys,
-    initialize_masterkeys,
-    plan_conversion,
-    project_kernels,
-)
+import timm_masterkeys as mk
 
 INPLACE = pytest.mark.parametrize("inplace", [True, False])
 
@@ -92,12 +81,12 @@ def test_plan_gives_a_reason_for_every_convolution():
         "parametrized": (weight_norm(conv()), "its weight is computed (a parametrization)"),
         "dw": (first, "shares its weight with tied"),
         "tied": (conv(kernel_size=(1, 7), weight=first.weight), "shares its weight with dw"),
-        "done": (MasterKeyConv2d(8, 8, 3, bank="random8:1"), "converted already (bank random8:1)"),
+        "done": (mk.MasterKeyConv2d(8, 8, 3, bank="random8:1"), "converted already (bank random8:1)"),
     }
     model = nn.Module()
     for name, (module, _) in kinds.items():
         model.add_module(name, module)
-    plan = plan_conversion(model)
+    plan = mk.plan_conversion(model)
     assert {layer.name: layer.reason for layer in plan.layers} == {name: reason for name, (_, reason) in kinds.items()}
     assert sorted([*plan.converted, *plan.skipped], key=plan.layers.index) == list(plan.layers)
     same = next(layer for layer in plan.layers if layer.name == "same")
@@ -107,16 +96,16 @@ def test_plan_gives_a_reason_for_every_convolution():
 def test_plan_is_a_dry_run_and_a_table():
     model = Net()
     before = fingerprint(model)
-    plan = plan_conversion(model, include=["*.dw", "do*"], exclude="blocks.1*")
+    plan = mk.plan_conversion(model, include=["*.dw", "do*"], exclude="blocks.1*")
     assert fingerprint(model) == before
     lines = str(plan).splitlines()
     rows = {line.split()[0]: line for line in lines}
     assert len(lines) == 1 + 6 + 1 and rows["blocks.1.dw"].endswith("stays dense: excluded by 'blocks.1*'")
     assert rows["down"].split() == ["down", "Conv2dSame", "3x3", "8", "->", "16", "convert"]
     assert lines[-1] == "2 of 6 convolutions to convert, 24 kernels"
-    reasons = {layer.name: layer.reason for layer in plan_conversion(model, include="*.dw").layers}
+    reasons = {layer.name: layer.reason for layer in mk.plan_conversion(model, include="*.dw").layers}
     assert (reasons["down"], reasons["blocks.0.dw"]) == ("not included", "")
-    assert "0 of 0 convolutions" in str(plan_conversion(nn.Linear(3, 3)))
+    assert "0 of 0 convolutions" in str(mk.plan_conversion(nn.Linear(3, 3)))
 
 
 @pytest.mark.parametrize(
@@ -131,8 +120,8 @@ def test_plan_is_a_dry_run_and_a_table():
 )
 def test_patterns(patterns, converted):
     model = Net()
-    assert [layer.name for layer in plan_conversion(model, **patterns).converted] == converted
-    for call in (convert_to_masterkeys, initialize_masterkeys):
+    assert [layer.name for layer in mk.plan_conversion(model, **patterns).converted] == converted
+    for call in (mk.convert_to_masterkeys, mk.initialize_masterkeys):
         assert list(layers(call(model, **patterns))) == converted
 
 
@@ -154,27 +143,27 @@ def test_timm_models_convert_and_fuse(name, count):
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     before = snapshot(model)
-    plan = plan_conversion(model)
+    plan = mk.plan_conversion(model)
     convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     expected = [n for n, m in convs.items() if m.groups == m.in_channels > 1 and m.weight[0].numel() > 1]
     assert [layer.name for layer in plan.layers] == list(convs)
     assert [layer.name for layer in plan.converted] == expected and len(expected) == count
-    converted = convert_to_masterkeys(model)
+    converted = mk.convert_to_masterkeys(model)
     same(model, before)
     assert not layers(model) and list(layers(converted)) == expected
     for layer_name, layer in layers(converted).items():
-        assert torch.equal(layer.key_rows(), project_kernels(model.get_submodule(layer_name).weight).key_index)
+        assert torch.equal(layer.key_rows(), mk.project_kernels(model.get_submodule(layer_name).weight).key_index)
     others = {k: v for k, v in converted.state_dict().items() if k in before}
     same(others, {k: before[k] for k in others})
 
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        fused = fuse_masterkeys(converted)
+        fused = mk.fuse_masterkeys(converted)
         assert torch.equal(fused(x), converted(x)) and not torch.equal(model(x), converted(x))
     assert list(fused.state_dict()) == list(before)
     assert {n: type(m) for n, m in fused.named_modules()} == {n: type(m) for n, m in model.named_modules()}
 
-    loaded = initialize_masterkeys(model)
+    loaded = mk.initialize_masterkeys(model)
     loaded.load_state_dict(before)  # the stock weights
     same(loaded, converted)
 
@@ -182,26 +171,26 @@ def test_timm_models_convert_and_fuse(name, count):
 def test_a_copy_is_converted_and_fused():
     model = Net()
     before = fingerprint(model)
-    converted = convert_to_masterkeys(model)
+    converted = mk.convert_to_masterkeys(model)
     assert converted is not model and fingerprint(model) == before
     pointers, other = ({t.data_ptr() for t in net.state_dict().values()} for net in (model, converted))
     assert not pointers & other
     before = fingerprint(converted)
-    assert fuse_masterkeys(converted) is not converted and fingerprint(converted) == before
+    assert mk.fuse_masterkeys(converted) is not converted and fingerprint(converted) == before
 
 
 def test_inplace():
     model = Net()
     state, types = snapshot(model), {name: type(m) for name, m in model.named_modules()}
     kept = {name: module for name, module in model.named_modules() if name not in NET_LAYERS}
-    expected = convert_to_masterkeys(model)
-    assert convert_to_masterkeys(model, inplace=True) is model
+    expected = mk.convert_to_masterkeys(model)
+    assert mk.convert_to_masterkeys(model, inplace=True) is model
     assert list(layers(model)) == NET_LAYERS
     assert {name: m for name, m in model.named_modules() if name not in NET_LAYERS} == kept
     same(model, expected)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items() if name in state)
-    expected = fuse_masterkeys(model)
-    assert fuse_masterkeys(model, inplace=True) is model
+    expected = mk.fuse_masterkeys(model)
+    assert mk.fuse_masterkeys(model, inplace=True) is model
     same(model, expected)
     assert list(model.state_dict()) == list(state)
     assert {name: type(m) for name, m in model.named_modules()} == types
@@ -211,31 +200,31 @@ def test_inplace():
 def test_nothing_to_fuse(inplace):
     model = Net()
     before = fingerprint(model)
-    with pytest.raises(ConversionError, match="Net holds no MasterKeyConv2d"):
-        fuse_masterkeys(model, inplace=inplace)
+    with pytest.raises(mk.ConversionError, match="Net holds no MasterKeyConv2d"):
+        mk.fuse_masterkeys(model, inplace=inplace)
     assert fingerprint(model) == before
 
 
 def test_a_second_call_for_other_layers():
-    model = convert_to_masterkeys(Net(), include="blocks.*")
+    model = mk.convert_to_masterkeys(Net(), include="blocks.*")
     first = layers(model)
-    convert_to_masterkeys(model, "random8:0", keys_per_kernel=2, trainable="none", inplace=True)
+    mk.convert_to_masterkeys(model, "random8:0", keys_per_kernel=2, trainable="none", inplace=True)
     found = layers(model)
     assert list(found) == NET_LAYERS and all(found[name] is layer for name, layer in first.items())
     assert found["down"].bank.name == "random8:0" and not list(found["down"].named_parameters())
     before = fingerprint(model)
-    with pytest.raises(ConversionError, match=r"2 converted already \(bank babaiee2025\).*convert the dense model"):
-        convert_to_masterkeys(model, inplace=True)
-    assert fingerprint(model) == before and not layers(fuse_masterkeys(model))
+    with pytest.raises(mk.ConversionError, match=r"2 converted already \(bank babaiee2025\).*convert the dense model"):
+        mk.convert_to_masterkeys(model, inplace=True)
+    assert fingerprint(model) == before and not layers(mk.fuse_masterkeys(model))
 
 
-CALLS = pytest.mark.parametrize("call", [convert_to_masterkeys, initialize_masterkeys])
+CALLS = pytest.mark.parametrize("call", [mk.convert_to_masterkeys, mk.initialize_masterkeys])
 
 
 @pytest.mark.parametrize("patterns", [{"include": "stages.*"}, {"exclude": ["down", "stages.*"]}])
-@pytest.mark.parametrize("call", [convert_to_masterkeys, initialize_masterkeys, plan_conversion])
+@pytest.mark.parametrize("call", [mk.convert_to_masterkeys, mk.initialize_masterkeys, mk.plan_conversion])
 def test_a_pattern_that_matches_nothing(call, patterns):
-    with pytest.raises(ConversionError, match=r"'stages\.\*' matches none of the 6 .*blocks\.0\.dw"):
+    with pytest.raises(mk.ConversionError, match=r"'stages\.\*' matches none of the 6 .*blocks\.0\.dw"):
         call(Net(), **patterns)
 
 
@@ -250,13 +239,17 @@ def test_a_pattern_that_matches_nothing(call, patterns):
     ],
 )
 def test_nothing_to_convert(call, model, patterns, message):
-    with pytest.raises(ConversionError, match=f"{type(model).__name__} has nothing to convert.*{message}"):
+    with pytest.raises(mk.ConversionError, match=f"{type(model).__name__} has nothing to convert.*{message}"):
         call(model, **patterns)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
-    [({"trainable": "all"}, ConversionError), ({"keys_per_kernel": 9}, ProjectionError), ({"bank": "no"}, BankError)],
+    [
+        ({"trainable": "all"}, mk.ConversionError),
+        ({"keys_per_kernel": 9}, mk.ProjectionError),
+        ({"bank": "no"}, mk.BankError),
+    ],
 )
 @CALLS
 def test_bad_arguments_change_nothing(call, arguments, error):
@@ -273,10 +266,10 @@ def test_a_failure_in_the_last_layer_leaves_the_model_as_it_was(value, inplace):
     with torch.no_grad():
         model.down.weight[9, 0, 1, 1] = value
     before = fingerprint(model)
-    with pytest.raises(ProjectionError, match=r"^down: Channel 9 of the weight holds NaN or Inf"):
-        convert_to_masterkeys(model, inplace=inplace)
+    with pytest.raises(mk.ProjectionError, match=r"^down: Channel 9 of the weight holds NaN or Inf"):
+        mk.convert_to_masterkeys(model, inplace=inplace)
     assert str(fingerprint(model)) == str(before)  # NaN is not equal to itself
-    convert_to_masterkeys(model, exclude="down", inplace=inplace)
+    mk.convert_to_masterkeys(model, exclude="down", inplace=inplace)
 
 
 @INPLACE
@@ -285,10 +278,10 @@ def test_hooks_survive_and_can_be_removed(inplace):
     conv = model.blocks[0].dw
     registers = conv.register_forward_pre_hook, conv.register_forward_hook, conv.register_full_backward_hook
     handles = [register(lambda module, *_: calls.append(type(module))) for register in registers]
-    converted = convert_to_masterkeys(model, inplace=inplace)
+    converted = mk.convert_to_masterkeys(model, inplace=inplace)
     converted(x).sum().backward()
-    fuse_masterkeys(converted)(x).sum().backward()
-    assert calls == [MasterKeyConv2d] * 3 + [nn.Conv2d] * 3
+    mk.fuse_masterkeys(converted)(x).sum().backward()
+    assert calls == [mk.MasterKeyConv2d] * 3 + [nn.Conv2d] * 3
     for handle in handles:
         handle.remove()
     (converted if inplace else model)(x).sum().backward()  # a deep copy has hooks of its own
@@ -304,12 +297,12 @@ def test_modes_requires_grad_and_dtype_survive(dtype):
         module.requires_grad_(False)
     modes = {name: module.training for name, module in model.named_modules()}
     grads = {name: p.requires_grad for name, p in model.named_parameters()}
-    converted = convert_to_masterkeys(model)
+    converted = mk.convert_to_masterkeys(model)
     assert {name: module.training for name, module in converted.named_modules()} == modes
     assert all(p.requires_grad == grads[n.replace(".shift", ".weight")] for n, p in converted.named_parameters())
     for layer in layers(converted).values():
         assert {layer.keys.dtype, layer.scale.dtype, layer.shift.dtype, layer.weight.dtype} == {dtype}
-    fused, x = fuse_masterkeys(converted), torch.randn(1, 3, 8, 8, dtype=dtype)
+    fused, x = mk.fuse_masterkeys(converted), torch.randn(1, 3, 8, 8, dtype=dtype)
     assert {name: module.training for name, module in fused.named_modules()} == modes
     assert not fused.stem.weight.requires_grad and not fused.blocks[1].dw.bias.requires_grad
     assert torch.equal(fused.eval()(x), converted.eval()(x))
@@ -317,11 +310,11 @@ def test_modes_requires_grad_and_dtype_survive(dtype):
 
 def test_channels_last_survives():
     layout = torch.channels_last
-    converted = convert_to_masterkeys(Net().eval().to(memory_format=layout))
+    converted = mk.convert_to_masterkeys(Net().eval().to(memory_format=layout))
     x = torch.randn(2, 3, 9, 9).contiguous(memory_format=layout)
     assert converted.stem.weight.is_contiguous(memory_format=layout)
     assert converted.blocks[0].dw(converted.stem(x)).is_contiguous(memory_format=layout)
-    assert torch.equal(fuse_masterkeys(converted)(x), converted(x))
+    assert torch.equal(mk.fuse_masterkeys(converted)(x), converted(x))
 
 
 @INPLACE
@@ -329,16 +322,16 @@ def test_a_module_used_in_several_places(inplace):
     conv, block = nn.Conv2d(8, 8, 3, padding=1, groups=8), Block(8)
     model = nn.ModuleDict({"a": nn.Sequential(conv, nn.ReLU(), conv), "b": nn.ModuleList([block, conv, block])})
     names = list(model.state_dict())
-    converted = convert_to_masterkeys(model, inplace=inplace)
+    converted = mk.convert_to_masterkeys(model, inplace=inplace)
     assert list(layers(converted)) == ["a.0", "b.0.dw"]
-    fused, x = fuse_masterkeys(converted), torch.randn(1, 8, 9, 9)
-    for made, kind in ((converted, MasterKeyConv2d), (fused, nn.Conv2d)):
+    fused, x = mk.fuse_masterkeys(converted), torch.randn(1, 8, 9, 9)
+    for made, kind in ((converted, mk.MasterKeyConv2d), (fused, nn.Conv2d)):
         assert type(made["a"][0]) is kind and made["a"][0] is made["a"][2] is made["b"][1]
         assert made["b"][0] is made["b"][2]
     assert torch.equal(fused["a"](x), converted["a"](x)) and list(fused.state_dict()) == names
     state = snapshot(converted)
     state["a.2.key_index"] += 99  # seen though a.0 is the same layer
-    with pytest.raises(CheckpointError, match=r"a\.2\.key_index"):
+    with pytest.raises(mk.CheckpointError, match=r"a\.2\.key_index"):
         converted.load_state_dict(state)
 
 
@@ -346,44 +339,44 @@ def test_a_module_used_in_several_places(inplace):
 def test_a_model_that_is_a_convolution(inplace):
     conv = nn.Conv2d(8, 8, 5, groups=8)
     weight = conv.weight
-    layer = convert_to_masterkeys(conv, inplace=inplace)
-    assert type(layer) is MasterKeyConv2d and type(conv) is nn.Conv2d
+    layer = mk.convert_to_masterkeys(conv, inplace=inplace)
+    assert type(layer) is mk.MasterKeyConv2d and type(conv) is nn.Conv2d
     assert conv.weight is weight and (layer.bias is conv.bias) == inplace
-    fused, x = fuse_masterkeys(layer, inplace=inplace), torch.randn(1, 8, 9, 9)
+    fused, x = mk.fuse_masterkeys(layer, inplace=inplace), torch.randn(1, 8, 9, 9)
     assert type(fused) is nn.Conv2d and torch.equal(fused(x), layer(x))
     with torch.no_grad():
         conv.weight.fill_(torch.nan)
-    with pytest.raises(ProjectionError, match=r"^Conv2d: Channel 0"):
-        convert_to_masterkeys(conv)
+    with pytest.raises(mk.ProjectionError, match=r"^Conv2d: Channel 0"):
+        mk.convert_to_masterkeys(conv)
 
 
 def test_fx_graph_module():
     model, x = nn.Sequential(Block(8), Block(8)).eval(), torch.randn(1, 8, 9, 9)
-    converted = convert_to_masterkeys(torch.fx.symbolic_trace(model))
+    converted = mk.convert_to_masterkeys(torch.fx.symbolic_trace(model))
     assert isinstance(converted, torch.fx.GraphModule) and list(layers(converted)) == ["0.dw", "1.dw"]
-    assert torch.equal(converted(x), convert_to_masterkeys(model)(x))
-    assert torch.equal(fuse_masterkeys(converted)(x), converted(x))
+    assert torch.equal(converted(x), mk.convert_to_masterkeys(model)(x))
+    assert torch.equal(mk.fuse_masterkeys(converted)(x), converted(x))
 
 
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_still_check_what_they_load(through):
-    twin, dense = through(convert_to_masterkeys(Net())), Net()
+    twin, dense = through(mk.convert_to_masterkeys(Net())), Net()
     before = snapshot(twin)
-    with pytest.raises(CheckpointError, match="another bank than 'babaiee2025'"):
-        twin.load_state_dict(snapshot(convert_to_masterkeys(Net(), "random8:0")))
+    with pytest.raises(mk.CheckpointError, match="another bank than 'babaiee2025'"):
+        twin.load_state_dict(snapshot(mk.convert_to_masterkeys(Net(), "random8:0")))
     same(twin, before)
     twin.load_state_dict(dense.state_dict())
-    same(twin, convert_to_masterkeys(dense))
+    same(twin, mk.convert_to_masterkeys(dense))
 
 
 @INPLACE
 def test_a_fused_model_knows_nothing_of_this_package(inplace):
-    twice = convert_to_masterkeys(Net(), include="blocks.*")
-    convert_to_masterkeys(twice, inplace=True)
-    inside = nn.Sequential(nn.Conv2d(3, 8, 3), convert_to_masterkeys(nn.Sequential(conv())))
+    twice = mk.convert_to_masterkeys(Net(), include="blocks.*")
+    mk.convert_to_masterkeys(twice, inplace=True)
+    inside = nn.Sequential(nn.Conv2d(3, 8, 3), mk.convert_to_masterkeys(nn.Sequential(conv())))
     for converted in (twice, inside):
         assert b"timm_masterkeys" in pickle.dumps(converted)
-        fused = fuse_masterkeys(converted, inplace=inplace)
+        fused = mk.fuse_masterkeys(converted, inplace=inplace)
         assert b"timm_masterkeys" not in pickle.dumps(fused)
     fused.load_state_dict(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(conv())).state_dict())
 
@@ -392,8 +385,8 @@ def test_a_fused_model_knows_nothing_of_this_package(inplace):
 @pytest.mark.parametrize(
     ("spoil", "message", "wrapped", "assign"),
     [
-        (lambda state: snapshot(convert_to_masterkeys(Net(), "random8:0")), "another bank than", 0, 0),
-        (lambda state: snapshot(convert_to_masterkeys(Net(16))), r"key_index: got shape \(16, 1\)", 1, 1),
+        (lambda state: snapshot(mk.convert_to_masterkeys(Net(), "random8:0")), "another bank than", 0, 0),
+        (lambda state: snapshot(mk.convert_to_masterkeys(Net(16))), r"key_index: got shape \(16, 1\)", 1, 1),
         (lambda state: snapshot(Net()) | {"down.weight": torch.randn(16, 1, 5, 5)}, r"down\.weight: got shape", 1, 1),
         (lambda state: state | {"down.weight": torch.randn(16, 1, 3, 3)}, r"down\.weight: given together", 0, 0),
         (lambda state: (state.pop("blocks.1.dw.shift"), state)[1], r"blocks\.1\.dw\.keys: given without", 1, 0),
@@ -401,34 +394,34 @@ def test_a_fused_model_knows_nothing_of_this_package(inplace):
 )
 def test_a_bad_checkpoint_changes_no_tensor(spoil, message, wrapped, assign, strict):
     """All that may be wrong with a layer's entries: test_state.py."""
-    model = convert_to_masterkeys(Net())
+    model = mk.convert_to_masterkeys(Net())
     state = spoil(snapshot(model))
     if wrapped:
         model, state = nn.DataParallel(model), {f"module.{name}": value for name, value in state.items()}
     before = fingerprint(model)
-    with pytest.raises(CheckpointError, match=rf"Nothing was loaded.\n(.*\n)*.*{message}"):
+    with pytest.raises(mk.CheckpointError, match=rf"Nothing was loaded.\n(.*\n)*.*{message}"):
         model.load_state_dict(state, strict=strict, assign=bool(assign))
     assert fingerprint(model) == before
 
 
 def test_many_problems_are_counted():
-    model = convert_to_masterkeys(timm.create_model("test_convnext"))
-    other = convert_to_masterkeys(timm.create_model("test_convnext"), "random8:0")
-    with pytest.raises(CheckpointError, match=r"(.*\n){6}\.\.\. and 4 more$"):
+    model = mk.convert_to_masterkeys(timm.create_model("test_convnext"))
+    other = mk.convert_to_masterkeys(timm.create_model("test_convnext"), "random8:0")
+    with pytest.raises(mk.CheckpointError, match=r"(.*\n){6}\.\.\. and 4 more$"):
         model.load_state_dict(other.state_dict())
 
 
 def test_a_wrapped_model_loads_compact_and_dense_entries():
-    source, model = (nn.DataParallel(convert_to_masterkeys(Net(), keys_per_kernel=2)) for _ in "ab")
+    source, model = (nn.DataParallel(mk.convert_to_masterkeys(Net(), keys_per_kernel=2)) for _ in "ab")
     model.load_state_dict(source.state_dict())
     same(model, source)
     dense = nn.DataParallel(Net())
     model.load_state_dict(dense.state_dict())
-    same(model.module, convert_to_masterkeys(dense.module, keys_per_kernel=2))
+    same(model.module, mk.convert_to_masterkeys(dense.module, keys_per_kernel=2))
 
 
 def test_missing_entries():
-    model = convert_to_masterkeys(Net())
+    model = mk.convert_to_masterkeys(Net())
     state = {name: value for name, value in Net().state_dict().items() if not name.startswith("down.")}
     with pytest.raises(RuntimeError, match=r"Missing key.*down\.key"):
         model.load_state_dict(state)
@@ -436,18 +429,18 @@ def test_missing_entries():
     result = model.load_state_dict(state, strict=False)
     assert set(result.missing_keys) == {f"down.{name}" for name in down} and not result.unexpected_keys
     same(model.down, down)
-    assert torch.equal(model.blocks[0].dw.shift, project_kernels(state["blocks.0.dw.weight"]).shift)
+    assert torch.equal(model.blocks[0].dw.shift, mk.project_kernels(state["blocks.0.dw.weight"]).shift)
 
 
 def test_initialize_is_seeded_and_exact():
     dense, models = Net(64), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        models.append(initialize_masterkeys(dense))
+        models.append(mk.initialize_masterkeys(dense))
     same(models[0], models[1])
     assert not torch.equal(models[0].down.key_index, models[2].down.key_index)
     for name, layer in layers(models[0]).items():
-        conv, projection = dense.get_submodule(name), project_kernels(layer.weight)
+        conv, projection = dense.get_submodule(name), mk.project_kernels(layer.weight)
         torch.testing.assert_close(projection.r2, torch.ones(layer.out_channels))
         assert torch.equal(projection.key_index, layer.key_rows()) and not layer.shift.any()
         assert conv.bias is layer.bias is None or torch.equal(layer.bias, conv.bias)
@@ -457,8 +450,8 @@ def test_initialize_is_seeded_and_exact():
 @pytest.mark.parametrize(("r", "dtype"), [(1, torch.float16), (6, torch.bfloat16), (8, torch.float16)])
 def test_fused_before_it_is_cast_a_model_keeps_its_kernels(r, dtype):
     """Eight keys at 3x3 have scales up to a thousand times the kernel, which half precision would round."""
-    model = convert_to_masterkeys(Net(), keys_per_kernel=r)
-    fused = fuse_masterkeys(model).to(dtype)
+    model = mk.convert_to_masterkeys(Net(), keys_per_kernel=r)
+    fused = mk.fuse_masterkeys(model).to(dtype)
     for name, layer in layers(model).items():
         error = (fused.get_submodule(name).weight.float() - layer.weight).abs().amax((1, 2, 3))
         assert (error <= torch.finfo(dtype).eps * layer.weight.abs().amax((1, 2, 3))).all()
@@ -479,19 +472,19 @@ def test_networks_that_keep_computed_tensors_are_copied(inplace):
     x = torch.randn(2, 3, 8, 8)
     dense(x)
     kept = dense.kept["bias"][0]
-    model = convert_to_masterkeys(dense, inplace=inplace)
+    model = mk.convert_to_masterkeys(dense, inplace=inplace)
     assert dense.kept["bias"][0] is kept and not kept.is_leaf
     if not inplace:
         copied = model.kept["bias"][0]
         assert torch.equal(copied, kept) and copied.is_leaf and copied.data_ptr() != kept.data_ptr()
-    assert torch.equal(fuse_masterkeys(model, inplace=inplace)(x), model(x))
+    assert torch.equal(mk.fuse_masterkeys(model, inplace=inplace)(x), model(x))
 
 
 def test_a_copied_feature_extractor_stays_in_eval_mode():
     """A deep copy of torchvision's graphs, which timm uses, is in training mode."""
     model = timm.create_model("test_efficientnet.mk8", features_only=True, feature_cls="fx").eval()
     model.graph_module.bn1.train()
-    copied, x = fuse_masterkeys(model), torch.randn(2, 3, 32, 32)
+    copied, x = mk.fuse_masterkeys(model), torch.randn(2, 3, 32, 32)
     modes = [{name: module.training for name, module in net.named_modules()} for net in (model, copied)]
     assert modes[0] == modes[1]
     with torch.no_grad():
@@ -502,10 +495,10 @@ def test_what_cannot_be_copied_is_named():
     model = Net()
     model.blocks[1].lock = threading.Lock()
     message = r"Net cannot be copied: attribute 'lock' of module 'blocks\.1' \(\w+\) is a lock: .*inplace=True"
-    with pytest.raises(ConversionError, match=message):
-        convert_to_masterkeys(model)
-    converted = convert_to_masterkeys(model, inplace=True)
-    with pytest.raises(ConversionError, match=message):
-        fuse_masterkeys(converted)
+    with pytest.raises(mk.ConversionError, match=message):
+        mk.convert_to_masterkeys(model)
+    converted = mk.convert_to_masterkeys(model, inplace=True)
+    with pytest.raises(mk.ConversionError, match=message):
+        mk.fuse_masterkeys(converted)
     x = torch.randn(1, 3, 8, 8)
-    assert torch.equal(converted(x), fuse_masterkeys(converted, inplace=True)(x))
+    assert torch.equal(converted(x), mk.fuse_masterkeys(converted, inplace=True)(x))
