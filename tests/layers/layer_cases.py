@@ -75,13 +75,6 @@ def dense(layer, conv):
     return conv
 
 
-def formula(layer, scale, shift):
-    """The kernels, written down independently of the layer."""
-    scale = scale.view(layer.out_channels, layer.keys_per_kernel, 1, 1)
-    kernels = (scale * layer.keys[layer.key_rows()]).sum(1) + shift.view(-1, 1, 1)
-    return kernels.unsqueeze(1)
-
-
 def assert_fitted(layer, projection):
     assert torch.equal(layer.key_rows(), projection.key_index)
     assert torch.equal(layer.scale, projection.scale.flatten())
