@@ -395,6 +395,11 @@ def test_bad_files(tmp_path, write, message):
     assert str(path) in str(caught.value)
 
 
+def test_save_into_a_missing_folder(tmp_path):
+    with pytest.raises(OSError):
+        random_bank(0).save(tmp_path / "no" / "mine.safetensors")
+
+
 def test_save_that_fails_half_way(tmp_path, monkeypatch):
     path = tmp_path / "mine.safetensors"
     random_bank(0).save(path)

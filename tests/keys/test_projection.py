@@ -437,9 +437,10 @@ def test_errors_are_value_errors(error):
     assert issubclass(error, ValueError) and issubclass(error, MasterKeysError)
 
 
-def test_bank_without_keys_for_the_size():
-    with pytest.raises(BankError, match=r"kernel size \(1, 1\)"):
-        project_kernels(torch.randn(4, 1, 1, 1))
+@pytest.mark.parametrize(("size", "bank", "message"), [(1, "random8:0", r"\(1, 1\)"), (3, "no such bank", "no such")])
+def test_no_bank_or_no_key_of_the_size(size, bank, message):
+    with pytest.raises(BankError, match=message):
+        project_kernels(torch.randn(4, 1, size, size), bank)
 
 
 @dtypes
