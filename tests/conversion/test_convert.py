@@ -7,7 +7,7 @@ import threading
 import pytest
 import timm
 import torch
-from compare import layers, same, snapshot
+from compare import layers, same, snapshot, unchanged
 from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -45,12 +45,14 @@ class Net(nn.Module):
 NET_LAYERS = ["blocks.0.dw", "blocks.1.dw", "down"]
 
 
-def fingerprint(model):
-    """Every module and tensor by identity, and every value."""
-    modules = [(name, id(module), type(module)) for name, module in model.named_modules(remove_duplicate=False)]
-    tensors = [(name, id(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()]
-    hooks = [len(module._load_state_dict_pre_hooks) for module in model.modules()]
-    return modules, tensors, hooks, {name: value.tolist() for name, value in model.state_dict().items()}
+@pytest.fixture
+def net():
+    return Net()
+
+
+@pytest.fixture
+def converted(net):
+    return mk.convert_to_masterkeys(net)
 
 
 def conv(kind=nn.Conv2d, kernel_size=3, out=8, **attributes):
@@ -93,17 +95,15 @@ def test_plan_gives_a_reason_for_every_convolution():
     assert (same.kind, same.kernel_size, same.in_channels, same.out_channels) == ("Conv2dSame", (2, 2), 8, 16)
 
 
-def test_plan_is_a_dry_run_and_a_table():
-    model = Net()
-    before = fingerprint(model)
-    plan = mk.plan_conversion(model, include=["*.dw", "do*"], exclude="blocks.1*")
-    assert fingerprint(model) == before
+def test_plan_is_a_dry_run_and_a_table(net):
+    with unchanged(net):
+        plan = mk.plan_conversion(net, include=["*.dw", "do*"], exclude="blocks.1*")
     lines = str(plan).splitlines()
     rows = {line.split()[0]: line for line in lines}
     assert len(lines) == 1 + 6 + 1 and rows["blocks.1.dw"].endswith("stays dense: excluded by 'blocks.1*'")
     assert rows["down"].split() == ["down", "Conv2dSame", "3x3", "8", "->", "16", "convert"]
     assert lines[-1] == "2 of 6 convolutions to convert, 24 kernels"
-    reasons = {layer.name: layer.reason for layer in mk.plan_conversion(model, include="*.dw").layers}
+    reasons = {layer.name: layer.reason for layer in mk.plan_conversion(net, include="*.dw").layers}
     assert (reasons["down"], reasons["blocks.0.dw"]) == ("not included", "")
     assert "0 of 0 convolutions" in str(mk.plan_conversion(nn.Linear(3, 3)))
 
@@ -118,11 +118,10 @@ def test_plan_is_a_dry_run_and_a_table():
         ({"include": [], "exclude": None}, NET_LAYERS),
     ],
 )
-def test_patterns(patterns, converted):
-    model = Net()
-    assert [layer.name for layer in mk.plan_conversion(model, **patterns).converted] == converted
+def test_patterns(net, patterns, converted):
+    assert [layer.name for layer in mk.plan_conversion(net, **patterns).converted] == converted
     for call in (mk.convert_to_masterkeys, mk.initialize_masterkeys):
-        assert list(layers(call(model, **patterns))) == converted
+        assert list(layers(call(net, **patterns))) == converted
 
 
 @pytest.mark.parametrize(  # depthwise convolutions with more than one tap, counted by hand in timm 1.0.31
@@ -130,10 +129,9 @@ def test_patterns(patterns, converted):
     [
         ("mobilenetv3_small_050", 11),
         ("convnext_atto", 12),
-        *(
-            pytest.param(*pair, marks=pytest.mark.slow)
-            for pair in [("inception_next_atto", 36), ("fastvit_t8", 28), ("repvit_m0_9", 26)]
-        ),
+        pytest.param("inception_next_atto", 36, marks=pytest.mark.slow),
+        pytest.param("fastvit_t8", 28, marks=pytest.mark.slow),
+        pytest.param("repvit_m0_9", 26, marks=pytest.mark.slow),
     ],
 )
 def test_timm_models_convert_and_fuse(name, count):
@@ -142,80 +140,71 @@ def test_timm_models_convert_and_fuse(name, count):
         if isinstance(module, nn.BatchNorm2d):  # statistics that are worth folding
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
-    before = snapshot(model)
-    plan = mk.plan_conversion(model)
+    before, plan = snapshot(model), mk.plan_conversion(model)
     convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     expected = [n for n, m in convs.items() if m.groups == m.in_channels > 1 and m.weight[0].numel() > 1]
     assert [layer.name for layer in plan.layers] == list(convs)
     assert [layer.name for layer in plan.converted] == expected and len(expected) == count
     converted = mk.convert_to_masterkeys(model)
     same(model, before)
-    assert not layers(model) and list(layers(converted)) == expected
+    assert list(layers(converted)) == expected
     for layer_name, layer in layers(converted).items():
         assert torch.equal(layer.key_rows(), mk.project_kernels(model.get_submodule(layer_name).weight).key_index)
     others = {k: v for k, v in converted.state_dict().items() if k in before}
     same(others, {k: before[k] for k in others})
 
-    x = torch.randn(2, 3, 64, 64)
+    fused, x = mk.fuse_masterkeys(converted), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        fused = mk.fuse_masterkeys(converted)
         assert torch.equal(fused(x), converted(x)) and not torch.equal(model(x), converted(x))
     assert list(fused.state_dict()) == list(before)
     assert {n: type(m) for n, m in fused.named_modules()} == {n: type(m) for n, m in model.named_modules()}
-
     loaded = mk.initialize_masterkeys(model)
     loaded.load_state_dict(before)  # the stock weights
     same(loaded, converted)
 
 
-def test_a_copy_is_converted_and_fused():
-    model = Net()
-    before = fingerprint(model)
-    converted = mk.convert_to_masterkeys(model)
-    assert converted is not model and fingerprint(model) == before
-    pointers, other = ({t.data_ptr() for t in net.state_dict().values()} for net in (model, converted))
-    assert not pointers & other
-    before = fingerprint(converted)
-    assert mk.fuse_masterkeys(converted) is not converted and fingerprint(converted) == before
-
-
-def test_inplace():
-    model = Net()
-    state, types = snapshot(model), {name: type(m) for name, m in model.named_modules()}
-    kept = {name: module for name, module in model.named_modules() if name not in NET_LAYERS}
-    expected = mk.convert_to_masterkeys(model)
-    assert mk.convert_to_masterkeys(model, inplace=True) is model
-    assert list(layers(model)) == NET_LAYERS
-    assert {name: m for name, m in model.named_modules() if name not in NET_LAYERS} == kept
-    same(model, expected)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items() if name in state)
-    expected = mk.fuse_masterkeys(model)
-    assert mk.fuse_masterkeys(model, inplace=True) is model
-    same(model, expected)
-    assert list(model.state_dict()) == list(state)
-    assert {name: type(m) for name, m in model.named_modules()} == types
+def test_a_copy_is_converted_and_fused(net):
+    with unchanged(net):
+        converted = mk.convert_to_masterkeys(net)
+    pointers, others = ({t.data_ptr() for t in model.state_dict().values()} for model in (net, converted))
+    assert converted is not net and not pointers & others
+    with unchanged(converted):
+        assert mk.fuse_masterkeys(converted) is not converted
 
 
 @INPLACE
-def test_nothing_to_fuse(inplace):
-    model = Net()
-    before = fingerprint(model)
-    with pytest.raises(mk.ConversionError, match="Net holds no MasterKeyConv2d"):
-        mk.fuse_masterkeys(model, inplace=inplace)
-    assert fingerprint(model) == before
+def test_nothing_to_fuse(net, inplace):
+    with unchanged(net), pytest.raises(mk.ConversionError, match="Net holds no MasterKeyConv2d"):
+        mk.fuse_masterkeys(net, inplace=inplace)
 
 
-def test_a_second_call_for_other_layers():
-    model = mk.convert_to_masterkeys(Net(), include="blocks.*")
+def test_inplace(net):
+    state, types = snapshot(net), {name: type(m) for name, m in net.named_modules()}
+    kept = {name: module for name, module in net.named_modules() if name not in NET_LAYERS}
+    expected = mk.convert_to_masterkeys(net)
+    assert mk.convert_to_masterkeys(net, inplace=True) is net
+    assert list(layers(net)) == NET_LAYERS
+    assert {name: module for name, module in net.named_modules() if name not in NET_LAYERS} == kept
+    same(net, expected)
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items() if name in state)
+    expected = mk.fuse_masterkeys(net)
+    assert mk.fuse_masterkeys(net, inplace=True) is net
+    same(net, expected)
+    assert list(net.state_dict()) == list(state)
+    assert {name: type(m) for name, m in net.named_modules()} == types
+
+
+def test_a_second_call_for_other_layers(net):
+    model = mk.convert_to_masterkeys(net, include="blocks.*")
     first = layers(model)
     mk.convert_to_masterkeys(model, "random8:0", keys_per_kernel=2, trainable="none", inplace=True)
     found = layers(model)
     assert list(found) == NET_LAYERS and all(found[name] is layer for name, layer in first.items())
     assert found["down"].bank.name == "random8:0" and not list(found["down"].named_parameters())
-    before = fingerprint(model)
-    with pytest.raises(mk.ConversionError, match=r"2 converted already \(bank babaiee2025\).*convert the dense model"):
+    message = r"2 converted already \(bank babaiee2025\).*convert the dense model"
+    with unchanged(model), pytest.raises(mk.ConversionError, match=message):
         mk.convert_to_masterkeys(model, inplace=True)
-    assert fingerprint(model) == before and not layers(mk.fuse_masterkeys(model))
+    assert not layers(mk.fuse_masterkeys(model))
 
 
 CALLS = pytest.mark.parametrize("call", [mk.convert_to_masterkeys, mk.initialize_masterkeys])
@@ -252,39 +241,32 @@ def test_nothing_to_convert(call, model, patterns, message):
     ],
 )
 @CALLS
-def test_bad_arguments_change_nothing(call, arguments, error):
-    model = Net()
-    before = fingerprint(model)
-    with pytest.raises(error):
-        call(model, inplace=True, **arguments)
-    assert fingerprint(model) == before
+def test_bad_arguments_change_nothing(net, call, arguments, error):
+    with unchanged(net), pytest.raises(error):
+        call(net, inplace=True, **arguments)
 
 
 @pytest.mark.parametrize(("value", "inplace"), [(torch.nan, True), (torch.inf, False)])
-def test_a_failure_in_the_last_layer_leaves_the_model_as_it_was(value, inplace):
-    model = Net()
+def test_a_failure_in_the_last_layer_leaves_the_model_as_it_was(net, value, inplace):
     with torch.no_grad():
-        model.down.weight[9, 0, 1, 1] = value
-    before = fingerprint(model)
-    with pytest.raises(mk.ProjectionError, match=r"^down: Channel 9 of the weight holds NaN or Inf"):
-        mk.convert_to_masterkeys(model, inplace=inplace)
-    assert str(fingerprint(model)) == str(before)  # NaN is not equal to itself
-    mk.convert_to_masterkeys(model, exclude="down", inplace=inplace)
+        net.down.weight[9, 0, 1, 1] = value
+    with unchanged(net), pytest.raises(mk.ProjectionError, match=r"^down: Channel 9 of the weight holds NaN or Inf"):
+        mk.convert_to_masterkeys(net, inplace=inplace)
+    mk.convert_to_masterkeys(net, exclude="down", inplace=inplace)
 
 
 @INPLACE
-def test_hooks_survive_and_can_be_removed(inplace):
-    model, calls, x = Net(), [], torch.randn(1, 3, 9, 9)
-    conv = model.blocks[0].dw
+def test_hooks_survive_and_can_be_removed(net, inplace):
+    conv, calls, x = net.blocks[0].dw, [], torch.randn(1, 3, 9, 9)
     registers = conv.register_forward_pre_hook, conv.register_forward_hook, conv.register_full_backward_hook
     handles = [register(lambda module, *_: calls.append(type(module))) for register in registers]
-    converted = mk.convert_to_masterkeys(model, inplace=inplace)
+    converted = mk.convert_to_masterkeys(net, inplace=inplace)
     converted(x).sum().backward()
     mk.fuse_masterkeys(converted)(x).sum().backward()
     assert calls == [mk.MasterKeyConv2d] * 3 + [nn.Conv2d] * 3
     for handle in handles:
         handle.remove()
-    (converted if inplace else model)(x).sum().backward()  # a deep copy has hooks of its own
+    (converted if inplace else net)(x).sum().backward()  # a deep copy has hooks of its own
     assert len(calls) == 6
 
 
@@ -359,12 +341,10 @@ def test_fx_graph_module():
 
 
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_still_check_what_they_load(through):
-    twin, dense = through(mk.convert_to_masterkeys(Net())), Net()
-    before = snapshot(twin)
-    with pytest.raises(mk.CheckpointError, match="another bank than 'babaiee2025'"):
-        twin.load_state_dict(snapshot(mk.convert_to_masterkeys(Net(), "random8:0")))
-    same(twin, before)
+def test_copies_still_check_what_they_load(converted, through):
+    twin, dense, other = through(converted), Net(), mk.convert_to_masterkeys(Net(), "random8:0")
+    with unchanged(twin), pytest.raises(mk.CheckpointError, match="another bank than 'babaiee2025'"):
+        twin.load_state_dict(other.state_dict())
     twin.load_state_dict(dense.state_dict())
     same(twin, mk.convert_to_masterkeys(dense))
 
@@ -392,21 +372,20 @@ def test_a_fused_model_knows_nothing_of_this_package(inplace):
         (lambda state: (state.pop("blocks.1.dw.shift"), state)[1], r"blocks\.1\.dw\.keys: given without", 1, 0),
     ],
 )
-def test_a_bad_checkpoint_changes_no_tensor(spoil, message, wrapped, assign, strict):
+def test_a_bad_checkpoint_changes_no_tensor(converted, spoil, message, wrapped, assign, strict):
     """All that may be wrong with a layer's entries: test_state.py."""
-    model = mk.convert_to_masterkeys(Net())
-    state = spoil(snapshot(model))
+    model, state = converted, spoil(snapshot(converted))
     if wrapped:
         model, state = nn.DataParallel(model), {f"module.{name}": value for name, value in state.items()}
-    before = fingerprint(model)
-    with pytest.raises(mk.CheckpointError, match=rf"Nothing was loaded.\n(.*\n)*.*{message}"):
+    message = rf"Nothing was loaded.\n(.*\n)*.*{message}"
+    with unchanged(model), pytest.raises(mk.CheckpointError, match=message):
         model.load_state_dict(state, strict=strict, assign=bool(assign))
-    assert fingerprint(model) == before
 
 
 def test_many_problems_are_counted():
-    model = mk.convert_to_masterkeys(timm.create_model("test_convnext"))
-    other = mk.convert_to_masterkeys(timm.create_model("test_convnext"), "random8:0")
+    model, other = (
+        mk.convert_to_masterkeys(timm.create_model("test_convnext"), b) for b in ("babaiee2025", "random8:0")
+    )
     with pytest.raises(mk.CheckpointError, match=r"(.*\n){6}\.\.\. and 4 more$"):
         model.load_state_dict(other.state_dict())
 
@@ -420,16 +399,16 @@ def test_a_wrapped_model_loads_compact_and_dense_entries():
     same(model.module, mk.convert_to_masterkeys(dense.module, keys_per_kernel=2))
 
 
-def test_missing_entries():
-    model = mk.convert_to_masterkeys(Net())
+def test_missing_entries(converted):
     state = {name: value for name, value in Net().state_dict().items() if not name.startswith("down.")}
     with pytest.raises(RuntimeError, match=r"Missing key.*down\.key"):
-        model.load_state_dict(state)
-    down = snapshot(model.down)
-    result = model.load_state_dict(state, strict=False)
-    assert set(result.missing_keys) == {f"down.{name}" for name in down} and not result.unexpected_keys
-    same(model.down, down)
-    assert torch.equal(model.blocks[0].dw.shift, mk.project_kernels(state["blocks.0.dw.weight"]).shift)
+        converted.load_state_dict(state)
+    with unchanged(converted.down):
+        result = converted.load_state_dict(state, strict=False)
+    assert set(result.missing_keys) == {f"down.{name}" for name in converted.down.state_dict()}
+    assert not result.unexpected_keys
+    shift = mk.project_kernels(state["blocks.0.dw.weight"]).shift
+    assert torch.equal(converted.blocks[0].dw.shift, shift)
 
 
 def test_initialize_is_seeded_and_exact():
@@ -491,14 +470,12 @@ def test_a_copied_feature_extractor_stays_in_eval_mode():
         assert all(torch.equal(a, b) for a, b in zip(copied(x), model(x), strict=True))
 
 
-def test_what_cannot_be_copied_is_named():
-    model = Net()
-    model.blocks[1].lock = threading.Lock()
+def test_what_cannot_be_copied_is_named(net):
+    net.blocks[1].lock = threading.Lock()
     message = r"Net cannot be copied: attribute 'lock' of module 'blocks\.1' \(\w+\) is a lock: .*inplace=True"
     with pytest.raises(mk.ConversionError, match=message):
-        mk.convert_to_masterkeys(model)
-    converted = mk.convert_to_masterkeys(model, inplace=True)
+        mk.convert_to_masterkeys(net)
+    converted, x = mk.convert_to_masterkeys(net, inplace=True), torch.randn(1, 3, 8, 8)
     with pytest.raises(mk.ConversionError, match=message):
         mk.fuse_masterkeys(converted)
-    x = torch.randn(1, 3, 8, 8)
     assert torch.equal(converted(x), mk.fuse_masterkeys(converted, inplace=True)(x))

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from compare import same, snapshot
+from compare import snapshot, unchanged
 from layer_cases import assert_fitted, geometries, kind_and_bank, make_conv
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -33,12 +33,12 @@ def layer():
     ids=["init", "in place", "data", "apply"],
 )
 def test_writing_into_the_weight_is_noticed(layer, write):
-    x, before = torch.randn(1, 8, 5, 5), snapshot(layer)
-    write(layer)
-    with pytest.warns(UserWarning, match="assign the whole tensor"):
-        layer(x)
-    layer(x)  # once
-    same(layer, before)
+    x = torch.randn(1, 8, 5, 5)
+    with unchanged(layer):
+        write(layer)
+        with pytest.warns(UserWarning, match="assign the whole tensor"):
+            layer(x)
+        layer(x)  # once
 
 
 def test_reading_the_weight_warns_of_nothing(layer):
@@ -128,10 +128,8 @@ def test_assigning_a_weight_projects_it():
 
 @pytest.mark.parametrize("bad", [torch.randn(8, 1, 7, 7), torch.full((8, 1, 3, 3), torch.nan)], ids=["size", "NaN"])
 def test_assigning_what_is_no_kernel_changes_nothing(layer, bad):
-    before = snapshot(layer)
-    with pytest.raises(ConversionError, match="weight"):
+    with unchanged(layer), pytest.raises(ConversionError, match="weight"):
         layer.weight = bad
-    same(layer, before)
 
 
 @pytest.mark.parametrize(("trainable", "multiplier"), [("none", 2), ("shift", 1), ("affine", 2), ("sigmas", 1)])
@@ -164,12 +162,10 @@ def test_kernels_can_be_left_out_as_torch_pruning_does(trainable, multiplier):
 )
 def test_other_kernels_than_its_own_are_no_pruning(weight):
     layer = MasterKeyConv2d(6, 6, 5)
-    before = snapshot(layer)
-    layer.out_channels = 3
-    with pytest.raises(ConversionError, match="fuse_masterkeys"):
-        layer.weight = nn.Parameter(weight)
-    layer.out_channels = 6
-    same(layer, before)
+    with unchanged(layer):
+        layer.out_channels = 3
+        with pytest.raises(ConversionError, match="fuse_masterkeys"):
+            layer.weight = nn.Parameter(weight)
 
 
 UTILITIES = {
@@ -197,11 +193,10 @@ def quantised(layer):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("utility", UTILITIES)
 def test_utilities_that_want_a_parameter_name_the_way_out(layer, utility):
-    before = snapshot(layer)
     bare = utility == "weight_norm" and torch.__version__ < "2.6"  # see parameters_without_weight
-    with pytest.raises(KeyError if bare else ConversionError, match="weight" if bare else "fuse_masterkeys"):
+    error, message = (KeyError, "weight") if bare else (ConversionError, "fuse_masterkeys")
+    with unchanged(layer), pytest.raises(error, match=message):
         UTILITIES[utility](layer)
-    same(layer, before)
     assert not layer._forward_pre_hooks
     layer(torch.randn(1, 8, 5, 5))
 
