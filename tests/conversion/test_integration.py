@@ -75,10 +75,6 @@ def do_compile(model):
     torch._dynamo.reset()
 
 
-def do_export(model):
-    assert_same(torch.export.export(model, (images(model),)).module(), model, images(model))
-
-
 def do_onnx(model):
     file, x = io.BytesIO(), images(model)
     with torch.no_grad():
@@ -86,15 +82,6 @@ def do_onnx(model):
         session = onnxruntime.InferenceSession(file.getvalue())
         out = torch.from_numpy(session.run(None, {"x": x.cpu().numpy()})[0])
         torch.testing.assert_close(out, model(x).cpu(), rtol=1e-3, atol=1e-4)
-
-
-def do_trace(model):
-    with torch.no_grad():
-        assert_same(torch.jit.trace(model, images(model)), model, images(model))
-
-
-def do_script(model):
-    assert_same(torch.jit.script(model), model, images(model))
 
 
 def do_amp(model):
@@ -170,11 +157,16 @@ def do_count_flops(model):
 
 
 DONE = {name.removeprefix("do_"): function for name, function in list(globals().items()) if name.startswith("do_")}
+MADE = {  # what is made of a model, with the same outputs
+    "export": lambda model: torch.export.export(model, (images(model),)).module(),
+    "trace": torch.no_grad()(lambda model: torch.jit.trace(model, images(model))),
+    "script": torch.jit.script,
+}
 
 
 def pairs():
     """All of them; but for two networks a thing (one, if it takes seconds), they are marked ``sweep``."""
-    for i, what in enumerate(DONE):
+    for i, what in enumerate((*DONE, *MADE)):
         for j, name in enumerate(NETWORKS):
             chosen = (i - j) % 8 == 0 or ((i - j) % 8 == 3 and what not in SECONDS)
             slow = [pytest.mark.slow] if what == "compile" else []
@@ -184,7 +176,11 @@ def pairs():
 @pytest.mark.filterwarnings("ignore")  # of torch.jit and the exporters: deprecations, constants while tracing
 @pytest.mark.parametrize(("name", "what"), list(pairs()))
 def test(name, what, device):
-    DONE[what](build(name).eval().to(device))
+    model = build(name).eval().to(device)
+    if what in MADE:
+        assert_same(MADE[what](model), model, images(model))
+    else:
+        DONE[what](model)
 
 
 @pytest.mark.slow
