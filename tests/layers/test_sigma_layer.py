@@ -192,7 +192,7 @@ def test_dense_kernels_are_fitted_and_compact_entries_loaded():
     ("settings", "message"),
     [
         ({"bank": "babaiee2025"}, "'babaiee2025' has no sigmas"),
-        ({"bank": mk.KeyBank("scale-space-b", torch.randn(8, 7, 7))}, "has no sigmas"),
+        ({"bank": mk.KeyBank("scale-space-b", torch.randn(8, 31, 31))}, "has no sigmas"),
         ({"bank": BANK, "keys_per_kernel": 2}, "expected 1 with trainable='sigmas'"),
     ],
 )
