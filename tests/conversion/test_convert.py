@@ -270,33 +270,19 @@ def test_hooks_survive_and_can_be_removed(net, inplace):
     assert len(calls) == 6
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_modes_requires_grad_and_dtype_survive(dtype):
-    model = Net().train().to(dtype)
-    for module in (model.blocks[0], model.down):
+def test_modes_and_requires_grad_survive(net):
+    for module in (net.blocks[0], net.down):
         module.eval()
-    for module in (model.stem, model.blocks[1].dw):
+    for module in (net.stem, net.blocks[1].dw):
         module.requires_grad_(False)
-    modes = {name: module.training for name, module in model.named_modules()}
-    grads = {name: p.requires_grad for name, p in model.named_parameters()}
-    converted = mk.convert_to_masterkeys(model)
-    assert {name: module.training for name, module in converted.named_modules()} == modes
+    modes = {name: module.training for name, module in net.named_modules()}
+    grads = {name: p.requires_grad for name, p in net.named_parameters()}
+    converted = mk.convert_to_masterkeys(net)
+    fused = mk.fuse_masterkeys(converted)
+    for model in (converted, fused):
+        assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(p.requires_grad == grads[n.replace(".shift", ".weight")] for n, p in converted.named_parameters())
-    for layer in layers(converted).values():
-        assert {layer.keys.dtype, layer.scale.dtype, layer.shift.dtype, layer.weight.dtype} == {dtype}
-    fused, x = mk.fuse_masterkeys(converted), torch.randn(1, 3, 8, 8, dtype=dtype)
-    assert {name: module.training for name, module in fused.named_modules()} == modes
-    assert not fused.stem.weight.requires_grad and not fused.blocks[1].dw.bias.requires_grad
-    assert torch.equal(fused.eval()(x), converted.eval()(x))
-
-
-def test_channels_last_survives():
-    layout = torch.channels_last
-    converted = mk.convert_to_masterkeys(Net().eval().to(memory_format=layout))
-    x = torch.randn(2, 3, 9, 9).contiguous(memory_format=layout)
-    assert converted.stem.weight.is_contiguous(memory_format=layout)
-    assert converted.blocks[0].dw(converted.stem(x)).is_contiguous(memory_format=layout)
-    assert torch.equal(mk.fuse_masterkeys(converted)(x), converted(x))
+    assert {name: p.requires_grad for name, p in fused.named_parameters()} == grads
 
 
 @INPLACE

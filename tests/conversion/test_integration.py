@@ -84,14 +84,6 @@ def do_onnx(model):
         torch.testing.assert_close(out, model(x).cpu(), rtol=1e-3, atol=1e-4)
 
 
-def do_amp(model):
-    x = images(model.train())
-    with torch.autocast(x.device.type, torch.bfloat16):
-        out = model(x)
-    out.float().sum().backward()
-    assert all(shift.grad.dtype == torch.float32 and shift.grad.isfinite().all() for shift in shifts(model))
-
-
 def do_grad_checkpointing(model):
     for module in model.train().modules():
         if isinstance(module, nn.BatchNorm2d):  # forward runs twice: statistics would be updated twice
@@ -114,14 +106,6 @@ def do_split_batchnorm(model):
     split = convert_splitbn_model(copy.deepcopy(model), 2).train()
     split(images(model, 4)).sum().backward()
     assert all(shift.grad is not None for shift in shifts(split))
-
-
-def do_meta(model):
-    with torch.device("meta"):
-        empty = build(model.pretrained_cfg["architecture"])
-    assert all(tensor.is_meta for tensor in empty.state_dict().values())
-    empty.load_state_dict(model.state_dict(), assign=True)
-    assert_same(empty.eval(), model, images(model), 0)
 
 
 def do_half(model):

@@ -122,9 +122,9 @@ def test_digest_is_of_shape_and_values_alone():
     assert KeyBank("a", np.nextafter(keys, 9)).digest != bank.digest
 
 
-@pytest.mark.parametrize("name", ["babaiee2025", "random8:1"])
+@pytest.mark.parametrize("name", ["babaiee2025", "random8:1", "scale-space-b"])
 @pytest.mark.parametrize("size", SQUARES + STRIPS + OBLONGS)
-def test_fold_against_a_loop_over_taps(name, size):
+def test_keys_at_a_size_against_a_loop_over_taps(name, size):
     check_against_oracle(get_bank(name), size)
 
 
@@ -134,7 +134,7 @@ def test_fold_against_a_loop_over_taps(name, size):
     shape=st.tuples(st.integers(1, 5), st.integers(1, 8), st.integers(1, 8)).filter(lambda s: s[1] * s[2] > 1),
     size=st.tuples(st.integers(1, 10), st.integers(1, 10)).filter(lambda s: max(s) > 1),
 )
-def test_fold_of_any_bank_against_a_loop_over_taps(seed, shape, size):
+def test_keys_of_any_bank_against_a_loop_over_taps(seed, shape, size):
     check_against_oracle(random_bank(seed, shape), size)
 
 
