@@ -227,10 +227,11 @@ def test_sigmas_of_any_size_give_kernels():
 
 @pytest.mark.parametrize("mode", ["sigmas", pytest.param("none", marks=pytest.mark.slow)])
 def test_saved_with_a_bank_computed_elsewhere(tmp_path, mode):
-    own, dense = mk.get_bank(BANK), timm.create_model("test_convnext")
+    own = mk.get_bank(BANK)
     other = mk.KeyBank(BANK, np.nextafter(own.keys, 1), own.source, own.licence, own.resize)
     assert other != own
-    model = mk.convert_to_masterkeys(dense, other, include="stages.0.*", trainable="sigmas")
+    settings = {"mk_bank": other, "mk_trainable": "sigmas", "mk_include": "stages.0.*"}
+    model = timm.create_model("test_convnext.mk8", **settings)
     for conv in layers(model).values():
         conv.set_trainable(mode)
     again = timm.create_model(f"local-dir:{mk.save_pretrained(model, tmp_path / 'out')}", pretrained=True)
