@@ -75,12 +75,17 @@ def test_fused_and_converted_again_nothing_is_known(model):
     assert holds(mk.convert_to_masterkeys(dense)) == (False, False)
 
 
-def test_a_second_conversion_is_of_the_same_source():
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_second_conversion_is_of_the_same_source(changed):
+    """Unless other weights were loaded between."""
     model = mk.convert_to_masterkeys(nn.Sequential(net(), net()), include="0.0")
     write_record(model, replace(read_record(model), source=Source("somewhere")))
+    if changed:
+        model.load_state_dict(nn.Sequential(net(5), net(5)).state_dict())
     model = mk.convert_to_masterkeys(model, keys_per_kernel=2)
     record = read_record(model)
-    assert record.source == Source("somewhere") and [c.keys_per_kernel for c in record.conversions] == [1, 2]
+    assert record.source == (None if changed else Source("somewhere"))
+    assert [config.keys_per_kernel for config in record.conversions] == [1, 2]
 
 
 def test_an_attribute_of_the_same_name_is_not_lost():
