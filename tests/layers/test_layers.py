@@ -137,6 +137,11 @@ def test_kernels_that_are_not_finite(fit):
         MasterKeyConv2d.from_conv(conv, fit=fit)
 
 
+def test_a_kernel_size_that_no_key_fits():
+    with pytest.raises(BankError, match="1, 1"):
+        MasterKeyConv2d.from_conv(nn.Conv2d(4, 4, 1, groups=4))
+
+
 @pytest.mark.parametrize(
     ("trainable", "input_grad", "bias"),
     [
