@@ -565,7 +565,8 @@ def test_fx_keeps_the_layer_whole():
     model, x, nodes = timm.create_model(MK8).eval(), torch.randn(1, 3, 64, 64), {"stages.2": "out"}
     kept = {"leaf_modules": get_notrace_modules()}
     assert MasterKeyConv2d in kept["leaf_modules"]
-    whole = timm.layers.create_feature_extractor(model, nodes), create_feature_extractor(model, nodes, None, None, kept)
+    whole = [timm.layers.create_feature_extractor(model, nodes)]
+    whole += [create_feature_extractor(model, nodes, tracer_kwargs=kept)]
     for extractor in whole:
         called = [node.target for node in extractor.graph.nodes if node.op == "call_module"]
         assert set(layers(model)) & set(called) == set(layers(extractor)) and len(layers(extractor)) == 7
