@@ -1,4 +1,6 @@
-"""What many tests do with networks: find the converted layers, compare two networks bit for bit."""
+"""What many tests do with networks: find the converted layers, compare two networks bit for bit, see that one stays."""
+
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -11,12 +13,33 @@ def layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, MasterKeyConv2d)}
 
 
+def snapshot(module):
+    """A copy of a state dict."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
 def same(a, b):
     """Asserts that two networks, or two state dicts, hold the same tensors bit for bit."""
     a, b = (state.state_dict() if isinstance(state, nn.Module) else state for state in (a, b))
     assert a.keys() == b.keys()
     different = [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])]
     assert not different, different
+
+
+def _fingerprint(model):
+    modules = [(name, id(module), type(module)) for name, module in model.named_modules(remove_duplicate=False)]
+    tensors = [(name, id(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()]
+    hooks = [len(module._load_state_dict_pre_hooks) for module in model.modules()]
+    entries = {name: str(value.tolist()) for name, value in model.state_dict().items()}  # as NaN is not equal to itself
+    return modules, tensors, hooks, entries
+
+
+@contextmanager
+def unchanged(model):
+    """Asserts that what is done with a network leaves every module, tensor and value as it was."""
+    before = _fingerprint(model)
+    yield
+    assert _fingerprint(model) == before
 
 
 def values(outputs):

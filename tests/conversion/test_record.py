@@ -3,7 +3,7 @@
 import copy
 import json
 import pickle
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import timm
@@ -75,12 +75,17 @@ def test_fused_and_converted_again_nothing_is_known(model):
     assert holds(mk.convert_to_masterkeys(dense)) == (False, False)
 
 
-def test_a_second_conversion_is_of_the_same_source():
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_second_conversion_is_of_the_same_source(changed):
+    """Unless other weights were loaded between."""
     model = mk.convert_to_masterkeys(nn.Sequential(net(), net()), include="0.0")
     write_record(model, replace(read_record(model), source=Source("somewhere")))
+    if changed:
+        model.load_state_dict(nn.Sequential(net(5), net(5)).state_dict())
     model = mk.convert_to_masterkeys(model, keys_per_kernel=2)
     record = read_record(model)
-    assert record.source == Source("somewhere") and [c.keys_per_kernel for c in record.conversions] == [1, 2]
+    assert record.source == (None if changed else Source("somewhere"))
+    assert [config.keys_per_kernel for config in record.conversions] == [1, 2]
 
 
 def test_an_attribute_of_the_same_name_is_not_lost():
@@ -98,19 +103,23 @@ def test_the_same_after_json(model):
     data = json.loads(json.dumps(record.to_dict()))
     assert Source(**data["source"]) == record.source
     assert CalibrationRecord(**data["calibration"]) == record.calibration
-    assert asdict(record.calibration)["after"] == {"agreement": 0.75, "divergence": 0.5}
-    summary = record.calibration.summary()
+
+
+def test_the_summary_of_a_calibration(model):
+    summary = read_record(model).calibration.summary()
     assert summary.startswith("with 80 images") and summary.endswith("(classification, 20 held-out images)")
 
 
 def test_digests_see_every_value(model):
-    before = keys_digest(layers(model)), entries_digest(model)
-    assert before == (keys_digest(layers(copy.deepcopy(model))), entries_digest(copy.deepcopy(model)))
+    keys, entries = keys_digest(layers(model)), entries_digest(model)
     for name, value in model.state_dict().items():
-        other = copy.deepcopy(model)
-        other.state_dict()[name].view(-1)[-1:].add_(1)
-        assert entries_digest(other) != before[1], name
-        assert (keys_digest(layers(other)) != before[0]) == name.endswith("key_index"), (name, value)
+        last = value.view(-1)[-1:]
+        before = last.clone()
+        last.add_(1)
+        assert entries_digest(model) != entries, name
+        assert (keys_digest(layers(model)) != keys) == name.endswith("key_index"), name
+        last.copy_(before)
+    assert (keys_digest(layers(model)), entries_digest(model)) == (keys, entries)
 
 
 @pytest.mark.parametrize(
@@ -133,12 +142,9 @@ def test_another_structure_with_the_same_entries(arch, arguments):
 
 
 def test_a_quantised_model_has_no_calibration(model):
-    assert read_record(model).calibration
-
     class Int8Tensor(torch.Tensor):
         pass
 
     model[2].weight = nn.Parameter(model[2].weight.detach().as_subclass(Int8Tensor))
-    assert read_record(model).calibration is None and read_record(model).source
+    assert holds(model) == (True, False) and mk.conversion_report(model).calibration is None
     assert entries_digest(model) == "2.weight is of type Int8Tensor"
-    assert mk.conversion_report(model).calibration is None

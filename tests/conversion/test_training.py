@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, LogitDistillationTask
 from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
+from torch import nn
 
 import timm_masterkeys as mk
 
@@ -27,23 +28,21 @@ def batches(count):
     return [(torch.randn(4, 3, 64, 64), torch.randint(4, (4,))) for _ in range(count)]
 
 
-def frozen(model):
-    """Everything of the converted layers that must stay as it is, bit for bit."""
-    found = {f"{name}.{entry}": v for name, layer in layers(model).items() for entry, v in layer.named_buffers()}
-    return {name: value.clone() for name, value in found.items()}
+def entries(model, *, trained):
+    """Copies of what may change in the converted layers, or of what must stay bit for bit."""
+    named = nn.Module.named_parameters if trained else nn.Module.named_buffers
+    return {f"{name}.{n}": v.detach().clone() for name, layer in layers(model).items() for n, v in named(layer)}
 
 
-def shifts(model):
-    return {name: layer.shift.detach().clone() for name, layer in layers(model).items()}
-
-
-@pytest.mark.parametrize("trainable", ["none", "shift", "affine"])
-def test_what_is_frozen_stays_bit_for_bit(trainable, device):
+@pytest.mark.parametrize(
+    ("trainable", "trains"),
+    [("none", {"bias"}), ("shift", {"bias", "shift"}), ("affine", {"bias", "shift", "scale"})],
+)
+def test_what_is_frozen_stays_bit_for_bit(trainable, trains, device):
     model = build(trainable).to(device)
     ema = ModelEmaV3(model, decay=0.5)
-    before, shift, scale = frozen(model), shifts(model), model.stages[0].blocks[0].conv_dw.scale.detach().clone()
-    names = {name.rpartition(".")[2] for name in before}
-    assert names >= {"none": {"keys", "key_index", "scale", "shift"}, "shift": {"scale"}, "affine": {"keys"}}[trainable]
+    before, started = entries(model, trained=False), entries(model, trained=True)
+    assert {name.rpartition(".")[2] for name in started} == trains
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.1)
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=3)
     task, scaler = ClassificationTask(model.train()), NativeScaler(device=device)
@@ -54,11 +53,10 @@ def test_what_is_frozen_stays_bit_for_bit(trainable, device):
         scaler(loss, optimizer, clip_grad=1.0, parameters=model.parameters())
         scheduler.step(step)
         ema.update(model, step=step)
-    same(frozen(model), before)
-    same(frozen(ema.module), before)
-    for name, value in shifts(model).items():
-        assert torch.equal(value, shift[name]) == (trainable == "none")
-    assert torch.equal(model.stages[0].blocks[0].conv_dw.scale, scale) == (trainable != "affine")
+    for trained_model in (model, ema.module):
+        same(entries(trained_model, trained=False), before)
+        moved = entries(trained_model, trained=True)
+        assert not any(torch.equal(value, started[name]) for name, value in moved.items())
 
 
 @pytest.mark.filterwarnings("ignore")  # of optimisers with fallbacks
@@ -78,24 +76,20 @@ def test_no_weight_decay_on_shift_and_scale(opt):
 
 @pytest.mark.parametrize("name", [MODEL, "test_efficientnet"])
 def test_layer_decay_groups_are_those_of_the_dense_model(name):
-    def scales(model, entries):
+    def scales(model, entry):
         optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
         scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
-        return {
-            n.rpartition(".")[0]: scale[id(p)] for n, p in model.named_parameters() if n.rpartition(".")[2] in entries
-        }
+        return {n.removesuffix(entry): scale[id(p)] for n, p in model.named_parameters() if n.endswith(entry)}
 
     dense = timm.create_model(name, num_classes=4)
-    ours = scales(mk.convert_to_masterkeys(dense), ("shift",))
-    expected = scales(dense, ("weight",))
-    assert ours and ours == {layer: expected[layer] for layer in ours}
+    ours, expected = scales(mk.convert_to_masterkeys(dense), ".shift"), scales(dense, ".weight")
+    assert ours == {layer: expected[layer] for layer in ours}
     assert len(set(ours.values())) > 1
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    def start():
-        model = build("affine").train()
-        return model, create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.1)
+    def start(model):
+        return model.train(), create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.1)
 
     def train(model, optimizer, data):
         for x, y in data:
@@ -103,27 +97,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
             ClassificationTask(model)(x, y)["loss"].backward()
             optimizer.step()
 
-    data = batches(4)
-    whole = start()
+    data, whole, first = batches(4), start(build("affine")), start(build("affine"))
     train(*whole, data)
-
-    first = start()
     train(*first, data[:2])
     args = argparse.Namespace(model=MODEL)
     CheckpointSaver(*first, args=args, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path)).save_checkpoint(0)
 
     torch.manual_seed(99)
-    model = mk.initialize_masterkeys(timm.create_model(MODEL, num_classes=4), trainable="affine").train()
-    optimizer = create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.1)
-    assert resume_checkpoint(model, str(tmp_path / "last.pth.tar"), optimizer, weights_only=False) == 1
-    train(model, optimizer, data[2:])
-    same(model.state_dict(), whole[0].state_dict())
+    again = start(mk.initialize_masterkeys(timm.create_model(MODEL, num_classes=4), trainable="affine"))
+    assert resume_checkpoint(again[0], str(tmp_path / "last.pth.tar"), again[1], weights_only=False) == 1
+    train(*again, data[2:])
+    same(again[0], whole[0])
 
 
 def test_distillation_from_the_dense_teacher():
     teacher = timm.create_model("test_efficientnet", num_classes=4)
     student = mk.convert_to_masterkeys(teacher).train()
-    before, shift = frozen(student), shifts(student)
+    before = entries(student, trained=False)
     task = LogitDistillationTask(student, teacher, distill_loss_weight=1.0, task_loss_weight=0.0)
     optimizer = create_optimizer_v2(student, "adamw", lr=1e-3)
     (x, y), losses = batches(1)[0], []
@@ -133,25 +123,21 @@ def test_distillation_from_the_dense_teacher():
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < losses[0]
-    same(frozen(student), before)
-    assert not any(torch.equal(value, shift[name]) for name, value in shifts(student).items())
+    same(entries(student, trained=False), before)
 
 
 def test_training_from_scratch_starts_at_the_dense_scale():
-    def activations(model):
+    def activations(name):
         """What the depthwise layers give out on noise, root mean square."""
-        seen = []
+        torch.manual_seed(0)
+        model, seen = timm.create_model(name, num_classes=4), []
         for layer in model.modules():
-            if isinstance(layer, torch.nn.Conv2d) and layer.groups == layer.in_channels > 1:
+            if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
                 layer.register_forward_hook(lambda m, i, out: seen.append(out.square().mean().sqrt()))
         with torch.no_grad():
             torch.manual_seed(2)
             model(torch.randn(2, 3, 192, 192))
         return torch.stack(seen)
 
-    torch.manual_seed(0)
-    model = timm.create_model("convnext_atto.mk8", num_classes=4)
-    torch.manual_seed(0)
-    ratio = activations(model) / activations(timm.create_model("convnext_atto", num_classes=4))
+    ratio = activations("convnext_atto.mk8") / activations("convnext_atto")
     assert 0.8 < ratio.min() and ratio.max() < 1.4
-    assert not any(value.any() for value in shifts(model).values())

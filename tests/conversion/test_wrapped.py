@@ -79,13 +79,13 @@ def test_what_only_reads_takes_the_model_inside(pair, expected_report, wrapper, 
     model, dense = copy.deepcopy(pair)
     wrapped, wrapped_dense = WRAPPERS[wrapper](model), WRAPPERS[wrapper](dense)
     report = mk.conversion_report(wrapped, wrapped_dense)
-    assert str(report.layers) == str(expected_report.layers)
-    assert str(report.operators) == str(expected_report.operators)
-    plans = [str(mk.plan_conversion(m, include="stages.0.*")) for m in (wrapped_dense, dense)]
-    assert plans[0] == plans[1]
+    for part in ("layers", "operators"):
+        assert str(getattr(report, part)) == str(getattr(expected_report, part))
+    plan, expected = (str(mk.plan_conversion(m, include="stages.0.*")) for m in (wrapped_dense, dense))
+    assert plan == expected
     same(mk.fuse_masterkeys(wrapped), mk.fuse_masterkeys(model))
-    mk.save_compact(wrapped, tmp_path / "wrapped")
-    mk.save_compact(model, tmp_path / "model")
+    for name, saved in (("wrapped", wrapped), ("model", model)):
+        mk.save_compact(saved, tmp_path / name)
     assert (tmp_path / "wrapped").read_bytes() == (tmp_path / "model").read_bytes()
 
 
@@ -111,17 +111,16 @@ def test_a_sharded_model_is_refused(pair, shard):
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     if not hasattr(fsdp, shard):
         pytest.skip("public from torch 2.6")
-    model, dense = copy.deepcopy(pair)
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
     where = {"mesh": mesh} if shard == "fully_shard" else {"device_id": torch.device("cpu")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about CPU and about FSDP's old form
-        sharded, kept = (getattr(fsdp, shard)(module, **where) for module in (dense, model))
+        model, dense = (getattr(fsdp, shard)(module, **where) for module in copy.deepcopy(pair))
     for error, call in (
-        (mk.ConversionError, lambda: mk.convert_to_masterkeys(sharded, inplace=True)),
-        (mk.ConversionError, lambda: mk.initialize_masterkeys(sharded, inplace=True)),
-        (mk.ConversionError, lambda: mk.fuse_masterkeys(kept)),
-        (mk.CalibrationError, lambda: mk.calibrate_masterkeys(kept, pair[1], torch.randn(12, 3, 32, 32))),
+        (mk.ConversionError, lambda: mk.convert_to_masterkeys(dense, inplace=True)),
+        (mk.ConversionError, lambda: mk.initialize_masterkeys(dense, inplace=True)),
+        (mk.ConversionError, lambda: mk.fuse_masterkeys(model)),
+        (mk.CalibrationError, lambda: mk.calibrate_masterkeys(model, pair[1], torch.randn(12, 3, 32, 32))),
     ):
         with pytest.raises(error, match="sharded"):
             call()

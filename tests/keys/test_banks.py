@@ -94,30 +94,20 @@ def check_against_oracle(bank, size):
     np.testing.assert_allclose(keys.numpy(), np.stack(list(kept.values())), atol=2e-7)
 
 
-# the published keys
-
-
-def test_shipped_file_is_the_published_one():
+def test_published_keys_digit_for_digit():
     data = resources.files("timm_masterkeys").joinpath("keys/data/babaiee2025.txt").read_bytes()
     assert hashlib.sha256(data).hexdigest() == "b48e20624d5089caa7a5bfcacf12d7a43f32aab5571f3a02e6583514c3506fcc"
-
-
-def test_published_keys_digit_for_digit():
     bank = get_bank()
-    assert bank.keys.shape == (8, 7, 7)
-    assert bank.keys.dtype == np.float64
+    assert bank.keys.shape == (8, 7, 7) and bank.keys.dtype == np.float64
     first = [-0.010366, -0.002871, -0.02576, -0.041307, 0.050752, -0.070076, -0.00566, -0.039747]
     last = [-0.022568, 0.004438, -0.000934, -0.002368, -0.07189, 0.038904, -0.013484, -0.043075]
-    assert bank.keys[:, 0, 0].tolist() == first
-    assert bank.keys[:, -1, -1].tolist() == last
+    assert bank.keys[:, 0, 0].tolist() == first and bank.keys[:, -1, -1].tolist() == last
     assert bank.keys[0, 4, 3] == 0.936427  # row by row: key 1 has its large tap below the centre
-    np.testing.assert_allclose(bank.keys.mean((1, 2)), 0, atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(bank.keys.reshape(8, -1), axis=1), 1, atol=1e-5)
 
 
 def test_published_bank_says_what_it_is():
     bank, digest = get_bank(), "821782a20dfdd1dc0a44b7e2302fc0fba68422e0f9b4296fdbe6562317cd2377"
-    assert (bank.name, bank.licence, bank.digest, len(bank)) == ("babaiee2025", "cc-by-4.0", digest, 8)
+    assert (bank.name, bank.licence, bank.digest) == ("babaiee2025", "cc-by-4.0", digest)
     assert "arXiv:2509.11711" in bank.source
     assert repr(bank) == "KeyBank('babaiee2025', 8 keys 7x7, digest 821782a20dfd)"
     assert hashlib.sha256(b"(8, 7, 7)" + bank.keys.astype("<f8").tobytes()).hexdigest() == digest
@@ -132,12 +122,9 @@ def test_digest_is_of_shape_and_values_alone():
     assert KeyBank("a", np.nextafter(keys, 9)).digest != bank.digest
 
 
-# keys at any size
-
-
-@pytest.mark.parametrize("name", ["babaiee2025", "random8:1"])
+@pytest.mark.parametrize("name", ["babaiee2025", "random8:1", "scale-space-b"])
 @pytest.mark.parametrize("size", SQUARES + STRIPS + OBLONGS)
-def test_fold_against_a_loop_over_taps(name, size):
+def test_keys_at_a_size_against_a_loop_over_taps(name, size):
     check_against_oracle(get_bank(name), size)
 
 
@@ -147,7 +134,7 @@ def test_fold_against_a_loop_over_taps(name, size):
     shape=st.tuples(st.integers(1, 5), st.integers(1, 8), st.integers(1, 8)).filter(lambda s: s[1] * s[2] > 1),
     size=st.tuples(st.integers(1, 10), st.integers(1, 10)).filter(lambda s: max(s) > 1),
 )
-def test_fold_of_any_bank_against_a_loop_over_taps(seed, shape, size):
+def test_keys_of_any_bank_against_a_loop_over_taps(seed, shape, size):
     check_against_oracle(random_bank(seed, shape), size)
 
 
@@ -176,33 +163,36 @@ def test_random_keys_are_cropped_so_that_they_stay_independent():
     assert spread.max() / spread.min() < 1.15  # every tap alike; folded, the corners would hold most of the energy
 
 
-# what is left out
-
-
 @pytest.mark.parametrize(
     ("size", "left_out"),
     [
         ((3, 3), {}),
-        ((4, 4), {}),
-        ((7, 7), {}),
         ((31, 31), {}),
         ((1, 7), {2: "repeats key 0", 5: "vanishes", 7: "repeats key 0"}),
-        ((7, 1), {4: "vanishes", 7: "repeats key 1"}),
-        ((1, 11), {2: "repeats key 0", 5: "vanishes", 7: "repeats key 0"}),
-        ((1, 3), {2: "repeats key 0", 5: "vanishes", 6: "repeats key 0", 7: "repeats key 0"}),
         ((3, 1), {4: "vanishes", 6: "repeats key 3", 7: "repeats key 3"}),
-        ((2, 1), dict.fromkeys((1, 3, 4, 6, 7), "vanishes") | dict.fromkeys((2, 5), "repeats key 0")),
-        ((1, 2), dict.fromkeys((0, 2, 5, 6, 7), "vanishes") | dict.fromkeys((3, 4), "repeats key 1")),
-        (
-            (2, 2),
-            dict.fromkeys((2, 5), "repeats key 0")
-            | dict.fromkeys((3, 4), "repeats key 1")
-            | dict.fromkeys((6, 7), "vanishes"),
-        ),
     ],
 )
 def test_what_the_published_bank_leaves_out(size, left_out):
     assert get_bank().left_out(size) == left_out
+
+
+asks = pytest.mark.parametrize("ask", [KeyBank.keys_for, KeyBank.kept, KeyBank.left_out])
+
+
+@asks
+def test_no_key_with_a_shape(ask):
+    bank = KeyBank("flat", np.array([[[1.0, -1.0], [1.0, -1.0]]]))
+    with pytest.raises(BankError, match=r"'flat' has no key .* 3x1"):
+        ask(bank, (3, 1))
+
+
+@asks
+@pytest.mark.parametrize(
+    "size", [(1, 1), (0, 3), (3, 0), (-3, 3), (3,), (3, 3, 3), (), 7, None, "77", (7.0, 7.0), (2.5, 3)], ids=repr
+)
+def test_bad_size(ask, size):
+    with pytest.raises(BankError, match=re.escape(f"kernel size {size}")):
+        ask(get_bank(), size)
 
 
 def test_twins_stay_at_the_banks_own_size():
@@ -213,31 +203,9 @@ def test_twins_stay_at_the_banks_own_size():
     assert bank.left_out((3, 3)) == {1: "repeats key 0", 2: "repeats key 0"}
 
 
-def test_no_key_with_a_shape():
-    bank = KeyBank("flat", np.array([[[1.0, -1.0], [1.0, -1.0]]]))
-    for ask in (bank.keys_for, bank.kept, bank.left_out):
-        with pytest.raises(BankError, match="Bank 'flat' has no key with a shape at 3x1"):
-            ask((3, 1))
-
-
-@pytest.mark.parametrize(
-    "size", [(1, 1), (0, 3), (3, 0), (-3, 3), (3,), (3, 3, 3), (), 7, None, "77", (7.0, 7.0), (2.5, 3)], ids=repr
-)
-def test_bad_size(size):
-    for ask in (get_bank().keys_for, get_bank().kept, get_bank().left_out):
-        with pytest.raises(BankError) as caught:
-            ask(size)
-        assert f"kernel size {size}" in str(caught.value)
-
-
-def test_size_may_be_a_list_or_a_torch_size():
-    keys = get_bank().keys_for((3, 5))
-    assert torch.equal(get_bank().keys_for([3, 5]), keys)
-    assert torch.equal(get_bank().keys_for(torch.Size((3, 5))), keys)
-    assert torch.equal(get_bank().keys_for(tuple(np.array([3, 5]))), keys)
-
-
-# immutability
+@pytest.mark.parametrize("size", [[3, 5], torch.Size((3, 5)), tuple(np.array([3, 5]))], ids=repr)
+def test_size_may_be_a_list_or_a_torch_size(size):
+    assert torch.equal(get_bank().keys_for(size), get_bank().keys_for((3, 5)))
 
 
 def test_bank_is_frozen():
@@ -251,12 +219,11 @@ def test_bank_is_frozen():
 
 @pytest.mark.parametrize("make", [np.array, torch.from_numpy], ids=["array", "tensor"])
 def test_bank_keeps_its_own_copy(make):
-    given_keys = make(np.random.default_rng(0).standard_normal((2, 3, 3)))
-    bank = KeyBank("mine", given_keys)
-    digest, before = bank.digest, bank.keys.copy()
-    given_keys[:] = 0  # the array given stays the caller's to write
+    keys = make(np.random.default_rng(0).standard_normal((2, 3, 3)))
+    bank = KeyBank("mine", keys)
+    before = bank.keys.copy()
+    keys[:] = 0  # the array given stays the caller's to write
     assert np.array_equal(bank.keys, before)
-    assert KeyBank("mine", bank.keys).digest == digest
 
 
 def test_keys_for_is_fresh_at_every_call():
@@ -274,12 +241,26 @@ def test_deepcopy_is_the_bank_itself():
     assert copy.deepcopy({"layer": [bank]})["layer"][0] is bank
 
 
-@pytest.mark.parametrize("again", [copy.copy, *(lambda b, p=p: pickle.loads(pickle.dumps(b, p)) for p in range(2, 6))])
-def test_copy_and_pickle_round_trip(again):
-    bank = KeyBank("mine", np.random.default_rng(0).standard_normal((2, 3, 3)), "my search", "mit")
+def saved_and_loaded(bank, path):
+    bank.save(path)
+    return KeyBank.load(path)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda bank, path: copy.copy(bank),
+        saved_and_loaded,
+        *(lambda bank, path, p=p: pickle.loads(pickle.dumps(bank, p)) for p in range(2, 6)),
+    ],
+    ids=["copy", "file", *(f"pickle {protocol}" for protocol in range(2, 6))],
+)
+@pytest.mark.parametrize("resize", ["fold", "crop"])
+def test_copy_pickle_and_file_round_trip(again, resize, tmp_path):
+    bank = KeyBank("mine", np.random.default_rng(0).standard_normal((2, 3, 4)), "my séarch", "mit", resize)
     bank.digest  # noqa: B018  # cached: it must not travel
-    back = again(bank)
-    assert (back.name, back.source, back.licence, back.digest) == ("mine", "my search", "mit", bank.digest)
+    back = again(bank, tmp_path / "other.safetensors")
+    assert (back.name, back.source, back.licence, back.digest) == ("mine", "my séarch", "mit", bank.digest)
     assert np.array_equal(back.keys, bank.keys) and not back.keys.flags.writeable
 
 
@@ -300,29 +281,21 @@ def keys_but(index, value):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        *(
-            (np.ones(shape), re.escape(f"has keys of shape {shape}"))
-            for shape in ((9,), (3, 3), (2, 1, 3, 3), (0, 3, 3))
-        ),
-        *((keys_but((1, 2, 0), value), " holds NaN or Inf") for value in (np.nan, -np.inf)),
-        *((keys_but(1, value), ": key 1 is constant") for value in (0.0, -0.1)),
+        *((np.ones(shape), re.escape(f"shape {shape}")) for shape in ((9,), (3, 3), (2, 1, 3, 3), (0, 3, 3))),
+        *((keys_but((1, 2, 0), value), "NaN or Inf") for value in (np.nan, -np.inf)),
+        *((keys_but(1, value), "key 1 is constant") for value in (0.0, -0.1)),
     ],
 )
 def test_bad_keys(tmp_path, keys, message):
     path = tmp_path / "mine.safetensors"
     save_file({"keys": keys}, path)
-    for make in (
-        lambda: KeyBank("mine", keys),
-        lambda: KeyBank("mine", torch.from_numpy(keys)),
-        lambda: get_bank(path),
+    for name, make in (
+        ("mine", lambda: KeyBank("mine", keys)),
+        ("mine", lambda: get_bank(path)),
+        ("custom", lambda: get_bank(torch.from_numpy(keys))),
     ):
-        with pytest.raises(BankError, match=f"'mine'.*{message}"):
+        with pytest.raises(BankError, match=f"'{name}'.*{message}"):
             make()
-    with pytest.raises(BankError, match="'custom'"):
-        get_bank(torch.from_numpy(keys))
-
-
-# get_bank
 
 
 def test_list_banks():
@@ -348,51 +321,31 @@ def test_random_banks():
 
 
 @pytest.mark.parametrize(
-    "name", ["", "babaiee", "BABAIEE2025", "random8", "random8:", "random8:-1", "random8:x", "keys.bin"]
+    "name",
+    ["", "babaiee", "BABAIEE2025", "random8", "random8:", "random8:-1", "random8:x", "scale-space-x", "keys.bin"],
 )
 def test_unknown_name(name):
-    with pytest.raises(BankError) as caught:
+    with pytest.raises(BankError, match=f"'{name}'.*{', '.join(list_banks())}"):
         get_bank(name)
-    assert f"'{name}'" in str(caught.value)
-    for known in list_banks():
-        assert known in str(caught.value)
 
 
 def test_get_bank_from_what_is_at_hand(tmp_path):
-    bank = random_bank(0, (3, 5, 5))
+    bank, path = random_bank(0, (3, 5, 5)), tmp_path / "mine.safetensors"
     assert get_bank(bank) is bank
-    assert get_bank(bank.keys).digest == bank.digest
-    assert get_bank(torch.from_numpy(bank.keys.copy())).digest == bank.digest
-    assert get_bank(bank.keys).name == f"custom-{bank.digest[:8]}"
-    path = tmp_path / "mine.safetensors"
+    for keys in (bank.keys, torch.from_numpy(bank.keys.copy())):
+        assert get_bank(keys) == bank and get_bank(keys).name == f"custom-{bank.digest[:8]}"
     bank.save(path)
     for given_path in (path, str(path)):
-        assert get_bank(given_path).digest == bank.digest
-        assert get_bank(given_path).name == "random"
+        assert get_bank(given_path) == bank and get_bank(given_path).name == "random"
 
 
-# files
-
-
-def test_save_and_load(tmp_path):
-    path = tmp_path / "mine.safetensors"
+def test_what_a_file_holds(tmp_path):
     bank = KeyBank("mine", np.random.default_rng(0).standard_normal((3, 5, 4)), "my séarch", "mit")
-    bank.save(path)
-    assert os.listdir(tmp_path) == ["mine.safetensors"]
-    back = KeyBank.load(path)
-    assert (back.name, back.source, back.licence, back.digest) == ("mine", "my séarch", "mit", bank.digest)
-    assert np.array_equal(back.keys, bank.keys)
-    assert not back.keys.flags.writeable
-    with safe_open(path, framework="np") as file:
+    bank.save(tmp_path / "mine.safetensors")
+    with safe_open(tmp_path / "mine.safetensors", framework="np") as file:
         assert list(file.keys()) == ["keys"]
-        assert file.metadata() == {
-            "format": "timm_masterkeys.bank.1",
-            "name": "mine",
-            "source": "my séarch",
-            "resize": "fold",
-            "licence": "mit",
-            "digest": bank.digest,
-        }
+        entries = {"name": "mine", "source": "my séarch", "resize": "fold", "licence": "mit", "digest": bank.digest}
+        assert file.metadata() == {"format": "timm_masterkeys.bank.1", **entries}
 
 
 def test_load_plain_safetensors(tmp_path):
@@ -404,41 +357,38 @@ def test_load_plain_safetensors(tmp_path):
     assert np.array_equal(bank.keys, keys.astype(np.float64))
 
 
-def altered(place):
+def altered(place, cut=False):
+    """Writes a bank with one bit of a byte changed, or cut short there."""
+
     def write(path):
         random_bank(0).save(path)
         data = bytearray(path.read_bytes())
         data[place] ^= 1
-        path.write_bytes(data)
+        path.write_bytes(data[:place] if cut else data)
 
     return write
 
 
-def cut_short(path):
-    random_bank(0).save(path)
-    path.write_bytes(path.read_bytes()[:-9])
-
-
-BAD_FILES = {  # what writes it, and the message
-    "altered": (altered(-8), "does not match its digest"),
-    "altered elsewhere": (altered(-200), "does not match its digest"),
-    "empty": (lambda path: path.write_bytes(b""), "Expected a safetensors file"),
-    "pickle": (lambda path: path.write_bytes(b"\x80\x02}q\x00." * 9), "Expected a safetensors file"),
-    "cut": (cut_short, "Expected a safetensors file"),
-    "missing": (lambda path: None, "Expected a safetensors file"),
-    "a folder": (lambda path: path.mkdir(), "Expected a safetensors file"),
-    "other tensors": (lambda path: save_file({"weight": np.zeros(3)}, path), r"holds \['weight'\], expected .*'keys'"),
-    "another format": (
-        lambda path: save_file({"keys": np.zeros((2, 3, 3))}, path, {"format": "timm_masterkeys.bank.2"}),
-        r"'timm_masterkeys.bank.2', this version reads 'timm_masterkeys.bank.1'",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_FILES)
-def test_bad_files(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        pytest.param(altered(-8), "does not match its digest", id="altered"),
+        pytest.param(altered(-200), "does not match its digest", id="altered elsewhere"),
+        pytest.param(altered(-9, cut=True), "Expected a safetensors file", id="cut"),
+        pytest.param(lambda path: path.write_bytes(b""), "Expected a safetensors file", id="empty"),
+        pytest.param(lambda path: path.write_bytes(b"\x80\x02}q\x00." * 9), "Expected a safetensors", id="pickle"),
+        pytest.param(lambda path: None, "Expected a safetensors file", id="missing"),
+        pytest.param(lambda path: path.mkdir(), "Expected a safetensors file", id="a folder"),
+        pytest.param(lambda path: save_file({"weight": np.zeros(3)}, path), r"holds \['weight'\]", id="other tensors"),
+        pytest.param(
+            lambda path: save_file({"keys": np.zeros((2, 3, 3))}, path, {"format": "timm_masterkeys.bank.2"}),
+            r"bank\.2', this version reads .*bank\.1'",
+            id="another format",
+        ),
+    ],
+)
+def test_bad_files(tmp_path, write, message):
     path = tmp_path / "mine.safetensors"
-    write, message = BAD_FILES[kind]
     write(path)
     with pytest.raises(BankError, match=message) as caught:
         get_bank(path)
@@ -448,7 +398,6 @@ def test_bad_files(tmp_path, kind):
 def test_save_into_a_missing_folder(tmp_path):
     with pytest.raises(OSError):
         random_bank(0).save(tmp_path / "no" / "mine.safetensors")
-    assert os.listdir(tmp_path) == []
 
 
 def test_save_that_fails_half_way(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import triton
-from depthwise_cases import LAYOUTS
+from layer_cases import LAYOUTS
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 

@@ -6,7 +6,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from layer_cases import assert_fitted, geometries, kind_and_bank, make_conv, same_state, snapshot
+from compare import snapshot, unchanged
+from layer_cases import assert_fitted, geometries, kind_and_bank, make_conv
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -15,27 +16,32 @@ from torch.nn.utils import prune
 
 from timm_masterkeys import ConversionError, MasterKeyConv2d, project_kernels
 
-WRITES = {
-    "init": lambda layer: nn.init.zeros_(layer.weight),
-    "in place": lambda layer: layer.weight.detach().add_(1),
-    "data": lambda layer: layer.weight.data.normal_(),
-    "apply": lambda layer: layer.apply(lambda m: nn.init.normal_(m.weight)),
-}
+
+@pytest.fixture
+def layer():
+    return MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 3, groups=8))
 
 
-@pytest.mark.parametrize("kind", WRITES)
-def test_writing_into_the_weight_is_noticed(kind):
-    layer = MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 3, groups=8))
-    x, before = torch.randn(1, 8, 5, 5), snapshot(layer)
-    WRITES[kind](layer)
-    with pytest.warns(UserWarning, match="assign the whole tensor"):
-        layer(x)
-    layer(x)  # once
-    assert same_state(snapshot(layer), before)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda layer: nn.init.zeros_(layer.weight),
+        lambda layer: layer.weight.detach().add_(1),
+        lambda layer: layer.weight.data.normal_(),
+        lambda layer: layer.apply(lambda m: nn.init.normal_(m.weight)),
+    ],
+    ids=["init", "in place", "data", "apply"],
+)
+def test_writing_into_the_weight_is_noticed(layer, write):
+    x = torch.randn(1, 8, 5, 5)
+    with unchanged(layer):
+        write(layer)
+        with pytest.warns(UserWarning, match="assign the whole tensor"):
+            layer(x)
+        layer(x)  # once
 
 
-def test_reading_the_weight_warns_of_nothing():
-    layer = MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 3, groups=8))
+def test_reading_the_weight_warns_of_nothing(layer):
     layer.weight.square().sum().backward()
     copy.deepcopy(layer)(torch.randn(1, 8, 5, 5))
     layer(torch.randn(1, 8, 5, 5))
@@ -43,12 +49,11 @@ def test_reading_the_weight_warns_of_nothing():
 
 
 @pytest.mark.parametrize("trainable", ["none", "shift"])
-def test_what_is_made_of_the_weight_is_plain(trainable, tmp_path):
-    layer = MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 3, groups=8), trainable=trainable)
+def test_what_is_made_of_the_weight_is_plain(layer, trainable, tmp_path):
+    layer.set_trainable(trainable)
     expected = layer.compose_weight().detach()
     torch.save(layer.weight.detach(), tmp_path / "weight.pt")
     save_file({"weight": layer.weight}, tmp_path / "weight.safetensors")
-    parameter, conv = nn.Parameter(layer.weight), nn.Conv2d(8, 8, 3, groups=8)
     for made in (
         layer.weight * 1,
         layer.weight[:],
@@ -61,13 +66,17 @@ def test_what_is_made_of_the_weight_is_plain(trainable, tmp_path):
     ):
         assert type(made) is torch.Tensor and torch.equal(made, expected)
     assert b"timm_masterkeys" not in pickle.dumps(layer.weight.detach())
+    np.testing.assert_array_equal(layer.weight.detach().numpy(), expected.numpy())
+    assert layer.weight.requires_grad == (trainable == "shift")
+
+
+def test_the_weight_makes_a_parameter_and_is_none(layer):
+    parameter, conv, before = nn.Parameter(layer.weight), nn.Conv2d(8, 8, 3, groups=8), layer.compose_weight()
     assert type(parameter) is nn.Parameter and parameter.is_leaf and parameter.requires_grad
     assert not isinstance(layer.weight, nn.Parameter) and isinstance(layer.weight, torch.Tensor)
     conv.weight = nn.Parameter(layer.weight.detach())
-    conv.weight.data = expected + 1
-    assert torch.equal(conv.weight, expected + 1) and torch.equal(layer.weight, expected)
-    assert layer.weight.requires_grad == (trainable == "shift")
-    np.testing.assert_array_equal(layer.weight.detach().numpy(), expected.numpy())
+    conv.weight.data = before + 1
+    assert torch.equal(conv.weight, before + 1) and torch.equal(layer.weight, before)
 
 
 class Reader(nn.Module):
@@ -100,10 +109,9 @@ def test_reading_the_weight_wherever_tensors_are_no_plain_ones():
     torch.testing.assert_close(gradients["conv.shift"], model.conv.shift.grad)
 
 
-def test_reading_the_weight_compiles_nothing_anew():
+def test_reading_the_weight_compiles_nothing_anew(layer):
     torch._dynamo.reset()
-    counter = CompileCounter()
-    layer, x = MasterKeyConv2d(8, 8, 3), torch.randn(1, 8, 5, 5)
+    counter, x = CompileCounter(), torch.randn(1, 8, 5, 5)
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     for _ in range(3):
         compiled(x)
@@ -113,15 +121,15 @@ def test_reading_the_weight_compiles_nothing_anew():
 
 def test_assigning_a_weight_projects_it():
     layer = MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 7, groups=8), keys_per_kernel=2)
-    weight = torch.randn(8, 1, 7, 7)
-    layer.weight = weight
+    layer.weight = weight = torch.randn(8, 1, 7, 7)
     assert_fitted(layer, project_kernels(weight, keys_per_kernel=2))
     assert layer.shift.requires_grad
-    state = snapshot(layer)
-    for bad in (torch.randn(8, 1, 3, 3), torch.full((8, 1, 7, 7), torch.nan)):
-        with pytest.raises(ConversionError, match="weight"):
-            layer.weight = bad
-    assert same_state(snapshot(layer), state)
+
+
+@pytest.mark.parametrize("bad", [torch.randn(8, 1, 7, 7), torch.full((8, 1, 3, 3), torch.nan)], ids=["size", "NaN"])
+def test_assigning_what_is_no_kernel_changes_nothing(layer, bad):
+    with unchanged(layer), pytest.raises(ConversionError, match="weight"):
+        layer.weight = bad
 
 
 @pytest.mark.parametrize(("trainable", "multiplier"), [("none", 2), ("shift", 1), ("affine", 2), ("sigmas", 1)])
@@ -154,12 +162,10 @@ def test_kernels_can_be_left_out_as_torch_pruning_does(trainable, multiplier):
 )
 def test_other_kernels_than_its_own_are_no_pruning(weight):
     layer = MasterKeyConv2d(6, 6, 5)
-    before = snapshot(layer)
-    layer.out_channels = 3
-    with pytest.raises(ConversionError, match="fuse_masterkeys"):
-        layer.weight = nn.Parameter(weight)
-    layer.out_channels = 6
-    assert same_state(snapshot(layer), before)
+    with unchanged(layer):
+        layer.out_channels = 3
+        with pytest.raises(ConversionError, match="fuse_masterkeys"):
+            layer.weight = nn.Parameter(weight)
 
 
 UTILITIES = {
@@ -185,17 +191,17 @@ def quantised(layer):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("utility", list(UTILITIES))
-def test_utilities_that_want_a_parameter_name_the_way_out(utility):
-    layer = MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 3, groups=8))
-    before = snapshot(layer)
+@pytest.mark.parametrize("utility", UTILITIES)
+def test_utilities_that_want_a_parameter_name_the_way_out(layer, utility):
     bare = utility == "weight_norm" and torch.__version__ < "2.6"  # see parameters_without_weight
-    with pytest.raises(KeyError if bare else ConversionError, match="weight" if bare else "fuse_masterkeys"):
+    error, message = (KeyError, "weight") if bare else (ConversionError, "fuse_masterkeys")
+    with unchanged(layer), pytest.raises(error, match=message):
         UTILITIES[utility](layer)
-    assert same_state(snapshot(layer), before) and not layer._forward_pre_hooks
+    assert not layer._forward_pre_hooks
     layer(torch.randn(1, 8, 5, 5))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 @geometries
 def test_windows_are_what_the_kernel_sees(geometry):
     conv = make_conv(geometry, dtype=torch.float64, bias=False)

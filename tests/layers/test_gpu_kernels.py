@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from depthwise_cases import GEOMETRIES, LAYOUTS, as_function, assert_gradients, make, plain
+from layer_cases import LAYOUTS, SMALL, assert_gradients, assert_vmapped_gradients, make, plain
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
@@ -19,10 +19,10 @@ pytest.importorskip("triton")
 from timm_masterkeys.layers import gpu_kernels
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-FAST = ("2x2, stride 2", "even, string")  # in the interpreter
+FAST = ("2x2", "same, 2x2")  # in the interpreter
 CASES = [  # one layout a geometry, in turn, without a GPU
     pytest.param(geometry, layout, marks=[] if geometry in FAST else pytest.mark.slow)
-    for i, geometry in enumerate(GEOMETRIES)
+    for i, geometry in enumerate(SMALL)
     for j, layout in enumerate(LAYOUTS)
     if DEVICE == "cuda" or i % len(LAYOUTS) == j
 ]
@@ -35,36 +35,37 @@ def kernel_on(monkeypatch):
     monkeypatch.setattr(gpu_operators, "TRITON", "1")
 
 
-def sums(shape, keys, r, stride=(1, 1), padding=(0, 0), dilation=(1, 1), layout="NCHW", dtype=torch.float64):
+def random(*shape, layout="NCHW", dtype=torch.float64):
+    """Of a layout and type, on the device."""
+    return torch.randn(shape, device=DEVICE, dtype=dtype).to(memory_format=LAYOUTS[layout])
+
+
+def sums(shape, keys, r, stride=(1, 1), padding=(0, 0), dilation=(1, 1), **kind):
     """Arguments of the sums, random, of one input shape."""
-    kernel = (shape[1], 1, *keys.shape[1:])
-    x = torch.randn(shape, device=DEVICE, dtype=dtype).to(memory_format=LAYOUTS[layout])
-    out = F.conv2d(x, x.new_zeros(kernel), None, stride, padding, dilation, shape[1])
+    x = random(*shape, **kind)
+    out = F.conv2d(x, x.new_zeros(shape[1], 1, *keys.shape[1:]), None, stride, padding, dilation, shape[1])
     index = torch.randint(len(keys), (shape[1], r), device=DEVICE)
     return torch.randn_like(out), x, keys.to(DEVICE), index, stride, padding, dilation
+
+
+def assert_near(got, expected, tolerance):
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 def assert_sums(arguments, tolerance=1e-12):
     """The kernel's sums are the plain ones of the same numbers in float64."""
     got = gpu_kernels.affine_sums(*arguments)
     grad, x, keys, *rest = arguments
-    expected = gpu_operators.plain_sums(grad.double(), x.double(), keys.double(), *rest)
     assert got.dtype == torch.promote_types(grad.dtype, torch.float32)
-    torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+    assert_near(got, gpu_operators.plain_sums(grad.double(), x.double(), keys.double(), *rest), tolerance)
 
 
-def assert_convolution(x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), tolerance=1e-12):
+def assert_convolution(x, weight, bias=None, padding=(0, 0), tolerance=1e-12):
     """The kernel's output is the plain one of the same numbers in float64, in the input's type and layout."""
-    got = gpu_kernels.depthwise_conv2d(x, weight, bias, stride, padding, dilation)
-    exact = x.double(), weight.double(), None if bias is None else bias.double()
-    expected = F.conv2d(*exact, stride, padding, dilation, x.shape[1])
+    got = gpu_kernels.depthwise_conv2d(x, weight, bias, (1, 1), padding, (1, 1))
     assert got.dtype == x.dtype and depthwise.layout(got) is depthwise.layout(x)
-    torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()))
-
-
-def random(*shape, layout="NCHW", dtype=torch.float64):
-    """Of a layout and type, on the device."""
-    return torch.randn(shape, device=DEVICE, dtype=dtype).to(memory_format=LAYOUTS[layout])
+    exact = x.double(), weight.double(), None if bias is None else bias.double()
+    assert_near(got, F.conv2d(*exact, padding=padding, groups=x.shape[1]), tolerance)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
@@ -121,7 +122,7 @@ def test_a_large_kernel(layout):
 def test_strides_of_any_kind(layout):
     keys = torch.randn(8, 3, 3, dtype=torch.float64)
     grad, x, *rest = sums((2, 3, 4, 3), keys, 1, padding=(1, 1), layout=layout)
-    other = "NCHW" if layout == "channels_last" else "channels_last"
+    (other,) = LAYOUTS.keys() - {layout}
     wide = random(2, 5, 5, 5, layout=layout)[:, 1:4, :4, 1:4]
     assert_sums((grad.to(memory_format=LAYOUTS[other]), wide, *rest))
     assert_sums((grad[:, :, :1, :1].expand_as(grad), x, *rest))
@@ -144,7 +145,7 @@ def test_a_batch_of_none(kernel_on):
 
 @pytest.mark.slow
 def test_second_order(kernel_on):
-    layer = make("strip", 2, "affine").to(DEVICE)
+    layer = make("1x5", 2, "affine").to(DEVICE)
     x = torch.randn(2, 2, 2, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
     inputs, second = [x, *layer.parameters()], []
     for f in (layer, lambda x: plain(layer, x)):
@@ -155,19 +156,13 @@ def test_second_order(kernel_on):
 
 
 def test_vmap_goes_the_plain_way(kernel_on):
-    layer = make("strip", 1, "shift").to(DEVICE)
-    f, parameters = as_function(layer), tuple(layer.parameters())
-    x = torch.randn(3, 2, 2, 2, 4, dtype=torch.float64, device=DEVICE)
-    gradient = torch.func.grad(lambda x, *p: f(x, *p).square().sum(), argnums=2)
-    got = torch.func.vmap(gradient, (0, None, None))(x, *parameters)
-    expected = [torch.autograd.grad(plain(layer, one).square().sum(), layer.shift)[0] for one in x]
-    torch.testing.assert_close(got, torch.stack(expected))
+    assert_vmapped_gradients(make("1x5").to(DEVICE), random(3, 2, 2, 2, 4))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compile_in_one_graph(dynamic, kernel_on):
-    layer = make("strip", 1, "affine", dtype=torch.float32).to(DEVICE)
+    layer = make("1x5", 1, "affine", dtype=torch.float32).to(DEVICE)
     x = torch.randn(2, 2, 3, 4, device=DEVICE, requires_grad=True)
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -183,18 +178,17 @@ def test_compile_in_one_graph(dynamic, kernel_on):
 def test_the_operators_pass_torchs_own_checks(layout, kernel_on):
     assert gpu_operators.gpu_kernels_run(DEVICE)
     grad, x, *rest = sums((2, 3, 4, 3), torch.randn(8, 1, 3, dtype=torch.float64), 1, padding=(0, 1), layout=layout)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(
-        gpu_operators.affine_sums, (grad.requires_grad_(), x.requires_grad_(), *rest), test_utils=tests
-    )
-    weight, bias = random(6, 1, 3, 2).requires_grad_(), random(6).requires_grad_()
-    arguments = x, weight, bias, (2, 1), (1, 1), (1, 2)
-    torch.library.opcheck(gpu_operators.depthwise_conv2d, arguments, test_utils=tests)
+    tensors = x.requires_grad_(), random(6, 1, 3, 2).requires_grad_(), random(6).requires_grad_()
+    for operator, arguments in (
+        (gpu_operators.affine_sums, (grad.requires_grad_(), x, *rest)),
+        (gpu_operators.depthwise_conv2d, (*tensors, (2, 1), (1, 1), (1, 2))),
+    ):
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(operator, arguments, test_utils=tests)
 
 
 @pytest.mark.slow
 def test_the_gradients_of_a_convolution_by_the_operator(kernel_on):
-    assert gpu_operators.gpu_kernels_run(DEVICE)
     x, weight, bias = (random(*shape).requires_grad_() for shape in ((1, 1, 3, 2), (2, 1, 2, 1), (2,)))
     run = lambda *tensors: gpu_operators.depthwise_conv2d(*tensors, (2, 1), (1, 1), (1, 2))  # noqa: E731
     assert torch.autograd.gradcheck(run, (x, weight, bias))
@@ -245,7 +239,7 @@ def test_inference_under_autocast(kernel_on):
 
 @pytest.mark.parametrize(("strict", "grad"), [pytest.param(True, False, marks=pytest.mark.slow), (False, True)])
 def test_what_is_exported_runs_without_the_package(strict, grad, kernel_on):
-    layer = make("strip", 1, "shift", dtype=torch.float32).to(DEVICE).eval()
+    layer = make("1x5", 1, "shift", dtype=torch.float32).to(DEVICE).eval()
     x = torch.randn(1, 2, 4, 4, device=DEVICE)
     layer(x)
     with torch.set_grad_enabled(grad):
@@ -256,18 +250,19 @@ def test_what_is_exported_runs_without_the_package(strict, grad, kernel_on):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_what_pytorch_refuses_is_refused(grad, kernel_on):
-    layer = make("7x7", 1, "shift", dtype=torch.float32).to(DEVICE)
-    narrow = make("2x2, stride 2", 1, "shift", dtype=torch.float32).to(DEVICE)
-    with torch.set_grad_enabled(grad):
-        for called, shape, dtype, message in (
-            (layer, (1, 1, 9, 9), torch.float32, "to have 2 channels"),
-            (layer, (1, 4, 9, 9), torch.float32, "to have 2 channels"),
-            (layer, (1, 2, 9, 9), torch.bfloat16, "same|type"),
-            (narrow, (1, 2, 1, 9), torch.float32, "Kernel size can't be greater"),
-        ):
-            with pytest.raises(RuntimeError, match=message):
-                called(torch.zeros(shape, device=DEVICE, dtype=dtype))
+@pytest.mark.parametrize(
+    ("geometry", "shape", "dtype", "message"),
+    [
+        ("7x7", (1, 1, 9, 9), torch.float32, "to have 2 channels"),
+        ("7x7", (1, 4, 9, 9), torch.float32, "to have 2 channels"),
+        ("7x7", (1, 2, 9, 9), torch.bfloat16, "same|type"),
+        ("2x2", (1, 2, 1, 9), torch.float32, "Kernel size can't be greater"),
+    ],
+)
+def test_what_pytorch_refuses_is_refused(geometry, shape, dtype, message, grad, kernel_on):
+    layer = make(geometry, dtype=torch.float32).to(DEVICE)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=message):
+        layer(torch.zeros(shape, device=DEVICE, dtype=dtype))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # forward mode itself uses torch.jit

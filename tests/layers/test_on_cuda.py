@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from depthwise_cases import GEOMETRIES, LAYOUTS, make, plain
+from layer_cases import LAYOUTS, SMALL, make, plain
 
 import timm_masterkeys as mk
 from timm_masterkeys.layers import gpu_operators
@@ -30,7 +30,7 @@ def _kernel(request, monkeypatch):
         ("float16 autocast", "shift", 1),
     ],
 )
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("geometry", SMALL)
 def test_gradients(geometry, trainable, keys_per_kernel, precision, layout, cuda):
     name, _, autocast = precision.partition(" ")
     dtype = torch.float64 if precision == "float64" else torch.float32
@@ -56,7 +56,7 @@ def test_gradients(geometry, trainable, keys_per_kernel, precision, layout, cuda
 
 @layouts
 @pytest.mark.parametrize("trainable", ["shift", "affine"])
-@pytest.mark.parametrize("geometry", ["3x3", "stride", "7x7"])
+@pytest.mark.parametrize("geometry", ["3x3", "3x3 stride 2", "7x7"])
 def test_sizes_of_real_networks(geometry, trainable, layout, cuda):
     """Gradients of many blocks' sums in float32, and twice the same bit for bit."""
     batch, channels, side = (2, 2, 9) if cuda == "cpu" else (16, 144, 56)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from compare import layers, snapshot, unchanged
+from layer_cases import as_function
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -19,21 +21,18 @@ from timm_masterkeys.keys.sigma_fit import fit_sigmas, sigma_kernels
 BANK = "scale-space-b"
 
 
-def nominal(method):
-    return torch.tensor([float(s) for s in SIGMAS[method].split()], dtype=torch.float64).view(8, 2)
-
-
-def layer(trainable="sigmas", size=7, channels=12, **settings):
-    torch.manual_seed(0)
-    return mk.SigmaKeyConv2d(channels, channels, size, padding=size // 2, bank=BANK, trainable=trainable, **settings)
-
-
 @pytest.mark.parametrize("method", ["a", "b", "c2", "d2"])
 @pytest.mark.parametrize("size", [(7, 7), (3, 3), (4, 6), (1, 7), (13, 13)])
 def test_kernels_are_those_of_the_bank_at_its_sigmas(method, size):
-    kept = list(mk.get_bank(f"scale-space-{method}").kept(size))
-    kernels = sigma_kernels(torch.tensor(kept), nominal(method)[kept].log(), *size)
-    torch.testing.assert_close(kernels.float(), mk.get_bank(f"scale-space-{method}").keys_for(size), rtol=0, atol=2e-6)
+    bank = mk.get_bank(f"scale-space-{method}")
+    nominal = torch.tensor([float(s) for s in SIGMAS[method].split()], dtype=torch.float64).view(8, 2)
+    kept = list(bank.kept(size))
+    kernels = sigma_kernels(torch.tensor(kept), nominal[kept].log(), *size)
+    torch.testing.assert_close(kernels.float(), bank.keys_for(size), rtol=0, atol=2e-6)
+
+
+def layer(channels=12):
+    return mk.SigmaKeyConv2d(channels, channels, 7, padding=3, bank=BANK, trainable="sigmas")
 
 
 def test_large_sigmas_against_the_bank_builder(monkeypatch):
@@ -51,14 +50,8 @@ def test_gradients():
     assert torch.autograd.gradcheck(
         lambda s: sigma_kernels(torch.arange(8), s, 5, 5), (log_sigma.requires_grad_(),), atol=1e-6
     )
-    conv = layer(channels=4).double()
-    x = torch.randn(2, 4, 4, 3, dtype=torch.float64)
-    names = ["log_sigma", "shift", "bias"]
-
-    def run(*values):
-        return torch.func.functional_call(conv, dict(zip(names, values, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(run, tuple(getattr(conv, n).detach().requires_grad_() for n in names), atol=1e-6)
+    conv, x = layer(channels=4).double(), torch.randn(2, 4, 4, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(as_function(conv), (x, *conv.parameters()), atol=1e-6)
 
 
 def test_planted_kernels_are_fitted():
@@ -98,30 +91,33 @@ def test_the_fit_is_near_that_of_an_exhaustive_search():
         fit_sigmas(kernels, (7,))
 
 
-def test_conversion_fits_better_than_fixed_scales_and_trains_only_scales_and_shift():
-    torch.manual_seed(0)
+def test_conversion_fits_better_than_fixed_scales():
     dense = timm.create_model("test_convnext3")
-    fixed = mk.convert_to_masterkeys(dense, BANK)
-    model = mk.convert_to_masterkeys(dense, BANK, trainable="sigmas")
-    assert mk.conversion_report(model).total.mean_r2 > mk.conversion_report(fixed).total.mean_r2
+    fixed, learned = (mk.convert_to_masterkeys(dense, BANK, trainable=trains) for trains in ("shift", "sigmas"))
+    assert mk.conversion_report(learned).total.mean_r2 > mk.conversion_report(fixed).total.mean_r2
+
+
+def test_training_changes_only_sigmas_and_shift():
+    model = mk.convert_to_masterkeys(timm.create_model("test_convnext3"), BANK, trainable="sigmas")
     conv = model.stages[0].blocks[0].conv_dw
-    assert isinstance(conv, mk.SigmaKeyConv2d)
     assert {n for n, _ in conv.named_parameters()} == {"log_sigma", "shift", "bias"}
-    assert all(p.ndim == 1 for p in conv.parameters())  # no weight decay
-    before = {n: b.clone() for n, b in conv.named_buffers()}
+    before = snapshot(conv)
     optimizer = create_optimizer_v2(model, "adamw", lr=0.05, weight_decay=0.5)
     decayed = [p for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
-    assert not any(p is conv.log_sigma for p in decayed)
-    old = conv.log_sigma.detach().clone()
+    assert not any(p is own for p in decayed for own in conv.parameters())
     for _ in range(2):
         optimizer.zero_grad()
         model(torch.randn(2, 3, 64, 64)).square().mean().backward()
         optimizer.step()
-    assert not torch.equal(old, conv.log_sigma) and conv.log_sigma.exp().min() > 0
-    assert all(torch.equal(b, before[n]) for n, b in conv.named_buffers())
+    changed = {name for name, value in conv.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"log_sigma", "shift", "bias"} and conv.log_sigma.exp().min() > 0
+    assert_equal_outputs(mk.fuse_masterkeys(model), model)
+
+
+@torch.no_grad()
+def assert_equal_outputs(a, b):
     x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.equal(mk.fuse_masterkeys(model).eval()(x), model.eval()(x))
+    assert torch.equal(a.eval()(x), b.eval()(x))
 
 
 def test_from_scratch_starts_at_the_banks_sigmas_and_the_stock_norm():
@@ -139,12 +135,13 @@ def test_from_scratch_starts_at_the_banks_sigmas_and_the_stock_norm():
     [
         copy.deepcopy,
         lambda conv: pickle.loads(pickle.dumps(conv)),
+        lambda conv: ModelEmaV3(conv).module,
         pytest.param(lambda conv: torch.compile(conv, backend="aot_eager", fullgraph=True), marks=pytest.mark.slow),
         lambda conv: torch.jit.trace(conv, torch.randn(2, 12, 9, 9), check_trace=False),
         lambda conv: torch.export.export(conv, (torch.randn(2, 12, 9, 9),)).module(),
         lambda conv: conv.fuse(),
     ],
-    ids=["deepcopy", "pickle", "compile", "trace", "export", "fuse"],
+    ids=["deepcopy", "pickle", "average", "compile", "trace", "export", "fuse"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_it_goes_through(through):
@@ -152,100 +149,71 @@ def test_it_goes_through(through):
     torch.testing.assert_close(through(conv)(x), conv(x), rtol=1e-5, atol=1e-6)
 
 
-def test_half_precision_autocast_and_ema():
+def test_half_precision():
     conv, x = layer(), torch.randn(2, 12, 9, 9)
-    expected = conv(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = conv(x)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), expected, rtol=0.03, atol=0.03)
     half = copy.deepcopy(conv).bfloat16()
     assert half.weight.dtype == torch.bfloat16
-    torch.testing.assert_close(half(x.bfloat16()).float(), expected, rtol=0.06, atol=0.06)
-    ema = ModelEmaV3(conv, decay=0.5)
-    with torch.no_grad():
-        conv.log_sigma.add_(1)
-    ema.update(conv)
-    torch.testing.assert_close(ema.module.log_sigma, conv.log_sigma.detach() - 0.5)
+    torch.testing.assert_close(half(x.bfloat16()).float(), conv(x), rtol=0.06, atol=0.06)
 
 
-@pytest.mark.parametrize("mode", ["sigmas", pytest.param("none", marks=pytest.mark.slow)])
-def test_compact_and_dense_files(tmp_path, mode):
-    torch.manual_seed(0)
+def test_autocast_does_not_round_the_kernels():
+    conv, x = layer(), torch.randn(2, 12, 9, 9)
+    weight, expected = conv.compose_weight(), conv(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv(x)
+        assert torch.equal(conv.compose_weight(), weight)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.03, atol=0.03)
+
+
+def test_dense_kernels_are_fitted_and_compact_entries_loaded():
     settings = {"mk_bank": BANK, "mk_trainable": "sigmas", "mk_include": "stages.[01].*"}
-    model = timm.create_model("test_convnext.mk8", **settings).eval()
+    model, other = (timm.create_model("test_convnext.mk8", **settings).eval() for _ in "ab")
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, mk.SigmaKeyConv2d):
-                module.log_sigma.add_(0.3 * torch.randn_like(module.log_sigma))
-                module.set_trainable(mode)
-    folder = mk.save_pretrained(model, tmp_path / "out")
-    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        for conv in layers(model).values():
+            conv.log_sigma.add_(0.3 * torch.randn_like(conv.log_sigma))
+    other.load_state_dict(mk.fuse_masterkeys(model).state_dict())
     x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.equal(again(x), model(x))
-    convs = [m for m in again.modules() if isinstance(m, mk.SigmaKeyConv2d)]
-    assert convs and all(conv.trainable == mode for conv in convs)
-    assert all(("log_sigma" in dict(conv.named_parameters())) == (mode == "sigmas") for conv in convs)
-    other = timm.create_model("test_convnext.mk8", **settings).eval()
-    other.load_state_dict(mk.fuse_masterkeys(model).state_dict())  # dense kernels are fitted
     with torch.no_grad():
         torch.testing.assert_close(other(x), model(x), rtol=0.02, atol=0.02)
     other.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        assert torch.equal(other(x), model(x))
+    assert_equal_outputs(other, model)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bank": "babaiee2025"}, "'babaiee2025' has no sigmas to train"),
-        ({"bank": mk.KeyBank("scale-space-b", torch.randn(8, 7, 7))}, "has no sigmas to train"),
+        ({"bank": "babaiee2025"}, "'babaiee2025' has no sigmas"),
+        ({"bank": mk.KeyBank("scale-space-b", torch.randn(8, 31, 31))}, "has no sigmas"),
         ({"bank": BANK, "keys_per_kernel": 2}, "expected 1 with trainable='sigmas'"),
     ],
 )
 def test_errors(settings, message):
-    model = timm.create_model("test_convnext")
-    before = copy.deepcopy(model.state_dict())
     with pytest.raises(mk.ConversionError, match=message):
-        mk.convert_to_masterkeys(model, trainable="sigmas", inplace=True, **settings)
-    assert model.state_dict().keys() == before.keys()
+        mk.SigmaKeyConv2d(4, 4, 7, **settings)
 
 
 @pytest.mark.slow
-def test_calibration_leaves_keys_and_scales(tmp_path):
-    torch.manual_seed(0)
+def test_calibration_leaves_keys_and_scales():
     dense = timm.create_model("test_efficientnet").eval()
     model = mk.convert_to_masterkeys(dense, BANK, trainable="sigmas")
-    kept = [m.log_sigma.clone() for m in model.modules() if isinstance(m, mk.SigmaKeyConv2d)]
+    kept = [conv.log_sigma.clone() for conv in layers(model).values()]
     mk.calibrate_masterkeys(model, dense, torch.randn(40, 3, 64, 64))
-    now = [m.log_sigma for m in model.modules() if isinstance(m, mk.SigmaKeyConv2d)]
-    assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+    assert all(torch.equal(a, conv.log_sigma) for a, conv in zip(kept, layers(model).values(), strict=True))
 
 
-@pytest.mark.parametrize("trains", ["sigmas", "shift"])
-def test_fixed_and_learned_scales_are_not_mixed_up(trains):
-    model = timm.create_model("test_convnext.mk8", mk_bank=BANK, mk_trainable=trains)
-    other = timm.create_model("test_convnext.mk8", mk_bank=BANK, mk_trainable={"sigmas": "shift"}.get(trains, "sigmas"))
-    before = copy.deepcopy(other.state_dict())
-    with pytest.raises(mk.CheckpointError, match=r"log_sigma: .*made with trainable='sigmas'.*dense weights"):
+@pytest.mark.parametrize(("trains", "others"), [("sigmas", "shift"), ("shift", "sigmas")])
+def test_fixed_and_learned_scales_are_not_mixed_up(trains, others):
+    model, other = (timm.create_model("test_convnext.mk8", mk_bank=BANK, mk_trainable=t) for t in (trains, others))
+    message = r"log_sigma: .*made with trainable='sigmas'.*dense weights"
+    with unchanged(other), pytest.raises(mk.CheckpointError, match=message):
         other.load_state_dict(model.state_dict(), strict=False)
-    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
-
-
-def test_autocast_does_not_round_the_kernels():
-    conv = layer()
-    expected = conv.compose_weight()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(conv.compose_weight(), expected)
 
 
 def test_meta_kernels_have_shapes():
     with torch.device("meta"):
-        model = timm.create_model("test_convnext")
-    converted = mk.convert_to_masterkeys(model, BANK, trainable="sigmas")
-    convs = [m for m in converted.modules() if isinstance(m, mk.SigmaKeyConv2d)]
-    assert convs and all(conv.log_sigma.is_meta for conv in convs)
+        model = mk.convert_to_masterkeys(timm.create_model("test_convnext"), BANK, trainable="sigmas")
+    assert layers(model) and all(conv.log_sigma.is_meta for conv in layers(model).values())
 
 
 def test_sigmas_of_any_size_give_kernels():
@@ -257,18 +225,19 @@ def test_sigmas_of_any_size_give_kernels():
         assert torch.equal(kernels[3], kernels[4]) and torch.equal(kernels[4], kernels[5])
 
 
-def test_a_bank_computed_elsewhere_is_the_same(tmp_path):
+@pytest.mark.parametrize("mode", ["sigmas", pytest.param("none", marks=pytest.mark.slow)])
+def test_saved_with_a_bank_computed_elsewhere(tmp_path, mode):
     own = mk.get_bank(BANK)
     other = mk.KeyBank(BANK, np.nextafter(own.keys, 1), own.source, own.licence, own.resize)
-    assert other.digest != own.digest
-    model = mk.convert_to_masterkeys(
-        timm.create_model("test_convnext"), other, include="stages.0.*", trainable="sigmas"
-    )
-    model.eval()
-    again = timm.create_model(f"local-dir:{mk.save_pretrained(model, tmp_path / 'out')}", pretrained=True).eval()
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.equal(again(x), model(x))
+    assert other != own
+    settings = {"mk_bank": other, "mk_trainable": "sigmas", "mk_include": "stages.0.*"}
+    model = timm.create_model("test_convnext.mk8", **settings)
+    for conv in layers(model).values():
+        conv.set_trainable(mode)
+    again = timm.create_model(f"local-dir:{mk.save_pretrained(model, tmp_path / 'out')}", pretrained=True)
+    assert_equal_outputs(again, model)
+    for conv in layers(again).values():
+        assert conv.trainable == mode and ("log_sigma" in conv._parameters) == (mode == "sigmas")
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """What a MasterKeyConv2d loads and refuses: state dicts, averages, and layers without values."""
 
+import copy
 import os
+from functools import partial
 
 import numpy as np
 import pytest
 import timm
 import torch
-from layer_cases import BANK, COMPACT, TRAINED, assert_fitted, same_state, snapshot
+from compare import same, snapshot, unchanged
+from layer_cases import BANK, COMPACT, TRAINED, assert_fitted
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,35 +17,33 @@ from timm_masterkeys import CheckpointError, ConversionError, MasterKeyConv2d, f
 from timm_masterkeys.hub.weights import save_compact
 
 
+def dense_state(size, groups=8):
+    return snapshot(nn.Conv2d(8, 8, size, groups=groups))
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize(
     ("trainable", "dtype"), [("none", torch.bfloat16), ("shift", torch.float32), ("affine", torch.float64)]
 )
 def test_compact_round_trip(tmp_path, trainable, dtype, assign):
-    conv = nn.Conv2d(6, 12, (1, 7), groups=6, dtype=dtype)
-    layer = MasterKeyConv2d.from_conv(conv, BANK, 3, trainable)
+    layer = MasterKeyConv2d.from_conv(nn.Conv2d(6, 12, (1, 7), groups=6, dtype=dtype), BANK, 3, trainable)
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
     other = MasterKeyConv2d(6, 12, (1, 7), keys_per_kernel=3, trainable=trainable, dtype=dtype)
-    result = other.load_state_dict(load_file(tmp_path / "layer.safetensors"), assign=assign)
-    assert result.missing_keys == result.unexpected_keys == []
-    assert same_state(layer.state_dict(), other.state_dict())
+    other.load_state_dict(load_file(tmp_path / "layer.safetensors"), assign=assign)
+    same(layer, other)
     assert [n for n, _ in other.named_parameters()] == [n for n, _ in layer.named_parameters()]
     assert all(p.requires_grad for p in other.parameters())
-    x = torch.randn(1, 6, 5, 9, dtype=dtype)
-    assert torch.equal(other(x), layer(x))
 
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize(("trainable", "keys_per_kernel"), [("none", 1), ("shift", 2), ("affine", 1)])
 def test_dense_weight_is_projected(trainable, keys_per_kernel, assign):
     layer = MasterKeyConv2d(8, 8, 7, keys_per_kernel=keys_per_kernel, trainable=trainable)
-    conv = nn.Conv2d(8, 8, 7, groups=8)
-    state = snapshot(conv)
-    result = layer.load_state_dict(state, assign=assign)
-    assert result.missing_keys == result.unexpected_keys == []
+    state = dense_state(7)
+    layer.load_state_dict(state, assign=assign)
     assert list(state) == ["weight", "bias"]
-    assert_fitted(layer, project_kernels(conv.weight, BANK, keys_per_kernel))
-    assert torch.equal(layer.bias, conv.bias) and torch.equal(layer.keys, BANK.keys_for((7, 7)))
+    assert_fitted(layer, project_kernels(state["weight"], BANK, keys_per_kernel))
+    assert torch.equal(layer.bias, state["bias"]) and torch.equal(layer.keys, BANK.keys_for((7, 7)))
     assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"bias"} | TRAINED[trainable]
 
 
@@ -66,10 +67,8 @@ def test_assign_takes_the_dtype_of_the_checkpoint(dtype, dense_state):
     source = MasterKeyConv2d.from_conv(conv)
     layer = MasterKeyConv2d(8, 8, 7)
     layer.load_state_dict(snapshot(conv if dense_state else source), assign=True)
-    assert same_state(layer.state_dict(), source.state_dict())
+    same(layer, source)
     assert isinstance(layer.shift, nn.Parameter)
-    x = torch.randn(1, 8, 9, 9, dtype=dtype)
-    assert torch.equal(layer(x), source(x))
 
 
 def rounded(state, dtype):
@@ -102,53 +101,36 @@ def test_keys_of_a_changed_checkpoint_are_exact_again(change, digits, assign):
     torch.testing.assert_close(layer.weight.float(), source.weight, rtol=digits, atol=digits)
 
 
-def good_state():
-    return snapshot(MasterKeyConv2d(8, 8, 7, keys_per_kernel=2))
+GOOD = partial(MasterKeyConv2d, 8, 8, 7, keys_per_kernel=2)
 
 
 def good_but(name, place, value):
-    state = good_state()
+    state = snapshot(GOOD())
     state[name][place] = value
     return state
 
 
-def dense_state(*arguments, **settings):
-    return snapshot(nn.Conv2d(*arguments, **settings))
-
-
-def random_bank_state():
-    return MasterKeyConv2d(8, 8, 7, bank="random8:0", keys_per_kernel=2)
-
-
-BAD = {  # state dicts for MasterKeyConv2d(8, 8, 7, keys_per_kernel=2) with one thing wrong, and the error
-    "another bank": (lambda: snapshot(random_bank_state()), "another bank than 'babaiee2025'"),
-    "another bank, half": (lambda: snapshot(random_bank_state().bfloat16()), "another bank than 'babaiee2025'"),
-    "bank size": (
-        lambda: snapshot(MasterKeyConv2d(8, 8, 7, bank=BANK.keys[:5], keys_per_kernel=2)),
-        r"keys: got shape \(5, 7, 7\), expected \(8, 7, 7\)",
-    ),
+BAD = {  # state dicts for GOOD with one thing wrong, and the error
+    "another bank": (lambda: snapshot(GOOD(bank="random8:0")), "another bank than 'babaiee2025'"),
+    "another bank, half": (lambda: snapshot(GOOD(bank="random8:0").bfloat16()), "another bank than 'babaiee2025'"),
+    "bank size": (lambda: snapshot(GOOD(bank=BANK.keys[:5])), r"keys: .*\(5, 7, 7\), expected \(8, 7, 7\)"),
     "kernel size": (lambda: snapshot(MasterKeyConv2d(8, 8, 5, keys_per_kernel=2)), r"keys: got shape \(8, 5, 5\)"),
     "channels": (lambda: snapshot(MasterKeyConv2d(9, 9, 7, keys_per_kernel=2)), r"shift: got shape \(9,\)"),
     "keys per kernel": (lambda: snapshot(MasterKeyConv2d(8, 8, 7)), r"key_index: got shape \(8, 1\)"),
     "dense and compact": (
-        lambda: good_state() | dense_state(8, 8, 7, groups=8),
-        "weight: given together with keys, key_index, scale, shift, r2",
+        lambda: snapshot(GOOD()) | dense_state(7),
+        "weight: .* with keys, key_index, scale, shift, r2",
     ),
-    "incomplete": (
-        lambda: {k: v for k, v in good_state().items() if k not in ("keys", "r2")},
-        "given without keys, r2",
-    ),
-    "dense shape": (
-        lambda: dense_state(8, 8, 5, groups=8),
-        r"weight: got shape \(8, 1, 5, 5\), expected \(8, 1, 7, 7\)",
-    ),
-    "dense not depthwise": (lambda: dense_state(8, 8, 7), r"weight: got shape \(8, 8, 7, 7\)"),
+    "incomplete": (lambda: {k: v for k, v in snapshot(GOOD()).items() if k not in ("keys", "r2")}, "without keys, r2"),
+    "dense shape": (lambda: dense_state(5), r"weight: got shape \(8, 1, 5, 5\), expected \(8, 1, 7, 7\)"),
+    "dense not depthwise": (lambda: dense_state(7, groups=1), r"weight: got shape \(8, 8, 7, 7\)"),
     "dense NaN": (
         lambda: {"weight": torch.ones(8, 1, 7, 7).index_fill_(0, torch.tensor(5), torch.nan)},
         "weight: channel 5 holds NaN or Inf",
     ),
-    "no tensor": (lambda: {"weight": np.zeros((8, 1, 7, 7))}, "weight: got a ndarray, expected a tensor"),
+    "no tensor": (lambda: {"weight": np.zeros((8, 1, 7, 7))}, "weight: got a ndarray"),
     "NaN keys": (lambda: good_but("keys", (0, 0, 0), torch.nan), "another bank"),
+    "NaN shift": (lambda: good_but("shift", 3, torch.nan), "shift: holds NaN"),
     "index too large": (lambda: good_but("key_index", (3, 1), 8), "key_index: holds .* to 8, the bank has 8 keys"),
     "index negative": (lambda: good_but("key_index", (3, 1), -1), "key_index: holds -1 to"),
     "index averaged": (lambda: good_but("key_index", (3, 1), 2.5), "key_index: holds fractions"),
@@ -159,62 +141,58 @@ BAD = {  # state dicts for MasterKeyConv2d(8, 8, 7, keys_per_kernel=2) with one 
 @pytest.mark.parametrize("what", BAD)
 @pytest.mark.parametrize("assign", [False, True])
 def test_refused_with_nothing_changed(what, assign):
-    layer = MasterKeyConv2d(8, 8, 7, keys_per_kernel=2)
-    make, message = BAD[what]
+    layer, (make, message) = GOOD(), BAD[what]
     state = make()
-    before, tensors = snapshot(layer), {name: id(t) for name, t in layer.state_dict(keep_vars=True).items()}
     for strict in (True, False):
-        with pytest.raises(RuntimeError, match=message):
+        with unchanged(layer), pytest.raises(RuntimeError, match=message):
             layer.load_state_dict(state, strict=strict, assign=assign)
-    assert same_state(layer.state_dict(), before)
-    assert {name: id(t) for name, t in layer.state_dict(keep_vars=True).items()} == tensors
-    prefixed = {f"a.b.{name}": value for name, value in state.items()}
-    problems = layer.check_state_dict(prefixed, "a.b.")
+    problems = layer.check_state_dict({f"a.b.{name}": value for name, value in state.items()}, "a.b.")
     assert problems and all(problem.startswith("a.b.") for problem in problems)
-    assert layer.check_state_dict(before) == layer.check_state_dict({}) == []
+
+
+def test_what_can_be_loaded_has_no_problems():
+    assert GOOD().check_state_dict(snapshot(GOOD())) == GOOD().check_state_dict({}) == []
 
 
 def test_missing_and_unexpected_entries():
-    layer = MasterKeyConv2d(8, 8, 7)
+    layer, zero = MasterKeyConv2d(8, 8, 7), torch.zeros(8)
     before = snapshot(layer)
-    result = layer.load_state_dict({"bias": torch.zeros(8), "more": torch.zeros(1)}, strict=False)
-    assert set(result.missing_keys) == COMPACT
-    assert result.unexpected_keys == ["more"]
-    assert same_state(layer.state_dict(), before | {"bias": torch.zeros(8)})
-    with pytest.raises(RuntimeError, match="Missing key"):
-        layer.load_state_dict({"bias": torch.zeros(8)})
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*more"):
-        layer.load_state_dict(snapshot(nn.Conv2d(8, 8, 7, groups=8)) | {"more": torch.zeros(1)})
+    result = layer.load_state_dict({"bias": zero, "more": zero}, strict=False)
+    assert set(result.missing_keys) == COMPACT and result.unexpected_keys == ["more"]
+    same(layer, before | {"bias": zero})
+    for state, message in (({"bias": zero}, "Missing key"), (dense_state(7) | {"more": zero}, r"Unexpected key.*more")):
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(state)
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: MasterKeyConv2d(8, 8, 5, device="meta"),
-        lambda: MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 5, groups=8, device="meta")),
-        lambda: MasterKeyConv2d.from_conv(nn.Conv2d(8, 8, 5, groups=8, device="meta"), fit=False),
+        lambda conv: MasterKeyConv2d(8, 8, 5, device="meta"),
+        MasterKeyConv2d.from_conv,
+        partial(MasterKeyConv2d.from_conv, fit=False),
     ],
+    ids=["constructor", "from_conv", "random"],
 )
 def test_meta_device(make):
     conv = nn.Conv2d(8, 8, 5, groups=8)
-    expected, layer, x = MasterKeyConv2d.from_conv(conv), make(), torch.empty(1, 8, 9, 9, device="meta")
+    empty, expected = copy.deepcopy(conv).to("meta"), MasterKeyConv2d.from_conv(conv)
+    layer, x = make(empty), torch.empty(1, 8, 9, 9, device="meta")
     assert all(t.is_meta for t in layer.state_dict().values()) and layer.fuse().weight.is_meta
-    assert layer(x).shape == (1, 8, 5, 5)
-    with torch.no_grad():
-        assert layer(x).shape == (1, 8, 5, 5)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert layer(x).shape == (1, 8, 5, 5)
     for use in (lambda: layer(torch.randn(1, 8, 9, 9)), lambda: layer.to("cpu")):
         with pytest.raises(CheckpointError, match="no values"):  # not what happens to be in memory
             use()
     for state in (conv.state_dict(), expected.state_dict()):
-        layer = make().to_empty(device="cpu")
-        assert torch.equal(layer.keys, BANK.keys_for((5, 5)))
+        layer, assigned = make(empty).to_empty(device="cpu"), make(empty)
         for tensor in layer.state_dict().values():
             tensor.fill_(77)
         layer.load_state_dict(state)
-        assert same_state(layer.state_dict(), expected.state_dict())
-        assigned = make()
+        same(layer, expected)
         assigned.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
-        assert same_state(assigned.state_dict(), expected.state_dict())
+        same(assigned, expected)
     layer.keys.fill_(77)
     layer.reset_parameters()  # as deferred initialisation does
     assert torch.equal(layer.keys, BANK.keys_for((5, 5)))
@@ -237,7 +215,8 @@ def test_a_layer_without_values_says_so_whatever_memory_held(how, memory):
         with pytest.raises(CheckpointError, match=r"no values.*load_state_dict\(state, assign=True\)"):
             use()
     layer.load_state_dict(state)
-    assert same_state(layer.state_dict(), state) and layer.train().fuse().weight.isfinite().all()
+    same(layer, state)
+    assert layer.train().fuse().weight.isfinite().all()
     assert layer(torch.randn(1, 8, 9, 9)).isfinite().all()
 
 
@@ -251,15 +230,13 @@ def test_a_layer_overwritten_with_garbage_says_so_without_eval():
 
 def averages(decay):
     """Ways to average a model's weights, buffers included."""
-    ema = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-    by_hand = torch.optim.swa_utils.get_ema_avg_fn(decay)
+    swa, utils = torch.optim.swa_utils, timm.utils
+    average = partial(swa.AveragedModel, use_buffers=True)
     return {
-        "swa": lambda m: torch.optim.swa_utils.AveragedModel(m, use_buffers=True),
-        "ema": lambda m: torch.optim.swa_utils.AveragedModel(m, multi_avg_fn=ema, use_buffers=True),
-        "ema by hand": lambda m: torch.optim.swa_utils.AveragedModel(m, avg_fn=by_hand, use_buffers=True),
-        "ModelEma": lambda m: timm.utils.ModelEma(m, decay=decay),
-        "ModelEmaV2": lambda m: timm.utils.ModelEmaV2(m, decay=decay),
-        "ModelEmaV3": lambda m: timm.utils.ModelEmaV3(m, decay=decay),
+        "swa": average,
+        "ema": partial(average, multi_avg_fn=swa.get_ema_multi_avg_fn(decay)),
+        "ema by hand": partial(average, avg_fn=swa.get_ema_avg_fn(decay)),
+        **{kind.__name__: partial(kind, decay=decay) for kind in (utils.ModelEma, utils.ModelEmaV2, utils.ModelEmaV3)},
     }
 
 

@@ -111,13 +111,11 @@ def test_converted_models_are_refused(source, converted):
 
 
 def test_a_dense_file_beside_a_converted_folder_is_read(converted, tmp_path):
-    model = mk.fuse_masterkeys(converted[0])
-    save_file(model.state_dict(), converted[1] / "other.safetensors")
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    for path in (converted[1] / "other.safetensors", tmp_path / "model.safetensors"):
-        assert len(collect_kernels([path])) == sum(
-            m.out_channels for m in converted[0].modules() if isinstance(m, mk.MasterKeyConv2d)
-        )
+    model, folder = converted
+    kernels = sum(m.out_channels for m in model.modules() if isinstance(m, mk.MasterKeyConv2d))
+    for path in (folder / "other.safetensors", tmp_path / "model.safetensors"):
+        save_file(mk.fuse_masterkeys(model).state_dict(), path)
+        assert len(collect_kernels([path])) == kernels
 
 
 @pytest.mark.parametrize("value", [0, 0.1, 1e-30, -3e8])

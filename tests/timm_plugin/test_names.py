@@ -66,9 +66,6 @@ def overlay_of(state_dict, path=None):
     return {"file": str(path)}
 
 
-# --- Registration
-
-
 REGISTRATION = """
 import importlib, logging, sys, warnings
 import timm
@@ -92,7 +89,7 @@ logging.basicConfig(level=logging.DEBUG)
 before, loaded = snapshot(), set(sys.modules)
 import timm_masterkeys as mk
 assert snapshot() == before
-heavy = {"scipy", "matplotlib", "pandas", "sklearn", "timm_masterkeys.layers.gpu_kernels"}
+heavy = {"scipy", "matplotlib", "pandas", "sklearn", "timm_masterkeys.layers.gpu_kernels", "timm_masterkeys.study"}
 heavy &= set(sys.modules) - loaded
 assert not heavy, heavy
 
@@ -141,16 +138,19 @@ def test_every_name_is_there():
             expected[f"{arch}.mk8_{tag}"] = name
     assert {name for name in everything if OWN.search(name)} == set(expected)
     assert set(timm.list_models("*.mk8*", include_tags=True)) == set(expected)
+    assert not any("." in name for name in timm.list_models()) and timm.is_model("convnext_tiny.mk8_fb_in22k")
     listed = timm.list_models("*.mk8*", pretrained=True)
     assert set(listed) == {own for own, name in expected.items() if timm.is_model_pretrained(name)}
-    assert all(timm.is_model_pretrained(own) == timm.is_model_pretrained(name) for own, name in expected.items())
+    assert all(timm.is_model_pretrained(own) == (own in listed) for own in expected)
     assert timm.list_models("convnext_tiny.mk8*", pretrained=True)[0] == "convnext_tiny.mk8"
-    assert timm.is_model("convnext_tiny.mk8_fb_in22k") and not any("." in name for name in timm.list_models())
-    assert "ghostnet_050.mk8" in set(expected) - set(listed)  # timm has no weights of it
-    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
-        timm.create_model("ghostnet_050.mk8", pretrained=True)
     names = ["convnext_atto.d2_in1k", "convnext_atto.mk8", "convnext_atto.mk8_d2_in1k"]
     assert list(timm.models.get_arch_pretrained_cfgs("convnext_atto")) == names
+
+
+def test_a_name_of_what_timm_has_no_weights_of():
+    assert timm.is_model("ghostnet_050.mk8") and not timm.is_model_pretrained("ghostnet_050.mk8")
+    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+        timm.create_model("ghostnet_050.mk8", pretrained=True)
 
 
 @pytest.mark.parametrize("name", ["convnext_tiny.fb_in22k", "ghostnet_050", ARCH])
@@ -171,14 +171,16 @@ def test_cfg_is_the_stock_one(name):
         ("convnext_tiny.mk8_in12_k", ConversionError, "expected convnext_tiny.mk8_in12k or "),
         ("resnet18.mk8", ConversionError, "resnet18 has no depthwise convolutions"),
         ("resnet18.mk8_a1_in1k", ConversionError, "resnet18 has no depthwise"),
+        ("resnetv2_50x1_bitm.mk8", ConversionError, "has no depthwise"),  # a deprecated name
         (f"{ARCH}.mk9", RuntimeError, f"Invalid pretrained tag (mk9) for {ARCH}."),  # these are timm's
         ("convnext_tni.mk8", RuntimeError, "Unknown model (convnext_tni)"),
     ],
 )
-def test_names_that_there_are_not(name, error, message):
-    for pretrained in (False, True):
-        with pytest.raises(error, match=re.escape(message)):
-            timm.create_model(name, pretrained=pretrained)
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.filterwarnings("ignore:Mapping deprecated model name:UserWarning")
+def test_names_that_there_are_not(name, error, message, pretrained):
+    with pytest.raises(error, match=re.escape(message)):
+        timm.create_model(name, pretrained=pretrained)
     assert name not in timm.list_models("*", include_tags=True)
 
 
@@ -187,8 +189,6 @@ def test_deprecated_names_are_never_silently_dense():
     model = timm.create_model("mnasnet_b1.mk8", device="meta")
     assert len(layers(model)) == 17 and model.pretrained_cfg["tag"] == "mk8"
     assert not layers(timm.create_model("mnasnet_b1", device="meta"))
-    with pytest.raises(ConversionError, match="has no depthwise convolutions"):
-        timm.create_model("resnetv2_50x1_bitm.mk8")
 
 
 @pytest.mark.parametrize("depthwise", [False, True])
@@ -203,9 +203,6 @@ def test_an_architecture_of_ones_own_that_was_not_registered(monkeypatch, depthw
     assert timm.create_model("my_own_net") is net
 
 
-# --- Stock names
-
-
 @pytest.mark.parametrize("name", [ARCH, f"{ARCH}.r160_in1k"])
 def test_stock_creation_is_untouched(name):
     model = timm.create_model(name)
@@ -218,28 +215,24 @@ def test_stock_creation_is_untouched(name):
     assert timm.models.model_entrypoint(ARCH).__name__ == ARCH
 
 
-@pytest.mark.parametrize(("name", "setting"), [(ARCH, "mk_bank"), (ARCH, "mk_exclude"), (MK8, "mk_keys")])
-def test_settings_that_a_name_does_not_have(name, setting):
-    error = (ConversionError, f"no {setting}; .*mk_keys_per_kernel") if name == MK8 else (TypeError, f"'{setting}'")
-    with pytest.raises(error[0], match=error[1]):
+@pytest.mark.parametrize(
+    ("name", "setting", "error", "message"),
+    [
+        (ARCH, "mk_bank", TypeError, "'mk_bank'"),
+        (ARCH, "mk_exclude", TypeError, "'mk_exclude'"),
+        (MK8, "mk_keys", ConversionError, "no mk_keys; .*mk_keys_per_kernel"),
+    ],
+)
+def test_settings_that_a_name_does_not_have(name, setting, error, message):
+    with pytest.raises(error, match=message):
         timm.create_model(name, **{setting: "none"})
 
 
-# --- From scratch
-
-
-def test_scratch_is_random_from_the_bank_and_seeded(caplog):
+def test_scratch_is_random_initialisation_and_seeded(caplog):
     with caplog.at_level(logging.WARNING):
-        model = timm.create_model(MK8)
-        other = timm.create_model(MK8)
-        torch.manual_seed(0)
-        same(model, timm.create_model(MK8))
+        model, other = timm.create_model(MK8), timm.create_model(MK8)
     assert not caplog.records  # nothing was converted: no fit to tell of
-    assert len(layers(model)) == 9
-    own_keys = mk.get_bank().keys_for((7, 7))
     for name, layer in layers(model).items():
-        assert torch.equal(layer.keys, own_keys) and layer.bank.name == "babaiee2025"
-        assert layer.key_index.unique().numel() > 4 and (layer.shift == 0).all() and (layer.r2 == -1).all()
         assert not torch.equal(layer.key_index, other.get_submodule(name).key_index)
     torch.manual_seed(0)
     same(model, mk.initialize_masterkeys(timm.create_model(ARCH)))
@@ -256,9 +249,6 @@ def test_meta_device_and_dtype(weights, caplog):
     with torch.no_grad():
         out = timm.create_model(MK8, **kwargs).eval()(torch.randn(1, 3, 64, 64, dtype=torch.bfloat16))
     assert out.dtype == torch.bfloat16 and out.isfinite().all()
-
-
-# --- Pretrained
 
 
 @pytest.mark.parametrize(
@@ -340,13 +330,10 @@ def test_patterns_of_stages_that_features_lack(caplog):
 @pytest.mark.parametrize(("arch", "features"), [("test_efficientnet", False), ("starnet_s1", True)])
 def test_the_pattern_that_the_error_recommends_works(arch, features, caplog):
     model = timm.create_model(arch, features_only=features)
-    try:
+    with contextlib.nullcontext() if features else pytest.raises(mk.ConversionError) as error:
         mk.plan_conversion(model, include="nothing")
-    except mk.ConversionError as error:
-        message = str(error)
-    else:
-        message = caplog.text
-    pattern = re.search(r"a whole stage is '(.*?)'", message)[1]
+    message = caplog.text if features else str(error.value)
+    pattern = re.search(r"a whole stage is '([^']*)'", message)[1]
     found = [layer.name for layer in mk.plan_conversion(model, include=pattern).converted]
     assert 0 < len(found) < len(mk.plan_conversion(model).converted) and found[0] in message
 
@@ -364,28 +351,34 @@ def trained(weights, **settings):
 
 
 @pytest.mark.parametrize(
-    ("kind", "kwargs"),
+    ("kind", "kwargs", "settings"),
     [
-        ("file.safetensors", {"num_classes": -1}),  # what train.py's --pretrained-path amounts to: a new head
-        ("file.pth", {"in_chans": 1}),
-        ("train.pth.tar", {"num_classes": 5}),
-        ("state_dict", {}),
+        ("file.safetensors", {"num_classes": -1}, {}),  # what train.py's --pretrained-path amounts to: a new head
+        ("file.pth", {"in_chans": 1}, {}),
+        ("train.pth.tar", {"num_classes": 5}, {}),
+        (None, {}, {}),
+        (None, {"num_classes": 5}, {"bank": "random8:3"}),
+        (None, {}, {"keys_per_kernel": 3, "trainable": "affine"}),
+        (None, {"num_classes": 5}, {"exclude": "stages.0.*"}),
+        (None, {}, {"bank": "scale-space-b", "trainable": "sigmas"}),
     ],
 )
-def test_a_converted_checkpoint(weights, tmp_path, caplog, kind, kwargs):
+def test_a_converted_checkpoint(weights, tmp_path, caplog, kind, kwargs, settings):
     """It comes back as it is, not its pointwise layers with random kernels projected."""
-    model = trained(weights)
-    overlay = overlay_of(model.state_dict(), None if kind == "state_dict" else tmp_path / kind)
-    if "file" in overlay:
-        same(timm.create_model(MK8, checkpoint_path=overlay["file"]), model)
+    model = trained(weights, **settings)
+    overlay = overlay_of(model.state_dict(), kind and tmp_path / kind)
+    create = functools.partial(timm.create_model, MK8, **{f"mk_{name}": value for name, value in settings.items()})
+    if kind:
+        same(create(checkpoint_path=overlay["file"]), model)
     if kwargs.get("num_classes") == -1:
-        again = timm.create_model(MK8, True, pretrained_cfg_overlay={**overlay, **kwargs})
+        again = create(pretrained=True, pretrained_cfg_overlay={**overlay, **kwargs})
     else:
-        again = timm.create_model(MK8, True, pretrained_cfg_overlay=overlay, **kwargs)
+        again = create(pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     loaded, given = again.state_dict(), model.state_dict()
     assert loaded.keys() == given.keys() and not caplog.records
     assert all(torch.equal(loaded[n], given[n]) for n in given if not n.startswith(("head.fc", "stem.0")) or not kwargs)
     assert all(type(p) is nn.Parameter and p.requires_grad for p in again.parameters())
+    assert {layer.trainable for layer in layers(again).values()} == {settings.get("trainable", "shift")}
 
 
 @pytest.mark.parametrize("arch", ["test_mambaout", pytest.param("ghostnet_050", marks=pytest.mark.slow), "fastvit_t8"])
@@ -399,31 +392,11 @@ def test_converted_checkpoints_of_other_families(arch):
 
 
 @pytest.mark.parametrize(
-    ("settings", "num_classes"),
-    [
-        ({"bank": "random8:3"}, 5),
-        ({"keys_per_kernel": 3, "trainable": "affine"}, 1000),
-        ({"exclude": "stages.0.*"}, 5),
-        ({"bank": "scale-space-b", "trainable": "sigmas"}, 1000),
-    ],
-)
-def test_a_converted_checkpoint_with_settings(weights, settings, num_classes):
-    model = trained(weights, **settings)
-    create = functools.partial(timm.create_model, MK8, True, num_classes=num_classes)
-    settings = {f"mk_{name}": value for name, value in settings.items()}
-    again = create(pretrained_cfg_overlay=overlay_of(model.state_dict()), **settings)
-    assert layers(again).keys() == layers(model).keys()
-    for name, layer in layers(again).items():
-        same(layer, model.get_submodule(name))
-        assert layer.trainable == settings.get("mk_trainable", "shift")
-
-
-@pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        (MK8, {"mk_bank": "random8:1"}, "made with another bank than 'random8:1'"),
+        (MK8, {"mk_bank": "random8:1"}, "another bank than 'random8:1'"),
         (MK8, {"mk_keys_per_kernel": 2}, "key_index: got shape"),
-        (MK8, {"mk_include": "stages.0.*"}, "converted in other layers than this one would be, as stages.1"),
+        (MK8, {"mk_include": "stages.0.*"}, "other layers than this one would be, as stages.1"),
         (MK8, {"mk_trainable": "sigmas", "mk_bank": "scale-space-b"}, "log_sigma"),
         ("test_efficientnet.mk8", {}, "has no layer stages"),
     ],
@@ -453,22 +426,19 @@ def test_cache_dir_reaches_timms_loader(weights, tmp_path):
 
 @pytest.mark.parametrize("kind", ["tag", "object", "dict", "resolved"])
 def test_cfg_as_an_argument(weights, kind):
-    cfg = replace(timm.get_pretrained_cfg(MK8), **overlay_of(weights))
+    cfg, overlay = replace(timm.get_pretrained_cfg(MK8), **overlay_of(weights)), overlay_of(weights)
     if kind == "tag":  # as train.py's --pretrained-cfg would
-        kwargs = {"model_name": ARCH, "pretrained_cfg": "mk8", "pretrained_cfg_overlay": overlay_of(weights)}
+        kwargs = {"model_name": ARCH, "pretrained_cfg": "mk8", "pretrained_cfg_overlay": overlay}
     elif kind == "resolved":  # as validate.py does
         if not hasattr(timm.models, "resolve_model_input_args"):
             pytest.skip("timm 1.0.31 brought it")
-        kwargs = {**timm.models.resolve_model_input_args(MK8), "pretrained_cfg_overlay": overlay_of(weights)}
+        kwargs = {**timm.models.resolve_model_input_args(MK8), "pretrained_cfg_overlay": overlay}
     else:
         kwargs = {"model_name": ARCH, "pretrained_cfg": cfg if kind == "object" else cfg.to_dict()}
     model = timm.create_model(**kwargs, pretrained=True)
     same(model, mk.convert_to_masterkeys(stock(weights)))
     assert model.pretrained_cfg["tag"] == "mk8" and "state_dict" not in model.pretrained_cfg
     assert cfg.state_dict  # the caller's own cfg keeps it
-
-
-# --- Settings
 
 
 @pytest.mark.parametrize(
@@ -494,21 +464,25 @@ def test_settings(weights, pretrained, arguments, settings):
     else:
         expected = mk.initialize_masterkeys(timm.create_model(ARCH), **settings)
     same(model, expected)
-    assert [(n, p.shape) for n, p in model.named_parameters()] == [(n, p.shape) for n, p in expected.named_parameters()]
-    assert {layer.bank.name for layer in layers(model).values()} == {settings.get("bank", "babaiee2025")}
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in expected.named_parameters()]
 
 
-def test_banks_as_objects_and_settings_that_are_wrong():
-    """All that is wrong with settings: test_config.py."""
+def test_a_bank_as_an_object():
     bank = mk.KeyBank("mine", torch.randn(3, 5, 5))
     assert {layer.bank for layer in layers(timm.create_model(MK8, mk_bank=bank)).values()} == {bank}
-    with pytest.raises(mk.BankError, match="Unknown bank 'nope'"):
-        timm.create_model(MK8, mk_bank="nope")
-    with pytest.raises(mk.ConversionError, match=r"Pattern 'blocks\.\*' matches none"):
-        timm.create_model(MK8, mk_include="blocks.*")
 
 
-# --- Names pointed at published weights
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"mk_bank": "nope"}, mk.BankError, "Unknown bank 'nope'"),
+        ({"mk_include": "blocks.*"}, mk.ConversionError, r"Pattern 'blocks\.\*' matches none"),
+    ],
+)
+def test_settings_that_are_wrong(settings, error, message):
+    """All that may be: test_config.py."""
+    with pytest.raises(error, match=message):
+        timm.create_model(MK8, **settings)
 
 
 @pytest.fixture
@@ -533,14 +507,14 @@ def write_lists(folder, text):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (f"{MK8}=orgname", f"Got the source 'orgname' for {MK8}, expected 'org/name'"),
-        (f"{MK8} = org/name", f"Got the source '' for {MK8}"),
-        (f"{MK8}_ours=org/name@", "Got the source 'org/name@'"),
-        (f"{MK8}=org/a,test_convnext2.mk8=org/b", "Got the source 'org/a,test_convnext2.mk8=org/b'"),
-        ("resnet18.mk8=org/a", "Got the name 'resnet18.mk8'"),
+        (f"{MK8}=orgname", f"source 'orgname' for {MK8}, expected 'org/name'"),
+        (f"{MK8} = org/name", f"source '' for {MK8}"),
+        (f"{MK8}_ours=org/name@", "source 'org/name@'"),
+        (f"{MK8}=org/a,test_convnext2.mk8=org/b", "source 'org/a,test_convnext2.mk8=org/b'"),
+        ("resnet18.mk8=org/a", "name 'resnet18.mk8'"),
         (f"{MK8}=org/a {{folder}}/none.txt", "none.txt' cannot be read"),
-        (f"{MK8}=org/a {{folder}}/names.txt", "Got the source 'nonsense'"),
-        ("{folder}/my zoo/names.txt", "Got the source 'nonsense'"),
+        (f"{MK8}=org/a {{folder}}/names.txt", "source 'nonsense'"),
+        ("{folder}/my zoo/names.txt", "source 'nonsense'"),
     ],
 )
 def test_what_is_wrong_with_the_variable_is_an_error_for_every_name(pointed, tmp_path, monkeypatch, value, message):
@@ -548,9 +522,8 @@ def test_what_is_wrong_with_the_variable_is_an_error_for_every_name(pointed, tmp
     write_lists(tmp_path, f"{MK8}_ours=org/a\n{MK8}=nonsense\n")
     monkeypatch.setenv("TIMM_MASTERKEYS_WEIGHTS", value.format(folder=tmp_path))
     for name in (MK8, MK8, "convnext_atto.mk8"):
-        with pytest.raises(mk.ConversionError, match=r"^TIMM_MASTERKEYS_WEIGHTS is ") as error:
+        with pytest.raises(mk.ConversionError, match=f"^TIMM_MASTERKEYS_WEIGHTS is .*{re.escape(message)}"):
             timm.create_model(name, pretrained=True)
-        assert message in str(error.value)
     assert not pointed and layers(timm.create_model(MK8)) and not layers(timm.create_model(ARCH))
 
 
@@ -565,7 +538,6 @@ def test_pairs_and_lists_in_the_variable(pointed, tmp_path, monkeypatch, value):
     assert published.published_source("convnext_atto.mk8") is None
     assert pointed.pop(MK8, "org/b") == "org/b"
     assert pointed == {f"{MK8}_ours": "org/a@0a1b", f"{MK8}_new": "org/own", f"{MK8}_only": "org/d"}
-    assert timm.get_pretrained_cfg(f"{MK8}_ours").hf_hub_id == "org/a@0a1b"
     with pytest.raises(ConversionError, match=f"Got {MK8}_neww, expected .*{MK8}_new"):
         timm.create_model(f"{MK8}_neww")
 
@@ -580,14 +552,14 @@ def test_a_list_of_names(pointed, tmp_path):
     with pytest.raises(mk.ConversionError, match="zoo4"):
         mk.use_weights(str(names))
     assert not timm.is_model_pretrained(f"{MK8}_zoo3") and len(pointed) == 2
-    names.write_bytes(b"\xff")
+
+
+def test_a_list_that_cannot_be_read(tmp_path):
+    (tmp_path / "names.txt").write_bytes(b"\xff")
     with pytest.raises(mk.ConversionError, match="cannot be read"):
-        mk.use_weights(names)
-    with pytest.raises(mk.ConversionError, match=r"Got the name 'nowhere\.txt'.* path of a list"):
+        mk.use_weights(tmp_path / "names.txt")
+    with pytest.raises(mk.ConversionError, match=r"name 'nowhere\.txt'.* path of a list"):
         mk.use_weights("nowhere.txt")
-
-
-# --- FX
 
 
 def test_fx_keeps_the_layer_whole():
@@ -595,19 +567,17 @@ def test_fx_keeps_the_layer_whole():
     model, x, nodes = timm.create_model(MK8).eval(), torch.randn(1, 3, 64, 64), {"stages.2": "out"}
     kept = {"leaf_modules": get_notrace_modules()}
     assert MasterKeyConv2d in kept["leaf_modules"]
-    extractors = [timm.layers.create_feature_extractor(model, nodes)]
-    extractors += [create_feature_extractor(model, nodes, tracer_kwargs=kept), create_feature_extractor(model, nodes)]
-    for extractor in extractors[:2]:
+    whole = [timm.layers.create_feature_extractor(model, nodes)]
+    whole += [create_feature_extractor(model, nodes, tracer_kwargs=kept)]
+    for extractor in whole:
         called = [node.target for node in extractor.graph.nodes if node.op == "call_module"]
         assert set(layers(model)) & set(called) == set(layers(extractor)) and len(layers(extractor)) == 7
-    for context in (torch.no_grad(), contextlib.nullcontext()):
-        with context:
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
             expected = model.stages[:3](model.stem(x))
-            assert all(torch.allclose(extractor(x)["out"], expected, atol=1e-6) for extractor in extractors)
+            for extractor in (*whole, create_feature_extractor(model, nodes)):
+                assert torch.allclose(extractor(x)["out"], expected, atol=1e-6)
             assert torch.allclose(torch.fx.symbolic_trace(model)(x), model(x), atol=1e-6)
-
-
-# --- timm's private names
 
 
 def test_only_one_module_touches_them():
