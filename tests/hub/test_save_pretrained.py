@@ -422,6 +422,7 @@ def test_config_does_not_change_what_the_model_says(model, tmp_path):
     for config, message in (
         (dict.fromkeys(entries, "test_efficientnet"), f"config holds {', '.join(entries)}, "),
         ({"mine": object()}, "cannot be written as JSON"),
+        ("out/config.json", "config is 'out/config.json', expected a mapping"),
     ):
         with pytest.raises(ConversionError, match=message):
             mk.save_pretrained(model, tmp_path / "out", config=config)

@@ -68,8 +68,7 @@ def gather_contents(
             "load it again. Save its state_dict instead."
         )
     layers = converted_layers(model, required=True)
-    config = dict(config or {})
-    _check_config(config)
+    _check_config(config or {})
     report = report_layers(model, layers)
     _check_finite(model)
     banks = {layer.bank for layer in layers.values()}
@@ -88,15 +87,17 @@ def gather_contents(
         "mean_r2": None if math.isnan(r2) else round(r2, 4),
         "versions": {"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},
     }
-    return Contents(model, layers, dict(cfg), report, record, section, config)
+    return Contents(model, layers, dict(cfg), report, record, section, dict(config or {}))
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
+def _check_config(config: Any) -> None:
+    if not isinstance(config, Mapping):
+        raise ConversionError(f"config is {config!r:.200}, expected a mapping with entries for config.json.")
     reserved = [name for name in config if name in OWN_ENTRIES]
     if reserved:
         raise ConversionError(f"config holds {', '.join(reserved)}, which come from the model. Leave them out.")
     try:
-        json.dumps(config)
+        json.dumps(dict(config))
     except (TypeError, ValueError) as error:
         raise ConversionError(f"config cannot be written as JSON: {error}.") from None
 
