@@ -384,6 +384,10 @@ def double_relu(model):
     put("stages.0.blocks.0.mlp.act", nn.ReLU())(model.double())
 
 
+def uncopyable(model):
+    model.images = (image for image in ())
+
+
 def emptied(model):
     model.stages[0].blocks[0].conv_dw.to("meta").to_empty(device="cpu")
 
@@ -403,6 +407,8 @@ def emptied(model):
         (put("head.fc.weight", torch.nan), ConversionError, "^head.fc.weight holds NaN or Inf"),
         (put("stages.0.blocks.0.conv_dw.shift", torch.inf), ConversionError, "shift holds NaN or Inf"),
         (emptied, CheckpointError, "has no values"),
+        (uncopyable, ConversionError, "'images' of the model itself .* is a generator"),
+        (lambda m: m.head.fc.to("meta") and None, ConversionError, r"head\.fc\.weight has no values"),
         (double_relu, ConversionError, "the same weights, but other outputs"),
     ],
 )

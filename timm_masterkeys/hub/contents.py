@@ -103,12 +103,14 @@ def _check_config(config: Any) -> None:
 
 
 def _check_finite(model: nn.Module) -> None:
-    """Raises ConversionError if a model is quantised or holds NaN or Inf."""
+    """Raises ConversionError if a model is quantised, lacks values, or holds NaN or Inf."""
     if entry := quantised_entry(model):
         raise ConversionError(
             f"{entry}, expected ordinary tensors, of which timm makes a model again. Save the model before it is "
             "quantised, and quantise what is loaded."
         )
     for name, value in model.state_dict().items():
-        if not value.is_meta and not value.isfinite().all():
+        if value.is_meta:
+            raise ConversionError(f"{name} has no values: it is on the meta device, or offloaded. Load weights first.")
+        if not value.isfinite().all():
             raise ConversionError(f"{name} holds NaN or Inf. Fix the weights, then save.")
