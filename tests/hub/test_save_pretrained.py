@@ -419,7 +419,7 @@ def test_what_could_not_be_loaded_is_not_saved(folder, tmp_path, change, error, 
     for path in (tmp_path / "deep" / "out", old):
         with pytest.raises(error, match=message):
             mk.save_pretrained(model, path)
-    assert not (tmp_path / "deep" / "out").exists() and contents(old) == contents(folder)
+    assert not (tmp_path / "deep").exists() and contents(old) == contents(folder)
     assert torch.equal(torch.get_rng_state(), state)
 
 

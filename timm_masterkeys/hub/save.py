@@ -123,16 +123,16 @@ def _previous_section(config: Path) -> Mapping[str, Any] | None:
 
 @contextmanager
 def _saving(directory: Path) -> Iterator[Path]:
-    """Yields a temporary folder in the directory. Creates a missing directory, and removes it if the save fails."""
-    created = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
+    """Yields a temporary folder in the directory. Creates missing directories, and removes them if the save fails."""
+    created = [path for path in (directory, *directory.absolute().parents) if not path.exists()]
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         with work_folder(directory, "saving") as tmp:
             yield tmp
     except BaseException:
-        if created:
+        for path in created:
             with suppress(OSError):  # not empty: another process has written to it
-                directory.rmdir()
+                path.rmdir()
         raise
 
 
