@@ -16,6 +16,7 @@ from timm.layers import get_act_layer, get_norm_layer
 from timm.models import get_model_args, save_for_hf
 from torch import nn
 
+from ..conversion.record import Source
 from ..conversion.tags import masterkeys_tag
 from ..conversion.wrapped import evaluating
 from ..errors import CheckpointError, ConversionError, in_short
@@ -111,12 +112,13 @@ def write_contents(contents: Contents, directory: Path, entries: CardEntries) ->
 
 
 def _previous_section(config: Path) -> Mapping[str, Any] | None:
-    """What an earlier publication in the same place said of its weights: empty for a dense model, None if none."""
+    """What an earlier publication in the same place said of its weights: empty for a dense model or if damaged."""
     if not config.is_file():
         return None
     with suppress(CheckpointError, LookupError, TypeError):
         section = read_section(config)
         if section and section["files"][FUSED_NAME]:
+            Source(**(section["source"] or {}))  # else it is damaged, or of a later version
             return section
     return {}
 
