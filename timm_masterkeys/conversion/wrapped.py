@@ -1,4 +1,4 @@
-"""Models that are wrapped, averaged, sharded, quantised or compiled."""
+"""Models that are wrapped, averaged, sharded, quantised or compiled; and work that torch's settings do not change."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,3 +74,19 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         for module, module.training, compiled in before:
             if compiled is not None:
                 module._compiled_call_impl = compiled
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Runs its body in float32 on the CPU, whatever torch's settings; restores these and the random state."""
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    full_precision = torch.autocast("cpu", enabled=False)
+    with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.device("cpu"), full_precision:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_float32_matmul_precision(precision)

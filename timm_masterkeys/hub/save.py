@@ -18,7 +18,7 @@ from torch import nn
 
 from ..conversion.record import Source
 from ..conversion.tags import masterkeys_tag
-from ..conversion.wrapped import evaluating
+from ..conversion.wrapped import evaluating, undisturbed
 from ..errors import CheckpointError, ConversionError, in_short
 from ..files import atomic_path, os_errors, work_folder
 from .card import CardEntries, make_card, read_readme
@@ -189,11 +189,11 @@ def _check_reload(model: nn.Module, folder: Path, saved: Mapping[str, Any]) -> N
     """Raises ConversionError unless the saved files load as a model with the same weights and outputs."""
     cfg = {**saved["pretrained_cfg"], "architecture": saved["architecture"], "num_classes": saved["num_classes"]}
     try:
-        with torch.random.fork_rng(devices=[]):
+        with undisturbed():
             del cfg["tag"]  # dense, as stock timm makes it
             reloaded = timm.create_model(saved["architecture"], pretrained_cfg=cfg, **saved["model_args"])
-        reloaded.load_state_dict(load_file(folder / FUSED_NAME))
-        restore_layers(reloaded, read_compact(folder / COMPACT_NAME))
+            reloaded.load_state_dict(load_file(folder / FUSED_NAME))
+            restore_layers(reloaded, read_compact(folder / COMPACT_NAME))
     except OSError:
         raise
     except Exception as error:  # whatever timm raises for a model of another structure

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import nn
 
@@ -24,6 +23,7 @@ from ..calibration.images import BUILTIN
 from ..conversion.config import MasterKeysConfig
 from ..conversion.plan import converted_layers
 from ..conversion.record import read_record, set_source
+from ..conversion.wrapped import undisturbed
 from ..errors import CheckpointError
 from ..files import os_errors, tensors_sha256
 from ..hub.load import SavedModel, read_saved
@@ -108,7 +108,7 @@ def _build(call: Call, shape: tuple[int, int]) -> nn.Module:
     size = (channels, *call.cfg.input_size[1:])
     cfg = replace(call.cfg, input_size=size, num_classes=classes, label_offset=None)
     weights_call = replace(call, cfg=cfg, kwargs={**call.arguments, "cache_dir": call.cache_dir})
-    with _undisturbed():
+    with undisturbed():
         return weights_call.build(True).eval()
 
 
@@ -120,7 +120,7 @@ def _calibrate(call: Call, config: MasterKeysConfig, dense: nn.Module, images: s
         "photographs that ship with timm_masterkeys" if images == BUILTIN else images,
         ", once; it is kept in the cache afterwards" if kept else "",
     )
-    with _undisturbed():
+    with undisturbed():
         model, report = convert_and_calibrate(dense, config, images, call.flat_names)
     _logger.warning("%s: calibrated %s.", call.name, report.summary())
     return model
@@ -151,19 +151,3 @@ def _usable(folder: Path) -> bool:
 def _section_sha256(section: Mapping[str, Any]) -> str:
     """The SHA-256 of a section but for this digest: the figures in it are of an entry's weights."""
     return hashlib.sha256(json.dumps({**section, "sha256": ""}, sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Runs its body in float32 on the CPU, whatever torch's settings; restores these and the random state."""
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    full_precision = torch.autocast("cpu", enabled=False)
-    with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.device("cpu"), full_precision:
-        torch.set_default_dtype(torch.float32)
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
-            torch.set_float32_matmul_precision(precision)
