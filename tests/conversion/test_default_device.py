@@ -96,6 +96,15 @@ def test_calibration(dense, both, tmp_path):
     assert equal(one, other) and after == again
 
 
+def test_a_save(dense, both, tmp_path):
+    """Of a float32 model on the CPU, in whatever torch makes new tensors."""
+    model = mk.convert_to_masterkeys(dense)
+    folders = iter((tmp_path / "one", tmp_path / "other"))
+    one, other = both(lambda: mk.save_pretrained(model, next(folders)))
+    for name in ("model.safetensors", "masterkeys.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
 def test_kernels_for_a_search(dense, both, monkeypatch):
     monkeypatch.setattr(discovery, "STEPS", 20)
     data = np.random.default_rng(0).standard_normal((9, 3, 3))

@@ -107,7 +107,7 @@ def test_a_wrapped_model_is_not_converted(pair, wrapper, inplace, tmp_path):
 
 
 @pytest.mark.parametrize("shard", ["fully_shard", "FullyShardedDataParallel"])
-def test_a_sharded_model_is_refused(pair, shard):
+def test_a_sharded_model_is_refused(pair, shard, tmp_path):
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     if not hasattr(fsdp, shard):
         pytest.skip("public from torch 2.6")
@@ -121,9 +121,11 @@ def test_a_sharded_model_is_refused(pair, shard):
         (mk.ConversionError, lambda: mk.initialize_masterkeys(dense, inplace=True)),
         (mk.ConversionError, lambda: mk.fuse_masterkeys(model)),
         (mk.CalibrationError, lambda: mk.calibrate_masterkeys(model, pair[1], torch.randn(12, 3, 32, 32))),
+        (mk.ConversionError, lambda: mk.save_compact(model, tmp_path / "compact.safetensors")),
     ):
         with pytest.raises(error, match="sharded"):
             call()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_submodule_called_module_is_no_wrapper():

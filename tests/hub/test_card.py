@@ -99,8 +99,15 @@ def test_what_is_said_of_other_weights_is_not_kept(model, dense, tmp_path):
     assert "license" not in card(other, tmp_path).data.to_dict()
 
 
-def test_results_of_a_dense_network_are_not_those_of_the_converted_one(model, dense, tmp_path):
+@pytest.mark.parametrize(
+    "damaged",
+    [None, "{", '{"masterkeys": {"format_version": 1, "files": {"model.safetensors": "0"}, "source": "a/b"}}'],
+)
+def test_results_of_a_dense_network_are_not_those_of_the_converted_one(model, dense, tmp_path, damaged):
+    """Nor are those of a network of which nothing can be read."""
     timm.models.save_for_hf(dense, str(tmp_path), safe_serialization=True)
+    if damaged:
+        (tmp_path / "config.json").write_text(damaged)
     data = ModelCardData(
         model_name="dense", eval_results=[EvalResult("image-classification", "a", "a", "accuracy", 90.0)], language="en"
     )

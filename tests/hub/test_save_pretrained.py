@@ -393,6 +393,10 @@ def double_relu(model):
     put("stages.0.blocks.0.mlp.act", nn.ReLU())(model.double())
 
 
+def uncopyable(model):
+    model.images = (image for image in ())
+
+
 def emptied(model):
     model.stages[0].blocks[0].conv_dw.to("meta").to_empty(device="cpu")
 
@@ -412,6 +416,8 @@ def emptied(model):
         (put("head.fc.weight", torch.nan), ConversionError, "^head.fc.weight holds NaN or Inf"),
         (put("stages.0.blocks.0.conv_dw.shift", torch.inf), ConversionError, "shift holds NaN or Inf"),
         (emptied, CheckpointError, "has no values"),
+        (uncopyable, ConversionError, "'images' of the model itself .* is a generator"),
+        (lambda m: m.head.fc.to("meta") and None, ConversionError, r"head\.fc\.weight has no values"),
         (double_relu, ConversionError, "the same weights, but other outputs"),
     ],
 )
@@ -422,7 +428,7 @@ def test_what_could_not_be_loaded_is_not_saved(folder, tmp_path, change, error, 
     for path in (tmp_path / "deep" / "out", old):
         with pytest.raises(error, match=message):
             mk.save_pretrained(model, path)
-    assert not (tmp_path / "deep" / "out").exists() and contents(old) == contents(folder)
+    assert not (tmp_path / "deep").exists() and contents(old) == contents(folder)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -431,6 +437,7 @@ def test_config_does_not_change_what_the_model_says(model, tmp_path):
     for config, message in (
         (dict.fromkeys(entries, "test_efficientnet"), f"config holds {', '.join(entries)}, "),
         ({"mine": object()}, "cannot be written as JSON"),
+        ("out/config.json", "config is 'out/config.json', expected a mapping"),
     ):
         with pytest.raises(ConversionError, match=message):
             mk.save_pretrained(model, tmp_path / "out", config=config)

@@ -22,6 +22,7 @@ import timm_masterkeys as mk
 from timm_masterkeys import ConversionError
 from timm_masterkeys.calibration import agreement, images
 from timm_masterkeys.conversion.record import read_record
+from timm_masterkeys.conversion.torch_settings import undisturbed
 from timm_masterkeys.timm_plugin import cache, cache_key, calibrated
 from timm_masterkeys.timm_plugin import create as loading
 
@@ -256,7 +257,7 @@ def test_calibration_has_full_precision_whatever_the_caller_has():
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            with calibrated._undisturbed():
+            with undisturbed():
                 assert precisions() == (False, "highest")
             assert precisions() == (True, "medium")
     finally:

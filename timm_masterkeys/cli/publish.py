@@ -30,9 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..hub.card import read_readme
     from ..hub.contents import OWN_ENTRIES
-    from ..hub.publish import push_to_hub
+    from ..hub.license import check_license
+    from ..hub.publish import check_target, push_to_hub
     from .load_model import check_name, create
 
+    check_target(args.repo_id, args.revision, args.create_pr)  # before a network is calibrated
+    if args.license:
+        check_license(args.license)
     folder, config, readme = Path(args.model), {}, ""
     if not folder.is_dir():
         check_name(args.model)

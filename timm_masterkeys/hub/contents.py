@@ -69,7 +69,7 @@ def gather_contents(
             "load it again. Save its state_dict instead."
         )
     layers = converted_layers(model, required=True)
-    extra = dict(config or {})
+    extra = {} if config is None else config
     _check_extra(extra)
     report = report_layers(model, layers)
     _check_finite(model)
@@ -88,26 +88,30 @@ def gather_contents(
         "mean_r2": None if math.isnan(r2) else round(r2, 4),
         "versions": {"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},
     }
-    return Contents(model, layers, dict(cfg), report, record, section, extra)
+    return Contents(model, layers, dict(cfg), report, record, section, dict(extra))
 
 
-def _check_extra(extra: Mapping[str, Any]) -> None:
+def _check_extra(extra: Any) -> None:
+    if not isinstance(extra, Mapping):
+        raise ConversionError(f"config is {extra!r:.200}, expected a mapping with entries for config.json.")
     reserved = [name for name in extra if name in OWN_ENTRIES]
     if reserved:
         raise ConversionError(f"config holds {', '.join(reserved)}, which come from the model. Leave them out.")
     try:
-        json.dumps(extra)
+        json.dumps(dict(extra))
     except (TypeError, ValueError) as error:
         raise ConversionError(f"config cannot be written as JSON: {error}.") from None
 
 
 def _check_finite(model: nn.Module) -> None:
-    """Raises ConversionError if a model is quantised or holds NaN or Inf."""
+    """Raises ConversionError if a model is quantised, lacks values, or holds NaN or Inf."""
     if entry := quantised_entry(model):
         raise ConversionError(
             f"{entry}, expected ordinary tensors, of which timm makes a model again. Save the model before it is "
             "quantised, and quantise what is loaded."
         )
     for name, value in model.state_dict().items():
-        if not value.is_meta and not value.isfinite().all():
+        if value.is_meta:
+            raise ConversionError(f"{name} has no values: it is on the meta device, or offloaded. Load weights first.")
+        if not value.isfinite().all():
             raise ConversionError(f"{name} holds NaN or Inf. Fix the weights, then save.")

@@ -121,10 +121,7 @@ def push_to_hub(
     Example:
         >>> print(push_to_hub(model, "me/convnext_tiny.mk8"))
     """
-    if not re.fullmatch(r"[^/@]+/[^/@]+", repo_id):
-        raise HubError(f"Got repo_id '{repo_id}', expected 'org/name', with a user or an organisation.")
-    if create_pr and revision:
-        raise HubError("create_pr opens a pull request to the default branch; leave revision out.")
+    check_target(repo_id, revision, create_pr)
     contents = gather_contents(model, license, base_model, config)
     weights_license = require_license(contents.source, contents.cfg)
     entries = CardEntries(repo_id, datasets, tags, metrics)
@@ -151,6 +148,14 @@ def push_to_hub(
             publication = _commit(api, publication, commit_message, directory, create_pr)
             _logger.info("Published hf-hub:%s@%s", repo_id, publication.sha)
     return publication
+
+
+def check_target(repo_id: str, revision: str | None, create_pr: bool) -> None:
+    """Raises HubError for a target that ``push_to_hub`` refuses."""
+    if not re.fullmatch(r"[^/@]+/[^/@]+", repo_id):
+        raise HubError(f"Got repo_id '{repo_id}', expected 'org/name', with a user or an organisation.")
+    if create_pr and revision:
+        raise HubError("create_pr opens a pull request to the default branch; leave revision out.")
 
 
 def _save(

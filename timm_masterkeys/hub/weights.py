@@ -23,7 +23,7 @@ from ..conversion.config import LayerSettings
 from ..conversion.convert import fuse, new_layers, replace_layers
 from ..conversion.copies import copy_model
 from ..conversion.plan import converted_layers, flat_name, is_feature_extractor
-from ..conversion.wrapped import check_unwrapped, unwrapped
+from ..conversion.wrapped import check_unwrapped, check_whole, unwrapped
 from ..errors import BankError, CheckpointError
 from ..files import atomic_path, file_sha256
 from ..keys.banks import KeyBank
@@ -66,14 +66,17 @@ def save_compact(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: A ``.safetensors`` file.
 
     Raises:
-        ConversionError: The model holds no MasterKeyConv2d, or is an average of networks with different keys.
+        ConversionError: The model holds no MasterKeyConv2d, is sharded, or is an average of networks with different
+            keys.
         CheckpointError: A layer has no values: it is on the meta device, or was created empty.
         OSError: The file cannot be written.
 
     Example:
         >>> save_compact(model, "masterkeys.safetensors")
     """
-    write_compact(converted_layers(unwrapped(model), required=True), path)
+    model = unwrapped(model)
+    check_whole(model)
+    write_compact(converted_layers(model, required=True), path)
 
 
 def write_compact(layers: Mapping[str, MasterKeyConv2d], path: str | os.PathLike[str]) -> None:

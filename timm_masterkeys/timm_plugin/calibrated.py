@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..calibration.agreement import convert_and_calibrate
 from ..calibration.images import BUILTIN
 from ..conversion.config import MasterKeysConfig
 from ..conversion.record import set_source
+from ..conversion.torch_settings import undisturbed
 from ..errors import CheckpointError
 from ..files import tensors_sha256
 from ..hub.load import SavedModel
@@ -104,7 +104,7 @@ def _build_dense(call: Call, shape: tuple[int, int]) -> nn.Module:
     size = (channels, *call.cfg.input_size[1:])
     cfg = replace(call.cfg, input_size=size, num_classes=classes, label_offset=None)
     weights_call = replace(call, cfg=cfg, kwargs={**call.arguments, "cache_dir": call.cache_dir})
-    with _undisturbed():
+    with undisturbed():
         return weights_call.build(True).eval()
 
 
@@ -116,23 +116,7 @@ def _convert_and_log(call: Call, config: MasterKeysConfig, dense: nn.Module, ima
         "photographs that ship with timm_masterkeys" if images == BUILTIN else images,
         ", once; it is kept in the cache afterwards" if kept else "",
     )
-    with _undisturbed():
+    with undisturbed():
         model, report = convert_and_calibrate(dense, config, images, call.flat_names)
     _logger.warning("%s: calibrated %s.", call.name, report.summary())
     return model
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Runs its body in float32 on the CPU, whatever torch's settings; restores these and the random state."""
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    full_precision = torch.autocast("cpu", enabled=False)
-    with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.device("cpu"), full_precision:
-        torch.set_default_dtype(torch.float32)
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
-            torch.set_float32_matmul_precision(precision)
