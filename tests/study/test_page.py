@@ -124,6 +124,11 @@ def test_a_convolution_alone():
     assert "Best, median and worst fits" in headings(page_of(mk.convert_to_masterkeys(conv), conv))
 
 
+def test_names_that_look_like_patterns():
+    dense = torch.nn.ModuleDict({name: torch.nn.Conv2d(4, 4, 3, groups=4) for name in ("conv[0]", "*")})
+    assert "R² of random keys" in page_of(mk.convert_to_masterkeys(dense), dense)
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [400, 1280])
 def test_it_is_readable_in_a_browser(rendered_page, tmp_path, width):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..conversion.convert import convert_to_masterkeys
+from ..conversion.config import LayerSettings
+from ..conversion.convert import apply
 from ..conversion.copies import copy_model
 from ..conversion.operator_report import OPERATOR_TITLES
 from ..conversion.plan import converted_layers
@@ -139,14 +140,10 @@ def _figures(
 
 
 def _control(dense: nn.Module, report: ConversionReport) -> nn.Module:
-    """The dense model converted with random keys, as many per kernel as the report's layers have."""
-    model = copy_model(dense)
-    most = len(get_bank(CONTROL_BANK))
-    for count in sorted({layer.keys_per_kernel for layer in report.layers}):
-        names = [layer.name for layer in report.layers if layer.keys_per_kernel == count]
-        each = min(count, most)
-        model = convert_to_masterkeys(model, CONTROL_BANK, include=names, keys_per_kernel=each, inplace=True)
-    return model
+    """The dense model converted with random keys, as many per kernel as the report's layers have, if there are."""
+    bank = get_bank(CONTROL_BANK)
+    keys = {layer.name: min(layer.keys_per_kernel, len(bank)) for layer in report.layers}
+    return apply(copy_model(dense), {name: LayerSettings(bank, count) for name, count in keys.items()})
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], total: bool = False) -> str:
