@@ -615,6 +615,12 @@ def test_it_warns_of_a_dense_model_with_other_weights(caplog):
     assert "differ from the dense model's (1 of them, for example bn1.weight)" in caplog.text
 
 
+def test_a_network_without_parameters():
+    dense = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3, bias=False)).eval()
+    model = mk.convert_to_masterkeys(dense, trainable="none")
+    assert mk.calibrate_masterkeys(model, dense, torch.randn(10, 3, 8, 8)).stages[0].changed == ["0"]
+
+
 @pytest.mark.parametrize("second", ["whole", "part"])
 def test_a_part_that_was_calibrated_alone_is_known_to_be(caplog, second):
     dense = nn.Sequential(Crossing(), nn.Identity()).eval()

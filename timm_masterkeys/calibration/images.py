@@ -1,6 +1,7 @@
 """Images to calibrate with: from a folder, a tensor or a loader; or crops of the photographs that ship."""
 
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -280,7 +281,7 @@ def load_images(images: Images, model: nn.Module, max_images: int, given: Pixels
     images = images[_spread(len(images), max_images)]
     if not images.isfinite().all():
         raise CalibrationError("images hold NaN or Inf.")
-    return images.to(next(model.parameters()))
+    return images.to(next(itertools.chain(model.parameters(), model.buffers())))  # all of it may be frozen
 
 
 def _is_builtin(images: Any) -> bool:
