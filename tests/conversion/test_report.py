@@ -213,5 +213,7 @@ def test_errors():
             conversion_report(dense)
     with pytest.raises(ConversionError, match="no convolution '1'"):
         conversion_report(convert_to_masterkeys(model), nn.Identity())
+    with pytest.raises(ConversionError, match=r"lazy layers.*Run it"):
+        conversion_report(convert_to_masterkeys(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.LazyLinear(2))))
     with torch.device("meta"), pytest.raises(ConversionError, match=r"meta device.*Load weights"):
         conversion_report(convert_to_masterkeys(net()))
