@@ -116,9 +116,11 @@ def _figures(
     model: nn.Module, dense: nn.Module | None, report: ConversionReport, control: ConversionReport | None
 ) -> Iterator[tuple[str, "Figure", str]]:
     """The pictures, each with its title and caption."""
-    bank = next(iter(converted_layers(model).values())).bank
+    banks = dict.fromkeys(layer.bank for layer in converted_layers(model).values())
     has_fit = not math.isnan(report.total.mean_r2)
-    yield "The bank", plot_bank(bank), "The keys: red is positive, blue negative, white zero."
+    for bank in banks:
+        title = "The bank" if len(banks) == 1 else f"The bank {bank.name}"
+        yield title, plot_bank(bank), "The keys: red is positive, blue negative, white zero."
     yield (
         "The keys as the layers use them",
         plot_used_keys(model),
@@ -126,7 +128,7 @@ def _figures(
     )
     if has_fit:
         reports = {report.bank: report} | ({f"{CONTROL_BANK} (control)": control} if control else {})
-        beside = "; as many of eight random keys are the control" if control else ""
+        beside = "; as many of eight random keys, at most all of them, are the control" if control else ""
         yield "Coverage", plot_coverage(reports), f"The share of kernels whose fit is above each R²{beside}."
         yield "Fit by depth", plot_r2(report), "Mean, median and worst R² of every layer."
     yield "Keys by depth", plot_keys(report), "The key nearest to each kernel (of several keys, the first)."
