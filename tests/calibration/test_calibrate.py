@@ -519,6 +519,16 @@ def test_layers_it_cannot_place_are_named():
     assert "more than once" in report.stages[0].left["blocks.1.inner.0"]
 
 
+def test_a_norm_of_several_layers_stays_as_it_is():
+    norm = nn.BatchNorm2d(8)
+    convs = [nn.Conv2d(8, 8, size, padding=size // 2, groups=8) for size in (3, 5)]
+    dense, x = nn.Sequential(convs[0], norm, convs[1], norm).eval(), torch.randn(20, 8, 8, 8)
+    model = mk.convert_to_masterkeys(dense)
+    report = mk.calibrate_masterkeys(model, dense, x, metric="features")
+    assert same(model[1].state_dict(), norm.state_dict())
+    assert report.after["relative error"] < report.before["relative error"]
+
+
 # --- what a call is given
 
 
@@ -626,6 +636,12 @@ def test_it_warns_of_a_dense_model_with_other_weights(caplog):
     caplog.clear()
     mk.calibrate_masterkeys(model, dense, torch.randn(12, 3, 32, 32))  # a norm's weight no calibration changes
     assert "differ from the dense model's (1 of them, for example bn1.weight)" in caplog.text
+
+
+def test_a_network_without_parameters():
+    dense = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3, bias=False)).eval()
+    model = mk.convert_to_masterkeys(dense, trainable="none")
+    assert mk.calibrate_masterkeys(model, dense, torch.randn(10, 3, 8, 8)).stages[0].changed == ["0"]
 
 
 @pytest.mark.parametrize("second", ["whole", "part"])

@@ -69,6 +69,7 @@ def test_plan_gives_a_reason_for_every_convolution():
         "stem": (nn.Conv2d(3, 8, 3), "not depthwise (groups 1)"),
         "grouped": (nn.Conv2d(8, 8, 3, groups=2), "not depthwise (groups 2)"),
         "pointwise": (nn.Conv2d(8, 8, 1), "not depthwise (groups 1)"),
+        "lazy": (nn.LazyConv2d(8, 3, groups=8), "lazy, it has no kernels yet: run the model once first"),
         "gain": (conv(kernel_size=1), "1x1 kernel has no spatial structure"),
         "single": (nn.Conv2d(1, 4, 3), "not depthwise (groups 1)"),
         "same": (conv(Conv2dSame, 2, 16), ""),

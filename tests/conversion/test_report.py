@@ -193,12 +193,16 @@ def test_the_model_is_not_changed():
         mk.conversion_report(model)
 
 
+LAZY = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.LazyLinear(2))
+
+
 @pytest.mark.parametrize(
     ("model", "dense", "message"),
     [
         (net(), None, r"holds no MasterKeyConv2d.*convert_to_masterkeys"),
         (mk.convert_to_masterkeys(net()), nn.Identity(), "no convolution '1'"),
         (mk.convert_to_masterkeys(net().to("meta")), None, r"meta device.*Load weights"),
+        (mk.convert_to_masterkeys(LAZY), None, r"lazy layers.*Run it"),
     ],
 )
 def test_errors(model, dense, message):

@@ -70,6 +70,15 @@ def test_round_trip(converted, file):
     assert not model.training
 
 
+def test_names_that_features_only_would_make_equal(tmp_path):
+    parts = {"body": torch.nn.ModuleDict({"a": torch.nn.Conv2d(4, 4, 3, groups=4)})}
+    converted = convert_to_masterkeys(torch.nn.ModuleDict({**parts, "a": torch.nn.Conv2d(4, 4, 3, groups=4)}))
+    save_compact(converted, tmp_path / "masterkeys.safetensors")
+    model = fuse_masterkeys(converted)
+    load_compact(model, tmp_path / "masterkeys.safetensors")
+    alike(model, converted)
+
+
 @pytest.mark.parametrize("trainable", ["none", "affine"])
 def test_trainable_can_be_chosen(converted, file, trainable):
     model = fuse_masterkeys(converted)

@@ -100,6 +100,17 @@ def test_a_convolution_alone():
     assert "Best, median and worst fits" in headings(page_of(mk.convert_to_masterkeys(conv), conv))
 
 
+def test_names_that_look_like_patterns():
+    dense = torch.nn.ModuleDict({name: torch.nn.Conv2d(4, 4, 3, groups=4) for name in ("conv[0]", "*")})
+    assert "R² of random keys" in page_of(mk.convert_to_masterkeys(dense), dense)
+
+
+def test_every_bank_of_a_model_is_shown(dense):
+    model = mk.convert_to_masterkeys(dense, include="stages.0.*")
+    model = mk.convert_to_masterkeys(model, "random8:1", inplace=True)
+    assert headings(page_of(model, dense))[:2] == ["The bank babaiee2025", "The bank random8:1"]
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [400, 1280])
 def test_it_is_readable_in_a_browser(rendered_page, tmp_path, width):

@@ -39,7 +39,7 @@ def find_blocks(model: nn.Module, images: torch.Tensor) -> tuple[list[Block], di
     """The blocks in the order of execution, and the name of the BatchNorm, frozen or not, after each layer.
 
     A block is the smallest module with a converted layer and a later pointwise layer that runs at more than one
-    position, unless it holds several blocks of other layers. Layers that run more than once are left out.
+    position, unless it holds several blocks of other layers. Layers and norms that run more than once are left out.
     """
     modules = dict(model.named_modules())
     trace = _trace(model, modules, images)
@@ -58,7 +58,7 @@ def find_blocks(model: nn.Module, images: torch.Tensor) -> tuple[list[Block], di
         before = trace.clock[: trace.clock.index(block.name)]
         done = [name for name in dict.fromkeys(before) if trace.clock.count(name) == before.count(name) == 2 and name]
         block.done = {name: trace.shapes[name] for name in _outermost(done) if name in trace.shapes}
-    return list(blocks.values()), trace.norms
+    return list(blocks.values()), {name: n for name, n in trace.norms.items() if trace.clock.count(n) == 2}
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ def calibrate_masterkeys(
     - ``"kernels"``: each converted layer gets new key indices, scales and shifts, by least squares on the *outputs* of
       the layer instead of its kernels: the nearest key under the second moments of the layer's inputs.
     - ``"norms"``: the BatchNorm after a converted layer gets the mean and variance that give its output the mean
-      and variance it has in the dense network; without a BatchNorm, the layer's bias gets the mean.
+      and variance it has in the dense network; without a BatchNorm of its own, the layer's bias gets the mean.
     - ``"pointwise"``: the block's last pointwise layer (and every pointwise layer outside of blocks, such as the
       classifier) is refitted by ridge least squares, so that the block's output, with the drift of its skip path, comes
       near the dense network's. A layer stays as it is if no ridge lowers the error on the folds left out of the fit.

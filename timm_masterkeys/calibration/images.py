@@ -1,6 +1,7 @@
 """Images to calibrate with: from a folder, a tensor or a loader; or crops of the photographs that ship."""
 
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -292,7 +293,7 @@ def load_images(
     images = images[_spread(len(images), max_images)]
     if not images.isfinite().all():
         raise CalibrationError("images hold NaN or Inf.")
-    return images.to(next(model.parameters()))
+    return images.to(next(itertools.chain(model.parameters(), model.buffers())))  # all of it may be frozen
 
 
 def split_images(

@@ -200,7 +200,7 @@ def _match_norms(pair: LayerPair) -> str:
     elif layer.bias is not None:
         layer.bias.add_((mean - new_mean).to(layer.bias.dtype))
     else:
-        return "no BatchNorm follows and it has no bias"
+        return "no BatchNorm of its own follows and it has no bias"
     return ""
 
 

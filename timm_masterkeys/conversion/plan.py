@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..errors import BankError, ConversionError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank
@@ -153,6 +154,8 @@ def _why_dense(name: str, conv: nn.Module, bank: KeyBank, owners: dict[int, list
         return f"converted already (bank {conv.bank.name})"
     if not isinstance(conv, nn.Conv2d):
         return "not a Conv2d"
+    if isinstance(conv, LazyModuleMixin):
+        return "lazy, it has no kernels yet: run the model once first"
     if not conv.in_channels == conv.groups > 1:
         return f"not depthwise (groups {conv.groups})"
     if max(conv.kernel_size) == 1:

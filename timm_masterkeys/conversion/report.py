@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import ConversionError
 from ..layers import MasterKeyConv2d
@@ -196,8 +197,8 @@ def conversion_report(model: nn.Module, dense: nn.Module | None = None) -> Conve
         dense: The dense model it was made from; if given, the report says which operators its kernels resemble.
 
     Raises:
-        ConversionError: The model holds no MasterKeyConv2d, or it is on the meta device; the dense model lacks one of
-            the layers.
+        ConversionError: The model holds no MasterKeyConv2d, is on the meta device, or has lazy layers that never ran;
+            the dense model lacks one of the layers.
 
     Example:
         >>> report = conversion_report(model)
@@ -217,6 +218,8 @@ def report_layers(model: nn.Module, layers: Mapping[str, MasterKeyConv2d]) -> Co
     """The report of a model with these converted layers, without operators; errors as for ``conversion_report``."""
     if any(layer.keys.is_meta for layer in layers.values()):
         raise ConversionError("The model is on the meta device, its kernels have no values. Load weights first.")
+    if any(map(is_lazy, model.parameters())):
+        raise ConversionError("The model has lazy layers, whose sizes are not known yet. Run it once first.")
     for layer in layers.values():
         layer.check_values()
     fits = {name: kernel_fits(layer) for name, layer in layers.items()}

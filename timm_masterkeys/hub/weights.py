@@ -205,10 +205,12 @@ def names_in(model: nn.Module, layers: Mapping[str, LayerSettings]) -> dict[str,
     A ``features_only`` model has other names, and may lack stages. CheckpointError if any other model lacks a layer, or
     if a layer is converted already.
     """
-    convs = {flat_name(name): name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    names = {name: convs[flat_name(name)] for name in layers if flat_name(name) in convs}
+    features = is_feature_extractor(model)
+    rename = flat_name if features else str  # of other models, enc and body.enc are two layers
+    convs = {rename(name): name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    names = {name: convs[rename(name)] for name in layers if rename(name) in convs}
     missing = [name for name in layers if name not in names]
-    if missing and not is_feature_extractor(model):
+    if missing and not features:
         raise CheckpointError(f"The model has no layer {missing[0]}, which was converted. Use the model it came with.")
     for name in names.values():
         if isinstance(model.get_submodule(name), MasterKeyConv2d):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..conversion.convert import convert_to_masterkeys
+from ..conversion.config import LayerSettings
+from ..conversion.convert import apply
 from ..conversion.copies import copy_model
 from ..conversion.operator_report import OPERATOR_TITLES
 from ..conversion.plan import converted_layers
@@ -115,9 +116,11 @@ def _figures(
     model: nn.Module, dense: nn.Module | None, report: ConversionReport, control: ConversionReport | None
 ) -> Iterator[tuple[str, "Figure", str]]:
     """The pictures, each with its title and caption."""
-    bank = next(iter(converted_layers(model).values())).bank
+    banks = dict.fromkeys(layer.bank for layer in converted_layers(model).values())
     has_fit = not math.isnan(report.total.mean_r2)
-    yield "The bank", plot_bank(bank), "The keys: red is positive, blue negative, white zero."
+    for bank in banks:
+        title = "The bank" if len(banks) == 1 else f"The bank {bank.name}"
+        yield title, plot_bank(bank), "The keys: red is positive, blue negative, white zero."
     yield (
         "The keys as the layers use them",
         plot_used_keys(model),
@@ -125,7 +128,7 @@ def _figures(
     )
     if has_fit:
         reports = {report.bank: report} | ({f"{CONTROL_BANK} (control)": control} if control else {})
-        beside = "; as many of eight random keys are the control" if control else ""
+        beside = "; as many of eight random keys, at most all of them, are the control" if control else ""
         yield "Coverage", plot_coverage(reports), f"The share of kernels whose fit is above each R²{beside}."
         yield "Fit by depth", plot_r2(report), "Mean, median and worst R² of every layer."
     yield "Keys by depth", plot_keys(report), "The key nearest to each kernel (of several keys, the first)."
@@ -139,14 +142,10 @@ def _figures(
 
 
 def _control(dense: nn.Module, report: ConversionReport) -> nn.Module:
-    """The dense model converted with random keys, as many per kernel as the report's layers have."""
-    model = copy_model(dense)
-    most = len(get_bank(CONTROL_BANK))
-    for count in sorted({layer.keys_per_kernel for layer in report.layers}):
-        names = [layer.name for layer in report.layers if layer.keys_per_kernel == count]
-        each = min(count, most)
-        model = convert_to_masterkeys(model, CONTROL_BANK, include=names, keys_per_kernel=each, inplace=True)
-    return model
+    """The dense model converted with random keys, as many per kernel as the report's layers have, if there are."""
+    bank = get_bank(CONTROL_BANK)
+    keys = {layer.name: min(layer.keys_per_kernel, len(bank)) for layer in report.layers}
+    return apply(copy_model(dense), {name: LayerSettings(bank, count) for name, count in keys.items()})
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], total: bool = False) -> str:
