@@ -202,6 +202,21 @@ def test_projection_finds_the_keys_again(name, keys_per_kernel):
             assert layer.r2.min() > 0.99
 
 
+@pytest.mark.parametrize("time_budget", [None, 0])
+def test_layers_with_sigmas_are_named_as_left(time_budget):
+    """Whether or not there was time, which would not have helped them."""
+    dense, x = Crossing().eval(), torch.randn(20, 3, 16, 16)
+    model = mk.convert_to_masterkeys(dense, "scale-space-b", include="blocks.0.*", trainable="sigmas")
+    mk.convert_to_masterkeys(model, include="blocks.[12].*", inplace=True)
+    with_sigmas, *others = converted(model)
+    before = copy.deepcopy(model.get_submodule(with_sigmas).state_dict())
+    report = mk.calibrate_masterkeys(model, dense, x, stages=["kernels"], time_budget=time_budget)
+    (stage,) = report.stages
+    assert stage.left.pop(with_sigmas) == "its sigmas are not refitted"
+    assert {*stage.left, *stage.changed} == set(others) and report.record.left_out == (0 if time_budget is None else 2)
+    assert same(model.get_submodule(with_sigmas).state_dict(), before)
+
+
 def test_kernels_of_all_keys_stay_where_least_squares_lose_them():
     """Eight keys of nine taps cancel each other; what was exact stays exact."""
     dense = timm.create_model("test_efficientnet", num_classes=1).eval()

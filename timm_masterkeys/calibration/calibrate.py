@@ -86,8 +86,8 @@ def calibrate_masterkeys(
     Walks both networks block by block, in the order of execution; each block is fed with the outputs of the calibrated
     blocks before it. In each block, in this order:
 
-    - ``"kernels"``: each converted layer gets new key indices, scales and shifts, by least squares on the *outputs* of
-      the layer instead of its kernels: the nearest key under the second moments of the layer's inputs.
+    - ``"kernels"``: each converted layer without sigmas gets new key indices, scales and shifts, by least squares on
+      the *outputs* of the layer instead of its kernels: the nearest key under the second moments of the layer's inputs.
     - ``"norms"``: the BatchNorm after a converted layer gets the mean and variance that give its output the mean
       and variance it has in the dense network; without a BatchNorm, the layer's bias gets the mean.
     - ``"pointwise"``: the block's last pointwise layer (and every pointwise layer outside of blocks, such as the

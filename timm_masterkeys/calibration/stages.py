@@ -18,6 +18,7 @@ Stage = Literal["kernels", "norms", "pointwise"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 OVER = "the time budget was over"
+SIGMAS = "its sigmas are not refitted"
 ROWS = 100_000  # positions, over all images, to which a pointwise layer or a norm is fitted
 KERNEL_ROWS = 20_000  # positions to which a kernel is fitted
 IMAGES = 64  # the fewest images a layer is fitted to, whatever its number of positions
@@ -48,10 +49,10 @@ class StageReport:
 
 def calibrate_block(block: BlockPair, reports: dict[Stage, StageReport], out_of_time: bool) -> list[Any]:
     """Runs the stages on a block; returns the outputs of the converted block afterwards, batch by batch."""
-    layers = {stage: _layers(block, stage) for stage in reports}
-    if out_of_time:
-        for stage in layers.keys() - {"norms"}:
-            reports[stage].left.update((pair.name, OVER) for pair in layers.pop(stage))
+    layers: dict[Stage, list[LayerPair]] = {}
+    for stage, report in reports.items():
+        layers[stage], left = _layers(block, stage, out_of_time)
+        report.left.update(left)
     block.run_dense([(pair.name, pair.observer, pair.batches) for pairs in layers.values() for pair in pairs])
     for stage, pairs in layers.items():
         start, report = time.perf_counter(), reports[stage]
@@ -64,14 +65,19 @@ def calibrate_block(block: BlockPair, reports: dict[Stage, StageReport], out_of_
     return block.outputs(range(len(block.calls)))
 
 
-def _layers(block: BlockPair, stage: Stage) -> list[LayerPair]:
-    """The layers of a block that a stage changes."""
+def _layers(block: BlockPair, stage: Stage, out_of_time: bool) -> tuple[list[LayerPair], dict[str, str]]:
+    """The layers of a block that a stage changes; and those it leaves as they are, and why."""
     if stage == "pointwise":
-        return [LayerPair(block, block.parts.pointwise, ROWS)] if block.parts.pointwise else []
-    if stage == "norms":
-        return [LayerPair(block, name, ROWS, MomentsObserver()) for name in block.parts.converted]
-    pairs = [LayerPair(block, name, KERNEL_ROWS) for name in block.parts.converted]
-    return [pair for pair in pairs if not pair.layer.has_sigmas]
+        names = [block.parts.pointwise] if block.parts.pointwise else []
+    else:
+        names = block.parts.converted
+    left = dict.fromkeys(names, OVER) if out_of_time and stage != "norms" else {}
+    if stage == "kernels":
+        left.update((name, SIGMAS) for name in names if block.runner.modules[name].has_sigmas)
+    rows = KERNEL_ROWS if stage == "kernels" else ROWS
+    moments = stage == "norms"
+    changed = [name for name in names if name not in left]
+    return [LayerPair(block, name, rows, MomentsObserver() if moments else None) for name in changed], left
 
 
 class LayerPair:
