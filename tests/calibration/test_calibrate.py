@@ -414,11 +414,20 @@ def test_a_network_run_part_by_part_gives_what_it_gives_in_one_go(make):
     blocks, _ = find_blocks(model, batches[0])
     network = BlockRunner(model, blocks, batches)
     for index in range(len(blocks)):
-        network.outputs = network.run(index, list(network.arguments(index)))
+        network.advance(network.run(index, list(network.arguments(index))))
     with torch.no_grad():
         expected = torch.cat([model(batch) for batch in batches])
     torch.testing.assert_close(torch.cat(list(network.results())), expected)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_why_a_network_is_run_as_a_whole_is_logged(caplog):
+    """At debug level: else a defect would only show as a slow calibration."""
+    caplog.set_level("DEBUG", "timm_masterkeys.calibration.block_runner")
+    dense = Crossing().eval()
+    mk.calibrate_masterkeys(mk.convert_to_masterkeys(dense), dense, torch.randn(20, 3, 16, 16))
+    first = caplog.records[0]
+    assert "as a whole up to block 3" in first.message and first.exc_info[0] is AssertionError
 
 
 def test_blocks_that_fold_positions_into_the_batch():
@@ -511,7 +520,7 @@ def test_a_block_that_changes_its_arguments(in_list):
     model = mk.convert_to_masterkeys(Network())
     blocks, _ = find_blocks(model, torch.randn(2, 3, 16, 16))
     network = BlockRunner(model, blocks, [torch.randn(2, 3, 16, 16)])
-    network.outputs = network.run(0, list(network.arguments(0)))
+    network.advance(network.run(0, list(network.arguments(0))))
     index = [block.name for block in blocks].index("block")
     calls = list(network.arguments(index))
     first, again = (network.run(index, calls)[0] for _ in range(2))

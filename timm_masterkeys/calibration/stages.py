@@ -62,9 +62,9 @@ class LayerPair:
         self.dense_layer: Any = dense[name]
         self.norm: Any = modules[norm] if norm else None
         self.dense_norm: Any = dense[norm] if norm else None
-        images = max(IMAGES, rows / block.parts.positions[name])
-        step = sum(len(block.runner.batches[i]) for i in block.fitted) / images
-        self.batches = block.fitted[:: max(1, min(int(step), len(block.fitted) // FOLDS))]
+        images = max(IMAGES, rows / block.layout.positions[name])
+        step = sum(len(block.runner.batches[i]) for i in block.fitted_batches) / images
+        self.batches = block.fitted_batches[:: max(1, min(int(step), len(block.fitted_batches) // FOLDS))]
         self.observer: Any = MomentsObserver() if moments else RowsObserver(self.layer, rows // len(self.batches))
 
     def observe(self, hook: Hook) -> None:
@@ -95,9 +95,9 @@ def calibrate_block(block: BlockPair, reports: dict[Stage, StageReport], out_of_
 def _layers(block: BlockPair, stage: Stage, out_of_time: bool) -> tuple[list[LayerPair], dict[str, str]]:
     """The layers of a block that a stage changes; and those it leaves as they are, and why."""
     if stage == "pointwise":
-        names = [block.parts.pointwise] if block.parts.pointwise else []
+        names = [block.layout.pointwise] if block.layout.pointwise else []
     else:
-        names = block.parts.converted
+        names = block.layout.converted
     left = dict.fromkeys(names, OVER) if out_of_time and stage != "norms" else {}
     if stage == "kernels":
         left.update((name, SIGMAS) for name in names if block.runner.modules[name].has_sigmas)
@@ -213,7 +213,7 @@ def _match_norms(pair: LayerPair) -> str:
 def _refit_pointwise(pair: LayerPair) -> str:
     """Refits a block's last pointwise layer to the output of the dense block, or else of the dense layer."""
     layer, norm = pair.layer, pair.norm
-    in_block = pair.block.parts.name != pair.name  # else the layer is the whole block
+    in_block = pair.block.layout.name != pair.name  # else the layer is the whole block
     block_factor = _block_factor(pair) if in_block else None
     factor = block_factor[0] if block_factor else layer.weight.new_ones(len(layer.weight))
     folds = _residual_folds(pair, block_factor)
