@@ -168,16 +168,17 @@ def convert_to_agreement(
         raise ConversionError("agreement is None, expected more than 0, at most 1 (0.95 for 95 %).")
     config = MasterKeysConfig(bank, trainable=trainable, include=include, exclude=exclude, agreement=agreement)
     first = convert(dense, config, "project")
-    pair = checked_pair(first, dense)
-    kernels = {name: layer.out_channels for name, layer in pair.layers.items()}
+    networks = checked_pair(first, dense)
+    kernels = {name: layer.out_channels for name, layer in networks.layers.items()}
     fitted, held_out = split_for_choice(images, dense, max_images, Pixels(mean, std, size))
     layers = {name: _choices(dense.get_submodule(name), config.bank) for name in kernels}
     options = {"metric": metric, "output": output, "batch_size": batch_size, "time_budget": time_budget}
     options["max_images"] = max(len(fitted), len(held_out))
     with evaluating(dense), torch.autocast(fitted.device.type, enabled=False):
-        chosen_metric = choose_metric(metric, *first_output(dense, fitted[:2], output))
-        check_memory(dense, torch.cat([fitted, held_out]))
-        search = _Search(dense, config, pair.record, kernels, layers, fitted, held_out, chosen_metric, options)
+        sample_output, headless = first_output(dense, fitted[:2], output)
+        chosen_metric = choose_metric(metric, sample_output, headless)
+        check_memory(dense, fitted[:2], len(fitted) + len(held_out))
+        search = _Search(dense, config, networks.record, kernels, layers, fitted, held_out, chosen_metric, options)
         steps = order_steps(kernels, search.distances(fitted[:: max(1, len(fitted) // JUDGES)]))
     nothing_left = all(None in choices.values() for choices in layers.values())  # after the last step
     best, tried = search.fewest_steps(steps, len(steps) - nothing_left, agreement)
@@ -190,7 +191,7 @@ def convert_to_agreement(
         )
     model, chosen, record = best
     record = replace(record, origin=origin_of(images))
-    write_record(model, replace(pair.record, calibration=record))
+    write_record(model, replace(networks.record, calibration=record))
     by_keys, seconds = tuple(sorted(tried, key=lambda tried_network: tried_network.keys)), time.perf_counter() - start
     return model, KeyBudget(agreement, chosen_metric.score_name, record, chosen, by_keys, kernels, seconds)
 
