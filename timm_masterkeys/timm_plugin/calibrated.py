@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..calibration.agreement import convert_and_calibrate
 from ..calibration.images import BUILTIN
+from ..calibration.pipeline import convert_and_calibrate
 from ..conversion.config import MasterKeysConfig
 from ..conversion.plan import converted_layers
 from ..conversion.record import read_record, set_source

@@ -23,8 +23,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from timm.data import is_img_extension
 
-from ..calibration.agreement import convert_and_calibrate
 from ..calibration.images import BUILTIN, FEWEST, HELD_OUT_PHOTOGRAPHS, photographs_sha256
+from ..calibration.pipeline import convert_and_calibrate
 from ..conversion.config import LayerSettings, MasterKeysConfig
 from ..conversion.convert import apply
 from ..conversion.plan import converted_layers, resolve
