@@ -181,9 +181,9 @@ def _crops(config: Mapping[str, Any], count: int, seed: int, held_out_photograph
     """The crops of ``builtin_images`` as bytes."""
     channels, height, width = config["input_size"]
     pictures = list(photographs().values())
+    every = HELD_OUT_PHOTOGRAPHS
     if held_out_photographs is not None:
-        last = HELD_OUT_PHOTOGRAPHS - 1
-        pictures = [p for i, p in enumerate(pictures) if (i % HELD_OUT_PHOTOGRAPHS == last) == held_out_photographs]
+        pictures = [p for i, p in enumerate(pictures) if (i % every == every - 1) == held_out_photographs]
     crops = draw_crops(pictures, (width, height), count, seed, interpolation=config["interpolation"])
     return torch.stack([_channels(crop, channels) for crop in crops])
 
@@ -280,9 +280,8 @@ def load_images(
     if isinstance(images, (str, os.PathLike)):
         config = prepare_for(model, given)
         if _is_builtin(images):
-            pixels = _crops(
-                config, max_images if held_out_photographs else min(COUNT, max_images), 0, held_out_photographs
-            )
+            count = max_images if held_out_photographs else min(COUNT, max_images)
+            pixels = _crops(config, count, 0, held_out_photographs)
         else:
             pixels = _load_folder(os.fspath(images), model, max_images, config)
         images = _normalised(pixels, config)
@@ -328,12 +327,10 @@ def split_for_choice(
     images: Images, dense: nn.Module, max_images: int = 300, given: Pixels = FROM_CFG
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Images to calibrate with, and held-out images; of the built-in ones, crops of different photographs."""
-    if _is_builtin(images):
-        most = 8 * (
-            COUNT // HELD_OUT_PHOTOGRAPHS
-        )  # many crops of each held-out photograph, as nothing is fitted to them
-        return load_images(images, dense, max_images, given, False), load_images(images, dense, most, given, True)
     every = HELD_OUT_PHOTOGRAPHS
+    if _is_builtin(images):
+        most = 8 * (COUNT // every)  # many crops of each held-out photograph, as nothing is fitted to them
+        return load_images(images, dense, max_images, given, False), load_images(images, dense, most, given, True)
     least = every * FEWEST
     tensor = load_images(images, dense, max_images * every // (every - 1), given)
     if len(tensor) < least:

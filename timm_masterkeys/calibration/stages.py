@@ -116,7 +116,7 @@ def _fit_kernels(pair: LayerPair) -> str:
     state, before = [tensor.clone() for tensor in changed], _error_variance(pair)
     gram = _response_gram(pair)
     mean = gram[:, :-1, -1] / gram[:, -1:, -1]
-    # without the ones: (C, K + 2, K + 2)
+    # (C, K + 2, K + 2), without the last factor, 1
     covariance = gram[:, :-1, :-1] / gram[:, -1:, -1:] - mean.unsqueeze(2) * mean.unsqueeze(1)
     keys, scale, shift = choose_keys(covariance, layer.keys_per_kernel)
     varying = (covariance[:, -1, -1] > DEAD) & (covariance[:, :-1, :-1].diagonal(dim1=1, dim2=2).amax(1) > DEAD)
