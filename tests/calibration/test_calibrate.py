@@ -202,6 +202,21 @@ def test_projection_finds_the_keys_again(name, keys_per_kernel):
             assert layer.r2.min() > 0.99
 
 
+@pytest.mark.parametrize("time_budget", [None, 0])
+def test_layers_with_sigmas_are_named_as_left(time_budget):
+    """Whether or not there was time, which would not have helped them."""
+    dense, x = Crossing().eval(), torch.randn(20, 3, 16, 16)
+    model = mk.convert_to_masterkeys(dense, "scale-space-b", include="blocks.0.*", trainable="sigmas")
+    mk.convert_to_masterkeys(model, include="blocks.[12].*", inplace=True)
+    with_sigmas, *others = converted(model)
+    before = copy.deepcopy(model.get_submodule(with_sigmas).state_dict())
+    report = mk.calibrate_masterkeys(model, dense, x, stages=["kernels"], time_budget=time_budget)
+    (stage,) = report.stages
+    assert stage.left.pop(with_sigmas) == "its sigmas are not refitted"
+    assert {*stage.left, *stage.changed} == set(others) and report.record.left_out == (0 if time_budget is None else 2)
+    assert same(model.get_submodule(with_sigmas).state_dict(), before)
+
+
 def test_kernels_of_all_keys_stay_where_least_squares_lose_them():
     """Eight keys of nine taps cancel each other; what was exact stays exact."""
     dense = timm.create_model("test_efficientnet", num_classes=1).eval()
@@ -399,11 +414,20 @@ def test_a_network_run_part_by_part_gives_what_it_gives_in_one_go(make):
     blocks, _ = find_blocks(model, batches[0])
     network = BlockRunner(model, blocks, batches)
     for index in range(len(blocks)):
-        network.outputs = network.run(index, list(network.arguments(index)))
+        network.advance(network.run(index, list(network.arguments(index))))
     with torch.no_grad():
         expected = torch.cat([model(batch) for batch in batches])
     torch.testing.assert_close(torch.cat(list(network.results())), expected)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_why_a_network_is_run_as_a_whole_is_logged(caplog):
+    """At debug level: else a defect would only show as a slow calibration."""
+    caplog.set_level("DEBUG", "timm_masterkeys.calibration.block_runner")
+    dense = Crossing().eval()
+    mk.calibrate_masterkeys(mk.convert_to_masterkeys(dense), dense, torch.randn(20, 3, 16, 16))
+    first = caplog.records[0]
+    assert "as a whole up to block 3" in first.message and first.exc_info[0] is AssertionError
 
 
 def test_blocks_that_fold_positions_into_the_batch():
@@ -496,7 +520,7 @@ def test_a_block_that_changes_its_arguments(in_list):
     model = mk.convert_to_masterkeys(Network())
     blocks, _ = find_blocks(model, torch.randn(2, 3, 16, 16))
     network = BlockRunner(model, blocks, [torch.randn(2, 3, 16, 16)])
-    network.outputs = network.run(0, list(network.arguments(0)))
+    network.advance(network.run(0, list(network.arguments(0))))
     index = [block.name for block in blocks].index("block")
     calls = list(network.arguments(index))
     first, again = (network.run(index, calls)[0] for _ in range(2))

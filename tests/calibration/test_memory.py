@@ -79,13 +79,13 @@ def test_needed_memory_by_hand():
     model, images = net(), torch.zeros(50, 3, 20, 30)
     weights = 3 * 16 + 16 + 16 * 9 + 16 + 16 * 4 + 4
     expected = 50 * 4 * (4 * 16 * 20 * 30 + 3 * 20 * 30) + 4 * 4 * weights
-    assert needed_memory(model, images) == needed_memory(model, images) == expected
+    assert needed_memory(model, images[:2], 50) == needed_memory(model, images[:1], 50) == expected
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_too_little_memory_is_an_error_before_anything_is_changed(monkeypatch):
     dense, images = net(), torch.randn(40, 3, 20, 30)
-    model, needed = mk.convert_to_masterkeys(dense), needed_memory(dense, images)
+    model, needed = mk.convert_to_masterkeys(dense), needed_memory(dense, images[:2], len(images))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     monkeypatch.setattr("timm_masterkeys.calibration.memory.free_memory", lambda device: needed - 1)
     for call in (

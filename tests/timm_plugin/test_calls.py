@@ -20,7 +20,7 @@ from torch import nn
 
 import timm_masterkeys as mk
 from timm_masterkeys import ConversionError
-from timm_masterkeys.calibration import agreement, images
+from timm_masterkeys.calibration import agreement, images, pipeline
 from timm_masterkeys.conversion.record import read_record
 from timm_masterkeys.conversion.torch_settings import undisturbed
 from timm_masterkeys.timm_plugin import cache, cache_key, calibrated
@@ -84,7 +84,7 @@ def calibrations(monkeypatch):
         seen.append(copy.deepcopy(dense))
         return mk.calibrate_masterkeys(model, dense, *args, stages="norms")
 
-    monkeypatch.setattr(agreement, "calibrate_masterkeys", calibrate)
+    monkeypatch.setattr(pipeline, "calibrate_masterkeys", calibrate)
     return seen
 
 
@@ -275,11 +275,14 @@ def test_a_function_that_has_taken_a_name_of_torchs_is_not_compared():
 
 
 def test_patterns_in_the_spelling_of_features_choose_keys_by_agreement_too(monkeypatch):
-    given = {}
-    monkeypatch.setattr(agreement, "convert_to_agreement", lambda dense, **kwargs: given.update(kwargs))
+    def searched(model, dense):
+        raise InterruptedError(*(layer.name for layer in mk.conversion_report(model).layers))
+
+    monkeypatch.setattr(agreement, "checked_pair", searched)
     config = mk.MasterKeysConfig(include="stages_0*", agreement=0.9)
-    agreement.convert_and_calibrate(timm.create_model(ARCH), config, "builtin", flat_names=True)
-    assert given["include"] == ("stages.0.blocks.0.conv_dw",) and given["agreement"] == 0.9
+    with pytest.raises(InterruptedError) as error:
+        pipeline.convert_and_calibrate(timm.create_model(ARCH), config, "builtin", flat_names=True)
+    assert error.value.args == ("stages.0.blocks.0.conv_dw",)
 
 
 def test_a_config_without_a_tag_is_timms_own():

@@ -16,7 +16,7 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 import timm_masterkeys as mk
-from timm_masterkeys.calibration import agreement
+from timm_masterkeys.calibration import pipeline
 
 ARCH = "test_efficientnet"
 NAME = f"{ARCH}.mk8"
@@ -58,7 +58,7 @@ def calibrations(monkeypatch):
         done.append(images)
         return SimpleNamespace(summary=str)
 
-    monkeypatch.setattr(agreement, "calibrate_masterkeys", calibrate)
+    monkeypatch.setattr(pipeline, "calibrate_masterkeys", calibrate)
     return done
 
 
@@ -133,8 +133,8 @@ def test_what_is_not_calibrated(file, tmp_path, calibrations):
 @pytest.mark.slow
 def test_as_few_keys_as_an_agreement_needs(file, monkeypatch, caplog):
     monkeypatch.setattr("timm_masterkeys.calibration.images.COUNT", 16)
-    found, convert = [], agreement.convert_to_agreement
-    monkeypatch.setattr(agreement, "convert_to_agreement", lambda *a, **k: found.append(convert(*a, **k)) or found[-1])
+    found, convert = [], pipeline.convert_by_agreement
+    monkeypatch.setattr(pipeline, "convert_by_agreement", lambda *a, **k: found.append(convert(*a, **k)) or found[-1])
     arguments = {"mk_agreement": 0.05, "mk_include": "blocks.3.*"}
     model = create(file, **arguments, mk_trainable="affine", num_classes=7)
     again = create(file, **arguments)
@@ -202,7 +202,7 @@ def test_whatever_mode_torch_is_in(file, cache, monkeypatch):
     def calibrate(*args):
         return mk.calibrate_masterkeys(*args, stages="norms")  # the fastest
 
-    monkeypatch.setattr(agreement, "calibrate_masterkeys", calibrate)
+    monkeypatch.setattr(pipeline, "calibrate_masterkeys", calibrate)
     plain = create(file)
     shutil.rmtree(cache)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):

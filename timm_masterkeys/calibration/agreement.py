@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from ..conversion.config import LayerSettings, MasterKeysConfig, Patterns
 from ..conversion.convert import apply, convert, make_layer
 from ..conversion.copies import copy_model
-from ..conversion.plan import resolve
 from ..conversion.record import CalibrationRecord, Record, write_record
 from ..conversion.table import table
 from ..conversion.wrapped import evaluating
@@ -22,7 +21,7 @@ from ..errors import CalibrationError, ConversionError
 from ..keys.banks import DEFAULT_BANK, Bank, KeyBank
 from ..layers import MasterKeyConv2d, Trainable
 from .block_runner import hooked
-from .calibrate import CalibrationReport, calibrate_masterkeys
+from .calibrate import calibrate_masterkeys
 from .images import BUILTIN, Images, Pixels, Size, origin_of, split_for_choice
 from .memory import check_memory
 from .metrics import Metric, MetricLike, choose_metric
@@ -101,7 +100,6 @@ class KeyBudget:
 
 
 @torch.inference_mode(False)
-@torch.no_grad()
 def convert_to_agreement(
     dense: nn.Module,
     agreement: float = 0.95,
@@ -163,63 +161,72 @@ def convert_to_agreement(
         >>> model, budget = convert_to_agreement(timm.create_model("convnext_tiny", pretrained=True), 0.95)
         >>> print(budget)
     """
-    start = time.perf_counter()
-    if agreement is None:
-        raise ConversionError("agreement is None, expected more than 0, at most 1 (0.95 for 95 %).")
     config = MasterKeysConfig(bank, trainable=trainable, include=include, exclude=exclude, agreement=agreement)
-    first = convert(dense, config, "project")
-    pair = checked_pair(first, dense)
-    kernels = {name: layer.out_channels for name, layer in pair.layers.items()}
-    fitted, held_out = split_for_choice(images, dense, max_images, Pixels(mean, std, size))
+    return convert_by_agreement(
+        dense,
+        config,
+        images,
+        metric=metric,
+        output=output,
+        mean=mean,
+        std=std,
+        size=size,
+        batch_size=batch_size,
+        max_images=max_images,
+        time_budget=time_budget,
+    )
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def convert_by_agreement(
+    dense: nn.Module,
+    config: MasterKeysConfig,
+    images: Images,
+    *,
+    flat_names: bool = False,
+    metric: MetricLike = None,
+    output: Output = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: Size = None,
+    batch_size: int = 8,
+    max_images: int = 300,
+    time_budget: float | None = None,
+) -> tuple[nn.Module, KeyBudget]:
+    """``convert_to_agreement`` by a configuration; ``flat_names`` is as for ``convert``."""
+    start, target = time.perf_counter(), config.agreement
+    if target is None:
+        raise ConversionError("agreement is None, expected more than 0, at most 1 (0.95 for 95 %).")
+    first = convert(dense, config, "project", flat_names=flat_names)
+    networks = checked_pair(first, dense)
+    kernels = {name: layer.out_channels for name, layer in networks.layers.items()}
+    fitted_images, held_out_images = split_for_choice(images, dense, max_images, Pixels(mean, std, size))
     layers = {name: _choices(dense.get_submodule(name), config.bank) for name in kernels}
     options = {"metric": metric, "output": output, "batch_size": batch_size, "time_budget": time_budget}
-    options["max_images"] = max(len(fitted), len(held_out))
-    with evaluating(dense), torch.autocast(fitted.device.type, enabled=False):
-        chosen_metric = choose_metric(metric, *first_output(dense, fitted[:2], output))
-        check_memory(dense, torch.cat([fitted, held_out]))
-        search = _Search(dense, config, pair.record, kernels, layers, fitted, held_out, chosen_metric, options)
-        steps = order_steps(kernels, search.distances(fitted[:: max(1, len(fitted) // JUDGES)]))
+    options["max_images"] = max(len(fitted_images), len(held_out_images))
+    with evaluating(dense), torch.autocast(fitted_images.device.type, enabled=False):
+        sample_output, headless = first_output(dense, fitted_images[:2], output)
+        chosen_metric = choose_metric(metric, sample_output, headless)
+        check_memory(dense, fitted_images[:2], len(fitted_images) + len(held_out_images))
+        search = _Search(
+            dense, config, networks.record, kernels, layers, fitted_images, held_out_images, chosen_metric, options
+        )
+        steps = order_steps(kernels, search.distances(fitted_images[:: max(1, len(fitted_images) // JUDGES)]))
     nothing_left = all(None in choices.values() for choices in layers.values())  # after the last step
-    best, tried = search.fewest_steps(steps, len(steps) - nothing_left, agreement)
+    best, tried = search.fewest_steps(steps, len(steps) - nothing_left, target)
     if best is None:
         top = max(tried, key=lambda tried_network: tried_network.score)
         raise CalibrationError(
-            f"No network reaches {chosen_metric.score_name} {agreement:.1%} on {len(held_out)} held-out images: the "
-            f"best, with {top.keys:,} keys for {sum(kernels.values()):,} kernels, {top.score:.1%}. Ask for less, or "
-            "give more images."
+            f"No network reaches {chosen_metric.score_name} {target:.1%} on {len(held_out_images)} held-out images: "
+            f"the best, with {top.keys:,} keys for {sum(kernels.values()):,} kernels, {top.score:.1%}. Ask for less, "
+            "or give more images."
         )
     model, chosen, record = best
     record = replace(record, origin=origin_of(images))
-    write_record(model, replace(pair.record, calibration=record))
+    write_record(model, replace(networks.record, calibration=record))
     by_keys, seconds = tuple(sorted(tried, key=lambda tried_network: tried_network.keys)), time.perf_counter() - start
-    return model, KeyBudget(agreement, chosen_metric.score_name, record, chosen, by_keys, kernels, seconds)
-
-
-def convert_and_calibrate(
-    dense: nn.Module, config: MasterKeysConfig, images: str, flat_names: bool = False, **options: Any
-) -> tuple[nn.Module, CalibrationReport | KeyBudget]:
-    """Converts and calibrates a copy of a dense network; returns the copy and its figures.
-
-    Args:
-        dense: A timm model.
-        config: The conversion.
-        images: "builtin", or the path of a folder.
-        flat_names: As for ``convert``.
-        **options: As for ``calibrate_masterkeys`` and ``convert_to_agreement``, such as ``max_images``.
-
-    Raises:
-        MasterKeysError: As ``calibrate_masterkeys`` and ``convert_to_agreement``.
-    """
-    if config.agreement is not None:
-        if flat_names and (config.include or config.exclude):  # patterns replaced by names of the dense model
-            names = tuple(layer.name for layer in resolve(config, dense, flat_names=True).converted)
-            config = replace(config, include=names, exclude=())
-        settings: Any = {
-            name: getattr(config, name) for name in ("agreement", "bank", "include", "exclude", "trainable")
-        }
-        return convert_to_agreement(dense, images=images, **settings, **options)
-    model = convert(dense, config, "project", flat_names=flat_names)
-    return model, calibrate_masterkeys(model, dense, images, **options)
+    return model, KeyBudget(target, chosen_metric.score_name, record, chosen, by_keys, kernels, seconds)
 
 
 Attempt = tuple[nn.Module, TriedNetwork, CalibrationRecord]
@@ -235,8 +242,8 @@ class _Search:
     record: Record  # of a network converted by it
     kernels: Mapping[str, int]  # the number of each layer
     layers: Choices
-    fitted: torch.Tensor  # images to calibrate with
-    held_out: torch.Tensor
+    fitted_images: torch.Tensor
+    held_out_images: torch.Tensor
     metric: Metric
     options: Mapping[str, Any]  # of calibrate_masterkeys
 
@@ -280,10 +287,12 @@ class _Search:
         layers = {name: LayerSettings(self.config.bank, n, self.config.trainable) for name, n in keyed.items()}
         model = apply(copy_model(self.dense), layers)
         write_record(model, self.record)
-        record = calibrate_masterkeys(model, self.dense, self.fitted, held_out=self.held_out, **self.options).record
+        report = calibrate_masterkeys(
+            model, self.dense, self.fitted_images, held_out=self.held_out_images, **self.options
+        )
         spent = sum(self.kernels[name] * count for name, count in counts.items())
         each = {name: count if name in keyed else 0 for name, count in counts.items()}
-        return model, TriedNetwork(spent, self.metric.score(record.after), record.after, each), record
+        return model, TriedNetwork(spent, self.metric.score(report.after), report.after, each), report.record
 
     def _outputs(self, images: torch.Tensor) -> torch.Tensor:
         """The dense network's outputs, as it is now."""

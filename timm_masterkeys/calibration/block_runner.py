@@ -1,8 +1,9 @@
 """Runs the blocks of a model one at a time, over batches of images; or a block of two models side by side."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 
 from ..errors import CalibrationError
-from .blocks import Block
+from .blocks import BlockLayout
 from .outputs import Output, output_of
+
+_logger = logging.getLogger(__name__)
 
 Hook = Callable[[nn.Module, Any, Any], Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by position and by keyword
@@ -31,29 +34,32 @@ class BlockRunner:
     """Runs a model block by block over batches of images, each block fed by the outputs of the block before it.
 
     The model runs up to a block, and everything before the block is skipped. Where the arguments then differ (a
-    connection past several blocks), nothing is skipped. The caller sets ``outputs`` to those of the last block that
-    ran, batch by batch.
+    connection past several blocks), nothing is skipped.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: list[Block], batches: list[torch.Tensor], output: Output = None
+        self, model: nn.Module, layouts: list[BlockLayout], batches: list[torch.Tensor], output: Output = None
     ) -> None:
-        self.blocks, self.batches, self._model, self._output = blocks, batches, model, output
+        self.layouts, self.batches, self._model, self._output = layouts, batches, model, output
         self.modules = dict(model.named_modules())
-        self.outputs: list[Any] = []
+        self._outputs: list[Any] = []
+
+    def advance(self, outputs: list[Any]) -> None:
+        """Stores the outputs of a block, batch by batch, which the next block is then fed from."""
+        self._outputs = outputs
 
     def arguments(self, index: int) -> Iterator[Call]:
         """The arguments of a block, batch by batch. A generator, as feature maps are large."""
-        return self._resume(index, partial(self._run_up_to, self.blocks[index].name))
+        return self._feed(index, partial(self._run_up_to, self.layouts[index].name))
 
     def results(self) -> Iterator[torch.Tensor]:
         """The model's outputs after the last block, batch by batch; CalibrationError if one is not finite."""
-        return self._resume(len(self.blocks), partial(output_of, self._model, output=self._output))
+        return self._feed(len(self.layouts), partial(output_of, self._model, output=self._output))
 
     @torch.no_grad()
     def run(self, index: int, calls: Iterable[Call], hooks: Iterable[tuple[str, Hook]] = ()) -> list[Any]:
         """A block's outputs, with hooks on the named layers; None where a hook raised ``Reached``."""
-        module, outputs = self.modules[self.blocks[index].name], []
+        module, outputs = self.modules[self.layouts[index].name], []
         with hooked((self.modules[name], hook) for name, hook in hooks):
             for args, kwargs in calls:
                 try:
@@ -62,61 +68,79 @@ class BlockRunner:
                     outputs.append(None)
         return outputs
 
-    def _resume(self, index: int, run: Callable[[torch.Tensor], Result]) -> Iterator[Result]:
-        """What ``run`` gives for each batch; what comes before block ``index`` is skipped, unless that changes it."""
+    @torch.no_grad()
+    def _feed(self, index: int, run: Callable[[torch.Tensor], Result]) -> Iterator[Result]:
+        """Feeds block ``index`` from the stored outputs; yields what ``run`` gives for each batch.
 
-        @torch.no_grad()
-        def resumed(batch: torch.Tensor, output: torch.Tensor | None = None) -> Result:
-            with ExitStack() as undo:
-                if output is not None:
-                    before = self.blocks[index - 1]
-                    for name, shape in before.done.items():
-                        # NaN, so that a use of them shows even where the true outputs are zero
-                        unused = batch.new_full((len(batch), *shape), math.nan)
-                        undo.enter_context(_returning(self.modules[name], unused))
-                    undo.enter_context(_returning(self.modules[before.name], output))
-                return run(batch)
+        First tries this on one image against a full run; if they differ, runs everything.
+        """
+        fed = index > 0 and isinstance(self._outputs[0], torch.Tensor) and self._can_be_fed(index, run)
+        for i, batch in enumerate(self.batches):
+            with self._skipped(index, batch, self._outputs[i]) if fed else nullcontext():
+                result = run(batch)
+            yield result
 
-        outputs: list[Any] = [None] * len(self.batches)
-        if index > 0 and isinstance(self.outputs[0], torch.Tensor):
-            sample = self.batches[0][:1]
-            with suppress(Exception):  # they differ, or the first dimension is not that of the images
-                calls = resumed(sample, self.outputs[0][:1]), resumed(sample)
-                torch.testing.assert_close(*calls, rtol=1e-4, atol=1e-5, check_dtype=False)
-                outputs = self.outputs
-        return (resumed(*pair) for pair in zip(self.batches, outputs, strict=True))
+    def _can_be_fed(self, index: int, run: Callable[[torch.Tensor], Any]) -> bool:
+        """Whether ``run`` gives the same for one image if what comes before block ``index`` is skipped."""
+        image, output = self.batches[0][:1], self._outputs[0][:1]
+        try:
+            with self._skipped(index, image, output):
+                result = run(image)
+            torch.testing.assert_close(result, run(image), rtol=1e-4, atol=1e-5, check_dtype=False)
+        except Exception:  # they differ, or the first dimension is not that of the images
+            _logger.debug("The network runs as a whole up to block %d, which costs time.", index, exc_info=True)
+            return False
+        return True
 
-    def _run_up_to(self, block: str, batch: torch.Tensor) -> Call:
-        """Runs the model until it calls a block; returns the arguments of that call."""
+    @contextmanager
+    def _skipped(self, index: int, batch: torch.Tensor, output: torch.Tensor) -> Iterator[None]:
+        """Makes the block before block ``index`` return ``output`` at once, and the modules before that return NaN.
+
+        NaN, so that a use of them shows even where the true outputs are zero.
+        """
+        before = self.layouts[index - 1]
+        with ExitStack() as undo:
+            for name, shape in before.done.items():
+                undo.enter_context(_returning(self.modules[name], batch.new_full((len(batch), *shape), math.nan)))
+            undo.enter_context(_returning(self.modules[before.name], output))
+            yield
+
+    def _run_up_to(self, name: str, batch: torch.Tensor) -> Call:
+        """Runs the model until it calls the named block; returns the arguments of that call."""
 
         def reach(module: nn.Module, args: Any, kwargs: Any) -> None:
             raise Reached(args, kwargs)
 
-        handle = self.modules[block].register_forward_pre_hook(reach, prepend=True, with_kwargs=True)
+        handle = self.modules[name].register_forward_pre_hook(reach, prepend=True, with_kwargs=True)
         try:
             self._model(batch.clone())
         except Reached as reached:
             return reached.args[0], reached.args[1]
         finally:
             handle.remove()
-        raise CalibrationError(f"{type(self._model).__name__} runs {block} on some of the images only.")
+        raise CalibrationError(f"{type(self._model).__name__} runs {name} on some of the images only.")
 
 
 class BlockPair:
     """A block of the converted and of the dense network.
 
     Attributes:
-        parts: Its name and layers.
+        layout: Its name and layers.
         norms: The norm after a layer, by the layer's name.
-        fitted: Indices of the batches to fit to.
+        fitted_batches: Indices of the batches to fit to.
         calls: Its arguments in the converted network, batch by batch.
         expected: Its outputs in the dense network, batch by batch; empty before ``run_dense``.
     """
 
     def __init__(
-        self, index: int, runner: BlockRunner, dense_runner: BlockRunner, norms: dict[str, str], fitted: list[int]
+        self,
+        index: int,
+        runner: BlockRunner,
+        dense_runner: BlockRunner,
+        norms: dict[str, str],
+        fitted_batches: list[int],
     ) -> None:
-        self.parts, self.norms, self.fitted = runner.blocks[index], norms, fitted
+        self.layout, self.norms, self.fitted_batches = runner.layouts[index], norms, fitted_batches
         self.index, self.runner, self.dense_runner = index, runner, dense_runner
         self.calls = list(runner.arguments(index))
         self.expected: list[Any] = []
@@ -136,10 +160,10 @@ class BlockPair:
 
         NaN if the outputs are not tensors, or if a norm follows the block.
         """
-        pairs = list(zip(self.outputs(batches), [self.expected[i] for i in batches], strict=True))
-        if self.parts.name in self.norms or not all(isinstance(x, torch.Tensor) for pair in pairs for x in pair):
+        both = list(zip(self.outputs(batches), [self.expected[i] for i in batches], strict=True))
+        if self.layout.name in self.norms or not all(isinstance(x, torch.Tensor) for two in both for x in two):
             return math.nan
-        out, expected = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+        out, expected = (torch.cat(tensors) for tensors in zip(*both, strict=True))
         return float((out - expected).square().mean() / expected.var().clamp_min(1e-30))
 
 

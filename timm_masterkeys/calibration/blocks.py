@@ -13,8 +13,8 @@ from ..layers import MasterKeyConv2d
 
 
 @dataclass
-class Block:
-    """A block with converted layers, or a pointwise layer outside of all blocks."""
+class BlockLayout:
+    """The name and layers of a block around converted layers, or of a pointwise layer outside of all blocks."""
 
     name: str
     converted: list[str] = field(default_factory=list)  # its converted layers, in their order
@@ -29,14 +29,14 @@ class _Trace:
     """The order, output sizes and norms of the modules in one forward pass, by their names."""
 
     ran: list[str] = field(default_factory=list)  # pointwise and converted layers, in their order, once per call
-    positions: dict[str, int] = field(default_factory=dict)  # as in Block
+    positions: dict[str, int] = field(default_factory=dict)  # as in BlockLayout
     clock: list[str] = field(default_factory=list)  # a name when a module begins, and again when it ends
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of one image's output
     norms: dict[str, str] = field(default_factory=dict)  # the norm after a layer, by the layer's name
 
 
-def find_blocks(model: nn.Module, images: torch.Tensor) -> tuple[list[Block], dict[str, str]]:
-    """The blocks in the order of execution, and the name of the BatchNorm, frozen or not, after each layer.
+def find_blocks(model: nn.Module, images: torch.Tensor) -> tuple[list[BlockLayout], dict[str, str]]:
+    """The blocks' layouts in the order of execution, and the name of the BatchNorm, frozen or not, after each layer.
 
     A block is the smallest module with a converted layer and a later pointwise layer that runs at more than one
     position, unless it holds several blocks of other layers. Layers and norms that run more than once are left out.
@@ -45,20 +45,20 @@ def find_blocks(model: nn.Module, images: torch.Tensor) -> tuple[list[Block], di
     trace = _trace(model, modules, images)
     once = [name for name in trace.ran if trace.ran.count(name) == 1]
     owners = _owning_blocks(modules, once, trace)
-    blocks: dict[str, Block] = {}
+    layouts: dict[str, BlockLayout] = {}
     for name in once:
         owner = next((b for b in owners if name == b or _is_in(name, b)), name)
-        block = blocks.setdefault(owner, Block(owner))
-        block.positions[name] = trace.positions[name]
+        layout = layouts.setdefault(owner, BlockLayout(owner))
+        layout.positions[name] = trace.positions[name]
         if isinstance(modules[name], MasterKeyConv2d):
-            block.converted.append(name)
+            layout.converted.append(name)
         elif owner == name or trace.positions[name] > 1:
-            block.pointwise = name  # the last one stays
-    for block in blocks.values():
-        before = trace.clock[: trace.clock.index(block.name)]
+            layout.pointwise = name  # the last one stays
+    for layout in layouts.values():
+        before = trace.clock[: trace.clock.index(layout.name)]
         done = [name for name in dict.fromkeys(before) if trace.clock.count(name) == before.count(name) == 2 and name]
-        block.done = {name: trace.shapes[name] for name in _outermost(done) if name in trace.shapes}
-    return list(blocks.values()), {name: n for name, n in trace.norms.items() if trace.clock.count(n) == 2}
+        layout.done = {name: trace.shapes[name] for name in _outermost(done) if name in trace.shapes}
+    return list(layouts.values()), {name: n for name, n in trace.norms.items() if trace.clock.count(n) == 2}
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def _trace(model: nn.Module, modules: dict[str, nn.Module], images: torch.Tensor
 
 def _owning_blocks(modules: dict[str, nn.Module], once: list[str], trace: _Trace) -> set[str]:
     """The names of the outermost blocks around the converted layers; each is called once, as not every parent is."""
-    block_of: dict[str, str] = {}
+    owner_of: dict[str, str] = {}
     for i, layer in enumerate(once):
         if isinstance(modules[layer], MasterKeyConv2d):
             later = [name for name in once[i:] if is_pointwise(modules[name]) and trace.positions[name] > 1]
@@ -111,12 +111,12 @@ def _owning_blocks(modules: dict[str, nn.Module], once: list[str], trace: _Trace
                 and trace.clock.count(name) == 2
                 and any(_is_in(n, name) for n in later)
             )
-            block_of[layer] = next(fitting, layer)
-    for layer, block in block_of.items():  # the parent of several blocks is no block, whatever lies between them
-        inside = {other for other in block_of.values() if _is_in(other, block) and not _is_in(layer, other)}
+            owner_of[layer] = next(fitting, layer)
+    for layer, owner in owner_of.items():  # the parent of several blocks is no block, whatever lies between them
+        inside = {other for other in owner_of.values() if _is_in(other, owner) and not _is_in(layer, other)}
         if len(_outermost(inside)) > 1:
-            block_of[layer] = layer
-    return set(_outermost(set(block_of.values())))
+            owner_of[layer] = layer
+    return set(_outermost(set(owner_of.values())))
 
 
 def _is_in(name: str, module: str) -> bool:

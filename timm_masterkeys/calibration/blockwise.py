@@ -14,17 +14,17 @@ from .stages import STAGES, Stage, StageReport, calibrate_block
 
 
 def calibrate_blocks(
-    pair: NetworkPair,
+    networks: NetworkPair,
     batches: list[torch.Tensor],
-    held_out: Sequence[int],
+    held_out_batches: Sequence[int],
     stages: Sequence[Stage],
     time_budget: float | None,
     output: Output,
 ) -> tuple[tuple[StageReport, ...], torch.Tensor, torch.Tensor]:
     """Calibrates the converted network, block by block. In place.
 
-    The batches with the indices ``held_out`` are not fitted to. After ``time_budget`` seconds the remaining blocks get
-    only the stage "norms".
+    The batches with the indices ``held_out_batches`` are not fitted to. After ``time_budget`` seconds the remaining
+    blocks get only the stage "norms".
 
     Returns:
         A report of each stage; and the outputs for the held-out batches of the calibrated and of the dense network.
@@ -33,19 +33,19 @@ def calibrate_blocks(
         CalibrationError: An output for any batch is not finite.
     """
     start = time.perf_counter()
-    blocks, norms = find_blocks(pair.model, batches[0][:2])
-    placed = {name for block in blocks for name in block.converted}
-    left = {name: "runs not at all or more than once" for name in pair.layers if name not in placed}
+    layouts, norms = find_blocks(networks.model, batches[0][:2])
+    placed = {name for layout in layouts for name in layout.converted}
+    left = {name: "runs not at all or more than once" for name in networks.layers if name not in placed}
     reports = {stage: StageReport(stage, left=dict(left)) for stage in STAGES if stage in stages}
-    fitted = [i for i in range(len(batches)) if i not in held_out]
-    runner, dense_runner = (BlockRunner(network, blocks, batches, output) for network in (pair.model, pair.dense))
-    for index in tqdm(range(len(blocks)), desc="calibrate", unit="block", leave=False, disable=None):
+    fitted_batches = [i for i in range(len(batches)) if i not in held_out_batches]
+    runner, dense_runner = (BlockRunner(model, layouts, batches, output) for model in (networks.model, networks.dense))
+    for index in tqdm(range(len(layouts)), desc="calibrate", unit="block", leave=False, disable=None):
         out_of_time = time_budget is not None and time.perf_counter() - start > time_budget
-        block = BlockPair(index, runner, dense_runner, norms, fitted)
-        runner.outputs = calibrate_block(block, reports, out_of_time)
-        dense_runner.outputs = block.expected
+        block = BlockPair(index, runner, dense_runner, norms, fitted_batches)
+        runner.advance(calibrate_block(block, reports, out_of_time))
+        dense_runner.advance(block.expected)
     after, expected = (
-        torch.cat([out for i, out in enumerate(network.results()) if i in held_out])
-        for network in (runner, dense_runner)
+        torch.cat([out for i, out in enumerate(each.results()) if i in held_out_batches])
+        for each in (runner, dense_runner)
     )
     return tuple(reports.values()), after, expected

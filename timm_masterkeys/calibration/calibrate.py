@@ -19,7 +19,7 @@ from ..version import __version__
 from .blockwise import calibrate_blocks
 from .images import Images, Pixels, Size, origin_of, split_images
 from .memory import check_memory, freed_memory_kept
-from .metrics import MetricLike, choose_metric, share_intervals
+from .metrics import Metric, MetricLike, choose_metric, share_intervals
 from .outputs import Output, first_output, output_of
 from .pair import checked_pair
 from .stages import OVER, STAGES, Stage, StageReport
@@ -86,8 +86,8 @@ def calibrate_masterkeys(
     Walks both networks block by block, in the order of execution; each block is fed with the outputs of the calibrated
     blocks before it. In each block, in this order:
 
-    - ``"kernels"``: each converted layer gets new key indices, scales and shifts, by least squares on the *outputs* of
-      the layer instead of its kernels: the nearest key under the second moments of the layer's inputs.
+    - ``"kernels"``: each converted layer without sigmas gets new key indices, scales and shifts, by least squares on
+      the *outputs* of the layer instead of its kernels: the nearest key under the second moments of the layer's inputs.
     - ``"norms"``: the BatchNorm after a converted layer gets the mean and variance that give its output the mean
       and variance it has in the dense network; without a BatchNorm of its own, the layer's bias gets the mean.
     - ``"pointwise"``: the block's last pointwise layer (and every pointwise layer outside of blocks, such as the
@@ -146,42 +146,72 @@ def calibrate_masterkeys(
         >>> print(calibrate_masterkeys(model, dense, "folder/of/images"))
     """
     start = time.perf_counter()
-    stages = (stages,) if isinstance(stages, str) else tuple(stages)
-    unknown = [stage for stage in stages if stage not in STAGES]
-    if unknown or not stages:
-        raise CalibrationError(f"stages is {stages!r}, expected some of {', '.join(STAGES)}.")
+    stages = _checked_stages(stages)
     if batch_size < 1:
         raise CalibrationError(f"batch_size is {batch_size}, expected at least 1.")
-    pair = checked_pair(model, dense)
-    model, dense = pair.model, pair.dense
-    batches, held = split_images(images, held_out, model, max_images, Pixels(mean, std, size), batch_size)
+    networks = checked_pair(model, dense)
+    model, dense = networks.model, networks.dense
+    batches, held_out_batches = split_images(images, held_out, model, max_images, Pixels(mean, std, size), batch_size)
+    sample, count = batches[0][:2], sum(map(len, batches))
     state = copy.deepcopy(model.state_dict())
-    full_precision = torch.autocast(batches[0].device.type, enabled=False)
+    full_precision = torch.autocast(sample.device.type, enabled=False)
     with evaluating(model, dense), full_precision, freed_memory_kept():
-        chosen_metric = choose_metric(metric, *first_output(dense, batches[0][:2], output))
-        first_output(model, batches[0][:2], output)  # raises if the converted model cannot take the images
-        check_memory(dense, torch.cat(batches))
+        sample_output, headless = first_output(dense, sample, output)
+        chosen_metric = choose_metric(metric, sample_output, headless)
+        first_output(model, sample, output)  # raises if the converted model cannot take the images
+        check_memory(dense, sample, count)
         try:
-            before = torch.cat([output_of(model, batches[i], output) for i in held])
-            reports, after, expected = calibrate_blocks(pair, batches, held, stages, time_budget, output)
-            figures = chosen_metric.measure(before, expected), chosen_metric.measure(after, expected)
-            measured = CalibrationRecord(
-                chosen_metric.name,
-                *figures,
-                images=sum(map(len, batches)),
-                held_out=len(expected),
-                origin=origin_of(images),
-                time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                versions={"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},
-                left_out=sum(why == OVER for stage in reports for why in stage.left.values()),
-                entries=entries_digest(model),
-                intervals=share_intervals(chosen_metric.name, figures[1], len(expected)),
-                structure=structure_digest(model),
+            before = torch.cat([output_of(model, batches[i], output) for i in held_out_batches])
+            reports, after, expected = calibrate_blocks(
+                networks, batches, held_out_batches, stages, time_budget, output
             )
-            report = CalibrationReport(measured, reports, time.perf_counter() - start)
-            write_record(model, replace(pair.record, calibration=measured, converted_since=False))
+            record = _calibrated_record(
+                model, chosen_metric, before, after, expected, reports, count, origin_of(images)
+            )
+            write_record(model, replace(networks.record, calibration=record, converted_since=False))
+            report = CalibrationReport(record, reports, time.perf_counter() - start)
         except BaseException:
             model.load_state_dict(state)
             raise
     _logger.info("Calibrated:\n%s", report)
     return report
+
+
+def _checked_stages(stages: Stage | Sequence[Stage]) -> tuple[Stage, ...]:
+    """The stages as a tuple; CalibrationError if there is none, or an unknown one."""
+    stages = (stages,) if isinstance(stages, str) else tuple(stages)
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown or not stages:
+        raise CalibrationError(f"stages is {stages!r}, expected some of {', '.join(STAGES)}.")
+    return stages
+
+
+def _calibrated_record(
+    model: nn.Module,
+    metric: Metric,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    expected: torch.Tensor,
+    reports: Sequence[StageReport],
+    count: int,
+    origin: str,
+) -> CalibrationRecord:
+    """The record of a calibrated model, from its outputs for the held-out images, before and after.
+
+    ``expected`` are those of the dense network, ``count`` is the number of all images.
+    """
+    figures_after = metric.measure(after, expected)
+    return CalibrationRecord(
+        metric.name,
+        metric.measure(before, expected),
+        figures_after,
+        images=count,
+        held_out=len(expected),
+        origin=origin,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions={"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},
+        left_out=sum(why == OVER for stage in reports for why in stage.left.values()),
+        entries=entries_digest(model),
+        intervals=share_intervals(metric.name, figures_after, len(expected)),
+        structure=structure_digest(model),
+    )

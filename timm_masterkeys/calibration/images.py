@@ -35,8 +35,8 @@ FEWEST = 10  # images
 BUILTIN = "builtin"  # in place of a folder: the photographs that ship
 CALIBRATE_VARIABLE = "TIMM_MASTERKEYS_CALIBRATE"
 COUNT = 76  # crops, as many as there are photographs
-HELD_OUT = 4  # every fourth photograph can be held out
-PART = 5  # every fifth batch is held out, unless held-out images are given
+HELD_OUT_PHOTOGRAPHS = 4  # every fourth photograph can be held out, as is every fourth image for a choice of keys
+HELD_OUT_BATCHES = 5  # every fifth batch is held out, unless held-out images are given
 AREA = 0.05, 1.0  # smallest and largest share of a photograph in a crop
 RATIO = 3 / 4, 4 / 3  # a crop's width to height, times that of the model's input
 BATCH_NAMES = "pixel_values", "image", "images", "input"  # of a batch that is a dictionary
@@ -117,7 +117,7 @@ def calibration_images(given: Any = None, option: str = "mk_calibrate") -> str |
         ConversionError: No such folder.
     """
     images = os.environ.get(CALIBRATE_VARIABLE) or BUILTIN if given is None else given
-    if images is True or images == BUILTIN:
+    if images is True or _is_builtin(images):
         return BUILTIN
     if is_off(images):
         return None
@@ -178,12 +178,13 @@ def builtin_images(
     return _normalised(_crops(config, count, seed, held_out), config)
 
 
-def _crops(config: Mapping[str, Any], count: int, seed: int, held_out: bool | None) -> torch.Tensor:
+def _crops(config: Mapping[str, Any], count: int, seed: int, held_out_photographs: bool | None) -> torch.Tensor:
     """The crops of ``builtin_images`` as bytes."""
     channels, height, width = config["input_size"]
     pictures = list(photographs().values())
-    if held_out is not None:
-        pictures = [picture for i, picture in enumerate(pictures) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
+    every = HELD_OUT_PHOTOGRAPHS
+    if held_out_photographs is not None:
+        pictures = [p for i, p in enumerate(pictures) if (i % every == every - 1) == held_out_photographs]
     crops = draw_crops(pictures, (width, height), count, seed, interpolation=config["interpolation"])
     return torch.stack([_channels(crop, channels) for crop in crops])
 
@@ -265,18 +266,23 @@ def _normalised(pixels: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor
 
 
 def load_images(
-    images: Images, model: nn.Module, max_images: int, given: Pixels = FROM_CFG, held_out: bool | None = None
+    images: Images,
+    model: nn.Module,
+    max_images: int,
+    given: Pixels = FROM_CFG,
+    held_out_photographs: bool | None = None,
 ) -> torch.Tensor:
     """Images in any form that ``calibrate_masterkeys`` takes, as one tensor of the model's dtype and device.
 
-    ``held_out`` is as for ``builtin_images``; of held-out photographs there are any number of crops.
+    ``held_out_photographs`` is ``held_out`` of ``builtin_images``; of held-out ones there are any number of crops.
     """
     if max_images < FEWEST:
         raise CalibrationError(f"max_images is {max_images}, expected at least {FEWEST}.")
     if isinstance(images, (str, os.PathLike)):
         config = prepare_for(model, given)
-        if images == BUILTIN:
-            pixels = _crops(config, max_images if held_out else min(COUNT, max_images), 0, held_out)
+        if _is_builtin(images):
+            count = max_images if held_out_photographs else min(COUNT, max_images)
+            pixels = _crops(config, count, 0, held_out_photographs)
         else:
             pixels = _load_folder(os.fspath(images), model, max_images, config)
         images = _normalised(pixels, config)
@@ -309,27 +315,31 @@ def split_images(
     if others.shape[1:] != fitted.shape[1:]:
         shapes = " and ".join(str(tuple(part.shape[1:])) for part in (fitted, others))
         raise CalibrationError(f"images and held_out are of {shapes}, expected one size.")
-    fitted_batches = fitted.split(batch_size if len(others) else max(1, min(batch_size, len(fitted) // PART)))
-    batches = [*fitted_batches, *(others.split(batch_size) if len(others) else ())]
-    held = range(len(fitted_batches), len(batches)) if len(others) else range(PART - 1, len(batches), PART)
-    return [batch.contiguous(memory_format=torch.channels_last) for batch in batches], list(held)
+    if len(others):
+        first, last = fitted.split(batch_size), others.split(batch_size)
+        batches, held_out_batches = (*first, *last), range(len(first), len(first) + len(last))
+    else:
+        batches = fitted.split(max(1, min(batch_size, len(fitted) // HELD_OUT_BATCHES)))
+        held_out_batches = range(HELD_OUT_BATCHES - 1, len(batches), HELD_OUT_BATCHES)
+    return [batch.contiguous(memory_format=torch.channels_last) for batch in batches], list(held_out_batches)
 
 
 def split_for_choice(
     images: Images, dense: nn.Module, max_images: int = 300, given: Pixels = FROM_CFG
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Images to calibrate with, and held-out images; of the built-in ones, crops of different photographs."""
+    every = HELD_OUT_PHOTOGRAPHS
     if _is_builtin(images):
-        most = 8 * (COUNT // HELD_OUT)  # many crops of each held-out photograph, as nothing is fitted to them
+        most = 8 * (COUNT // every)  # many crops of each held-out photograph, as nothing is fitted to them
         return load_images(images, dense, max_images, given, False), load_images(images, dense, most, given, True)
-    least = HELD_OUT * FEWEST
-    tensor = load_images(images, dense, max_images * HELD_OUT // (HELD_OUT - 1), given)
+    least = every * FEWEST
+    tensor = load_images(images, dense, max_images * every // (every - 1), given)
     if len(tensor) < least:
         raise CalibrationError(
             f"{len(tensor)} images, expected at least {least}, as every fourth is held out; some hundred are better."
         )
-    held_out = torch.arange(len(tensor), device=tensor.device) % HELD_OUT == HELD_OUT - 1
-    return tensor[~held_out], tensor[held_out]
+    is_held_out = torch.arange(len(tensor), device=tensor.device) % every == every - 1
+    return tensor[~is_held_out], tensor[is_held_out]
 
 
 def _is_builtin(images: Any) -> bool:

@@ -45,24 +45,27 @@ def freed_memory_kept() -> Iterator[None]:
         malloc_trim(0)
 
 
-def check_memory(model: nn.Module, images: torch.Tensor) -> None:
-    """Raises CalibrationError if a calibration of the model with these images needs more than the free memory."""
-    needed, free = needed_memory(model, images), free_memory(images.device)
+def check_memory(model: nn.Module, sample: torch.Tensor, count: int) -> None:
+    """Raises CalibrationError if a calibration of the model with ``count`` images needs more than the free memory.
+
+    ``sample`` is one or two of the images.
+    """
+    needed, free = needed_memory(model, sample, count), free_memory(sample.device)
     if needed > free:
         raise CalibrationError(
-            f"Calibration with {len(images)} images needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB "
+            f"Calibration with {count} images needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB "
             "are free. Give fewer images (max_images), or convert without calibration (mk_calibrate=False)."
         )
 
 
 @torch.no_grad()
-def needed_memory(model: nn.Module, images: torch.Tensor) -> int:
-    """About how many bytes a calibration needs; the same at each call.
+def needed_memory(model: nn.Module, sample: torch.Tensor, count: int) -> int:
+    """About how many bytes a calibration with ``count`` images needs; the same at each call.
 
     Four times the weights; and for each image its own bytes, and a block's inputs and outputs in both networks, which
     are four times the largest output of any module.
     """
-    sample, largest = images[:2], 0
+    largest = 0
 
     def measure(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal largest
@@ -72,7 +75,7 @@ def needed_memory(model: nn.Module, images: torch.Tensor) -> int:
     with hooked((module, measure) for module in model.modules()):
         model(sample.clone())
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    return len(images) * (4 * largest + images[0].nbytes) + 4 * weights
+    return count * (4 * largest + sample[0].nbytes) + 4 * weights
 
 
 def free_memory(device: torch.device, root: str | os.PathLike[str] = "/") -> float:

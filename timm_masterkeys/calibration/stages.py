@@ -1,7 +1,5 @@
 """The stages of a calibration: each changes layers of one block, from what the dense block's layers gave."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable
@@ -13,11 +11,13 @@ from torch import nn
 
 from .block_runner import BlockPair, Hook, stop
 from .least_squares import Gram, choose_keys, fit_ridge
+from .observers import MomentsObserver, RowsObserver
 
 Stage = Literal["kernels", "norms", "pointwise"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 OVER = "the time budget was over"
+SIGMAS = "its sigmas are not refitted"
 ROWS = 100_000  # positions, over all images, to which a pointwise layer or a norm is fitted
 KERNEL_ROWS = 20_000  # positions to which a kernel is fitted
 IMAGES = 64  # the fewest images a layer is fitted to, whatever its number of positions
@@ -46,17 +46,45 @@ class StageReport:
         return self.name, str(len(self.changed)), str(len(self.left)), f"{self.seconds:.0f}"
 
 
+class LayerPair:
+    """A layer of a block in the converted and in the dense network, each with the norm after it, or None.
+
+    Attributes:
+        batches: Indices of the batches to fit to: every n-th fitted batch, n as large as leaves ``rows`` positions,
+            ``IMAGES`` images and ``FOLDS`` batches.
+        observer: The hook on the dense layer: one that measures moments if ``moments``, else one that keeps rows.
+    """
+
+    def __init__(self, block: BlockPair, name: str, rows: int, moments: bool) -> None:
+        self.block, self.name, norm = block, name, block.norms.get(name)
+        modules, dense = block.runner.modules, block.dense_runner.modules
+        self.layer: Any = modules[name]
+        self.dense_layer: Any = dense[name]
+        self.norm: Any = modules[norm] if norm else None
+        self.dense_norm: Any = dense[norm] if norm else None
+        images = max(IMAGES, rows / block.layout.positions[name])
+        step = sum(len(block.runner.batches[i]) for i in block.fitted_batches) / images
+        self.batches = block.fitted_batches[:: max(1, min(int(step), len(block.fitted_batches) // FOLDS))]
+        self.observer: Any = MomentsObserver() if moments else RowsObserver(self.layer, rows // len(self.batches))
+
+    def observe(self, hook: Hook) -> None:
+        """Runs the converted block on the pair's batches as far as the layer, with a hook on that."""
+        self.block.outputs(self.batches, (self.name, hook), (self.name, stop))
+
+
 def calibrate_block(block: BlockPair, reports: dict[Stage, StageReport], out_of_time: bool) -> list[Any]:
     """Runs the stages on a block; returns the outputs of the converted block afterwards, batch by batch."""
-    layers = {stage: _layers(block, stage) for stage in reports}
-    if out_of_time:
-        for stage in layers.keys() - {"norms"}:
-            reports[stage].left.update((pair.name, OVER) for pair in layers.pop(stage))
+    run: dict[Stage, Callable[[LayerPair], str]]
+    run = {"kernels": _fit_kernels, "norms": _match_norms, "pointwise": _refit_pointwise}
+    layers: dict[Stage, list[LayerPair]] = {}
+    for stage, report in reports.items():
+        layers[stage], left = _layers(block, stage, out_of_time)
+        report.left.update(left)
     block.run_dense([(pair.name, pair.observer, pair.batches) for pairs in layers.values() for pair in pairs])
     for stage, pairs in layers.items():
         start, report = time.perf_counter(), reports[stage]
         for pair in pairs:
-            if reason := _STAGES[stage](pair):
+            if reason := run[stage](pair):
                 report.left[pair.name] = reason
             else:
                 report.changed.append(pair.name)
@@ -64,39 +92,17 @@ def calibrate_block(block: BlockPair, reports: dict[Stage, StageReport], out_of_
     return block.outputs(range(len(block.calls)))
 
 
-def _layers(block: BlockPair, stage: Stage) -> list[LayerPair]:
-    """The layers of a block that a stage changes."""
+def _layers(block: BlockPair, stage: Stage, out_of_time: bool) -> tuple[list[LayerPair], dict[str, str]]:
+    """The layers of a block that a stage changes; and those it leaves as they are, and why."""
     if stage == "pointwise":
-        return [LayerPair(block, block.parts.pointwise, ROWS)] if block.parts.pointwise else []
-    if stage == "norms":
-        return [LayerPair(block, name, ROWS, MomentsObserver()) for name in block.parts.converted]
-    pairs = [LayerPair(block, name, KERNEL_ROWS) for name in block.parts.converted]
-    return [pair for pair in pairs if not pair.layer.has_sigmas]
-
-
-class LayerPair:
-    """A layer of a block in the converted and in the dense network, each with the norm after it, or None.
-
-    Attributes:
-        batches: Indices of the batches to fit to: as few as hold ``rows`` positions, evenly spread.
-        observer: The hook on the dense layer: ``moments`` if given, else one that keeps rows.
-    """
-
-    def __init__(self, block: BlockPair, name: str, rows: int, moments: MomentsObserver | None = None) -> None:
-        self.block, self.name, norm = block, name, block.norms.get(name)
-        modules, dense = block.runner.modules, block.dense_runner.modules
-        self.layer: Any = modules[name]
-        self.dense_layer: Any = dense[name]
-        self.norm: Any = modules[norm] if norm else None
-        self.dense_norm: Any = dense[norm] if norm else None
-        images = max(IMAGES, rows / block.parts.positions[name])
-        step = sum(len(block.runner.batches[i]) for i in block.fitted) / images
-        self.batches = block.fitted[:: max(1, min(int(step), len(block.fitted) // FOLDS))]
-        self.observer: Any = moments or RowsObserver(self.layer, rows // len(self.batches))
-
-    def observe(self, hook: Hook) -> None:
-        """Runs the converted block on the pair's batches as far as the layer, with a hook on that."""
-        self.block.outputs(self.batches, (self.name, hook), (self.name, stop))
+        names = [block.layout.pointwise] if block.layout.pointwise else []
+    else:
+        names = block.layout.converted
+    left = dict.fromkeys(names, OVER) if out_of_time and stage != "norms" else {}
+    if stage == "kernels":
+        left.update((name, SIGMAS) for name in names if block.runner.modules[name].has_sigmas)
+    rows = KERNEL_ROWS if stage == "kernels" else ROWS
+    return [LayerPair(block, name, rows, stage == "norms") for name in names if name not in left], left
 
 
 # The stages. Each returns the reason if it changed nothing, else "".
@@ -110,6 +116,7 @@ def _fit_kernels(pair: LayerPair) -> str:
     state, before = [tensor.clone() for tensor in changed], _error_variance(pair)
     gram = _response_gram(pair)
     mean = gram[:, :-1, -1] / gram[:, -1:, -1]
+    # (C, K + 2, K + 2), without the last factor, 1
     covariance = gram[:, :-1, :-1] / gram[:, -1:, -1:] - mean.unsqueeze(2) * mean.unsqueeze(1)
     keys, scale, shift = choose_keys(covariance, layer.keys_per_kernel)
     varying = (covariance[:, -1, -1] > DEAD) & (covariance[:, :-1, :-1].diagonal(dim1=1, dim2=2).amax(1) > DEAD)
@@ -139,8 +146,7 @@ def _error_variance(pair: LayerPair) -> torch.Tensor:
     targets, errors = iter(pair.observer.outputs), MomentsObserver()
 
     def compare(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        error = pair.observer.pick(output) - next(targets)
-        errors(module, args, error.movedim(2, 1).unsqueeze(3))
+        errors.add(pair.observer.pick(output) - next(targets), 2)
 
     pair.observe(compare)
     return errors.result()[1]
@@ -207,7 +213,7 @@ def _match_norms(pair: LayerPair) -> str:
 def _refit_pointwise(pair: LayerPair) -> str:
     """Refits a block's last pointwise layer to the output of the dense block, or else of the dense layer."""
     layer, norm = pair.layer, pair.norm
-    in_block = pair.block.parts.name != pair.name  # else the layer is the whole block
+    in_block = pair.block.layout.name != pair.name  # else the layer is the whole block
     block_factor = _block_factor(pair) if in_block else None
     factor = block_factor[0] if block_factor else layer.weight.new_ones(len(layer.weight))
     folds = _residual_folds(pair, block_factor)
@@ -280,62 +286,3 @@ def _block_factor(pair: LayerPair) -> tuple[torch.Tensor, bool] | None:
         if error < 1e-3 and factor.abs().min() > 1e-6 * factor.abs().max() > 0:
             return factor, channels_last
     return None
-
-
-_STAGES: dict[Stage, Callable[[LayerPair], str]] = {
-    "kernels": _fit_kernels,
-    "norms": _match_norms,
-    "pointwise": _refit_pointwise,
-}
-
-
-class RowsObserver:
-    """Keeps some positions of a layer's output (and input) at each call, as (images, positions, channels).
-
-    Args:
-        layer: The layer; a linear one has its channels last.
-        rows: The most positions kept at a call, over all its images.
-        inputs: Keep the inputs as well.
-    """
-
-    def __init__(self, layer: nn.Module, rows: int, inputs: bool = False) -> None:
-        self.channels_last = isinstance(layer, nn.Linear)
-        self.rows, self.with_inputs = rows, inputs
-        self.inputs: list[torch.Tensor] = []
-        self.outputs: list[torch.Tensor] = []
-
-    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        self.outputs.append(self.pick(output))
-        if self.with_inputs:
-            self.inputs.append(self.pick(args[0]))
-
-    def pick(self, tensor: torch.Tensor, channels_last: bool | None = None) -> torch.Tensor:
-        """Random positions of a tensor, the same for every tensor of its size."""
-        last = self.channels_last if channels_last is None else channels_last
-        rows = tensor.unsqueeze(1).flatten(1, -2) if last else tensor.flatten(2).transpose(1, 2)
-        return rows[:, self.positions(rows.shape[1], len(rows)).to(rows.device)]
-
-    def positions(self, count: int, images: int) -> torch.Tensor:
-        """Indices of the positions kept in each image, out of ``count``, at a call with ``images`` images."""
-        most = max(1, self.rows // max(1, images))
-        if count <= most:
-            return torch.arange(count, device="cpu")
-        return torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")[:most]
-
-
-class MomentsObserver:
-    """Measures mean and variance of each channel of a convolution's output."""
-
-    def __init__(self) -> None:
-        self.sums: list[torch.Tensor] = []
-
-    def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        variance, mean = (value.double() for value in torch.var_mean(output, (0, 2, 3), correction=0))
-        count = mean.new_full(mean.shape, output[:, 0].numel())
-        self.sums.append(torch.stack([count, count * mean, count * (variance + mean.square())]))
-
-    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance over all calls."""
-        count, total, squares = torch.stack(self.sums).sum(0)
-        mean = total / count
-        return mean, (squares / count - mean.square()).clamp_min(0)

@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> None:
     import timm
     from timm.models import PretrainedCfg
 
-    from ..calibration.agreement import convert_and_calibrate
     from ..calibration.images import calibration_images
+    from ..calibration.pipeline import convert_and_calibrate
     from ..conversion.convert import convert
     from ..conversion.record import Source, set_source
     from ..conversion.report import conversion_report

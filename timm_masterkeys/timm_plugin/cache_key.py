@@ -17,7 +17,7 @@ from ..conversion.config import MasterKeysConfig
 from ..files import file_sha256, folder_sha256, tensors_sha256
 from .call import Call
 
-CALIBRATION = 6  # increased whenever calibration gives other networks or records, or entries have another format
+CALIBRATION = 7  # increased whenever calibration gives other networks or records, or entries have another format
 
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # how images are prepared
 _SETTLED = 2  # seconds: the coarsest tick of a file system's clock, see ``_digest``

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from ..calibration.agreement import convert_and_calibrate
 from ..calibration.images import BUILTIN
+from ..calibration.pipeline import convert_and_calibrate
 from ..conversion.config import MasterKeysConfig
 from ..conversion.record import set_source
 from ..conversion.torch_settings import undisturbed

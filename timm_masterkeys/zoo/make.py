@@ -23,8 +23,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from timm.data import is_img_extension
 
-from ..calibration.agreement import convert_and_calibrate
-from ..calibration.images import BUILTIN, FEWEST, HELD_OUT, photographs_sha256
+from ..calibration.images import BUILTIN, FEWEST, HELD_OUT_PHOTOGRAPHS, photographs_sha256
+from ..calibration.pipeline import convert_and_calibrate
 from ..conversion.config import LayerSettings, MasterKeysConfig
 from ..conversion.convert import apply
 from ..conversion.copies import copy_model
@@ -76,7 +76,7 @@ class ZooSettings:
         if not os.path.isdir(self.calibrate):
             raise ZooError(f"There is no folder '{self.calibrate}' of images to calibrate with.")
         count = sum(is_img_extension(path.suffix.lower()) for path in walk_files(self.calibrate))
-        fewest = FEWEST if self.config.agreement is None else FEWEST * HELD_OUT
+        fewest = FEWEST if self.config.agreement is None else FEWEST * HELD_OUT_PHOTOGRAPHS
         if count < fewest:
             raise ZooError(
                 f"There are {count} images in '{self.calibrate}' to calibrate with, expected {fewest} or more."
