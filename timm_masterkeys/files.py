@@ -6,14 +6,18 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
+
+_SETTLED = 2  # seconds: the coarsest tick of a file system's clock
 
 
 @contextmanager
@@ -65,11 +69,24 @@ def os_errors() -> Iterator[None]:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file in hex.
+    """The SHA-256 of a file in hex. A process hashes an unchanged file only once.
+
+    Inode, size and times tell whether a file is unchanged, as in git's index. ``st_ctime_ns`` changes with each write,
+    even if the modification time is set back; but not within a tick of the clock, so a recent file is always hashed.
 
     Raises:
         OSError: The file cannot be read.
     """
+    stat = os.stat(path)
+    identity = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    if time.time() - max(stat.st_mtime, stat.st_ctime) < _SETTLED:
+        return _hash.__wrapped__(os.fspath(path), *identity)
+    return _hash(os.fspath(path), *identity)
+
+
+@lru_cache(maxsize=64)
+def _hash(path: str, *identity: int) -> str:
+    """The SHA-256 of a file with this identity."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

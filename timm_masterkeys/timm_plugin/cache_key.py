@@ -2,9 +2,8 @@
 
 import os
 import sys
-import time
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import timm
@@ -20,7 +19,6 @@ from .call import Call
 CALIBRATION = 7  # increased whenever calibration gives other networks or records, or entries have another format
 
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # how images are prepared
-_SETTLED = 2  # seconds: the coarsest tick of a file system's clock, see ``_digest``
 MISSING = ""  # in place of the digest of weights that are not on this machine yet
 _READING = ("custom_load", "first_conv", "classifier")  # of a cfg: how timm reads the weights
 
@@ -109,19 +107,4 @@ def weights_sha256(call: Call) -> str | None:
 
 
 def _digest(path: str) -> str:
-    """The SHA-256 of a file, ``MISSING`` if it does not exist. A process hashes an unchanged file only once.
-
-    Inode, size and times tell whether a file is unchanged, as in git's index. ``st_ctime_ns`` changes with each write,
-    even if the modification time is set back; but not within a tick of the clock, so a recent file is always hashed.
-    """
-    if not os.path.isfile(path):
-        return MISSING
-    stat = os.stat(path)
-    if time.time() - max(stat.st_mtime, stat.st_ctime) < _SETTLED:
-        return file_sha256(path)
-    return _known_sha256(path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-
-
-@lru_cache(maxsize=64)
-def _known_sha256(path: str, *stat: int) -> str:
-    return file_sha256(path)
+    return file_sha256(path) if os.path.isfile(path) else MISSING
