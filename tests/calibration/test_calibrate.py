@@ -638,6 +638,12 @@ def test_bad_arguments(message, arguments):
         mk.calibrate_masterkeys(*pair(), torch.randn(12, 3, 64, 64), **arguments)
 
 
+def test_lazy_layers_are_named():
+    dense = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.Flatten(), nn.LazyLinear(2))
+    with pytest.raises(mk.CalibrationError, match=r"lazy layers.*Run the dense model once"):
+        mk.calibrate_masterkeys(mk.convert_to_masterkeys(dense), dense, torch.randn(12, 3, 8, 8))
+
+
 def test_it_warns_of_a_dense_model_with_other_weights(caplog):
     dense, other, x = Crossing().eval(), Crossing().eval(), torch.randn(20, 3, 16, 16)
     model = mk.convert_to_masterkeys(dense)

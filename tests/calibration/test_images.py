@@ -277,6 +277,12 @@ def test_mean_std_and_size_that_are_given(tmp_path):
         load_images(torch.randn(10, 3, 8, 8), PLAIN, 10, Pixels(mean=[0.5] * 3))
 
 
+@pytest.mark.parametrize("images", [None, 3])
+def test_what_holds_no_images(images):
+    with pytest.raises(mk.CalibrationError, match=f"images is {images}, expected a tensor"):
+        load_images(images, PLAIN, 10)
+
+
 # --- folders and loaders
 
 

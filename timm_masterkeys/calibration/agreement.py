@@ -18,7 +18,7 @@ from ..conversion.record import CalibrationRecord, Record, write_record
 from ..conversion.table import table
 from ..conversion.wrapped import evaluating
 from ..errors import CalibrationError, ConversionError
-from ..keys.banks import DEFAULT_BANK, Bank, KeyBank
+from ..keys.banks import DEFAULT_BANK, BankLike, KeyBank
 from ..layers import MasterKeyConv2d, Trainable
 from .block_runner import hooked
 from .calibrate import calibrate_masterkeys
@@ -105,7 +105,7 @@ def convert_to_agreement(
     agreement: float = 0.95,
     images: Images = BUILTIN,
     *,
-    bank: Bank = DEFAULT_BANK,
+    bank: BankLike = DEFAULT_BANK,
     include: Patterns = None,
     exclude: Patterns = None,
     trainable: Trainable = "shift",

@@ -288,6 +288,8 @@ def load_images(
         images = _normalised(pixels, config)
     elif any(value is not None for value in given):
         raise CalibrationError("mean, std and size prepare a folder or 'builtin'; other images are taken as they are.")
+    elif not isinstance(images, (torch.Tensor, Iterable)):
+        raise CalibrationError(f"images is {images!r:.80}, expected a tensor, batches, a folder or 'builtin'.")
     elif not isinstance(images, torch.Tensor):
         images = _collect([images] if isinstance(images, Mapping) else images, max_images)
     if images.ndim != 4 or not images.is_floating_point():

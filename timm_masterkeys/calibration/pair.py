@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..conversion.plan import converted_layers
 from ..conversion.record import Record, read_record
@@ -38,6 +39,8 @@ def checked_pair(model: nn.Module, dense: nn.Module) -> NetworkPair:
     model, dense = unwrapped(model), unwrapped(dense)
     if is_sharded(model) or is_sharded(dense):
         raise CalibrationError("The parameters are sharded, expected whole ones. Calibrate first, then shard.")
+    if any(map(is_lazy, (*model.parameters(), *dense.parameters()))):
+        raise CalibrationError("There are lazy layers, whose sizes are not known yet. Run the dense model once first.")
     if entry := quantised_entry(model) or quantised_entry(dense):
         raise CalibrationError(f"{entry}, expected ordinary tensors. Calibrate first, then quantise.")
     layers = converted_layers(model)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError, ConversionError
-from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
+from ..keys.banks import DEFAULT_BANK, BankLike, KeyBank, get_bank
 from ..keys.projection import check_keys_per_kernel
 from ..layers import MasterKeyConv2d, SigmaKeyConv2d, Trainable, check_trainable
 
@@ -82,7 +82,7 @@ class MasterKeysConfig:
 
     def __init__(  # by hand, as the arguments take more types than the fields have
         self,
-        bank: Bank = DEFAULT_BANK,
+        bank: BankLike = DEFAULT_BANK,
         keys_per_kernel: int = 1,
         trainable: Trainable = "shift",
         include: Patterns = None,

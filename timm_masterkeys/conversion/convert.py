@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, ConversionError, ProjectionError
-from ..keys.banks import DEFAULT_BANK, Bank
+from ..keys.banks import DEFAULT_BANK, BankLike
 from ..layers import MasterKeyConv2d, SigmaKeyConv2d, Trainable
 from .config import LayerSettings, MasterKeysConfig, Patterns
 from .copies import copy_model
@@ -29,7 +29,7 @@ Entries = Mapping[str, torch.Tensor]  # of one layer, by name: key_index, scale,
 
 def convert_to_masterkeys(
     model: nn.Module,
-    bank: Bank = DEFAULT_BANK,
+    bank: BankLike = DEFAULT_BANK,
     *,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -80,7 +80,7 @@ def convert_to_masterkeys(
 
 def initialize_masterkeys(
     model: nn.Module,
-    bank: Bank = DEFAULT_BANK,
+    bank: BankLike = DEFAULT_BANK,
     *,
     include: Patterns = None,
     exclude: Patterns = None,

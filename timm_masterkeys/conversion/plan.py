@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..errors import BankError, ConversionError
-from ..keys.banks import DEFAULT_BANK, Bank, KeyBank
+from ..keys.banks import DEFAULT_BANK, BankLike, KeyBank
 from ..layers import MasterKeyConv2d, obstacle
 from .config import LayerSettings, MasterKeysConfig, Patterns
 from .table import table
@@ -84,7 +84,7 @@ class ConversionPlan:
 
 
 def plan_conversion(
-    model: nn.Module, bank: Bank = DEFAULT_BANK, *, include: Patterns = None, exclude: Patterns = None
+    model: nn.Module, bank: BankLike = DEFAULT_BANK, *, include: Patterns = None, exclude: Patterns = None
 ) -> ConversionPlan:
     """Lists the convolutions of a model: which would be converted, and why the others would not. Changes nothing.
 

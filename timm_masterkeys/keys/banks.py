@@ -215,10 +215,10 @@ def list_banks() -> list[str]:
     return [DEFAULT_BANK, COMPACT_BANK, *(f"scale-space-{method}" for method in SIGMAS), "random8:<seed>"]
 
 
-Bank = str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray  # what ``get_bank`` takes
+BankLike = str | os.PathLike[str] | KeyBank | torch.Tensor | np.ndarray  # what ``get_bank`` takes
 
 
-def get_bank(bank: Bank = DEFAULT_BANK) -> KeyBank:
+def get_bank(bank: BankLike = DEFAULT_BANK) -> KeyBank:
     """Returns a bank by name, from a file, or from a tensor.
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ProjectionError
-from .banks import DEFAULT_BANK, Bank, KeyBank, get_bank
+from .banks import DEFAULT_BANK, BankLike, KeyBank, get_bank
 
 _TIE = 1e-12  # closer correlations, relative to the norm of the kernel, are a tie: the lower index wins
 _DEPENDENT = 1e-6  # a key with a smaller part outside the span of the keys before it adds only rounding errors
@@ -54,7 +54,7 @@ def constant_kernels(weight: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def project_kernels(weight: torch.Tensor, bank: Bank = DEFAULT_BANK, keys_per_kernel: int = 1) -> Projection:
+def project_kernels(weight: torch.Tensor, bank: BankLike = DEFAULT_BANK, keys_per_kernel: int = 1) -> Projection:
     """Projects depthwise kernels on the nearest keys by least squares.
 
     With keys of mean 0 and norm 1 the best ``a*x + b`` of a kernel y has ``a = <x, y>`` and ``b = mean(y)``, so the

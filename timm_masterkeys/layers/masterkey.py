@@ -9,7 +9,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 from ..errors import CheckpointError, ConversionError
-from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
+from ..keys.banks import DEFAULT_BANK, BankLike, KeyBank, get_bank
 from ..keys.projection import Projection, check_finite, check_keys_per_kernel, project_kernels
 from .computed import ComputedConv2d
 from .depthwise import affine_depthwise_conv2d
@@ -113,7 +113,7 @@ class MasterKeyConv2d(ComputedConv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        bank: Bank = DEFAULT_BANK,
+        bank: BankLike = DEFAULT_BANK,
         keys_per_kernel: int = 1,
         trainable: Trainable = "shift",
     ) -> None:
@@ -129,7 +129,7 @@ class MasterKeyConv2d(ComputedConv2d):
     def from_conv(
         cls: type[Layer],
         conv: nn.Conv2d,
-        bank: Bank = DEFAULT_BANK,
+        bank: BankLike = DEFAULT_BANK,
         keys_per_kernel: int = 1,
         trainable: Trainable = "shift",
         *,
@@ -167,7 +167,7 @@ class MasterKeyConv2d(ComputedConv2d):
     def unfilled_from_conv(
         cls: type[Layer],
         conv: nn.Conv2d,
-        bank: Bank = DEFAULT_BANK,
+        bank: BankLike = DEFAULT_BANK,
         keys_per_kernel: int = 1,
         trainable: Trainable = "shift",
     ) -> Layer:

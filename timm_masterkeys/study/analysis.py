@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..conversion.report import R2_MEANS
 from ..conversion.table import number, share, table
 from ..errors import BankError
-from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
+from ..keys.banks import DEFAULT_BANK, BankLike, KeyBank, get_bank
 from .kernels import CONTROL_BANK, Kernels, Source, collect_kernels, name_sources, read_kernels
 
 DEFAULT_BANKS = DEFAULT_BANK, CONTROL_BANK
@@ -68,7 +68,7 @@ class Comparison:
 
 
 def compare_networks(
-    sources: Mapping[str, Source] | Sequence[Source], banks: Sequence[Bank] = DEFAULT_BANKS
+    sources: Mapping[str, Source] | Sequence[Source], banks: Sequence[BankLike] = DEFAULT_BANKS
 ) -> Comparison:
     """Fits every depthwise kernel of the networks with its nearest key in each bank, size by size.
 

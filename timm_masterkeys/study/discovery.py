@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..conversion.table import number, table
 from ..errors import BankError
-from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
+from ..keys.banks import DEFAULT_BANK, BankLike, KeyBank, get_bank
 from .kernels import CONTROL_BANK, Kernels, collect_kernels
 
 __all__ = [
@@ -279,7 +279,7 @@ def _by_group(values: torch.Tensor, group: torch.Tensor, count: int) -> torch.Te
     return values.new_zeros(len(values), count).scatter_(1, group[:, None], values[:, None])
 
 
-def match_banks(bank: Bank, other: Bank, kernel_size: tuple[int, int] = (7, 7)) -> list[tuple[int, int, float]]:
+def match_banks(bank: BankLike, other: BankLike, kernel_size: tuple[int, int] = (7, 7)) -> list[tuple[int, int, float]]:
     """Pairs the keys of two banks: (index, index in the other bank, absolute correlation), best first.
 
     The pairs have the largest sum of absolute correlations; every key is in one pair at most.

@@ -20,7 +20,7 @@ from ..conversion.plan import converted_layers
 from ..conversion.tags import is_masterkeys_tag
 from ..errors import BankError
 from ..hub.weights import COMPACT_NAME, FUSED_NAME, SECTION
-from ..keys.banks import Bank, get_bank
+from ..keys.banks import BankLike, get_bank
 from ..keys.projection import constant_kernels
 
 Array = torch.Tensor | np.ndarray
@@ -61,7 +61,7 @@ class Kernels:
         each = 1 / counts[self.network] if equal_networks else torch.ones_like(counts[self.network])
         return each / each.sum()
 
-    def fit(self, bank: Bank) -> tuple[torch.Tensor, torch.Tensor]:
+    def fit(self, bank: BankLike) -> tuple[torch.Tensor, torch.Tensor]:
         """R2 (N,) of the least-squares fit ``a*x + b`` by the nearest key, and this key's index in the bank (N,)."""
         bank = get_bank(bank)
         r2, index = self.fit_keys(bank.keys_for(self.kernel_size).flatten(1).to(self.values))

@@ -16,7 +16,7 @@ from ..conversion.plan import converted_layers
 from ..conversion.report import COVERAGE, ConversionReport, dense_kernels, kernel_fits
 from ..conversion.wrapped import unwrapped
 from ..errors import ConversionError
-from ..keys.banks import DEFAULT_BANK, Bank, KeyBank, get_bank
+from ..keys.banks import DEFAULT_BANK, BankLike, KeyBank, get_bank
 from ..layers import MasterKeyConv2d
 
 try:
@@ -32,7 +32,7 @@ BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"
 COLOURS = (ORANGE, "#E69F00", "#CC79A7", "#F0E442", "#009E73", BLACK, "#56B4E9", BLUE)
 
 
-def plot_bank(bank: Bank = DEFAULT_BANK, kernel_size: tuple[int, int] | None = None) -> Figure:
+def plot_bank(bank: BankLike = DEFAULT_BANK, kernel_size: tuple[int, int] | None = None) -> Figure:
     """The keys of a bank, four in a row, all on one scale around zero.
 
     Args:
