@@ -18,7 +18,15 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 
 import timm_masterkeys as mk
-from timm_masterkeys.calibration.images import BUILTIN, Pixels, draw_crops, load_images, photographs, split_for_choice
+from timm_masterkeys.calibration.images import (
+    BUILTIN,
+    Pixels,
+    draw_crops,
+    load_images,
+    photographs,
+    split_for_choice,
+    split_images,
+)
 
 FOLDER = Path(str(resources.files("timm_masterkeys"))) / "calibration" / "data" / "photographs"
 CFG = {"input_size": (3, 64, 96), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25), "interpolation": "bilinear"}
@@ -275,6 +283,15 @@ def test_mean_std_and_size_that_are_given(tmp_path):
         mk.builtin_images(model, 2, mean=(123, 116, 103))
     with pytest.raises(mk.CalibrationError, match="taken as they are"):
         load_images(torch.randn(10, 3, 8, 8), PLAIN, 10, Pixels(mean=[0.5] * 3))
+
+
+def test_held_out_tensors_beside_a_folder(tmp_path):
+    """mean, std and size prepare the folder alone."""
+    folder_of(tmp_path)
+    given, others = Pixels(**GIVEN), torch.randn(10, 3, *GIVEN["size"])
+    batches, held_out = split_images(tmp_path, others, PLAIN, 20, given, 5)
+    assert torch.equal(torch.cat([batches[i] for i in held_out]), others)
+    assert torch.equal(torch.cat(batches)[:10], load_images(tmp_path, PLAIN, 20, given)[:10])
 
 
 @pytest.mark.parametrize("images", [None, 3])

@@ -33,8 +33,10 @@ def stop(*arguments: Any) -> None:
 class BlockRunner:
     """Runs a model block by block over batches of images, each block fed by the outputs of the block before it.
 
-    The model runs up to a block, and everything before the block is skipped. Where the arguments then differ (a
-    connection past several blocks), nothing is skipped.
+    For each block in turn, ``arguments(i)`` gives its calls, ``run(i, calls)`` its outputs, and ``advance(outputs)``
+    stores these for the next block; ``results()`` follows the last. For the arguments of a block the whole model is
+    called: the block before returns its stored outputs, what came earlier returns NaN at once, and a hook on the block
+    ends the call. Where the arguments then differ (a connection past several blocks), nothing is skipped.
     """
 
     def __init__(
@@ -115,7 +117,8 @@ class BlockRunner:
         try:
             self._model(batch.clone())
         except Reached as reached:
-            return reached.args[0], reached.args[1]
+            args, kwargs = reached.args
+            return args, kwargs
         finally:
             handle.remove()
         raise CalibrationError(f"{type(self._model).__name__} runs {name} on some of the images only.")

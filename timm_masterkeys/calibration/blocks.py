@@ -72,8 +72,9 @@ def _trace(model: nn.Module, modules: dict[str, nn.Module], images: torch.Tensor
         if isinstance(getattr(module, "running_mean", None), torch.Tensor):
             x = next(iter((*args, *kwargs.values())))
             layer, output, version, axis = outputs.get(x.untyped_storage().data_ptr(), ("", x, -1, 1))
+            # The norm reads this very output: same storage, not written to since, channels on the same axis.
             same_channels = x.shape[1] == output.shape[axis] and x.stride(1) == output.stride(axis)
-            if x._version == version and x.numel() == output.numel() and same_channels:  # not written to since
+            if x._version == version and x.numel() == output.numel() and same_channels:
                 trace.norms[layer] = name
 
     def note_end(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -112,7 +113,8 @@ def _owning_blocks(modules: dict[str, nn.Module], once: list[str], trace: _Trace
                 and any(_is_in(n, name) for n in later)
             )
             owner_of[layer] = next(fitting, layer)
-    for layer, owner in owner_of.items():  # the parent of several blocks is no block, whatever lies between them
+    # A layer whose block holds two or more other blocks stands alone, and counts as a block for the layers after it.
+    for layer, owner in owner_of.items():
         inside = {other for other in owner_of.values() if _is_in(other, owner) and not _is_in(layer, other)}
         if len(_outermost(inside)) > 1:
             owner_of[layer] = layer

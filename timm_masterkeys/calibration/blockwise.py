@@ -36,7 +36,9 @@ def calibrate_blocks(
     layouts, norms = find_blocks(networks.model, batches[0][:2])
     placed = {name for layout in layouts for name in layout.converted}
     left = {name: "runs not at all or more than once" for name in networks.layers if name not in placed}
-    reports = {stage: StageReport(stage, left=dict(left)) for stage in STAGES if stage in stages}
+    reports = {stage: StageReport(stage) for stage in STAGES if stage in stages}
+    for stage in reports.keys() - {"pointwise"}:
+        reports[stage].left.update(left)
     fitted_batches = [i for i in range(len(batches)) if i not in held_out_batches]
     runner, dense_runner = (BlockRunner(model, layouts, batches, output) for model in (networks.model, networks.dense))
     for index in tqdm(range(len(layouts)), desc="calibrate", unit="block", leave=False, disable=None):

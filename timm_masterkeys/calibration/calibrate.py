@@ -4,7 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 
 import timm
@@ -126,9 +126,9 @@ def calibrate_masterkeys(
         std: Standard deviation of each channel, the same way.
         size: Height and width, or one number for both, the same way.
         batch_size: Images per batch.
-        max_images: The most images used: evenly spread over a folder or a tensor, the first of an iterable. All are
-            kept in memory, with one block's inputs and outputs in both networks (EfficientNet-Lite0 with 250 images:
-            3 GB in all). Each layer is fitted to at most 100,000 positions.
+        max_images: The most of ``images`` used, and of ``held_out``: evenly spread over a folder or a tensor, the first
+            of an iterable. All are kept in memory, with one block's inputs and outputs in both networks
+            (EfficientNet-Lite0 with 250 images: 3 GB in all). Each layer is fitted to at most 100,000 positions.
         time_budget: Seconds after which the remaining blocks get only ``"norms"``; the record has the number of
             steps left out. None for no limit.
 
@@ -168,7 +168,7 @@ def calibrate_masterkeys(
             record = _calibrated_record(
                 model, chosen_metric, before, after, expected, reports, count, origin_of(images)
             )
-            write_record(model, replace(networks.record, calibration=record, converted_since=False))
+            write_record(model, networks.record.calibrated(record))
             report = CalibrationReport(record, reports, time.perf_counter() - start)
         except BaseException:
             model.load_state_dict(state)

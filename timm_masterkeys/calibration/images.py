@@ -35,7 +35,7 @@ FEWEST = 10  # images
 BUILTIN = "builtin"  # in place of a folder: the photographs that ship
 CALIBRATE_VARIABLE = "TIMM_MASTERKEYS_CALIBRATE"
 COUNT = 76  # crops, as many as there are photographs
-HELD_OUT_PHOTOGRAPHS = 4  # every fourth photograph can be held out, as is every fourth image for a choice of keys
+HELD_OUT_EVERY = 4  # every fourth photograph can be held out, as is every fourth image for a choice of keys
 HELD_OUT_BATCHES = 5  # every fifth batch is held out, unless held-out images are given
 AREA = 0.05, 1.0  # smallest and largest share of a photograph in a crop
 RATIO = 3 / 4, 4 / 3  # a crop's width to height, times that of the model's input
@@ -182,7 +182,7 @@ def _crops(config: Mapping[str, Any], count: int, seed: int, held_out_photograph
     """The crops of ``builtin_images`` as bytes."""
     channels, height, width = config["input_size"]
     pictures = list(photographs().values())
-    every = HELD_OUT_PHOTOGRAPHS
+    every = HELD_OUT_EVERY
     if held_out_photographs is not None:
         pictures = [p for i, p in enumerate(pictures) if (i % every == every - 1) == held_out_photographs]
     crops = draw_crops(pictures, (width, height), count, seed, interpolation=config["interpolation"])
@@ -312,8 +312,10 @@ def split_images(
         fitted = load_images(images, model, max_images, given, False)
         others = load_images(images, model, min(COUNT, max_images), given, True)
     else:
-        fitted = load_images(images, model, max_images, given)
-        others = fitted[:0] if held_out is None else load_images(held_out, model, max_images, given)
+        paths = [isinstance(part, (str, os.PathLike)) for part in (images, held_out)]
+        given_images, given_held_out = (given if path or not any(paths) else FROM_CFG for path in paths)
+        fitted = load_images(images, model, max_images, given_images)
+        others = fitted[:0] if held_out is None else load_images(held_out, model, max_images, given_held_out)
     if others.shape[1:] != fitted.shape[1:]:
         shapes = " and ".join(str(tuple(part.shape[1:])) for part in (fitted, others))
         raise CalibrationError(f"images and held_out are of {shapes}, expected one size.")
@@ -330,7 +332,7 @@ def split_for_choice(
     images: Images, dense: nn.Module, max_images: int = 300, given: Pixels = FROM_CFG
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Images to calibrate with, and held-out images; of the built-in ones, crops of different photographs."""
-    every = HELD_OUT_PHOTOGRAPHS
+    every = HELD_OUT_EVERY
     if _is_builtin(images):
         most = 8 * (COUNT // every)  # many crops of each held-out photograph, as nothing is fitted to them
         return load_images(images, dense, max_images, given, False), load_images(images, dense, most, given, True)

@@ -224,7 +224,7 @@ def _refit_pointwise(pair: LayerPair) -> str:
         return "a refit does not help on images it was not fitted to"
     weight, bias = solution
     fits_own_output = block_factor is None and in_block  # so the block's output may come no nearer
-    before = pair.block.error(pair.batches) if fits_own_output else math.nan
+    before = pair.block.error(pair.batches) if fits_own_output else math.inf
     changed = [t for t in (layer.weight, layer.bias, norm and norm.running_mean) if t is not None]
     state = [tensor.clone() for tensor in changed]
     layer.weight.add_(weight.T.reshape(layer.weight.shape).to(layer.weight.dtype))
@@ -232,7 +232,7 @@ def _refit_pointwise(pair: LayerPair) -> str:
         norm.running_mean.sub_(bias.to(norm.running_mean.dtype))
     elif layer.bias is not None:
         layer.bias.add_(bias.to(layer.bias.dtype))
-    if fits_own_output and pair.block.error(pair.batches) > before:
+    if fits_own_output and pair.block.error(pair.batches) > before:  # NaN, an error that is not known, keeps the refit
         for tensor, value in zip(changed, state, strict=True):
             tensor.copy_(value)
         return "the block comes no nearer"

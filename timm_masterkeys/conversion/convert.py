@@ -190,7 +190,6 @@ def apply(
 
     Raises:
         ProjectionError: NaN or Inf in a kernel; the message names the layer and the channel.
-        CheckpointError: Entries that do not fit their layer.
     """
     return replace_layers(model, new_layers(model, settings, weights))
 
@@ -200,7 +199,10 @@ def new_layers(
     settings: Mapping[str, LayerSettings],
     weights: Literal["project", "random"] | Mapping[str, Entries] = "project",
 ) -> dict[str, MasterKeyConv2d]:
-    """The new layers by name; as for ``apply``, but ``weights`` may also be the entries of each layer by its name."""
+    """The new layers by name; as for ``apply``, but ``weights`` may also be the entries of each layer by its name.
+
+    CheckpointError for entries that do not fit their layer.
+    """
     new: dict[str, MasterKeyConv2d] = {}
     for name, layer_settings in tqdm(
         settings.items(), desc="convert", unit="layer", delay=2, leave=False, disable=None

@@ -47,7 +47,7 @@ class Source:
 
     @classmethod
     def from_cfg(cls, cfg: Any) -> "Source":
-        """The stock weights that a PretrainedCfg of timm's registry names."""
+        """The weights that a PretrainedCfg names: of timm's registry, or of the Hub."""
         repo, _, revision = (cfg.hf_hub_id or "").partition("@")
         return cls(
             repo or ".".join(filter(None, (cfg.architecture, dense_tag(cfg.tag)))), revision or None, None, cfg.license
@@ -131,6 +131,10 @@ class Record:
     was_calibrated: bool = False
     converted_since: bool = False
 
+    def calibrated(self, calibration: CalibrationRecord) -> "Record":
+        """The record after a calibration with these figures."""
+        return replace(self, calibration=calibration, was_calibrated=True, converted_since=False)
+
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON data."""
         return {
@@ -153,7 +157,7 @@ def read_record(model: nn.Module) -> Record:
     if record.calibration:
         holds = record.calibration.entries == entries_digest(model)
         holds = holds and record.calibration.structure in ("", structure_digest(model))
-        record = replace(record, calibration=record.calibration if holds else None, was_calibrated=True)
+        record = record if holds else replace(record, calibration=None)
     return record
 
 
@@ -187,8 +191,7 @@ def add_conversion(model: nn.Module, config: MasterKeysConfig, layers: Collectio
     # The source still holds if the layers of earlier conversions have unchanged keys.
     others = {name: layer for name, layer in converted_layers(model).items() if name not in layers}
     source_holds = record.source is not None and record.keys == keys_digest(others)
-    calibrated = record.was_calibrated or record.calibration is not None
-    source = record.source if source_holds else None
+    calibrated, source = record.was_calibrated, record.source if source_holds else None
     write_record(
         model, Record((*record.conversions, config), source, was_calibrated=calibrated, converted_since=calibrated)
     )
@@ -256,6 +259,6 @@ def restore_record(
         Source(**data["source"]) if data["source"] else None,
         data["keys"],
         CalibrationRecord(**data["calibration"]) if data["calibration"] else None,
-        bool(data.get("was_calibrated")),  # these two are absent in old files
+        bool(data.get("was_calibrated", data["calibration"])),  # these two are absent in old files
         bool(data.get("converted_since")),
     )

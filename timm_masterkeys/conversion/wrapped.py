@@ -76,6 +76,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
                 module._compiled_call_impl = None
         yield
     finally:
-        for module, module.training, compiled in before:
+        for module, training, compiled in before:
+            module.training = training
             if compiled is not None:
                 module._compiled_call_impl = compiled

@@ -37,7 +37,7 @@ def saved_source(known: Source | None, license: str | None, base_model: str | No
             f"base_model='{base_model}' was given, but the model was converted from '{known.name}'. Leave it out."
         )
     inherited, requested = (known.license or "").lower(), (license or "").lower()
-    inherited = inherited.replace("unknown", "")  # timm's registry has it for some weights
+    inherited = "" if inherited == "unknown" else inherited  # timm's registry has it for some weights
     if inherited and requested and requested != inherited:
         raise ConversionError(
             f"license='{license}' was given, but the source weights are under '{inherited}', which converted weights "

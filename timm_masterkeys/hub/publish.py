@@ -39,7 +39,8 @@ class Publication:
     Attributes:
         repo_id: ``org/name``.
         revision: The branch, or the pull request's ref.
-        sha: The commit that holds the files, to pin as ``hf-hub:org/name@sha``; None in a dry run of a new repository.
+        sha: The commit that holds the files, to pin as ``hf-hub:org/name@sha``. In a dry run that would change files,
+            the commit they would be made on; None if the branch does not exist.
         files: State of each file by name: "new", "changed" or "unchanged".
         sizes: Size of each file by name, in bytes.
         license: Licence of the weights.
@@ -62,7 +63,9 @@ class Publication:
 
     def __str__(self) -> str:
         rows = [(name, state, _in_units(self.sizes[name])) for name, state in self.files.items()]
-        address = f"hf-hub:{self.repo_id}@{self.sha}" if self.sha else f"hf-hub:{self.repo_id} (new)"
+        holds = self.committed or not _changed(self.files)
+        pin = f"@{self.sha}" if self.sha and holds else f", branch {self.revision}" if self.sha else " (new)"
+        address = f"hf-hub:{self.repo_id}{pin}"
         outcome = "committed" if self.committed else "no commit made"
         visibility = {True: "private", False: "public", None: "public, unless the owner's repositories are private"}
         account = f"account {self.account}" if self.account else "no account: publishing needs `hf auth login`"
@@ -190,7 +193,7 @@ def _commit(api: HfApi, publication: Publication, message: str, directory: Path,
     """Commits the files that differ, and returns the publication after a check that the commit holds them.
 
     The Hub refuses a second commit on the same parent. So if its answer is unclear, one look shows whether the commit
-    was made, and it is safe to run again.
+    was made, and it is safe to run again; but a pull request may be opened twice.
     """
     repo_id, branch = publication.repo_id, publication.revision
     with _hub_errors(f"Nothing was committed to {repo_id}"):
@@ -205,13 +208,16 @@ def _commit(api: HfApi, publication: Publication, message: str, directory: Path,
         status = getattr(getattr(error, "response", None), "status_code", 500)
         if isinstance(error, HfHubHTTPError) and status < 500 and status != 429:  # the Hub refused it
             raise HubError(f"Nothing was committed to {repo_id}: {reason}") from None
-        unclear = f"No clear answer to the commit to {repo_id} ({reason}). Run again"
-        with _hub_errors(unclear):
+        unclear = f"No clear answer to the commit to {repo_id} ({reason})"
+        with _hub_errors(f"{unclear}. Run again"):
             refs = _list_pull_requests(api, repo_id) - pulls_before if create_pr else {branch}
             infos = [(ref, _read_repository(api, repo_id, ref)) for ref in refs]
             matches = [(info.sha, ref) for ref, info in infos if info and not _changed(_compare_files(directory, info))]
         if not matches:
-            raise HubError(f"{unclear}: a commit that was made is found, and not made twice.") from None
+            advice = "Run again: a commit that was made is found, and not made twice."
+            if create_pr:
+                advice = "Look at its pull requests before you run again, which opens another one."
+            raise HubError(f"{unclear}. {advice}") from None
         sha, ref = str(matches[0][0]), matches[0][1]
     with _hub_errors(f"Commit {sha} was made in {repo_id}, but could not be confirmed"):
         differing = _changed(_compare_files(directory, _read_repository(api, repo_id, sha)))

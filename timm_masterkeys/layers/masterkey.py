@@ -401,7 +401,7 @@ class MasterKeyConv2d(ComputedConv2d):
         self._empty = True
 
     def train(self, mode: bool = True) -> "MasterKeyConv2d":
-        """As for any module; also calls ``check_keys`` if the layer has values."""
+        """As for any module; also restores the exact keys after an average, and checks the key indices."""
         self._restore_keys()
         if not self._is_empty():
             self._check_indices()

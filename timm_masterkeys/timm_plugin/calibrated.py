@@ -43,7 +43,7 @@ def calibrated_entry(call: Call, state: Mapping[str, Any] | None, images: str) -
     Raises:
         MasterKeysError: As ``calibrate_masterkeys`` and ``convert_to_agreement``.
     """
-    config, shape = _shared_config(call), _weights_shape(call, state)  # checked before anything is downloaded
+    config, shape = _shared_config(call), _weights_shape(call, state)
     digest, downloaded = weights_sha256(call), None
     if digest == MISSING:  # building the network downloads the weights
         downloaded = _build_dense(call, shape)

@@ -35,9 +35,9 @@ class Call:
 
     arch: str
     stock: compat.Entrypoint  # timm's own function that builds the architecture
-    cfg: PretrainedCfg  # with the call's overlay
-    registry_cfg: PretrainedCfg | None  # the cfg of the name in timm's registry
-    as_registered: bool  # the weights are where ``registry_cfg`` says
+    cfg: PretrainedCfg  # with the call's overlay; its source is "hf-hub" or "local-dir" for an address, None for a name
+    registry_cfg: PretrainedCfg | None  # timm's cfg of the name; None for a tag that only a saved model has
+    as_registered: bool  # the weights are where ``registry_cfg`` says: no overlay, address or use_weights moved them
     settings: Mapping[str, Any]  # the call's settings of the conversion, by their names without ``mk_``
     calibrate: Any  # the call's ``mk_calibrate``; None if absent
     kwargs: Mapping[str, Any]  # the arguments of ``stock`` besides the cfg

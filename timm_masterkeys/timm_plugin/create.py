@@ -55,6 +55,7 @@ def create(arch: str, stock: compat.Entrypoint, pretrained: bool, kwargs: Mappin
         _refuse_agreement(call)
         call.warn_unused("there are no weights to calibrate without pretrained=True")
         return convert(call.build(False), call.config, "random", inplace=True, flat_names=call.flat_names)
+    call.config  # noqa: B018  # raises for invalid settings, before weights are read
     state = _read_weights(call)
     if state and (entries := _compact_entries(state)):
         return _load_checkpoint(call, state, entries)
@@ -121,13 +122,13 @@ def _refuse_agreement(call: Call) -> None:
 
 
 def _read_weights(call: Call) -> Mapping[str, Any] | None:
-    """The state dict of weights that are not timm's own; None where timm alone reads them.
+    """A look into weights that are not timm's own: are they of a converted network, which shapes have stem and head?
 
-    It tells whether the weights are of a converted network, and the shapes of stem and head.
+    Returns their state dict; None where timm alone reads them.
     Of a dense safetensors file it has the shapes only: its tensors are on the meta device.
     """
     cfg = call.cfg
-    if call.as_registered and not cfg.file:
+    if call.as_registered and not cfg.file:  # a cfg that the user registered may name a file
         return None  # timm's own
     if cfg.state_dict and not cfg.source:
         return _inner_state_dict(cfg.state_dict)

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from timm.data import is_img_extension
 
-from ..calibration.images import BUILTIN, FEWEST, HELD_OUT_PHOTOGRAPHS, photographs_sha256
+from ..calibration.images import BUILTIN, FEWEST, HELD_OUT_EVERY, photographs_sha256
 from ..calibration.pipeline import convert_and_calibrate
 from ..conversion.config import LayerSettings, MasterKeysConfig
 from ..conversion.convert import apply
@@ -76,7 +76,7 @@ class ZooSettings:
         if not os.path.isdir(self.calibrate):
             raise ZooError(f"There is no folder '{self.calibrate}' of images to calibrate with.")
         count = sum(is_img_extension(path.suffix.lower()) for path in walk_files(self.calibrate))
-        fewest = FEWEST if self.config.agreement is None else FEWEST * HELD_OUT_PHOTOGRAPHS
+        fewest = FEWEST if self.config.agreement is None else FEWEST * HELD_OUT_EVERY
         if count < fewest:
             raise ZooError(
                 f"There are {count} images in '{self.calibrate}' to calibrate with, expected {fewest} or more."
@@ -263,7 +263,7 @@ def _make(name: str, zoo: ZooSettings) -> Result:
     """Downloads, converts, calibrates, measures and saves a network."""
     start, folder = time.perf_counter(), zoo.folder(name)
     cfg: Any = timm.get_pretrained_cfg(name)
-    license = cfg.license or zoo.license
+    license = zoo.license if cfg.license in (None, "unknown") else cfg.license
     if not license:
         raise ZooError("The licence of the source weights is not known. Find it out and pass it: --license.")
     cache = None if zoo.keep_weights else folder / "download"
