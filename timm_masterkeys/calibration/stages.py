@@ -17,7 +17,7 @@ Stage = Literal["kernels", "norms", "pointwise"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 OVER = "the time budget was over"
-SIGMAS = "its sigmas are not refitted"
+SIGMAS_STAY = "its sigmas are not refitted"
 ROWS = 100_000  # positions, over all images, to which a pointwise layer or a norm is fitted
 KERNEL_ROWS = 20_000  # positions to which a kernel is fitted
 IMAGES = 64  # the fewest images a layer is fitted to, whatever its number of positions
@@ -100,7 +100,7 @@ def _layers(block: BlockPair, stage: Stage, out_of_time: bool) -> tuple[list[Lay
         names = block.layout.converted
     left = dict.fromkeys(names, OVER) if out_of_time and stage != "norms" else {}
     if stage == "kernels":
-        left.update((name, SIGMAS) for name in names if block.runner.modules[name].has_sigmas)
+        left.update((name, SIGMAS_STAY) for name in names if block.runner.modules[name].has_sigmas)
     rows = KERNEL_ROWS if stage == "kernels" else ROWS
     return [LayerPair(block, name, rows, stage == "norms") for name in names if name not in left], left
 

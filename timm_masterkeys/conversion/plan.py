@@ -156,7 +156,7 @@ def _why_dense(name: str, conv: nn.Module, bank: KeyBank, owners: dict[int, list
         return "not a Conv2d"
     if isinstance(conv, LazyModuleMixin):
         return "lazy, it has no kernels yet: run the model once first"
-    if not conv.in_channels == conv.groups > 1:
+    if not is_depthwise(conv):
         return f"not depthwise (groups {conv.groups})"
     if max(conv.kernel_size) == 1:
         return "1x1 kernel has no spatial structure"
@@ -192,11 +192,16 @@ def converted_layers(model: nn.Module, required: bool = False) -> dict[str, Mast
     return layers
 
 
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is depthwise: each input channel has its own kernels."""
+    return conv.in_channels == conv.groups > 1
+
+
 def is_dense_depthwise(module: nn.Module) -> bool:
     """Whether a module is a depthwise convolution that is not converted, with kernels larger than 1x1."""
     if not isinstance(module, nn.Conv2d) or isinstance(module, MasterKeyConv2d):
         return False
-    return module.in_channels == module.groups > 1 and max(module.kernel_size) > 1
+    return is_depthwise(module) and max(module.kernel_size) > 1
 
 
 def stage_of(layer: str) -> str:

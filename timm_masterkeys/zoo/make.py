@@ -270,12 +270,15 @@ def _make(name: str, zoo: ZooSettings) -> Result:
     dense = timm.create_model(name, pretrained=True, cache_dir=cache).eval().to(zoo.device)
     calibrated, report = convert_and_calibrate(dense, zoo.config, zoo.calibrate)
     layers = {layer_name: LayerSettings.from_layer(layer) for layer_name, layer in converted_layers(calibrated).items()}
-    models = {"calibrated": calibrated, "dense": dense, "uncalibrated": apply(copy_model(dense), layers)}
-    rows = measure([*models.values()], zoo.labelled, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device)
+    models = [calibrated, dense, apply(copy_model(dense), layers)]
+    rows = measure(models, zoo.labelled, batch_size=zoo.batch_size, workers=zoo.workers, device=zoo.device)
+    measured, measured_dense, measured_uncalibrated = rows
     result = make_result(
         calibrated,
         report,
-        **dict(zip(models, rows, strict=True)),
+        calibrated=measured,
+        dense=measured_dense,
+        uncalibrated=measured_uncalibrated,
         model=_converted_name(name),
         bank=zoo.config.bank.name,
         seconds=round(time.perf_counter() - start, 1),
