@@ -40,7 +40,8 @@ class Contents:
     layers: Mapping[str, MasterKeyConv2d]  # its converted layers, by name
     cfg: Mapping[str, Any]  # its ``pretrained_cfg``
     report: ConversionReport
-    record: Record  # of the saved weights
+    record: Record  # to save, with what the user says of the source
+    known_source: Source | None  # the model's own, without that
     section: Mapping[str, Any]  # ``masterkeys`` of config.json, without the digests of the files
     extra: Mapping[str, Any]  # the user's entries of config.json
 
@@ -88,7 +89,7 @@ def gather_contents(
         "mean_r2": None if math.isnan(r2) else round(r2, 4),
         "versions": {"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},
     }
-    return Contents(model, layers, dict(cfg), report, record, section, dict(extra))
+    return Contents(model, layers, dict(cfg), report, record, report.record.source, section, dict(extra))
 
 
 def _check_extra(extra: Any) -> None:

@@ -144,8 +144,8 @@ def _saving(directory: Path) -> Iterator[Path]:
 def _write_weights(contents: Contents, folder: Path) -> dict[str, Any]:
     """Writes both weight files and config.json; returns the contents of config.json."""
     dense: Any = fused_copy(contents.model)
-    cfg, source = dict(contents.cfg), contents.report.record.source
-    if not (source and source.name):  # the recorded one: ``base_model=`` alone says nothing of the cfg
+    cfg, source = dict(contents.cfg), contents.known_source
+    if not (source and source.name):  # ``base_model=`` alone says nothing of the cfg
         cfg = {name: value for name, value in cfg.items() if name not in _ORIGIN}
     # timm reads a saved model's class names into the cfg. They go back to where transformers looks for them.
     labels = {name: cfg.pop(name, None) for name in ("label_names", "label_descriptions")}
