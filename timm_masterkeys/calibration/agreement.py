@@ -224,7 +224,7 @@ def convert_by_agreement(
         )
     model, chosen, record = best
     record = replace(record, origin=origin_of(images))
-    write_record(model, replace(networks.record, calibration=record))
+    write_record(model, replace(networks.record, calibration=record, converted_since=False))
     by_keys, seconds = tuple(sorted(tried, key=lambda tried_network: tried_network.keys)), time.perf_counter() - start
     return model, KeyBudget(target, chosen_metric.score_name, record, chosen, by_keys, kernels, seconds)
 
