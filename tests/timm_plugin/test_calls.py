@@ -218,17 +218,24 @@ def test_weights_that_change_while_they_are_loaded(files, tmp_path, root, monkey
 
 
 @pytest.mark.parametrize(
-    ("module", "step", "time"), [(loading, "_load", 1), (cache, "read_saved", 2), (loading, "convert_as_saved", 1)]
+    ("module", "step", "time"),
+    [
+        (loading, "_load", 1),
+        (cache, "read_saved", 2),
+        (loading, "convert_as_saved", 1),
+        (Path, "read_text", 3),  # of config.json, after a check that it is there
+        (torch.UntypedStorage, "from_file", 2),  # by safetensors, which had opened the file before
+    ],
 )
 def test_an_entry_that_is_cleared_while_it_is_read_is_made_again(
     files, root, monkeypatch, calibrations, module, step, time
 ):
     function, expected, times = getattr(module, step), create(files["dense"]), itertools.count(1)
 
-    def cleared_before(*args):
+    def cleared_before(*args, **kwargs):
         if next(times) == time:
             assert cache.clear_entries(root) == 1
-        return function(*args)
+        return function(*args, **kwargs)
 
     monkeypatch.setattr(module, step, cleared_before)
     same(create(files["dense"]), expected)
