@@ -610,6 +610,7 @@ def returning_nan(model):
         ("no converted layer", lambda model, dense, x: (dense, dense, x)),
         ("converted too, as at", lambda model, dense, x: (model, model, x)),
         ("at classifier", lambda model, dense, x: (model, timm.create_model("test_efficientnet", num_classes=3), x)),
+        ("share .*deepcopy", lambda m, d, x: (m.load_state_dict(d.state_dict(), assign=True) and m, d, x)),
         ("calibrate in float32", lambda model, dense, x: (model.half(), dense.half(), x)),
         (r"^classifier\.weight is of type Int8.* then quantise", lambda m, dense, x: (quantised(m), dense, x)),
         ("returns NaN", lambda model, dense, x: (model, returning_nan(dense), x)),

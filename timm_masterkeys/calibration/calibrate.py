@@ -136,9 +136,10 @@ def calibrate_masterkeys(
         The figures of the metric before and after, and what each stage did.
 
     Raises:
-        CalibrationError: Nothing converted, a dense model of another architecture, too few or non-finite images, a
-            folder for a model without a ``pretrained_cfg``, outputs that are not finite or hold no tensor, or too
-            little memory. The model is then unchanged, as after any other error or interruption.
+        CalibrationError: Nothing converted, a dense model of another architecture or that shares tensors with the
+            converted one, too few or non-finite images, a folder for a model without a ``pretrained_cfg``, outputs that
+            are not finite or hold no tensor, or too little memory. The model is then unchanged, as after any other
+            error or interruption.
 
     Example:
         >>> dense = timm.create_model("convnext_tiny", pretrained=True)

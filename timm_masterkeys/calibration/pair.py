@@ -66,6 +66,12 @@ def checked_pair(model: nn.Module, dense: nn.Module) -> NetworkPair:
     params, dense_params = dict(model.named_parameters()), dict(dense.named_parameters())
     shared = {name: (params[name], dense_params[name]) for name in params.keys() & dense_params.keys()}
     _check_parameters(shared, [*dense_params.values(), *params.values()])
+    in_dense = {tensor.data_ptr() for tensor in dense.state_dict().values() if tensor.numel()}
+    if both := [name for name, tensor in model.state_dict().items() if tensor.data_ptr() in in_dense]:
+        raise CalibrationError(
+            f"The models share {both[0]}, so that a calibration would change both. Give a copy of the dense model: "
+            "copy.deepcopy(dense)."
+        )
     records = [read_record(part) for part in model.modules()]
     if changed := _unexplained_changes(model, shared, records):
         _logger.warning(
