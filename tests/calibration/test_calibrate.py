@@ -775,6 +775,13 @@ def test_the_figures_are_those_of_the_held_out_images(metric):
     assert f"95 % interval {low:.1%} to {high:.1%}" in line[then:]
 
 
+def test_images_are_counted_where_outputs_are_rows_of_positions():
+    model, dense = pair()
+    images = torch.randn(20, 3, 32, 32)
+    record = mk.calibrate_masterkeys(model, dense, images, output=lambda out: out.view(-1, 5)).record
+    assert (record.images, record.held_out) == (20, 4)
+
+
 @pytest.mark.parametrize("classes", [1, 20])
 def test_a_record_goes_through_json(classes):
     dense = timm.create_model("test_efficientnet", num_classes=classes).eval()

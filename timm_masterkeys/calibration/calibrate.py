@@ -166,8 +166,9 @@ def calibrate_masterkeys(
             reports, after, expected = calibrate_blocks(
                 networks, batches, held_out_batches, stages, time_budget, output
             )
+            counts = count, sum(len(batches[i]) for i in held_out_batches)
             record = _calibrated_record(
-                model, chosen_metric, before, after, expected, reports, count, origin_of(images)
+                model, chosen_metric, before, after, expected, reports, counts, origin_of(images)
             )
             write_record(model, replace(networks.record, calibration=record, converted_since=False))
             report = CalibrationReport(record, reports, time.perf_counter() - start)
@@ -194,20 +195,21 @@ def _calibrated_record(
     after: torch.Tensor,
     expected: torch.Tensor,
     reports: Sequence[StageReport],
-    count: int,
+    counts: tuple[int, int],
     origin: str,
 ) -> CalibrationRecord:
     """The record of a calibrated model, from its outputs for the held-out images, before and after.
 
-    ``expected`` are those of the dense network, ``count`` is the number of all images.
+    ``expected`` are those of the dense network, ``counts`` the numbers of all images and of the held-out ones, as an
+    output may have several rows an image.
     """
     figures_after = metric.measure(after, expected)
     return CalibrationRecord(
         metric.name,
         metric.measure(before, expected),
         figures_after,
-        images=count,
-        held_out=len(expected),
+        images=counts[0],
+        held_out=counts[1],
         origin=origin,
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},
