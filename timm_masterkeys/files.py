@@ -72,8 +72,9 @@ def os_errors() -> Iterator[None]:
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file in hex. A process hashes an unchanged file only once.
 
-    Inode, size and times tell whether a file is unchanged, as in git's index. ``st_ctime_ns`` changes with each write,
-    even if the modification time is set back; but not within a tick of the clock, so a recent file is always hashed.
+    Inode, size and times tell whether a file is unchanged, as in git's index. ``st_ctime_ns`` changes with each write
+    (not with each through a memory map), even if the modification time is set back; but not within a tick of the clock,
+    so a recent file is always hashed.
 
     Raises:
         OSError: The file cannot be read.
