@@ -631,6 +631,7 @@ def test_bad_models_and_images(message, spoil):
         ("stages is .*training.*, expected some of kernels", {"stages": "training"}),
         ("max_images", {"max_images": 3}),
         ("metric is 'accuracy'", {"metric": "accuracy"}),
+        ("one number for 2 images", {"output": torch.mean}),
         (r"of \(3, 64, 64\) and \(3, 32, 32\), expected one size", {"held_out": torch.zeros(12, 3, 32, 32)}),
     ],
 )
