@@ -140,6 +140,7 @@ def calibrate_masterkeys(
             converted one, too few or non-finite images, a folder for a model without a ``pretrained_cfg``, outputs that
             are not finite or hold no tensor, or too little memory. The model is then unchanged, as after any other
             error or interruption.
+        ConversionError: The model has an attribute ``masterkeys`` of its own.
 
     Example:
         >>> dense = timm.create_model("convnext_tiny", pretrained=True)

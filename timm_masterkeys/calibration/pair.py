@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..conversion.plan import converted_layers
-from ..conversion.record import Record, read_record
+from ..conversion.record import Record, check_attribute, read_record
 from ..conversion.wrapped import is_sharded, quantised_entry, unwrapped
 from ..errors import CalibrationError
 from ..layers import MasterKeyConv2d
@@ -43,6 +43,7 @@ def checked_pair(model: nn.Module, dense: nn.Module) -> NetworkPair:
         raise CalibrationError("There are lazy layers, whose sizes are not known yet. Run the dense model once first.")
     if entry := quantised_entry(model) or quantised_entry(dense):
         raise CalibrationError(f"{entry}, expected ordinary tensors. Calibrate first, then quantise.")
+    check_attribute(model)
     layers = converted_layers(model)
     if not layers:
         raise CalibrationError(
