@@ -1,5 +1,6 @@
 """Files: whole or not at all, found behind links, told apart by their digests, locked by one process at a time."""
 
+import hashlib
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -7,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_masterkeys.files import atomic_path, folder_sha256, locked, tensors_sha256, walk_files, work_folder
+from timm_masterkeys import files
+from timm_masterkeys.files import (
+    atomic_path,
+    file_sha256,
+    folder_sha256,
+    locked,
+    tensors_sha256,
+    walk_files,
+    work_folder,
+)
 
 
 @pytest.mark.parametrize("existing", [True, False])
@@ -178,3 +188,21 @@ def test_a_folder_that_was_changed_though_its_times_were_set_back(tmp_path):
     path.write_bytes(b"new")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert folder_sha256(tmp_path) == plain and folder_sha256(tmp_path, changed=True) != changed
+
+
+def test_a_link_that_leads_elsewhere_while_it_is_hashed(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_SETTLED", -1)  # as if the files had been there for long
+    link, opened = tmp_path / "latest", open
+    for name in ("old", "new"):
+        (tmp_path / name).write_text(name)
+
+    def lead_to(name):
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+
+    lead_to("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", lambda *args: lead_to("new") or opened(*args), raising=False)
+        assert file_sha256(link) == hashlib.sha256(b"new").hexdigest()
+    lead_to("old")
+    assert file_sha256(link) == hashlib.sha256(b"old").hexdigest()

@@ -9,15 +9,16 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 _SETTLED = 2  # seconds: the coarsest tick of a file system's clock
+
+_digests: dict[tuple[int, ...], str] = {}  # of the files that this process has hashed, see ``file_sha256``
 
 
 @contextmanager
@@ -71,26 +72,28 @@ def os_errors() -> Iterator[None]:
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file in hex. A process hashes an unchanged file only once.
 
-    Inode, size and times tell whether a file is unchanged, as in git's index. ``st_ctime_ns`` changes with each write,
-    even if the modification time is set back; but not within a tick of the clock, so a recent file is always hashed.
+    Inode, size and times tell whether a file is unchanged, as in git's index. ``st_ctime_ns`` changes with each write
+    (not with each through a memory map), even if the modification time is set back; but not within a tick of the clock,
+    so a recent file is always hashed.
 
     Raises:
         OSError: The file cannot be read.
     """
-    stat = os.stat(path)
-    identity = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-    if time.time() - max(stat.st_mtime, stat.st_ctime) < _SETTLED:
-        return _hash.__wrapped__(os.fspath(path), *identity)
-    return _hash(os.fspath(path), *identity)
-
-
-@lru_cache(maxsize=64)
-def _hash(path: str, *identity: int) -> str:
-    """The SHA-256 of a file with this identity."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+        stat = os.fstat(file.fileno())  # of the opened file: where a link leads can change before it is opened
+        identity = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        if time.time() - max(stat.st_mtime, stat.st_ctime) < _SETTLED:
+            return _hash(file)
+        if identity not in _digests:
+            _digests[identity] = _hash(file)
+        return _digests[identity]
+
+
+def _hash(file: BinaryIO) -> str:
+    """The SHA-256 of an open file."""
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
     return digest.hexdigest()
 
 

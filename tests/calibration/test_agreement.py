@@ -237,6 +237,16 @@ def test_interrupted_the_dense_network_is_as_it_was(images, monkeypatch):
     assert all(torch.equal(value, state[name]) for name, value in dense.state_dict().items())
 
 
+def test_a_network_that_was_calibrated_and_fused_by_hand_before(images):
+    dense = mk.convert_to_masterkeys(tiny(1, 4), BANK)
+    mk.calibrate_masterkeys(dense, mk.fuse_masterkeys(dense), images)
+    for index in (1, 4):
+        dense[index] = dense[index].fuse()
+    model, _ = mk.convert_to_agreement(dense, 0.9, images, bank=BANK)
+    record = read_record(model)
+    assert record.calibration and record.was_calibrated and not record.converted_since
+
+
 def test_a_callable_is_the_score(images):
     dense = tiny(1, 4)
 

@@ -610,6 +610,7 @@ def returning_nan(model):
         ("no converted layer", lambda model, dense, x: (dense, dense, x)),
         ("converted too, as at", lambda model, dense, x: (model, model, x)),
         ("at classifier", lambda model, dense, x: (model, timm.create_model("test_efficientnet", num_classes=3), x)),
+        ("share .*deepcopy", lambda m, d, x: (m.load_state_dict(d.state_dict(), assign=True) and m, d, x)),
         ("calibrate in float32", lambda model, dense, x: (model.half(), dense.half(), x)),
         (r"^classifier\.weight is of type Int8.* then quantise", lambda m, dense, x: (quantised(m), dense, x)),
         ("returns NaN", lambda model, dense, x: (model, returning_nan(dense), x)),
@@ -630,6 +631,7 @@ def test_bad_models_and_images(message, spoil):
         ("stages is .*training.*, expected some of kernels", {"stages": "training"}),
         ("max_images", {"max_images": 3}),
         ("metric is 'accuracy'", {"metric": "accuracy"}),
+        ("one number for 2 images", {"output": torch.mean}),
         (r"of \(3, 64, 64\) and \(3, 32, 32\), expected one size", {"held_out": torch.zeros(12, 3, 32, 32)}),
     ],
 )
@@ -772,6 +774,13 @@ def test_the_figures_are_those_of_the_held_out_images(metric):
     assert f"({record.after['sure images']:.0f} images, 95 % interval {low:.1%} to {high:.1%})" in line
     low, high = record.intervals["agreement"]
     assert f"95 % interval {low:.1%} to {high:.1%}" in line[then:]
+
+
+def test_images_are_counted_where_outputs_are_rows_of_positions():
+    model, dense = pair()
+    images = torch.randn(20, 3, 32, 32)
+    record = mk.calibrate_masterkeys(model, dense, images, output=lambda out: out.view(-1, 5)).record
+    assert (record.images, record.held_out) == (20, 4)
 
 
 @pytest.mark.parametrize("classes", [1, 20])

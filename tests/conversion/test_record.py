@@ -94,7 +94,11 @@ def test_an_attribute_of_the_same_name_is_not_lost():
     with pytest.raises(mk.ConversionError, match="'masterkeys' of its own"):
         mk.convert_to_masterkeys(model, inplace=True)
     assert type(model[0]) is nn.Conv2d
-    outer = nn.Sequential(model)
+    outer, part = nn.Sequential(model), nn.Sequential(mk.convert_to_masterkeys(net()))
+    part.masterkeys = "mine"
+    with pytest.raises(mk.ConversionError, match="'masterkeys' of its own"):
+        mk.calibrate_masterkeys(part, outer, torch.randn(10, 8, 8, 8))
+    assert part.masterkeys == "mine"
     assert mk.fuse_masterkeys(mk.convert_to_masterkeys(outer))[0].masterkeys == "mine"
 
 

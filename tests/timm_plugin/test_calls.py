@@ -185,8 +185,8 @@ def test_no_call_changes_what_another_gives(files, tmp_path, monkeypatch, calibr
 
 def test_a_file_that_is_rewritten_in_place(files, tmp_path, monkeypatch):
     """Its digest is remembered for as long as it is the same file, even if its time is set back."""
-    hashed, opened = [], open
-    monkeypatch.setattr(mk.files, "open", lambda path, mode: hashed.append(path) or opened(path, mode), raising=False)
+    hashed, hash_file = [], mk.files._hash
+    monkeypatch.setattr(mk.files, "_hash", lambda file: hashed.append(file.name) or hash_file(file))
     monkeypatch.setattr(mk.files, "_SETTLED", -1)  # as if it had been there for long
     path = tmp_path / "weights.safetensors"
     path.write_bytes(Path(files["dense"]).read_bytes())
@@ -218,17 +218,24 @@ def test_weights_that_change_while_they_are_loaded(files, tmp_path, root, monkey
 
 
 @pytest.mark.parametrize(
-    ("module", "step", "time"), [(loading, "_load", 1), (cache, "read_saved", 2), (loading, "convert_as_saved", 1)]
+    ("module", "step", "time"),
+    [
+        (loading, "_load", 1),
+        (cache, "read_saved", 2),
+        (loading, "convert_as_saved", 1),
+        (Path, "read_text", 3),  # of config.json, after a check that it is there
+        (torch.UntypedStorage, "from_file", 2),  # by safetensors, which had opened the file before
+    ],
 )
 def test_an_entry_that_is_cleared_while_it_is_read_is_made_again(
     files, root, monkeypatch, calibrations, module, step, time
 ):
     function, expected, times = getattr(module, step), create(files["dense"]), itertools.count(1)
 
-    def cleared_before(*args):
+    def cleared_before(*args, **kwargs):
         if next(times) == time:
             assert cache.clear_entries(root) == 1
-        return function(*args)
+        return function(*args, **kwargs)
 
     monkeypatch.setattr(module, step, cleared_before)
     same(create(files["dense"]), expected)

@@ -136,9 +136,11 @@ def calibrate_masterkeys(
         The figures of the metric before and after, and what each stage did.
 
     Raises:
-        CalibrationError: Nothing converted, a dense model of another architecture, too few or non-finite images, a
-            folder for a model without a ``pretrained_cfg``, outputs that are not finite or hold no tensor, or too
-            little memory. The model is then unchanged, as after any other error or interruption.
+        CalibrationError: Nothing converted, a dense model of another architecture or that shares tensors with the
+            converted one, too few or non-finite images, a folder for a model without a ``pretrained_cfg``, outputs that
+            are not finite or hold no tensor, or too little memory. The model is then unchanged, as after any other
+            error or interruption.
+        ConversionError: The model has an attribute ``masterkeys`` of its own.
 
     Example:
         >>> dense = timm.create_model("convnext_tiny", pretrained=True)
@@ -165,8 +167,9 @@ def calibrate_masterkeys(
             reports, after, expected = calibrate_blocks(
                 networks, batches, held_out_batches, stages, time_budget, output
             )
+            counts = count, sum(len(batches[i]) for i in held_out_batches)
             record = _calibrated_record(
-                model, chosen_metric, before, after, expected, reports, count, origin_of(images)
+                model, chosen_metric, before, after, expected, reports, counts, origin_of(images)
             )
             write_record(model, networks.record.calibrated(record))
             report = CalibrationReport(record, reports, time.perf_counter() - start)
@@ -193,20 +196,21 @@ def _calibrated_record(
     after: torch.Tensor,
     expected: torch.Tensor,
     reports: Sequence[StageReport],
-    count: int,
+    counts: tuple[int, int],
     origin: str,
 ) -> CalibrationRecord:
     """The record of a calibrated model, from its outputs for the held-out images, before and after.
 
-    ``expected`` are those of the dense network, ``count`` is the number of all images.
+    ``expected`` are those of the dense network, ``counts`` the numbers of all images and of the held-out ones, as an
+    output may have several rows an image.
     """
     figures_after = metric.measure(after, expected)
     return CalibrationRecord(
         metric.name,
         metric.measure(before, expected),
         figures_after,
-        images=count,
-        held_out=len(expected),
+        images=counts[0],
+        held_out=counts[1],
         origin=origin,
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={"timm_masterkeys": __version__, "timm": timm.__version__, "torch": torch.__version__},

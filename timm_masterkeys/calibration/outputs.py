@@ -35,7 +35,8 @@ def first_output(model: nn.Module, images: torch.Tensor, output: Output = None) 
     """The output for some images and whether it is of a model without a head.
 
     Raises:
-        CalibrationError: The model cannot take these images, or its output is not finite or holds no tensor.
+        CalibrationError: The model cannot take these images, or its output is not finite, holds no tensor or is one
+            number.
     """
     try:
         raw = model(images.clone())
@@ -44,6 +45,11 @@ def first_output(model: nn.Module, images: torch.Tensor, output: Output = None) 
             f"{type(model).__name__} cannot work with images of {tuple(images.shape[1:])}: {error}"
         ) from error
     out = _finite(model, pick_output(model, raw, output))
+    if not out.ndim:
+        raise CalibrationError(
+            f"{type(model).__name__} returns one number for {len(images)} images, expected an output for each. output= "
+            "says where it is: a key, an index, an attribute, or a callable on the model's output."
+        )
     return out, gives_features(model, raw, out)
 
 

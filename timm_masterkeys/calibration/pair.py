@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..conversion.plan import converted_layers
-from ..conversion.record import Record, read_record
+from ..conversion.record import Record, check_attribute, read_record
 from ..conversion.wrapped import is_sharded, quantised_entry, unwrapped
 from ..errors import CalibrationError
 from ..layers import MasterKeyConv2d
@@ -43,6 +43,7 @@ def checked_pair(model: nn.Module, dense: nn.Module) -> NetworkPair:
         raise CalibrationError("There are lazy layers, whose sizes are not known yet. Run the dense model once first.")
     if entry := quantised_entry(model) or quantised_entry(dense):
         raise CalibrationError(f"{entry}, expected ordinary tensors. Calibrate first, then quantise.")
+    check_attribute(model)
     layers = converted_layers(model)
     if not layers:
         raise CalibrationError(
@@ -66,6 +67,12 @@ def checked_pair(model: nn.Module, dense: nn.Module) -> NetworkPair:
     params, dense_params = dict(model.named_parameters()), dict(dense.named_parameters())
     shared = {name: (params[name], dense_params[name]) for name in params.keys() & dense_params.keys()}
     _check_parameters(shared, [*dense_params.values(), *params.values()])
+    in_dense = {tensor.data_ptr() for tensor in dense.state_dict().values() if tensor.numel()}
+    if both := [name for name, tensor in model.state_dict().items() if tensor.data_ptr() in in_dense]:
+        raise CalibrationError(
+            f"The models share {both[0]}, so that a calibration would change both. Give a copy of the dense model: "
+            "copy.deepcopy(dense)."
+        )
     records = [read_record(part) for part in model.modules()]
     if changed := _unexplained_changes(model, shared, records):
         _logger.warning(

@@ -83,12 +83,12 @@ def read_saved(folder: Path) -> SavedModel | None:
 
 def read_section(config: Path) -> Mapping[str, Any] | None:
     """The ``masterkeys`` section of a config.json, None if there is none; CheckpointError if it cannot be read."""
-    if not config.is_file():
-        return None
     try:
         section = json.loads(config.read_text(encoding="utf-8")).get(SECTION)
         if section is not None:
             check_version(config, section)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
     except (AttributeError, ValueError) as error:
         raise CheckpointError(f"'{config}' is damaged ({error!r}). Get it again, or save the model again.") from None
     return section

@@ -83,7 +83,7 @@ def _load_calibrated(call: Call, state: Mapping[str, Any] | None, images: str) -
         with calibrated_entry(call, state, images) as entry:
             try:
                 return _load(call, entry)
-            except (OSError, CheckpointError):
+            except Exception:  # safetensors raises a RuntimeError for a file that has just gone
                 if entry.folder.exists():
                     raise
 
