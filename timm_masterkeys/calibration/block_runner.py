@@ -12,7 +12,6 @@ from torch import nn
 
 from ..errors import CalibrationError
 from .blocks import BlockLayout
-from .outputs import Output, output_of
 
 _logger = logging.getLogger(__name__)
 
@@ -34,15 +33,13 @@ class BlockRunner:
     """Runs a model block by block over batches of images, each block fed by the outputs of the block before it.
 
     For each block in turn, ``arguments(i)`` gives its calls, ``run(i, calls)`` its outputs, and ``advance(outputs)``
-    stores these for the next block; ``results()`` follows the last. For the arguments of a block the whole model is
+    stores these for the next block. For the arguments of a block the whole model is
     called: the block before returns its stored outputs, what came earlier returns NaN at once, and a hook on the block
     ends the call. Where the arguments then differ (a connection past several blocks), nothing is skipped.
     """
 
-    def __init__(
-        self, model: nn.Module, layouts: list[BlockLayout], batches: list[torch.Tensor], output: Output = None
-    ) -> None:
-        self.layouts, self.batches, self._model, self._output = layouts, batches, model, output
+    def __init__(self, model: nn.Module, layouts: list[BlockLayout], batches: list[torch.Tensor]) -> None:
+        self.layouts, self.batches, self._model = layouts, batches, model
         self.modules = dict(model.named_modules())
         self._outputs: list[Any] = []
 
@@ -50,13 +47,15 @@ class BlockRunner:
         """Stores the outputs of a block, batch by batch, which the next block is then fed from."""
         self._outputs = outputs
 
+    @torch.no_grad()
     def arguments(self, index: int) -> Iterator[Call]:
         """The arguments of a block, batch by batch. A generator, as feature maps are large."""
-        return self._feed(index, partial(self._run_up_to, self.layouts[index].name))
-
-    def results(self) -> Iterator[torch.Tensor]:
-        """The model's outputs after the last block, batch by batch; CalibrationError if one is not finite."""
-        return self._feed(len(self.layouts), partial(output_of, self._model, output=self._output))
+        name = self.layouts[index].name
+        fed = index > 0 and isinstance(self._outputs[0], torch.Tensor) and self._can_be_fed(index)
+        for i, batch in enumerate(self.batches):
+            with self._skipped(index, batch, self._outputs[i]) if fed else nullcontext():
+                call = self._run_up_to(name, batch)
+            yield call
 
     @torch.no_grad()
     def run(self, index: int, calls: Iterable[Call], hooks: Iterable[tuple[str, Hook]] = ()) -> list[Any]:
@@ -70,27 +69,15 @@ class BlockRunner:
                     outputs.append(None)
         return outputs
 
-    @torch.no_grad()
-    def _feed(self, index: int, run: Callable[[torch.Tensor], Result]) -> Iterator[Result]:
-        """Feeds block ``index`` from the stored outputs; yields what ``run`` gives for each batch.
-
-        First tries this on one image against a full run; if they differ, runs everything.
-        """
-        fed = index > 0 and isinstance(self._outputs[0], torch.Tensor) and self._can_be_fed(index, run)
-        for i, batch in enumerate(self.batches):
-            with self._skipped(index, batch, self._outputs[i]) if fed else nullcontext():
-                result = run(batch)
-            yield result
-
-    def _can_be_fed(self, index: int, run: Callable[[torch.Tensor], Any]) -> bool:
-        """Whether ``run`` gives the same for one image if what comes before block ``index`` is skipped."""
-        image, output = self.batches[0][:1], self._outputs[0][:1]
+    def _can_be_fed(self, index: int) -> bool:
+        """Whether a block gets the same arguments for one image if what comes before it is skipped."""
+        name, image, output = self.layouts[index].name, self.batches[0][:1], self._outputs[0][:1]
         try:
             with self._skipped(index, image, output):
-                result = run(image)
-            torch.testing.assert_close(result, run(image), rtol=1e-4, atol=1e-5, check_dtype=False)
+                call = self._run_up_to(name, image)
+            torch.testing.assert_close(call, self._run_up_to(name, image), rtol=1e-4, atol=1e-5, check_dtype=False)
         except Exception:  # they differ, or the first dimension is not that of the images
-            _logger.debug("The network runs as a whole up to block %d, which costs time.", index, exc_info=True)
+            _logger.debug("The network runs as a whole up to %s, which costs time.", name, exc_info=True)
             return False
         return True
 

@@ -8,7 +8,6 @@ from tqdm.auto import tqdm
 
 from .block_runner import BlockPair, BlockRunner
 from .blocks import find_blocks
-from .outputs import Output
 from .pair import NetworkPair
 from .stages import STAGES, Stage, StageReport, calibrate_block
 
@@ -19,18 +18,11 @@ def calibrate_blocks(
     held_out_batches: Sequence[int],
     stages: Sequence[Stage],
     time_budget: float | None,
-    output: Output,
-) -> tuple[tuple[StageReport, ...], torch.Tensor, torch.Tensor]:
-    """Calibrates the converted network, block by block. In place.
+) -> tuple[StageReport, ...]:
+    """Calibrates the converted network, block by block. In place. Returns a report of each stage.
 
     The batches with the indices ``held_out_batches`` are not fitted to. After ``time_budget`` seconds the remaining
     blocks get only the stage "norms".
-
-    Returns:
-        A report of each stage; and the outputs for the held-out batches of the calibrated and of the dense network.
-
-    Raises:
-        CalibrationError: An output for any batch is not finite.
     """
     start = time.perf_counter()
     layouts, norms = find_blocks(networks.model, batches[0][:2])
@@ -40,14 +32,10 @@ def calibrate_blocks(
     for stage in reports.keys() - {"pointwise"}:
         reports[stage].left.update(left)
     fitted_batches = [i for i in range(len(batches)) if i not in held_out_batches]
-    runner, dense_runner = (BlockRunner(model, layouts, batches, output) for model in (networks.model, networks.dense))
+    runner, dense_runner = (BlockRunner(model, layouts, batches) for model in (networks.model, networks.dense))
     for index in tqdm(range(len(layouts)), desc="calibrate", unit="block", leave=False, disable=None):
         out_of_time = time_budget is not None and time.perf_counter() - start > time_budget
         block = BlockPair(index, runner, dense_runner, norms, fitted_batches)
         runner.advance(calibrate_block(block, reports, out_of_time))
         dense_runner.advance(block.expected)
-    after, expected = (
-        torch.cat([out for i, out in enumerate(each.results()) if i in held_out_batches])
-        for each in (runner, dense_runner)
-    )
-    return tuple(reports.values()), after, expected
+    return tuple(reports.values())

@@ -163,11 +163,11 @@ def calibrate_masterkeys(
         first_output(model, sample, output)  # raises if the converted model cannot take the images
         check_memory(dense, sample, count)
         try:
-            before = torch.cat([output_of(model, batches[i], output) for i in held_out_batches])
-            reports, after, expected = calibrate_blocks(
-                networks, batches, held_out_batches, stages, time_budget, output
-            )
-            counts = count, sum(len(batches[i]) for i in held_out_batches)
+            held_out_images = [batches[i] for i in held_out_batches]
+            expected, before = (_outputs(network, held_out_images, output) for network in (dense, model))
+            reports = calibrate_blocks(networks, batches, held_out_batches, stages, time_budget)
+            after = _outputs(model, held_out_images, output)
+            counts = count, sum(map(len, held_out_images))
             record = _calibrated_record(
                 model, chosen_metric, before, after, expected, reports, counts, origin_of(images)
             )
@@ -187,6 +187,10 @@ def _checked_stages(stages: Stage | Sequence[Stage]) -> tuple[Stage, ...]:
     if unknown or not stages:
         raise CalibrationError(f"stages is {stages!r}, expected some of {', '.join(STAGES)}.")
     return stages
+
+
+def _outputs(model: nn.Module, batches: Sequence[torch.Tensor], output: Output) -> torch.Tensor:
+    return torch.cat([output_of(model, batch, output) for batch in batches])
 
 
 def _calibrated_record(
