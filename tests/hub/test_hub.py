@@ -249,8 +249,10 @@ def test_dry_run(hub, worker, published):
         other = mk.push_to_hub(converted(trainable="none"), "alice/base", dry_run=True)
         changed = {n for n, s in other.files.items() if s == "changed"}
         assert "masterkeys.safetensors" in changed and "model.safetensors" not in changed
+        assert "hf-hub:alice/base, branch main: no commit made" in str(other)  # the commit there holds other weights
         again = mk.push_to_hub(converted(), "alice/base")
         assert not again.committed and set(again.files.values()) == {"unchanged"}
+        assert f"hf-hub:alice/base@{again.sha}: no commit made" in str(again)
         print(again.sha)
     """)
     assert out == published.head().sha and "alice/never" not in hub.repos
