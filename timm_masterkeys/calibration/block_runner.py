@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +17,6 @@ _logger = logging.getLogger(__name__)
 
 Hook = Callable[[nn.Module, Any, Any], Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by position and by keyword
-Result = TypeVar("Result")
 
 
 class Reached(Exception):
@@ -33,9 +32,9 @@ class BlockRunner:
     """Runs a model block by block over batches of images, each block fed by the outputs of the block before it.
 
     For each block in turn, ``arguments(i)`` gives its calls, ``run(i, calls)`` its outputs, and ``advance(outputs)``
-    stores these for the next block. For the arguments of a block the whole model is
-    called: the block before returns its stored outputs, what came earlier returns NaN at once, and a hook on the block
-    ends the call. Where the arguments then differ (a connection past several blocks), nothing is skipped.
+    stores these for the next block. For the arguments of a block the whole model is called: the block before returns
+    its stored outputs, what came earlier returns NaN at once, and a hook on the block ends the call. Where the
+    arguments then differ (a connection past several blocks), nothing is skipped.
     """
 
     def __init__(self, model: nn.Module, layouts: list[BlockLayout], batches: list[torch.Tensor]) -> None:
